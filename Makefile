@@ -1,0 +1,39 @@
+# Everything runs in .venv, which the first target that needs it makes. Only Python >= 3.11 and make are assumed.
+PYTHON ?= python3
+BIN := .venv/bin
+# Two processes with two threads each cost about ten times the CPU of two with one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint check test-gpu bench format
+
+demo: .venv/ready  ## set up, then plant a backdoor in real digits and clean it out
+	$(BIN)/sanitize demo --out runs/demo
+
+test: .venv/ready  ## set up, then run the tests (CPU, no network)
+	$(BIN)/python -m pytest
+
+lint: .venv/ready  ## ruff, mypy, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test  ## what continuous integration runs
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: .venv/ready  ## only the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+bench: .venv/ready  ## the quick benchmarks; each fails where a target is missed
+	$(BIN)/python -m benchmarks.detection --quick
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sanitize needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade uv
+# Compiled at install: where bytecode writing is switched off, imports would otherwise take twice as long.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable '.[dev]'
+	touch $@

@@ -1,0 +1,48 @@
+"""Real data for benchmarks, from the folder `../shared/data` beside the checkout, written as shards on the fly."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.data.decode import encode_png
+from sanitize.data.writer import shard_writer
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+class ImageShards(Artifact):
+    """`SPLIT-NNNN.tar` shards of PNG images and `.cls` labels."""
+
+    def paths(self) -> list[str]:
+        """Paths of the shards, sorted."""
+        return [str(self.file(name)) for name in sorted(self.manifest().files)]
+
+
+def fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 28, 28) uint8 and labels (N,) int64 of "train" or "t10k"."""
+    folder = SHARED / "fashion-mnist"
+    if not folder.exists():
+        raise SystemExit(f"{folder} is missing: this benchmark needs the shared data folder beside the checkout")
+    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def write_images(out: Path, split: str, images_NCHW: Tensor, labels_N: Tensor, per_shard: int = 1000) -> ImageShards:
+    """Write images as shards of `per_shard` samples, in order."""
+
+    def write(part: Part) -> None:
+        for shard, start in enumerate(range(0, len(images_NCHW), per_shard)):
+            with shard_writer(part, f"{split}-{shard:04d}.tar") as tar:
+                for i in range(start, min(start + per_shard, len(images_NCHW))):
+                    tar.add(f"{split}-{i:06d}.png", encode_png(images_NCHW[i]))
+                    tar.add(f"{split}-{i:06d}.cls", str(int(labels_N[i])).encode())
+
+    recipe = Recipe(stage="write_images", config={"split": split, "n": len(images_NCHW), "per_shard": per_shard})
+    return make(ImageShards, out, recipe, write)

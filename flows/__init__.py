@@ -1,0 +1,8 @@
+"""Orchestration: which stage runs when. No mathematics, and Prefect only in `tasks`."""
+
+import os
+
+# Before Prefect is first imported: a laptop is slow to start the temporary server, and nobody asked for telemetry.
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")

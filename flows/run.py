@@ -1,0 +1,103 @@
+"""A run folder, and a way of calling stages: directly here, as Prefect tasks in `tasks`."""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sanitize import __version__
+from sanitize.artifacts import Artifact
+from sanitize.compute import Compute
+from sanitize.storage import create
+
+logger = logging.getLogger("sanitize.run")
+A = TypeVar("A", bound=Artifact)
+
+
+class Run:
+    """Calls stages one after another and remembers what became of each in `run.json`.
+
+    Args:
+        out: the run folder; every stage gets a folder in it.
+        compute: handed to every stage.
+        n_groups: in how many groups of shards a sharded stage is divided; results do not depend on it.
+    """
+
+    def __init__(self, out: str | Path, compute: Compute, n_groups: int = 1) -> None:
+        self.out = Path(out)
+        self.compute = compute
+        self.n_groups = n_groups
+        self.stages: list[dict[str, Any]] = []
+        self.out.mkdir(parents=True, exist_ok=True)
+        logger.info("sanitize %s on %s", __version__, compute.describe())
+
+    def stage(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
+        """Run one stage into `folder` of the run."""
+        return self._timed(folder, function, lambda out: self._call(function, *inputs, out, self.compute, **more))
+
+    def sharded(self, folder: str, function: Callable[..., A], shards: Sequence[str], *inputs: Any) -> A:
+        """Run a stage that works shard by shard; groups of shards may run side by side."""
+
+        def call(out: str) -> A:
+            groups = [list(group) for group in _split(shards, self.n_groups)]
+            if len(groups) > 1:
+                self._call_groups(function, groups, *inputs, out, self.compute)
+            return self._call(function, *inputs, out, self.compute)
+
+        return self._timed(folder, function, call)
+
+    def _call(self, function: Callable[..., A], *args: Any, **more: Any) -> A:
+        return function(*args, **more)
+
+    def _call_groups(self, function: Callable[..., A], groups: list[list[str]], *args: Any) -> None:
+        for group in groups:
+            function(*args, shards=group)
+
+    def _timed(self, folder: str, function: Callable[..., A], call: Callable[[str], A]) -> A:
+        out = str(self.out / folder)
+        resumed = Path(out).exists()
+        start = time.perf_counter()
+        artifact = call(out)
+        seconds = time.perf_counter() - start
+        counts = artifact.manifest().counts
+        self.stages.append(
+            {
+                "folder": folder,
+                "stage": function.__name__,
+                "digest": artifact.digest,
+                "samples": counts.get("samples"),
+                "seconds": round(seconds, 3),
+                "resumed": resumed,
+            }
+        )
+        self.save("running")
+        return artifact
+
+    def save(self, status: str, **more: Any) -> None:
+        """Write `run.json`: status, stages, versions, device, and what else the caller has to say."""
+        record = {
+            "status": status,
+            "stages": self.stages,
+            "versions": versions(),
+            "compute": self.compute.model_dump(mode="json"),
+            "device": self.compute.describe(),
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **more,
+        }
+        with create(self.out / "run.json") as writer:
+            writer.write(json.dumps(record, indent=2).encode() + b"\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions that may change results."""
+    return {"sanitize": __version__, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def _split(shards: Sequence[str], n: int) -> list[Sequence[str]]:
+    n = max(1, min(n, len(shards)))
+    return [shards[i * len(shards) // n : (i + 1) * len(shards) // n] for i in range(n)]

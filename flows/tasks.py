@@ -1,0 +1,79 @@
+"""Prefect: each stage wrapped once as a task, and the flows. The only module that imports Prefect."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import clean as clean_job
+from flows.clean import CleanConfig
+from flows.run import Run
+from sanitize.artifacts import Artifact
+
+A = TypeVar("A", bound=Artifact)
+
+
+def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
+    """Retry what storage does now and then; bad data or configuration will not get better."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, OSError)
+
+
+# Artifacts are the truth about what is done (`make`), so Prefect's own cache, keyed by paths, stays off.
+TASKS: dict[str, Any] = {
+    stage.__name__: task(
+        stage,
+        name=stage.__name__,
+        cache_policy=NO_CACHE,
+        retries=2,
+        retry_delay_seconds=5,
+        retry_condition_fn=_is_transient,
+    )
+    for stage in clean_job.STAGES
+}
+
+
+class PrefectRun(Run):
+    """A run whose stages are Prefect tasks; groups of shards are submitted side by side."""
+
+    def _call(self, function: Callable[..., A], *args: Any, **more: Any) -> A:
+        artifact: A = TASKS[function.__name__](*args, **more)
+        return artifact
+
+    def _call_groups(self, function: Callable[..., A], groups: list[list[str]], *args: Any) -> None:
+        wrapped = TASKS[function.__name__]
+        futures = [wrapped.submit(*args, shards=group) for group in groups]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+
+@flow(name="clean", flow_run_name="clean {out}", task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False)  # type: ignore[arg-type]
+def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
+    """Clean shards: index, embed, score, select, write, report."""
+    run = PrefectRun(out, config.compute, config.groups)
+    summary = clean_job.summary(clean_job.clean(config, run))
+    create_markdown_artifact(key="clean-report", markdown=_markdown(summary, run), description=f"Cleaned {out}")
+    return summary
+
+
+def _markdown(summary: dict[str, Any], run: Run) -> str:
+    counts = summary["samples"]
+    rows = [f"| {s['stage']} | {s['samples'] or ''} | {s['seconds']:.1f} |" for s in run.stages]
+    return "\n".join(
+        [
+            f"**{counts['samples']:,} samples: {counts['kept']:,} clean, {counts['quarantined']:,} quarantined, "
+            f"{counts['unreadable']:,} unreadable.**",
+            "",
+            f"[Report]({Path(summary['report']).absolute().as_uri()})",
+            "",
+            "| stage | samples | seconds |",
+            "|---|---:|---:|",
+            *rows,
+        ]
+    )

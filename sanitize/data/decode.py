@@ -1,0 +1,123 @@
+"""From the bytes of an image that a stranger wrote to a uint8 tensor of a known size, or a reason why not.
+
+What each kind of image becomes (C = 3; with C = 1 the result is its luminance):
+  8-bit greyscale, RGB, CMYK, palette   converted to RGB
+  alpha channel                         dropped, colours as stored
+  16 bits a channel                     scaled to 8 bits
+  animated                              first frame
+  EXIF orientation                      not applied: trainers read pixels as they are stored
+Another size than the data set's is cropped to its proportions around the centre and resized (bilinear, antialiased).
+"""
+
+import io
+import warnings
+from typing import Literal
+
+import torch
+import torchvision.io
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torchvision.io import ImageReadMode
+from torchvision.transforms import v2
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm"})
+_FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
+_FAST = {("JPEG", "L"), ("JPEG", "RGB"), ("PNG", "L"), ("PNG", "RGB")}
+
+
+class BadImage(ValueError):
+    """These bytes are no image we are willing to decode; the message is the reason, fit for a verdict row."""
+
+
+class ImageConfig(BaseModel):
+    """How images are decoded.
+
+    Attributes:
+        size: height and width in pixels, or None to take the most common size of the data set.
+        channels: 3 (RGB) or 1 (luminance).
+        max_pixels: an image whose header claims more is not decoded (decompression bombs).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: tuple[int, int] | None = None
+    channels: Literal[1, 3] = 3
+    max_pixels: int = Field(default=50_000_000, gt=0)
+
+
+def image_header(data: bytes, max_pixels: int) -> Image.Image:
+    """Parse the header only. Raises BadImage if it is none, is too large, or is of a format we do not read."""
+    if not data:
+        raise BadImage("image is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of bombs at its own limit; ours is checked just below
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Exception as error:
+        raise BadImage("not a jpeg, png, webp or ppm image") from error
+    if image.width * image.height > max_pixels:
+        raise BadImage(f"image claims {image.width} x {image.height} pixels, more than max_pixels {max_pixels}")
+    return image
+
+
+def decode(data: bytes, config: ImageConfig, size: tuple[int, int] | None = None) -> Tensor:
+    """Decode one image.
+
+    Args:
+        data: the encoded image.
+        config: channels and limits.
+        size: (H, W) to bring the image to; None leaves it as it is.
+
+    Returns:
+        uint8 tensor (C, H, W).
+
+    Raises:
+        BadImage: with the reason.
+    """
+    header = image_header(data, config.max_pixels)
+    try:
+        if (header.format, header.mode) in _FAST:
+            image_CHW = _decode_fast(data, config.channels)
+        else:
+            image_CHW = _decode_any(header, config.channels)
+    except Exception as error:
+        raise BadImage("image data is damaged") from error
+    return image_CHW if size is None else fit(image_CHW, size)
+
+
+def _decode_fast(data: bytes, channels: int) -> Tensor:
+    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    image_CHW = torchvision.io.decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+    # A PNG of 16 bits a channel comes back as it is.
+    return image_CHW if image_CHW.dtype == torch.uint8 else (image_CHW.int() >> 8).to(torch.uint8)
+
+
+def _decode_any(image: Image.Image, channels: int) -> Tensor:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        image = Image.merge("RGB", image.split()[:3])
+    image = image.convert("RGB" if channels == 3 else "L")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+
+
+def fit(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop the centre to the proportions of `size` (H, W), then resize; an image of that size is returned as it is.
+
+    In this order no more memory is taken than by the image or the result: one pixel by a million, scaled until it
+    covers the result, would be a bomb.
+    """
+    if tuple(image_CHW.shape[1:]) == size:
+        return image_CHW
+    height, width = image_CHW.shape[1:]
+    scale = max(size[0] / height, size[1] / width)
+    covered = [max(1, min(height, round(size[0] / scale))), max(1, min(width, round(size[1] / scale)))]
+    return v2.functional.resize(v2.functional.center_crop(image_CHW, covered), list(size), antialias=True)
+
+
+def encode_png(image_CHW: Tensor) -> bytes:
+    """Lossless PNG of a uint8 image (C, H, W) with C = 1 or 3."""
+    return bytes(torchvision.io.encode_png(image_CHW.cpu().contiguous(), compression_level=6).numpy())

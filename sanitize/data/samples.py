@@ -1,0 +1,225 @@
+"""One shard as a stream of samples: the WebDataset convention, read strictly.
+
+A sample is a run of members that share a key, the name up to the first dot of its base name. Bad input costs one
+sample, or the rest of one shard, never more; whatever is wrong is said in words and carried along.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sanitize.data.decode import IMAGE_SUFFIXES
+from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
+from sanitize.storage import open_read
+
+_INTEGER = re.compile(rb"\s*[+-]?\d{1,18}\s*")
+
+
+class SampleLimits(BaseModel):
+    """What one sample may cost.
+
+    Attributes:
+        max_sample_bytes: payload of all its members together, held in memory while it is looked at.
+        max_members: members that share one key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_sample_bytes: int = Field(default=256 * 2**20, gt=0)
+    max_members: int = Field(default=100, gt=0)
+
+
+class Sample(NamedTuple):
+    """Members that share a key, in the order of the shard.
+
+    Attributes:
+        position: 0, 1, 2, … in the shard; with the shard's name it identifies the sample even where keys repeat.
+        key: as WebDataset forms it.
+        members: (name, payload) of every regular file.
+        problem: why the sample cannot be used as it stands, or None.
+    """
+
+    position: int
+    key: str
+    members: list[tuple[str, bytes]]
+    problem: str | None
+
+
+class ShardReader:
+    """Iterate over the samples of one shard (.tar or gzip-compressed); after the last one, see what was found.
+
+    Attributes:
+        damage: why reading stopped early, or what is odd about the archive; None when all is well.
+        sha256: of the shard file as it is stored, known after the last sample of an undamaged shard.
+        size: its bytes.
+    """
+
+    def __init__(self, url: str, limits: SampleLimits | None = None) -> None:
+        self.url = url
+        self.limits = limits or SampleLimits()
+        self.damage: str | None = None
+        self.sha256 = ""
+        self.size = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        with open_read(self.url) as file:
+            raw = _HashingReader(file)
+            compressed = self.url.endswith((".gz", ".tgz"))
+            # Not seekable on purpose: reading forward once is what hashes the shard.
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=cast(Any, raw)) if compressed else raw)
+            yield from self._samples(TarReader(stream, TarLimits(max_member_bytes=self.limits.max_sample_bytes)))
+            raw.drain()
+        self.sha256, self.size = raw.sha256.hexdigest(), raw.size
+
+    def _samples(self, reader: TarReader) -> Iterator[Sample]:
+        seen: set[str] = set()
+        group = _Group("", self.limits)
+        position = 0
+        members = iter(reader)
+        while True:
+            try:
+                member = next(members, None)
+                if member is not None and member.kind == "directory":
+                    continue  # webdataset steps over them too: between two members of a sample they split nothing
+                key = None if member is None else split_name(member.name)[0]
+                if key != group.key and group.names:
+                    yield group.sample(position, duplicate=group.key in seen)
+                    seen.add(group.key)
+                    position += 1
+                if member is None:
+                    self.damage = reader.warning
+                    return
+                if key != group.key:
+                    group = _Group(cast(str, key), self.limits)
+                group.add(member, reader)
+            except TarDamage as error:
+                self.damage = f"{error.reason} at byte {error.offset}"
+                if group.names:
+                    group.problem = f"the shard is damaged here: {error.reason}"
+                    yield group.sample(position, duplicate=False)
+                return
+
+
+class _Group:
+    """Members of one key as they come in."""
+
+    def __init__(self, key: str, limits: SampleLimits) -> None:
+        self.key = key
+        self.names: list[str] = []
+        self.members: list[tuple[str, bytes]] = []
+        self.problem: str | None = None
+        self._limits = limits
+        self._bytes = 0
+
+    def add(self, member: Member, reader: TarReader) -> None:
+        self.problem = self.problem or self._refuse(member)
+        self.names = [*self.names[: self._limits.max_members], member.name]
+        self._bytes += member.size
+        if member.kind == "file" and self._bytes <= self._limits.max_sample_bytes and self._room():
+            self.members.append((member.name, bytes(reader.read())))
+
+    def _room(self) -> bool:
+        return len(self.members) < self._limits.max_members
+
+    def _refuse(self, member: Member) -> str | None:
+        if member.kind != "file":
+            return f"member {printable(member.name)!r} is no regular file: {member.reason}"
+        if (unsafe := unsafe_name(member.name)) is not None:
+            return f"unsafe member name {printable(member.name)!r}: {unsafe}"
+        if member.name in self.names:
+            return f"member {printable(member.name)!r} occurs twice"
+        if self._bytes + member.size > self._limits.max_sample_bytes:
+            return f"sample is larger than max_sample_bytes {self._limits.max_sample_bytes}"
+        return None if self._room() else f"sample has more than max_members {self._limits.max_members}"
+
+    def sample(self, position: int, duplicate: bool) -> Sample:
+        problem = f"key {printable(self.key)!r} occurs a second time in the shard" if duplicate else self.problem
+        return Sample(position, self.key, self.members, problem)
+
+
+class _HashingReader:
+    """The file as it is, hashed as it goes by."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.sha256.update(data)
+        self.size += len(data)
+        return data
+
+    def seekable(self) -> bool:
+        return False
+
+    def drain(self) -> None:
+        while self.read(1 << 20):
+            pass
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and suffix of a member: split at the first dot of the base name; the suffix is lower-case, may be ''."""
+    slash = name.rfind("/") + 1
+    dot = name.find(".", slash)
+    return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :].lower())
+
+
+def printable(name: str) -> str:
+    """A name that any table or terminal can hold: bytes that are not UTF-8, and control characters, are escaped."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+class BadLabel(ValueError):
+    """The label cannot be used; the message is the reason."""
+
+
+def find_image(sample: Sample) -> tuple[str, bytes]:
+    """The image member (name, payload). Raises BadLabel's sibling LookupError with the reason: none, or several."""
+    images = [(name, data) for name, data in sample.members if split_name(name)[1] in IMAGE_SUFFIXES]
+    if len(images) != 1:
+        raise LookupError("no image member" if not images else f"{len(images)} image members")
+    return images[0]
+
+
+def read_label(sample: Sample, source: str, n_classes: int) -> int:
+    """The class, 0 <= label < n_classes.
+
+    Args:
+        sample: as read.
+        source: suffix of the member that holds an ascii integer ("cls"), or "json:FIELD".
+        n_classes: labels at or above it are refused.
+
+    Raises:
+        BadLabel: missing, there twice, not an integer, or out of range.
+    """
+    suffix, _, field = source.partition(":")
+    found = [data for name, data in sample.members if split_name(name)[1] == suffix.lower()]
+    if len(found) != 1:
+        raise BadLabel(f"{len(found) or 'no'} .{suffix} member{'s' if found else ''}")
+    data = _json_field(found[0], field) if field else found[0]
+    if not _INTEGER.fullmatch(data):
+        raise BadLabel(f"label {printable(data[:40].decode('utf-8', 'surrogateescape'))!r} is not an integer")
+    label = int(data)
+    if not 0 <= label < n_classes:
+        raise BadLabel(f"label {label} is not in 0..{n_classes - 1}")
+    return label
+
+
+def _json_field(data: bytes, field: str) -> bytes:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadLabel("the json member is not valid JSON") from error
+    if not isinstance(record, dict) or field not in record:
+        raise BadLabel(f"the json member has no field {field!r}")
+    value = record[field]
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("utf-8", "surrogatepass")

@@ -1,0 +1,119 @@
+"""Artifacts that hold one Parquet file a shard: index, embeddings, scores, verdicts.
+
+A file a shard (and not a file a group of shards) makes the bytes independent of how the work was divided.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from sanitize.artifacts import Artifact, Part
+from sanitize.errors import ConfigError
+
+
+def rows_name(shard: str) -> str:
+    """File that holds the rows of `shard` inside an artifact."""
+    return f"rows/{shard}.parquet"
+
+
+def write_rows(part: Part, shard: str, table: pa.Table) -> None:
+    """Write the rows of one shard; embeddings compress best as byte streams, strings as dictionaries."""
+    sink = io.BytesIO()
+    floats = [f"{field.name}.list.element" for field in table.schema if pa.types.is_fixed_size_list(field.type)]
+    strings = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    pq.write_table(
+        table, sink, compression="zstd", use_byte_stream_split=floats or False, use_dictionary=strings or False
+    )
+    part.write(rows_name(shard), sink.getvalue())
+
+
+class ShardTables(Artifact):
+    """One Parquet file a shard."""
+
+    @cached_property
+    def shards(self) -> list[str]:
+        """Names of the shards, sorted."""
+        names = (name for name in self.manifest().files if name.startswith("rows/"))
+        return sorted(name.removeprefix("rows/").removesuffix(".parquet") for name in names)
+
+    def rows(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of one shard, in the order of its samples."""
+        return pq.read_table(self.file(rows_name(shard)), columns=columns and list(columns))
+
+    def groups(self, n: int) -> list[list[str]]:
+        """The shards in at most `n` groups of about equal size: the unit of work of one task."""
+        shards = self.shards
+        n = max(1, min(n, len(shards)))
+        return [shards[i * len(shards) // n : (i + 1) * len(shards) // n] for i in range(n)]
+
+
+class EmbeddingBatch(NamedTuple):
+    """Embeddings of samples of one shard, in its order.
+
+    Attributes:
+        shard: its name.
+        positions_B: positions in the shard, int64.
+        keys: keys of the samples.
+        labels_B: given labels, int64.
+        z_BD: float32.
+    """
+
+    shard: str
+    positions_B: Tensor
+    keys: list[str]
+    labels_B: Tensor
+    z_BD: Tensor
+
+
+class Embeddings(ShardTables):
+    """position, key, shard, label, logits, and one or more embeddings as fixed-size lists of float32."""
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The embeddings there are."""
+        schema = pq.read_schema(self.file(rows_name(self.shards[0])))
+        return [field.name for field in schema if pa.types.is_fixed_size_list(field.type) and field.name != "logits"]
+
+    def batches(self, name: str, size: int = 8192, shards: Sequence[str] | None = None) -> Iterator[EmbeddingBatch]:
+        """Stream the embedding `name` in batches of at most `size` rows.
+
+        Raises:
+            ConfigError: there is no embedding of that name.
+        """
+        if name not in self.names:
+            raise ConfigError(f"there is no embedding {name!r} in {self.path}; it has {', '.join(self.names)}")
+        for shard in self.shards if shards is None else shards:
+            file = pq.ParquetFile(self.file(rows_name(shard)))
+            for rows in file.iter_batches(size, columns=["position", "key", "label", name]):
+                yield EmbeddingBatch(
+                    shard,
+                    torch.from_numpy(rows["position"].to_numpy().copy()),
+                    rows["key"].to_pylist(),
+                    torch.from_numpy(rows["label"].to_numpy().copy()),
+                    torch.from_numpy(_matrix(rows[name])),
+                )
+
+
+class Scores(ShardTables):
+    """position, key, label, score: higher is more suspicious, always, and finite. `scorer.json` says by what."""
+
+
+class Selection(ShardTables):
+    """One verdict a sample, in the index's order: position, key, label, keep, status, reasons."""
+
+
+def fixed_size_list(x_BD: Tensor) -> pa.FixedSizeListArray:
+    """A float32 matrix as an Arrow column of fixed-size lists."""
+    values = np.ascontiguousarray(x_BD.detach().to("cpu", torch.float32).numpy())
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).copy()

@@ -1,0 +1,138 @@
+"""Train the suspect model by plain cross-entropy on the untrusted data itself, or take the user's."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from sanitize.artifacts import Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset, Shuffler
+from sanitize.loop import OptimConfig, train
+from sanitize.models.checkpoint import (
+    Architecture,
+    Checkpoint,
+    ModelConfig,
+    load_into,
+    load_state,
+    write_checkpoint,
+)
+from sanitize.models.convnet import ConvNetConfig
+from sanitize.progress import track
+from sanitize.storage import fingerprint, sha256_file
+
+
+class AugmentConfig(BaseModel):
+    """Augmentation that leaves a trigger where it is: nothing is shifted, cropped or erased.
+
+    Attributes:
+        brightness, contrast: an image is scaled and shifted by at most this share of its range.
+        flip: mirror images left to right; moves a corner trigger to the other corner, so off by default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    brightness: float = Field(default=0.1, ge=0, lt=1)
+    contrast: float = Field(default=0.1, ge=0, lt=1)
+    flip: bool = False
+
+    def __call__(self, x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment normalised float images with draws from a CPU generator."""
+        draws_3B = torch.rand(3, len(x_BCHW), generator=generator).to(x_BCHW.device)[..., None, None, None]
+        gain_B111 = 1 + self.contrast * (2 * draws_3B[0] - 1)
+        shift_B111 = self.brightness * (2 * draws_3B[1] - 1)
+        x_BCHW = x_BCHW * gain_B111 + shift_B111
+        return torch.where(draws_3B[2] < 0.5, x_BCHW.flip(3), x_BCHW) if self.flip else x_BCHW
+
+
+class EmbedderConfig(BaseModel):
+    """Which network embeds, and how it is trained.
+
+    Attributes:
+        architecture: the network; a small ConvNet learns a backdoor as readily as a large one, and sooner.
+        weights: a .safetensors or torch state dict of the user's; given, nothing is trained.
+        mean, std: normalisation of each channel on the scale [0, 1].
+        optim: optimiser and schedule.
+        augment: light on purpose.
+        cache_bytes: decoded images held in memory; a larger data set is streamed through a buffer of this size.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["classifier"] = "classifier"
+    architecture: Architecture = ConvNetConfig()
+    weights: str | None = None
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.25,)
+    optim: OptimConfig = OptimConfig()
+    augment: AugmentConfig = AugmentConfig()
+    cache_bytes: int = Field(default=2**30, gt=0)
+
+
+def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: Compute) -> Checkpoint:
+    """Train (or load) the suspect model.
+
+    Args:
+        config: which network, and how.
+        dataset: the untrusted data; only usable samples are read.
+        out: folder of the artifact.
+        compute: device, precision, seed.
+
+    Returns:
+        The Checkpoint; `history.json` has loss and training accuracy of each epoch.
+
+    Raises:
+        NumericsError: training diverged.
+        ConfigError, DataError: the user's weights or architecture cannot be used.
+    """
+    compute.activate()
+    model_config = ModelConfig(
+        architecture=config.architecture,
+        n_classes=dataset.n_classes,
+        image_shape=dataset.image_shape,
+        mean=config.mean,
+        std=config.std,
+    )
+    inputs = {"dataset": dataset.digest}
+    sources = {}
+    if config.weights is not None:
+        inputs["weights"] = sha256_file(Path(config.weights))
+        sources["weights"] = fingerprint(config.weights)
+    recipe = Recipe(
+        stage="train_embedder",
+        config=config.model_dump(mode="json", exclude={"weights"}),
+        numerics=compute.numerics,
+        inputs=inputs,
+    )
+
+    def write(part: Part) -> None:
+        compute.seed_global("embedder", "init")
+        model = model_config.build()
+        history: list[dict[str, float]] = []
+        if config.weights is not None:
+            load_into(model, load_state(config.weights), config.weights)
+        else:
+            history = _train(model, model_config, config, dataset, compute)
+        write_checkpoint(part, model, model_config, history)
+
+    return make(Checkpoint, out, recipe, write, sources=sources)
+
+
+def _train(
+    model: torch.nn.Module, model_config: ModelConfig, config: EmbedderConfig, dataset: Dataset, compute: Compute
+) -> list[dict[str, float]]:
+    generator = compute.generator("embedder", "augment")
+    data = Shuffler(dataset, config.optim.batch_size, config.cache_bytes, compute.generator("embedder", "shuffle"))
+    total = config.optim.epochs * data.steps_per_epoch * data.batch_size
+    with track("train the suspect model", total) as advance:
+        return train(
+            model,
+            data.epoch,
+            data.steps_per_epoch,
+            config.optim,
+            compute,
+            lambda images_BCHW: config.augment(model_config.normalise(images_BCHW), generator),
+            advance,
+        )

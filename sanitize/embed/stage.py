@@ -1,0 +1,106 @@
+"""Push every usable sample through the suspect model once; all scorers read what comes out."""
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from sanitize.artifacts import Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.dataset import Batch, Dataset
+from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
+from sanitize.errors import NumericsError
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.taps import Tapped, find_taps
+from sanitize.progress import track
+
+
+class EmbedConfig(BaseModel):
+    """How samples are embedded.
+
+    Attributes:
+        penultimate: name of the head Linear whose input is the embedding; None finds the last Linear that runs.
+        batch_size: images in one forward pass. Part of the recipe: kernels may round differently at other sizes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    penultimate: str | None = None
+    batch_size: int = Field(default=256, ge=1)
+
+
+def embed_shards(
+    config: EmbedConfig,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    out: str,
+    compute: Compute,
+    shards: Sequence[str] | None = None,
+) -> Embeddings:
+    """Embed every usable sample.
+
+    Args:
+        config: which layer, how many at once.
+        dataset: what to embed.
+        checkpoint: the suspect model.
+        out: folder of the artifact.
+        compute: device and precision.
+        shards: names of the shards to do now; None does all that are missing and finishes.
+
+    Returns:
+        Embeddings with `logits`, `penultimate` and, where the network has feature maps, `pooled`.
+
+    Raises:
+        NumericsError: an embedding is not finite; the message names the shard and the key.
+        ConfigError: the model has no Linear to take embeddings from.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="embed_shards",
+        config=config.model_dump(mode="json"),
+        numerics=compute.numerics,
+        inputs={"dataset": dataset.digest, "checkpoint": checkpoint.digest},
+    )
+    tapped: list[Tapped] = []  # the model is loaded when the first missing part needs it
+
+    def write_part(shard: str, part: Part) -> None:
+        if not tapped:
+            tapped.append(_load(config, checkpoint, compute))
+        tables = [
+            _embed(tapped[0], batch, checkpoint, compute, advance)
+            for batch in dataset.batches(config.batch_size, [shard])
+        ]
+        if tables:
+            write_rows(part, shard, pa.concat_tables(tables))
+            part.counts["samples"] += sum(map(len, tables))
+
+    with track("embed", dataset.n_samples if shards is None else None) as advance:
+        return make(Embeddings, out, recipe, parts=dataset.shards, write_part=write_part, only=shards)
+
+
+def _load(config: EmbedConfig, checkpoint: Checkpoint, compute: Compute) -> Tapped:
+    model = checkpoint.model()
+    example = torch.zeros(2, *checkpoint.config.image_shape, dtype=torch.uint8)
+    taps = find_taps(model, checkpoint.config.normalise(example), config.penultimate)
+    return Tapped(model.to(compute.torch_device, memory_format=torch.channels_last), taps)  # type: ignore[call-overload]
+
+
+def _embed(tapped: Tapped, batch: Batch, checkpoint: Checkpoint, compute: Compute, advance: object) -> pa.Table:
+    with torch.inference_mode(), compute.autocast():
+        x_BCHW = checkpoint.config.normalise(batch.images_BCHW.to(compute.torch_device))
+        seen = tapped(x_BCHW.contiguous(memory_format=torch.channels_last))
+    columns: dict[str, pa.Array] = {
+        "position": pa.array(batch.positions_B.numpy()),
+        "key": pa.array(batch.keys),
+        "shard": pa.array([batch.shard] * len(batch.keys)),
+        "label": pa.array(batch.labels_B.numpy()),
+    }
+    for name in ("logits", "penultimate", "pooled"):
+        if name in seen:
+            x_BD = seen[name].float().cpu()
+            if not (finite_B := x_BD.isfinite().all(1)).all():
+                key = batch.keys[int((~finite_B).nonzero()[0])]
+                raise NumericsError(f"{name} of {batch.shard}, key {key}, is not finite; check the model's weights")
+            columns[name] = fixed_size_list(x_BD)
+    return pa.table(columns)

@@ -1,0 +1,126 @@
+"""A table of features as Embeddings: users with tables skip the network and use the same scorers."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from sanitize.artifacts import Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
+from sanitize.errors import ConfigError, DataError
+from sanitize.storage import fingerprint, sha256_file
+
+
+class TableConfig(BaseModel):
+    """Which columns of a table are what.
+
+    Attributes:
+        label: column of a Parquet file, or array of an .npz file, with integer labels; None puts all rows in class 0.
+        key: column with keys; None numbers the rows.
+        features: array of an .npz file with the features (N, D). Of a Parquet file, all other numeric columns are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str | None = "label"
+    key: str | None = None
+    features: str = "X"
+
+
+def import_table(config: TableConfig, source: str, out: str, compute: Compute) -> Embeddings:
+    """Read features from a .parquet or .npz file as an embedding named `features`.
+
+    Args:
+        config: which columns are what.
+        source: path of the table. Arrays of objects in .npz files are refused: they would be unpickled.
+        out: folder of the artifact; it has one shard, named after the file.
+        compute: unused but for the convention.
+
+    Raises:
+        DataError: the file cannot be read, or holds values that are not numbers.
+        ConfigError: a column is not there.
+    """
+    compute.activate()
+    path = Path(source)
+    try:
+        digest = sha256_file(path)
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error}") from error
+    recipe = Recipe(stage="import_table", config=config.model_dump(mode="json"), inputs={"source": digest})
+
+    def write_part(shard: str, part: Part) -> None:
+        x_ND, labels_N, keys = _read_npz(path, config) if path.suffix == ".npz" else _read_parquet(path, config)
+        columns = {
+            "position": pa.array(np.arange(len(x_ND))),
+            "key": pa.array(keys),
+            "shard": pa.array([shard] * len(x_ND)),
+            "label": pa.array(labels_N.astype(np.int64)),
+            "features": fixed_size_list(torch.from_numpy(x_ND)),
+        }
+        write_rows(part, shard, pa.table(columns))
+        part.counts["samples"] = len(x_ND)
+
+    return make(
+        Embeddings, out, recipe, parts=[path.stem], write_part=write_part, sources={path.stem: fingerprint(source)}
+    )
+
+
+Table = tuple[np.ndarray, np.ndarray, list[str]]
+
+
+def _read_npz(path: Path, config: TableConfig) -> Table:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            loaded = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    x_ND = _column(loaded, config.features, path)
+    if x_ND.ndim != 2:
+        raise DataError(f"{config.features} in {path} has shape {x_ND.shape}; features are a matrix (N, D)")
+    labels_N = np.zeros(len(x_ND)) if config.label is None else _column(loaded, config.label, path)
+    keys = _numbered(len(x_ND)) if config.key is None else [str(key) for key in _column(loaded, config.key, path)]
+    return _as_float32(x_ND, path), labels_N, keys
+
+
+def _read_parquet(path: Path, config: TableConfig) -> Table:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    columns = {name: table[name] for name in table.column_names}
+    labels_N = np.zeros(len(table)) if config.label is None else _column(columns, config.label, path).to_numpy()
+    keys = (
+        _numbered(len(table))
+        if config.key is None
+        else [str(k) for k in _column(columns, config.key, path).to_pylist()]
+    )
+    features = [
+        column.to_numpy()
+        for name, column in columns.items()
+        if name not in (config.label, config.key)
+        and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type))
+    ]
+    if not features:
+        raise DataError(f"{path} has no numeric column beside label and key")
+    return _as_float32(np.stack(features, 1), path), labels_N, keys
+
+
+def _as_float32(x_ND: np.ndarray, path: Path) -> np.ndarray:
+    x_ND = x_ND.astype(np.float32)
+    if not (finite_N := np.isfinite(x_ND).all(1)).all():
+        raise DataError(f"row {int(np.argmin(finite_N))} of {path} holds a value that is not finite")
+    return x_ND
+
+
+def _column(columns: dict, name: str, path: Path):  # type: ignore[no-untyped-def, type-arg]
+    if name not in columns:
+        raise ConfigError(f"{path} has no column {name!r}; it has {', '.join(columns)}")
+    return columns[name]
+
+
+def _numbered(n: int) -> list[str]:
+    return [f"{i:08d}" for i in range(n)]

@@ -1,0 +1,21 @@
+"""What can go wrong, by what the user has to do about it. Every message says what, where and what to do."""
+
+
+class SanitizeError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(SanitizeError):
+    """A setting is wrong or two settings contradict each other: change the configuration."""
+
+
+class DataError(SanitizeError):
+    """The data cannot be read, or too much of it is bad: look at the shard and key the message names."""
+
+
+class NumericsError(SanitizeError):
+    """A loss, statistic or score is not finite: the message names the stage and where it happened."""
+
+
+class ArtifactError(SanitizeError):
+    """A folder was made by another recipe, is damaged, or is not the artifact that was expected."""

@@ -1,0 +1,1 @@
+"""Small networks, how to build, save and load them, and how to read their inner activations."""

@@ -1,0 +1,146 @@
+"""Networks by description: build one, save it as safetensors beside its description, load it back. No pickle."""
+
+import importlib
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import safetensors.torch
+import torch
+import torchvision.models
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from sanitize.artifacts import Artifact, Part
+from sanitize.errors import ConfigError, DataError
+from sanitize.models.convnet import ConvNet, ConvNetConfig
+from sanitize.models.resnet import ResNet, ResNetConfig
+
+
+class TorchvisionConfig(BaseModel):
+    """A torchvision classification architecture, by its name there ("resnet18")."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["torchvision"] = "torchvision"
+    name: str
+
+
+class FactoryConfig(BaseModel):
+    """A network of the user's: `function` is "package.module:function", called as function(n_classes, in_channels).
+
+    This imports and runs the user's code; take it from a configuration you wrote, never from data.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["factory"] = "factory"
+    function: str = Field(pattern=r"^[\w.]+:\w+$")
+
+
+Architecture = Annotated[ConvNetConfig | ResNetConfig | TorchvisionConfig | FactoryConfig, Field(discriminator="kind")]
+
+
+class ModelConfig(BaseModel):
+    """A network and what it expects.
+
+    Attributes:
+        architecture: which network.
+        n_classes: K.
+        image_shape: (C, H, W) of the uint8 images it is fed.
+        mean, std: of each channel, on the scale [0, 1]; images are normalised with them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: Architecture = ConvNetConfig()
+    n_classes: int = Field(gt=0)
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.25,)
+
+    def build(self) -> nn.Module:
+        """A new network with torch's own initialisation, drawn from torch's global generator.
+
+        Raises:
+            ConfigError: the architecture is unknown or cannot be imported.
+        """
+        kind = self.architecture
+        channels = self.image_shape[0]
+        if isinstance(kind, ConvNetConfig):
+            return ConvNet(kind, self.n_classes, channels)
+        if isinstance(kind, ResNetConfig):
+            return ResNet(kind, self.n_classes, channels)
+        if isinstance(kind, TorchvisionConfig):
+            return _torchvision(kind.name, self.n_classes)
+        module, _, function = kind.function.partition(":")
+        try:
+            factory: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"cannot import {kind.function}: {error}") from error
+        return factory(n_classes=self.n_classes, in_channels=channels)
+
+    def normalise(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 images to the float32 images the network takes."""
+        like = {"dtype": torch.float32, "device": images_BCHW.device}
+        mean_C11, std_C11 = (torch.tensor(v, **like)[:, None, None] for v in (self.mean, self.std))  # type: ignore[arg-type]
+        return (images_BCHW.float() / 255 - mean_C11) / std_C11
+
+
+def _torchvision(name: str, n_classes: int) -> nn.Module:
+    try:
+        return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=n_classes))
+    except ValueError as error:
+        raise ConfigError(f"torchvision has no model {name!r}; see torchvision.models.list_models()") from error
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from a torch file by the restricted unpickler (tensors only).
+
+    Raises:
+        DataError: the file is missing, or holds anything but tensors.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DataError(f"cannot load weights from {path}: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DataError(f"{path} holds no state dict of tensors")
+    return state
+
+
+class Checkpoint(Artifact):
+    """A trained network: `model.safetensors`, `config.json` (ModelConfig), `history.json`."""
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """What the network is and expects."""
+        return ModelConfig.model_validate(self.read_json("config.json"))
+
+    def model(self) -> nn.Module:
+        """The network in eval mode, on the CPU."""
+        model = self.config.build()
+        load_into(model, safetensors.torch.load_file(self.file("model.safetensors")), self.path)
+        return model.eval()
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load a state dict strictly. Raises ConfigError saying which tensors do not fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"the weights in {where} do not fit the architecture: {error}") from error
+
+
+def write_checkpoint(part: Part, model: nn.Module, config: ModelConfig, history: list[dict[str, Any]]) -> None:
+    """Write the three files of a `Checkpoint`."""
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    part.write("model.safetensors", safetensors.torch.save(state))
+    part.write("config.json", json.dumps(config.model_dump(mode="json"), indent=2).encode())
+    part.write_json("history.json", history)

@@ -1,0 +1,51 @@
+"""A plain convolutional network: [conv 3x3 - BatchNorm - ReLU] blocks, halving the image between them.
+
+Small on purpose: it is the suspect model that `embed` trains to make a backdoor visible, and it must be quick on
+two CPU cores. Shapes: B batch, C channels, H W image, K classes, D features.
+"""
+
+from collections import OrderedDict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+
+class ConvNetConfig(BaseModel):
+    """Architecture of `ConvNet`; `widths` has one entry a block, so its length is the depth."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["convnet"] = "convnet"
+    widths: tuple[int, ...] = Field(default=(32, 64, 128), min_length=1)
+    convs_per_block: int = Field(default=1, ge=1, le=4)
+
+
+class ConvNet(nn.Module):
+    """`widths` blocks with a 2x2 max-pool between them, then the spatial mean and one Linear.
+
+    Args:
+        config: widths and convolutions per block.
+        n_classes: K, the number of logits.
+        in_channels: C of the images.
+    """
+
+    def __init__(self, config: ConvNetConfig, n_classes: int, in_channels: int) -> None:
+        super().__init__()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        channels = in_channels
+        for block, width in enumerate(config.widths):
+            for conv in range(config.convs_per_block):
+                name = f"{block}_{conv}"
+                layers[f"conv{name}"] = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+                layers[f"norm{name}"] = nn.BatchNorm2d(width)
+                layers[f"relu{name}"] = nn.ReLU(inplace=True)
+                channels = width
+            if block + 1 < len(config.widths):
+                layers[f"pool{block}"] = nn.MaxPool2d(2, ceil_mode=True)
+        self.features = nn.Sequential(layers)
+        self.head = nn.Linear(channels, n_classes)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits, shape (B, K), of normalised float images."""
+        return self.head(self.features(x_BCHW).mean(dim=(2, 3)))

@@ -1,0 +1,45 @@
+"""Progress of long work. The library reports it; whoever runs the library decides whether it is shown.
+
+Silent by default. `with shown(): ...` draws rich bars with a rate for every `track` inside, from any thread.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import ProgressColumn as Column
+from rich.text import Text
+
+_display: Progress | None = None
+
+
+class _Rate(Column):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="cyan")
+
+
+@contextmanager
+def shown(console: Console | None = None) -> Iterator[None]:
+    """Draw the bars of everything that runs inside on `console` (default: stderr)."""
+    global _display
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, _Rate(), TimeElapsedColumn(), console=console or Console(stderr=True)) as display:
+        _display = display
+        try:
+            yield
+        finally:
+            _display = None
+
+
+@contextmanager
+def track(description: str, total: int | None, unit: str = "samples") -> Iterator[Callable[[int], None]]:
+    """A bar of `total` units; the block gets a function that advances it."""
+    display = _display
+    if display is None:
+        yield lambda _n: None
+        return
+    task = display.add_task(description, total=total, unit=unit)
+    yield lambda n: display.advance(task, n)
+    display.update(task, total=display.tasks[display.task_ids.index(task)].completed)

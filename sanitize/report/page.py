@@ -1,0 +1,261 @@
+"""The page about one run: what was found, where, why, what could not be read, how it was done, and how to undo it.
+
+Everything on it comes from finished artifacts, and it is rendered from exactly the numbers in `report.json`. Strings
+and images were written by strangers: strings are escaped and shown without control characters, images are decoded
+and encoded anew, and the page's own policy forbids scripts and every request.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from markupsafe import Markup
+from pydantic import BaseModel, ConfigDict, Field
+
+from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.tables import Scores, Selection
+from sanitize.errors import ArtifactError
+from sanitize.report import charts
+from sanitize.report.numbers import collect
+from sanitize.report.pictures import pictures
+from sanitize.select.write import Shards
+
+MAX_TEXT = 160  # characters of one string from the data
+MAX_FACT = 8_000  # characters of one fact or configuration
+
+
+class ReportConfig(BaseModel):
+    """What the page shows.
+
+    Attributes:
+        title: of the page.
+        n_images: most suspicious samples shown: removed ones first, then the highest scores that were kept.
+        n_kept_images: even where more were removed than fit, at least so many kept ones are shown beside them.
+        n_histograms: classes whose scores are drawn, the most affected first.
+        n_classes: rows of the class table, the most affected first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str = Field(default="Training data report", min_length=1, max_length=200)
+    n_images: int = Field(default=48, ge=0, le=200)
+    n_kept_images: int = Field(default=12, ge=0, le=48)
+    n_histograms: int = Field(default=24, ge=1, le=64)
+    n_classes: int = Field(default=200, ge=1, le=1000)
+
+
+class Report(Artifact):
+    """`index.html`, and `report.json` with the same numbers for machines."""
+
+
+def write_report(
+    config: ReportConfig,
+    dataset: Dataset,
+    scores: Scores,
+    selection: Selection,
+    shards: Shards,
+    out: str,
+    compute: Compute,
+    facts: dict[str, str] | None = None,
+) -> Report:
+    """Write the page.
+
+    Args:
+        config: how much it shows.
+        dataset: all samples; the source shards themselves are not read again.
+        scores: of the usable ones.
+        selection: what became of each.
+        shards: what was written; the pictures are taken from there.
+        out: folder of the artifact: `index.html`, `report.json`.
+        compute: unused but for the convention; nothing is random.
+        facts: further rows of "How it was done", name -> text; part of the recipe, so keep dates and paths out.
+
+    Returns:
+        The Report. Versions of the software are on the page but not in the recipe: they are facts about this
+        rendering, and a newer torch is no reason to refuse a finished folder.
+
+    Raises:
+        ArtifactError: the artifacts do not belong together.
+    """
+    compute.activate()
+    given: dict[str, Artifact] = {"dataset": dataset, "scores": scores, "selection": selection, "shards": shards}
+    rows = [[name, text] for name, text in (facts or {}).items()]  # a list: their order is seen on the page
+    recipe = Recipe(
+        stage="write_report",
+        config=config.model_dump(mode="json") | {"facts": rows},
+        inputs={name: artifact.digest for name, artifact in given.items()},
+    )
+
+    def write(part: Part) -> None:
+        _check(dataset, scores, selection, shards)
+        n_images = config.n_images, min(config.n_kept_images, config.n_images)
+        numbers = collect(dataset, scores, selection, n_images, config.n_histograms)
+        numbers |= {"title": config.title, "n_class_rows": min(config.n_classes, len(numbers["classes"]))}
+        numbers |= {"chain": [_link(*item) for item in given.items()], "facts": rows, "versions": _versions(rows)}
+        numbers["headline"] = headline(numbers)
+        part.write_json("report.json", numbers)
+        part.write("index.html", render(numbers, pictures(numbers["suspects"], dataset, shards)).encode())
+        part.counts.update(numbers["counts"])
+
+    return make(Report, out, recipe, write)
+
+
+def _check(dataset: Dataset, scores: Scores, selection: Selection, shards: Shards) -> None:
+    """Refuse artifacts of different runs: the page would be wrong without anybody seeing it."""
+    parents: tuple[tuple[Artifact, str, Artifact], ...] = (
+        (selection, "dataset", dataset),
+        (selection, "scores", scores),
+        (shards, "dataset", dataset),
+        (shards, "selection", selection),
+    )
+    for child, name, parent in parents:
+        # A restored selection names neither data set nor scores.
+        if child.manifest().recipe.inputs.get(name, parent.digest) != parent.digest:
+            raise ArtifactError(f"{child.path} was not made from {parent.path}; give artifacts of one run")
+
+
+def _link(name: str, artifact: Artifact) -> dict[str, Any]:
+    """One artifact of the chain; the shards a data set was made of are counted, not listed."""
+    recipe = artifact.manifest().recipe
+    inputs = {parent: digest for parent, digest in sorted(recipe.inputs.items()) if digest != "shard"}
+    return {
+        "name": name,
+        "stage": recipe.stage,
+        "version": recipe.version,
+        "digest": artifact.digest,
+        "inputs": inputs,
+        "n_shards": len(recipe.inputs) - len(inputs),
+        "numerics": recipe.numerics,
+        "config": recipe.config,
+    }
+
+
+def _versions(facts: list[list[str]]) -> dict[str, str]:
+    """Versions of what drew the page, but for those the caller states among the facts."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    found |= {name: metadata.version(name) for name in ("sanitize", "torchvision", "numpy", "pyarrow")}
+    stated = {name.lower() for name, _ in facts}
+    return {name: text for name, text in sorted(found.items()) if name not in stated}
+
+
+def headline(numbers: dict[str, Any]) -> str:
+    """The verdict in one sentence that claims no more than the rule does."""
+    counts = numbers["counts"]
+    n, total = counts["quarantined"], counts["samples"]
+    unreadable = f"{counts['unreadable']:,} could not be read"
+    if n == 0:
+        if not counts["unreadable"]:
+            return f"Nothing stood out; all {total:,} samples were kept."
+        return f"Nothing stood out; {counts['clean']:,} of {total:,} samples were kept, {unreadable}."
+    one = n == 1
+    verbs = {
+        "separation": "looks planted" if one else "look planted",
+        "fdr": "stands out" if one else "stand out",
+        "contamination": "was removed as the most suspicious of its class"
+        if one
+        else "were removed as the most suspicious of their classes",
+    }
+    verb = verbs.get(numbers["rule"].get("kind", ""), "was removed" if one else "were removed")
+    sit = "it sits" if one else "they sit"
+    end = f"; {unreadable}" if counts["unreadable"] else ""
+    return f"{n:,} of {total:,} samples {verb}; {sit} in {_places(numbers)}{end}."
+
+
+def _places(numbers: dict[str, Any]) -> str:
+    touched = [clean_text(class_name(c)) for c in numbers["classes"] if c["removed"]]
+    if len(touched) > 4:
+        return f"{len(touched):,} of {numbers['n_classes']:,} classes"
+    if len(touched) == 1:
+        return f"class {touched[0]}"
+    return f"classes {', '.join(touched[:-1])} and {touched[-1]}"
+
+
+def class_name(of_class: dict[str, Any]) -> str:
+    """Number of a class, with its name where there is one."""
+    return str(of_class["label"]) if of_class["name"] is None else f"{of_class['label']} ({of_class['name']})"
+
+
+def clean_text(text: str, limit: int = MAX_TEXT) -> str:
+    """What a stranger wrote, safe to look at: no control, direction or surrogate characters, not too long."""
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
+    if len(text) <= limit and len(shown) <= limit:
+        return shown
+    return shown[: limit - 2] + " …"
+
+
+def clean_lines(text: str) -> str:
+    """The same for a longer text, line by line."""
+    head = text if len(text) <= MAX_FACT else text[:MAX_FACT] + " …"
+    return "\n".join(clean_text(line, MAX_FACT) for line in head.split("\n"))
+
+
+def render(numbers: dict[str, Any], thumbnails: list[tuple[bytes, int, int] | None]) -> str:
+    """The page.
+
+    Args:
+        numbers: content of `report.json`.
+        thumbnails: for each of its suspects (PNG, width, height), or None where there is no picture.
+    """
+    return _template().render(numbers | _charts(numbers), thumbnails=thumbnails)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "count": lambda n: f"{n:,}",
+        "share": lambda x: f"{100 * x:.1f} %" if x == 0 or x >= 0.001 else "< 0.1 %",
+        "number": lambda x, step=0.0: "–" if x is None else charts.number(x, step),
+        "text": clean_text,
+        "lines": clean_lines,
+        "pretty": lambda value: json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False),
+        "class_name": class_name,
+        "combined": lambda config, numerics: config | ({"numerics": numerics} if numerics else {}),
+        "csp_hash": lambda css: "sha256-" + base64.b64encode(hashlib.sha256(str(css).encode()).digest()).decode(),
+        "png": lambda png: Markup("data:image/png;base64,") + base64.b64encode(png).decode(),
+    }
+    return environment.get_template("page.html.j2")
+
+
+def _charts(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The drawings; charts escape what they are given, so they may pass the template as they are."""
+    separations = [c["separation"] for c in numbers["classes"] if c["separation"] is not None]
+    levels = [c["level"] for c in numbers["classes"] if c["level"] is not None]
+    top = 1.15 * max([*separations, *levels], default=1.0)
+    by_label = {c["label"]: c for c in numbers["classes"]}
+    counts = numbers["counts"]
+    return {
+        "by_label": by_label,
+        "score_step": charts.step_for([c["highest"] for c in numbers["classes"]]),
+        "has_separation": bool(separations),
+        "balance": Markup(charts.balance([(k, counts[k]) for k in ("clean", "quarantined", "unreadable")])),
+        "gauges": {
+            c["label"]: Markup(charts.gauge(c["separation"], c["level"], top, c["removed"] > 0))
+            for c in numbers["classes"][: numbers["n_class_rows"]]
+            if c["separation"] is not None
+        },
+        "drawings": {
+            h["label"]: Markup(
+                charts.histogram(
+                    h["edges"], h["kept"], h["removed"], h["threshold"], clean_text(class_name(by_label[h["label"]]))
+                )
+            )
+            for h in numbers["histograms"]
+        },
+    }

@@ -1,0 +1,85 @@
+"""Thumbnails of the most suspicious samples: decoded like any other image, then encoded anew as small PNGs.
+
+They are read from the shards the run wrote, which are there even when the source shards are gone, and a picture is
+shown only if its bytes are those that were indexed: quarantine may hold several samples of one key.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from sanitize.data.dataset import Dataset
+from sanitize.data.decode import BadImage, ImageConfig, decode, encode_png
+from sanitize.data.samples import SampleLimits, ShardReader, printable
+from sanitize.errors import SanitizeError
+from sanitize.select.write import Shards
+
+BUDGET = 1_200_000  # bytes of all thumbnails together, before base64
+SIDES = (128, 112, 96, 80, 64, 48, 32, 24)  # of a thumbnail in pixels, tried until it fits its share of the budget
+
+Thumbnail = tuple[bytes, int, int]  # PNG, width, height
+
+
+def pictures(suspects: list[dict[str, Any]], dataset: Dataset, shards: Shards) -> list[Thumbnail | None]:
+    """A thumbnail of each suspect; None where its image cannot be found."""
+    wanted: dict[tuple[str, str], list[int]] = {}
+    for i, suspect in enumerate(suspects):
+        wanted.setdefault((suspect["shard"], suspect["status"]), []).append(i)
+    config = ImageConfig.model_validate(dataset.info["image"])
+    limits = SampleLimits.model_validate(dataset.info["limits"])
+    found: list[Thumbnail | None] = [None] * len(suspects)
+    for (shard, status), group in sorted(wanted.items()):
+        rows = _index_rows(dataset, shard, [suspects[i]["position"] for i in group])
+        missing = {(row["key"], row["sha256"]): i for row, i in zip(rows, group, strict=True)}
+        folder = "clean" if status == "kept" else "quarantine"
+        for key, data in _payloads(str(shards.file(f"{folder}/{shard}")), limits, {row["key"] for row in rows}):
+            if (found_here := (key, hashlib.sha256(data).hexdigest())) in missing:
+                found[missing.pop(found_here)] = thumbnail(data, config, BUDGET // len(suspects))
+            if not missing:
+                break
+    return found
+
+
+def _index_rows(dataset: Dataset, shard: str, positions: list[int]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = dataset.rows(shard, ["key", "sha256"]).take(positions).to_pylist()
+    return rows
+
+
+def _payloads(path: str, limits: SampleLimits, keys: set[str]) -> Iterator[tuple[str, bytes]]:
+    """(key, payload) of the members of some samples; a shard that cannot be read has none."""
+    try:
+        for sample in ShardReader(path, limits):
+            if (key := printable(sample.key)) in keys:
+                yield from ((key, data) for _, data in sample.members)
+    except (SanitizeError, OSError):
+        return
+
+
+def thumbnail(data: bytes, config: ImageConfig, max_bytes: int) -> Thumbnail | None:
+    """The image as PNG of at most 128 x 128 pixels, smaller where `max_bytes` asks for it; never enlarged."""
+    try:
+        image_CHW = decode(data, config)
+    except BadImage:
+        return None
+    png, small_CHW = b"", image_CHW
+    for side in SIDES:
+        small_CHW = shrink(image_CHW, side)
+        png = encode_png(small_CHW)
+        if len(png) <= max_bytes:
+            break
+    return png, small_CHW.shape[2], small_CHW.shape[1]
+
+
+def shrink(image_CHW: Tensor, side: int) -> Tensor:
+    """Fit the longer side into `side` pixels; an image that fits is returned as it is."""
+    height, width = image_CHW.shape[1:]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return image_CHW
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    small_CHW: Tensor = v2.functional.resize(image_CHW, size, antialias=True)
+    return small_CHW.to(torch.uint8)

@@ -1,0 +1,18 @@
+"""Anomaly scores, one method a file. A score is higher for a more suspicious sample, always."""
+
+from sanitize.score.spectral import Spectral, SpectralConfig
+from sanitize.score.stage import FittedScorer, ScorerConfig, fit_scorer, new_scorer, score_shards
+from sanitize.score.toxic_direction import ToxicDirectionConfig
+from sanitize.score.toxic_scorer import ToxicDirection
+
+__all__ = [
+    "FittedScorer",
+    "ScorerConfig",
+    "Spectral",
+    "SpectralConfig",
+    "ToxicDirection",
+    "ToxicDirectionConfig",
+    "fit_scorer",
+    "new_scorer",
+    "score_shards",
+]

@@ -1,0 +1,56 @@
+"""What a scorer is. A score is higher for a more suspicious sample, always; a scorer never drops anything.
+
+Shapes: B rows of a batch, N of a class, D features.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from sanitize.compute import Compute
+from sanitize.data.tables import EmbeddingBatch
+
+Passes = Callable[[], Iterable[EmbeddingBatch]]
+
+
+class Scorer(Protocol):
+    """Fit on a stream that can be read several times, then score batch by batch.
+
+    Attributes:
+        statistics: for each label, what a rule or a reader may want to know of its class (finite numbers).
+    """
+
+    statistics: dict[int, dict[str, float]]
+
+    def fit(self, passes: Passes, compute: Compute) -> None:
+        """Estimate the state; `passes()` starts a new pass over all embeddings."""
+        ...
+
+    def score(self, batch: EmbeddingBatch) -> Tensor:
+        """Scores (B,), float32 and finite. A class that could not be fitted scores 0."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The fitted state as tensors, lossless."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor], statistics: dict[int, dict[str, float]]) -> None:
+        """The inverse of `state_dict`."""
+        ...
+
+
+def row_hashes(batch: EmbeddingBatch, seed: int) -> list[int]:
+    """One keyed 64-bit hash a row, from shard and position: what `HashSample` picks by."""
+    prefix = f"{seed}/{batch.shard}/"
+    return [
+        int.from_bytes(hashlib.blake2b(f"{prefix}{position}".encode(), digest_size=8).digest(), "big")
+        for position in batch.positions_B.tolist()
+    ]
+
+
+def by_label(batch: EmbeddingBatch) -> Iterable[tuple[int, Tensor]]:
+    """(label, indices of its rows) for each label of a batch."""
+    for label in batch.labels_B.unique().tolist():
+        yield label, (batch.labels_B == label).nonzero().squeeze(1)

@@ -1,0 +1,130 @@
+"""Fit a scorer on embeddings, then score every sample: the only place where scorers meet files."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, Any
+
+import pyarrow as pa
+import safetensors.torch
+from pydantic import Field
+
+from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.tables import Embeddings, Scores, write_rows
+from sanitize.errors import NumericsError
+from sanitize.progress import track
+from sanitize.score.scorer import Scorer
+from sanitize.score.spectral import Spectral, SpectralConfig
+from sanitize.score.toxic_direction import ToxicDirectionConfig
+from sanitize.score.toxic_scorer import ToxicDirection
+
+ScorerConfig = Annotated[SpectralConfig | ToxicDirectionConfig, Field(discriminator="kind")]
+
+
+def new_scorer(config: ScorerConfig) -> Scorer:
+    """The scorer a config describes, not fitted yet."""
+    return Spectral(config) if isinstance(config, SpectralConfig) else ToxicDirection(config)
+
+
+class FittedScorer(Artifact):
+    """`state.safetensors` and `scorer.json` (config and class statistics)."""
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """scorer.json: `config`, and `classes`: label -> statistics."""
+        info: dict[str, Any] = self.read_json("scorer.json")
+        return info
+
+    def scorer(self, config: ScorerConfig) -> Scorer:
+        """The scorer, ready to score."""
+        scorer = new_scorer(config)
+        state: Mapping[str, Any] = safetensors.torch.load_file(self.file("state.safetensors"))
+        scorer.load_state(state, {int(label): values for label, values in self.info["classes"].items()})
+        return scorer
+
+
+def fit_scorer(config: ScorerConfig, embeddings: Embeddings, out: str, compute: Compute) -> FittedScorer:
+    """Fit a scorer on all embeddings.
+
+    Args:
+        config: which scorer.
+        embeddings: what to fit on; read as a stream, several times.
+        out: folder of the artifact.
+        compute: seed of the hash-chosen samples.
+
+    Raises:
+        ConfigError: the embedding the scorer reads is not there.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="fit_scorer",
+        config=config.model_dump(mode="json"),
+        numerics=compute.numerics,
+        inputs={"embeddings": embeddings.digest},
+    )
+
+    def write(part: Part) -> None:
+        scorer = new_scorer(config)
+        with track(f"fit {config.kind}", None) as advance:
+
+            def one_pass():  # type: ignore[no-untyped-def]
+                for batch in embeddings.batches(config.embedding):
+                    advance(len(batch.keys))
+                    yield batch
+
+            scorer.fit(one_pass, compute)
+        part.write("state.safetensors", safetensors.torch.save(scorer.state_dict()))
+        part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": scorer.statistics})
+
+    return make(FittedScorer, out, recipe, write)
+
+
+def score_shards(
+    config: ScorerConfig,
+    fitted: FittedScorer,
+    embeddings: Embeddings,
+    out: str,
+    compute: Compute,
+    shards: Sequence[str] | None = None,
+) -> Scores:
+    """Score every embedded sample.
+
+    Args:
+        config: the one the scorer was fitted with.
+        fitted: the scorer.
+        embeddings: what to score.
+        out: folder of the artifact.
+        compute: unused but for the convention; nothing is random.
+        shards: names of the shards to do now; None does all that are missing and finishes.
+
+    Raises:
+        NumericsError: a score is not finite; the message names shard and key.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="score_shards",
+        config=config.model_dump(mode="json"),
+        inputs={"fitted": fitted.digest, "embeddings": embeddings.digest},
+    )
+    scorer = fitted.scorer(config)
+
+    def write_part(shard: str, part: Part) -> None:
+        tables = []
+        for batch in embeddings.batches(config.embedding, shards=[shard]):
+            scores_B = scorer.score(batch)
+            if not (finite_B := scores_B.isfinite()).all():
+                key = batch.keys[int((~finite_B).nonzero()[0])]
+                raise NumericsError(f"{config.kind} score of {shard}, key {key}, is not finite")
+            columns = {
+                "position": batch.positions_B.numpy(),
+                "label": batch.labels_B.numpy(),
+                "score": scores_B.numpy(),
+            }
+            tables.append(pa.table({"key": batch.keys, **columns}))
+        write_rows(part, shard, pa.concat_tables(tables))
+        part.counts["samples"] += sum(map(len, tables))
+
+    def finish(part: Part, _workshop: object) -> None:
+        part.write_json("scorer.json", fitted.info)
+
+    return make(Scores, out, recipe, parts=embeddings.shards, write_part=write_part, finish=finish, only=shards)

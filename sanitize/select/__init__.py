@@ -1,0 +1,20 @@
+"""From scores to verdicts, from verdicts to shards: rules decide, the writer copies bytes, a decision can be undone."""
+
+from sanitize.select.restore import RestoreConfig, restore_samples
+from sanitize.select.rules import ContaminationRule, FDRRule, Rule, SeparationRule
+from sanitize.select.stage import SelectConfig, select_samples
+from sanitize.select.write import Shards, WriteConfig, write_selected
+
+__all__ = [
+    "ContaminationRule",
+    "FDRRule",
+    "RestoreConfig",
+    "Rule",
+    "SelectConfig",
+    "SeparationRule",
+    "Shards",
+    "WriteConfig",
+    "restore_samples",
+    "select_samples",
+    "write_selected",
+]

@@ -1,0 +1,71 @@
+"""Put samples back: a new Selection in which the named keys are kept, with the decision as a reason."""
+
+from collections import Counter
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from sanitize.artifacts import Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.tables import Selection, write_rows
+from sanitize.errors import DataError
+from sanitize.select.stage import SCHEMA
+
+
+class RestoreConfig(BaseModel):
+    """What is put back, and why.
+
+    Attributes:
+        keys: keys of quarantined samples; "SHARD:KEY" where a key occurs in several shards.
+        note: who decided and why, kept with the verdict.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: tuple[str, ...] = Field(min_length=1)
+    note: str = ""
+
+
+def restore_samples(config: RestoreConfig, selection: Selection, out: str, compute: Compute) -> Selection:
+    """Make a Selection that keeps the named samples; `write_selected` then writes the shards.
+
+    Raises:
+        DataError: a key is not in quarantine, is unreadable, or occurs in several shards.
+    """
+    compute.activate()
+    wanted = set(config.keys)
+    recipe = Recipe(
+        stage="restore_samples",
+        config=config.model_dump(mode="json") | {"keys": sorted(wanted)},
+        inputs={"selection": selection.digest},
+    )
+    _check(selection, wanted)
+
+    def write_part(shard: str, part: Part) -> None:
+        rows = selection.rows(shard).to_pylist()
+        for row in rows:
+            if row["status"] == "quarantined" and wanted & {row["key"], f"{shard}:{row['key']}"}:
+                reason = {"stage": "restore", "reason": config.note or "put back by hand"}
+                row |= {"status": "kept", "keep": True, "reasons": [*row["reasons"], reason]}
+                part.counts["restored"] += 1
+            part.counts[row["status"]] += 1
+        part.counts["samples"] += len(rows)
+        write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
+
+    def finish(part: Part, _workshop: object) -> None:
+        part.write("selection.json", selection.file("selection.json").read_bytes())
+
+    return make(Selection, out, recipe, parts=selection.shards, write_part=write_part, finish=finish)
+
+
+def _check(selection: Selection, wanted: set[str]) -> None:
+    quarantined: Counter[str] = Counter()
+    for shard in selection.shards:
+        rows = selection.rows(shard, ["key", "status"]).to_pylist()
+        keys = [row["key"] for row in rows if row["status"] == "quarantined"]
+        quarantined.update([*keys, *(f"{shard}:{key}" for key in keys)])
+    for key in sorted(wanted):
+        if not quarantined[key]:
+            raise DataError(f"key {key!r} is not in quarantine; see the keys in {selection.path} or in the report")
+        if quarantined[key] > 1:
+            raise DataError(f"key {key!r} is in quarantine {quarantined[key]} times; say SHARD:{key}")

@@ -1,0 +1,133 @@
+"""Rules: from the scores of each class to the score above which its samples go. Every rule may find nothing.
+
+A rule returns one threshold a class; samples with a score *above* it (>) are flagged. float("inf") touches nothing.
+Shapes: N scores of one class, K classes.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from sanitize.errors import ConfigError
+
+Scores = Mapping[int, np.ndarray]  # label -> float32 (N,)
+Statistics = Mapping[int, Mapping[str, float]]
+
+
+class ContaminationRule(BaseModel):
+    """Remove 1.5 x `rate` of every class, the highest scores first (Tran, Li & Madry, 2018, Algorithm 1).
+
+    Attributes:
+        rate: expected share of poison *within a class*, in (0, 0.5].
+        factor: safety margin on it; 1.5 is the paper's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["contamination"] = "contamination"
+    rate: float = Field(gt=0, le=0.5)
+    factor: float = Field(default=1.5, gt=0)
+
+    def thresholds(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
+        """The score below the top `factor * rate` of each class."""
+        return {y: keep_all_but(s_N, round(self.factor * self.rate * len(s_N))) for y, s_N in scores.items()}
+
+
+class SeparationRule(BaseModel):
+    """Touch a class only where its two components stand apart more than clean classes' do; needs no rate.
+
+    The scorer must measure a held-out `separation` of each class and give log-odds as scores (`toxic_direction`).
+    A class is touched where the separation exceeds `floor` and the level that the other classes of the run show;
+    then what is more likely in the minority component than not goes (log-odds > `log_odds`).
+
+    Attributes:
+        floor: separation below which a class is never touched, in pooled standard deviations.
+        log_odds: natural log of the odds from which a sample of a touched class is flagged.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["separation"] = "separation"
+    floor: float = Field(default=4.0, ge=0)
+    log_odds: float = 0.0
+
+    def thresholds(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
+        """`log_odds` for the classes that stand out, infinity for the others.
+
+        Raises:
+            ConfigError: the scorer measures no separation.
+        """
+        separations = {y: of_class["separation"] for y, of_class in statistics.items() if "separation" in of_class}
+        if statistics and not separations:
+            raise ConfigError(
+                "rule 'separation' needs scorer 'toxic_direction'; use 'contamination' or 'fdr' with others"
+            )
+        level = separation_threshold(list(separations.values()), self.floor)
+        return {y: self.log_odds if separations.get(y, 0.0) > level else math.inf for y in scores}
+
+
+class FDRRule(BaseModel):
+    """Benjamini-Hochberg at level `q` with an empirical null: the standardised scores of all *other* classes.
+
+    Parametric nulls removed 10-16 % of clean images: natural outliers lie as far out as poison. Taking the null from
+    the other classes of the run is right where poison sits in few classes, and merely cautious where it does not.
+
+    Attributes:
+        q: bound on the expected share of clean samples among those removed, in (0, 1).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["fdr"] = "fdr"
+    q: float = Field(default=0.05, gt=0, lt=1)
+
+    def thresholds(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
+        """The score of the last rejected sample's predecessor, per class."""
+        found = {}
+        for label, s_N in scores.items():
+            p_N = self.p_values(scores, label)
+            n_rejected = benjamini_hochberg(p_N, self.q)
+            found[label] = keep_all_but(s_N, n_rejected)
+        return found
+
+    def p_values(self, scores: Scores, label: int) -> np.ndarray:
+        """Share of the other classes' scores that are at least as high, (N,) float64 in (0, 1]."""
+        null_M = np.sort(
+            np.concatenate([standardised(s_N) for y, s_N in scores.items() if y != label] or [np.zeros(0)])
+        )
+        n_above_N = len(null_M) - np.searchsorted(null_M, standardised(scores[label]), side="left")
+        return np.asarray((1 + n_above_N) / (1 + len(null_M)))
+
+
+Rule = Annotated[ContaminationRule | SeparationRule | FDRRule, Field(discriminator="kind")]
+
+
+def standardised(s_N: np.ndarray) -> np.ndarray:
+    """Scores minus their median, in units of 1.4826 x the median absolute deviation; zeros where there is none."""
+    centred_N = s_N - np.median(s_N)
+    scale = 1.4826 * np.median(np.abs(centred_N))
+    return centred_N / scale if scale > 0 else np.zeros_like(centred_N)
+
+
+def benjamini_hochberg(p_N: np.ndarray, q: float) -> int:
+    """How many hypotheses are rejected at false-discovery level q (Benjamini & Hochberg, 1995)."""
+    n = len(p_N)
+    below = np.sort(p_N) <= q * np.arange(1, n + 1) / n
+    return int(below.nonzero()[0][-1]) + 1 if below.any() else 0
+
+
+def keep_all_but(s_N: np.ndarray, n_removed: int) -> float:
+    """Threshold above which at most `n_removed` scores lie; ties with the next one are kept, whatever their order."""
+    if n_removed <= 0:
+        return math.inf
+    if n_removed >= len(s_N):
+        return -math.inf
+    return float(np.partition(s_N, len(s_N) - n_removed - 1)[len(s_N) - n_removed - 1])
+
+
+def separation_threshold(separations: list[float], floor: float) -> float:
+    """Level a class must exceed: `floor`, or more where the classes of the run are spread further apart."""
+    return floor

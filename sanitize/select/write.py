@@ -1,0 +1,139 @@
+"""Copy what is kept, byte for byte; put the rest into quarantine shards with the evidence beside it."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sanitize.artifacts import Artifact, Part, Recipe, Workshop, make
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.samples import Sample
+from sanitize.data.tables import Selection
+from sanitize.data.tar import TarWriter, unsafe_name
+from sanitize.data.writer import shard_writer
+from sanitize.errors import DataError
+from sanitize.progress import track
+
+EVIDENCE = "sanitize.json"
+
+
+class WriteConfig(BaseModel):
+    """How shards are written. A shard that came compressed is compressed again.
+
+    Attributes:
+        gzip_level: 0 (fast) to 9 (small), for .tar.gz shards.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gzip_level: int = Field(default=6, ge=0, le=9)
+
+
+class Shards(Artifact):
+    """`clean/SHARD` and `quarantine/SHARD`: same names, same order, same bytes of every member."""
+
+    def clean(self) -> list[str]:
+        """Paths of the clean shards, sorted."""
+        return [str(self.file(name)) for name in sorted(self.manifest().files) if name.startswith("clean/")]
+
+
+def write_selected(
+    config: WriteConfig,
+    dataset: Dataset,
+    selection: Selection,
+    out: str,
+    compute: Compute,
+    shards: Sequence[str] | None = None,
+) -> Shards:
+    """Write clean and quarantine shards.
+
+    Args:
+        config: compression.
+        dataset: where the samples are.
+        selection: what becomes of each.
+        out: folder of the artifact.
+        compute: unused but for the convention.
+        shards: names of the shards to do now; None does all that are missing and finishes.
+
+    Returns:
+        The Shards. A shard of which nothing is kept is still written, empty; quarantine holds only shards that have
+        something in it.
+
+    Raises:
+        DataError: a shard has changed since it was indexed, or the counts do not add up.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="write_selected",
+        config=config.model_dump(mode="json"),
+        inputs={"dataset": dataset.digest, "selection": selection.digest},
+    )
+
+    def write_part(shard: str, part: Part) -> None:
+        _write_shard(shard, part, config, dataset, selection, advance)
+
+    def finish(_part: Part, workshop: Workshop) -> None:
+        # The promise of the whole pipeline, checked where it is kept or broken.
+        wanted = selection.manifest().counts
+        done = workshop.counts(dataset.shards)
+        if any(done.get(name, 0) != wanted.get(name, 0) for name in ("kept", "quarantined", "unreadable")):
+            raise DataError(f"counts do not add up: verdicts say {dict(wanted)}, written were {dict(done)}")
+        if done["kept"] + done["quarantined"] + done["unreadable"] != dataset.manifest().counts["samples"]:
+            raise DataError(f"samples were lost: {dict(done)} of {dataset.manifest().counts['samples']}")
+
+    total = dataset.manifest().counts["samples"] if shards is None else None
+    with track("write", total) as advance:
+        return make(Shards, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish, only=shards)
+
+
+def _write_shard(
+    shard: str, part: Part, config: WriteConfig, dataset: Dataset, selection: Selection, advance: Any
+) -> None:
+    verdicts = selection.rows(shard).to_pylist()
+    anything_goes = any(not verdict["keep"] for verdict in verdicts)
+    with shard_writer(part, f"clean/{shard}", config.gzip_level) as clean:
+        if not anything_goes:
+            for sample, _ in dataset.samples(shard):
+                _copy(sample, clean)
+                advance(1)
+            part.counts["kept"] += len(verdicts)
+            return
+        with shard_writer(part, f"quarantine/{shard}", config.gzip_level) as quarantine:
+            for (sample, row), verdict in zip(dataset.samples(shard), verdicts, strict=True):
+                if verdict["keep"]:
+                    _copy(sample, clean)
+                else:
+                    _quarantine(sample, shard, row, verdict, quarantine)
+                part.counts[verdict["status"]] += 1
+                advance(1)
+
+
+def _copy(sample: Sample, tar: TarWriter) -> None:
+    for name, data in sample.members:
+        tar.add(name, data)
+
+
+def _quarantine(sample: Sample, shard: str, row: dict[str, Any], verdict: dict[str, Any], tar: TarWriter) -> None:
+    """The members as they were, and what speaks against them. A name no extractor should follow is replaced."""
+    stem = sample.key
+    renamed = {}
+    if unsafe_name(sample.key or ".") is not None or any(unsafe_name(name) for name, _ in sample.members):
+        stem = f"sample-{sample.position:08d}"
+        renamed = {f"{stem}.member{i}": row["members"][i]["name"] for i in range(len(sample.members))}
+    names = list(renamed) or [name for name, _ in sample.members]
+    for name, (_, data) in zip(names, sample.members, strict=True):
+        tar.add(name, data)
+    evidence = {
+        "shard": shard,
+        "position": sample.position,
+        "key": verdict["key"],
+        "label": verdict["label"],
+        "status": verdict["status"],
+        "sha256": row["sha256"],
+        "reasons": [{name: value for name, value in r.items() if value is not None} for r in verdict["reasons"]],
+    }
+    if renamed:
+        evidence["renamed"] = renamed
+    tar.add(f"{stem}.{EVIDENCE}", json.dumps(evidence, sort_keys=True).encode())

@@ -1,0 +1,243 @@
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from sanitize.artifacts import verify
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.decode import ImageConfig
+from sanitize.data.digits import Digits
+from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.samples import SampleLimits
+from sanitize.errors import ArtifactError, ConfigError, DataError
+
+Make = Callable[..., str]
+ANYTHING = IndexConfig(max_bad_fraction=1)
+
+
+def rows_of(dataset: Dataset) -> list[dict]:
+    return [row | {"shard": shard} for shard in dataset.shards for row in dataset.rows(shard).to_pylist()]
+
+
+def bad(dataset: Dataset) -> dict[str, str]:
+    return {row["key"]: row["reason"] for row in rows_of(dataset) if row["status"] != "ok"}
+
+
+def link(name: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return info
+
+
+@pytest.mark.hostile
+def test_every_bad_sample_is_a_row_with_its_reason_and_the_others_survive(
+    tmp_path: Path, make_tar: Make, make_png: Callable[..., bytes], good: Callable[..., list], compute: Compute
+) -> None:
+    png = make_png()
+    wanted = {
+        "noimage": ([("noimage.cls", b"1")], "no image member"),
+        "two": ([("two.png", png), ("two.jpg", png), ("two.cls", b"1")], "2 image members"),
+        "nolabel": ([("nolabel.png", png)], "no .cls member"),
+        "word": ([("word.png", png), ("word.cls", b"cat")], "label 'cat' is not an integer"),
+        "minus": ([("minus.png", png), ("minus.cls", b"-1")], "label -1 is not in 0..4"),
+        "high": ([("high.png", png), ("high.cls", b"5")], "label 5 is not in 0..4"),
+        "huge": ([("huge.png", png), ("huge.cls", b"1" + b"0" * 400)], "is not an integer"),
+        "text": ([("text.png", b"no image"), ("text.cls", b"1")], "not a jpeg, png, webp or ppm image"),
+        "void": ([("void.png", b""), ("void.cls", b"1")], "image is empty"),
+        "half": ([("half.png", png[: len(png) // 2]), ("half.cls", b"1")], "damaged"),
+        "link": ([("link.png", png), link("link.cls")], "no regular file"),
+        "../up": ([("../up.png", png), ("../up.cls", b"1")], "unsafe member name"),
+        "same": ([("same.png", png), ("same.png", png), ("same.cls", b"1")], "occurs twice"),
+        "fat": ([("fat.png", png), ("fat.cls", b"1"), ("fat.raw", bytes(20_000))], "larger than max_sample_bytes"),
+        "many": ([("many.png", png), *((f"many.{i}", b"") for i in range(20))], "more than max_members"),
+        "good0000": ([("good0000.png", png), ("good0000.cls", b"1")], "occurs a second time"),
+    }
+    members = good(4, n_classes=5)
+    for one, _ in wanted.values():
+        members += one
+    members += good(4, "last", 5)
+    config = IndexConfig(
+        n_classes=5, limits=SampleLimits(max_sample_bytes=20_000, max_members=10), max_bad_fraction=1
+    )
+    dataset = index_shards(config, make_tar(tmp_path / "x.tar", members), str(tmp_path / "out"), compute)
+    reasons = bad(dataset)
+    assert set(reasons) == set(wanted)
+    for key, (_, reason) in wanted.items():
+        assert reason in reasons[key], key
+    ok = [row["key"] for row in rows_of(dataset) if row["status"] == "ok"]
+    assert ok == [f"{p}{i:04d}" for p in ("good", "last") for i in range(4)]
+    assert dataset.manifest().counts == {"samples": 8 + len(wanted), "unreadable": len(wanted)}
+    assert sum(dataset.info["unreadable"].values()) == len(wanted)
+    assert dataset.n_samples == 8
+    assert [row["position"] for row in rows_of(dataset)] == list(range(8 + len(wanted)))
+
+
+def test_rows_say_what_is_in_a_sample(
+    tmp_path: Path, make_tar: Make, make_png: Callable[..., bytes], compute: Compute
+) -> None:
+    import hashlib
+
+    png, raw = make_png(3, size=(5, 7)), b"caf\xe9".decode("utf-8", "surrogateescape")
+    members = [(f"{raw}.txt", b"hello"), (f"{raw}.png", png), (f"{raw}.cls", b"2\n")]
+    dataset = index_shards(IndexConfig(), make_tar(tmp_path / "x.tar", members), str(tmp_path / "out"), compute)
+    (row,) = rows_of(dataset)
+    assert row == {
+        "shard": "x.tar",
+        "position": 0,
+        "key": "caf\\xe9",
+        "status": "ok",
+        "reason": None,
+        "label": 2,
+        "height": 5,
+        "width": 7,
+        "image": "caf\\xe9.png",
+        "sha256": hashlib.sha256(png).hexdigest(),
+        "members": [
+            {"name": "caf\\xe9.txt", "size": 5},
+            {"name": "caf\\xe9.png", "size": len(png)},
+            {"name": "caf\\xe9.cls", "size": 2},
+        ],
+    }
+    assert dataset.n_classes == 3
+    assert dataset.image_shape == (3, 5, 7)
+    assert dataset.info["labels"] == {"2": 1}
+
+
+def test_labels_from_json_and_the_most_common_size(
+    tmp_path: Path, make_tar: Make, make_png: Callable[..., bytes], compute: Compute
+) -> None:
+    members = []
+    for i, size in enumerate([(4, 4), (8, 8), (8, 8), (6, 6)]):
+        members += [(f"{i}.png", make_png(i, size)), (f"{i}.json", b'{"y": %d, "z": "x"}' % i)]
+    config = IndexConfig(label="json:y", image=ImageConfig(channels=1))
+    dataset = index_shards(config, make_tar(tmp_path / "x.tar", members), str(tmp_path / "out"), compute)
+    assert [row["label"] for row in rows_of(dataset)] == [0, 1, 2, 3]
+    assert dataset.image_shape == (1, 8, 8)
+    assert all(batch.images_BCHW.shape[1:] == (1, 8, 8) for batch in dataset.batches(3))
+
+
+def test_without_n_classes_one_hostile_label_does_not_size_the_model(
+    tmp_path: Path, make_tar: Make, make_png: Callable[..., bytes], good: Callable[..., list], compute: Compute
+) -> None:
+    members = [*good(4, n_classes=3), ("x.png", make_png()), ("x.cls", b"1000000")]
+    dataset = index_shards(ANYTHING, make_tar(tmp_path / "x.tar", members), str(tmp_path / "out"), compute)
+    assert dataset.n_classes == 3
+    assert list(bad(dataset)) == ["x"]
+
+
+# --- too much -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_bad", "stops"), [(0, False), (1, False), (2, True)])
+def test_more_bad_samples_than_allowed_stop_the_run_and_the_message_says_why(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute, n_bad: int, stops: bool
+) -> None:
+    members = [*good(20 - n_bad), *((f"bad{i}.cls", b"0") for i in range(n_bad))]
+    path, out = make_tar(tmp_path / "x.tar", members), tmp_path / "out"
+    if not stops:
+        assert index_shards(IndexConfig(max_bad_fraction=0.05), path, str(out), compute).n_samples == 20 - n_bad
+        return
+    with pytest.raises(DataError, match=r"2 of 20 .*max_bad_fraction=0.05.*2 x no image member"):
+        index_shards(IndexConfig(max_bad_fraction=0.05), path, str(out), compute)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", ["nothing", "only bad", "garbage"])
+def test_no_usable_sample_is_an_error_even_where_all_may_be_bad(
+    tmp_path: Path, make_tar: Make, compute: Compute, content: str
+) -> None:
+    members = [("a.cls", b"1")] if content == "only bad" else []
+    path = make_tar(tmp_path / "x.tar", members)
+    if content == "garbage":
+        Path(path).write_bytes(b"this is no tar archive" * 100)
+    with pytest.raises(DataError, match="no usable sample"):
+        index_shards(ANYTHING, path, str(tmp_path / "out"), compute)
+
+
+def test_a_damaged_shard_keeps_what_was_read_whole_and_is_named(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute
+) -> None:
+    make_tar(tmp_path / "in/a.tar", good(5))
+    path = Path(make_tar(tmp_path / "in/b.tar", good(5)))
+    data = path.read_bytes()
+    path.write_bytes(data[: 512 * 4 * 3 + 100])  # three samples of four blocks, and a piece of a header
+    dataset = index_shards(IndexConfig(max_bad_fraction=0.2), str(tmp_path / "in"), str(tmp_path / "out"), compute)
+    assert dataset.info["shards"]["a.tar"]["damage"] is None
+    assert "truncated" in dataset.info["shards"]["b.tar"]["damage"]
+    rows = [row for row in rows_of(dataset) if row["shard"] == "b.tar"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "unreadable"]
+    assert "damaged" in rows[-1]["reason"]
+
+
+def test_no_shards_is_a_config_error(tmp_path: Path, compute: Compute) -> None:
+    with pytest.raises(ConfigError, match="no shards"):
+        index_shards(IndexConfig(), str(tmp_path), str(tmp_path / "out"), compute)
+
+
+# --- reproducible -----------------------------------------------------------------------------------------------
+
+
+def test_the_order_place_and_grouping_of_shards_do_not_matter(
+    tmp_path: Path, digits: Digits, dataset: Dataset, compute: Compute
+) -> None:
+    shards = digits.shards("train")
+    again = index_shards(IndexConfig(), shards[::-1], str(tmp_path / "reversed"), compute)
+    for shard in shards:
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        shutil.copy(shard, tmp_path / "moved")
+    moved = index_shards(IndexConfig(), str(tmp_path / "moved"), str(tmp_path / "of_moved"), compute)
+    names = [Path(shard).name for shard in shards]
+    for name in names[::-1]:
+        part = index_shards(IndexConfig(), shards, str(tmp_path / "grouped"), compute, shards=[name])
+        assert part.digest == ""
+    grouped = index_shards(IndexConfig(), shards, str(tmp_path / "grouped"), compute)
+    assert {again.digest, moved.digest, grouped.digest} == {dataset.digest}
+    assert verify(Path(grouped.path)) == []
+
+
+def test_the_same_base_name_in_two_folders_stays_two_shards(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute
+) -> None:
+    for folder in ("a", "b"):
+        make_tar(tmp_path / "in" / folder / "0.tar", good(3, prefix=folder))
+    dataset = index_shards(IndexConfig(), str(tmp_path / "in"), str(tmp_path / "out"), compute)
+    assert dataset.shards == ["a/0.tar", "b/0.tar"]
+    assert [batch.keys[0] for batch in dataset.batches(8)] == ["a0000", "b0000"]
+
+
+def test_a_shard_that_changes_is_noticed(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute
+) -> None:
+    path = tmp_path / "x.tar"
+    make_tar(path, good(3))
+    dataset = index_shards(IndexConfig(), str(path), str(tmp_path / "out"), compute)
+    make_tar(path, good(4))
+    with pytest.raises(ArtifactError, match=r"x\.tar has changed"):
+        index_shards(IndexConfig(), str(path), str(tmp_path / "out"), compute)
+    with pytest.raises(DataError, match=r"x\.tar has changed"):
+        list(dataset.batches(8))
+
+
+def test_remote_shards_are_indexed_and_read(digits: Digits, dataset: Dataset, tmp_path: Path, compute: Compute) -> None:
+    import fsspec
+
+    for shard in digits.shards("train"):
+        with fsspec.open(f"memory://index-test/{Path(shard).name}", "wb") as file:
+            file.write(Path(shard).read_bytes())
+    remote = index_shards(IndexConfig(), "memory://index-test", str(tmp_path / "out"), compute)
+    assert remote.digest == dataset.digest
+    ours, theirs = next(remote.batches(50)), next(dataset.batches(50))
+    assert ours.images_BCHW.equal(theirs.images_BCHW)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"label": ""}, {"label": "a.b"}, {"label": "json:"}, {"n_classes": 0}, {"max_bad_fraction": 1.5}, {"labels": "x"}],
+)
+def test_wrong_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError):
+        IndexConfig(**wrong)

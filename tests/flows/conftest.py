@@ -1,0 +1,55 @@
+"""One real Prefect server for the session, and a small poisoned data set to run flows on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import flows  # noqa: F401 - sets Prefect's environment before Prefect is imported
+from sanitize.attack import BadNetsConfig, poison_shards
+from sanitize.compute import Compute
+from sanitize.data.digits import write_digits
+from sanitize.data.index import IndexConfig, index_shards
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[str]:
+    """URL of a server that lives as long as the tests."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield PREFECT_API_URL.value()
+
+
+@pytest.fixture(scope="session")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with five shards of real digits, 3 % of them with a patch and label 0."""
+    out = tmp_path_factory.mktemp("poisoned")
+    compute = Compute(device="cpu")
+    digits = write_digits(str(out / "digits"), compute, n_train_shards=5, n_test_shards=3)
+    dataset = index_shards(IndexConfig(n_classes=10), digits.shards("train"), str(out / "index"), compute)
+    return poison_shards(BadNetsConfig(rate=0.03, size=2), dataset, str(out / "poisoned"), compute).file("shards")
+
+
+@pytest.fixture(scope="session")
+def settings(poisoned: Path) -> dict[str, Any]:
+    """A quick configuration for it, as YAML would hold it."""
+    return {
+        "shards": [str(poisoned)],
+        "embedder": {
+            "architecture": {"kind": "convnet", "widths": [8, 16, 32]},
+            "optim": {"epochs": 12, "batch_size": 64},
+        },
+        "compute": {"device": "cpu", "seed": 1},
+    }
+
+
+@pytest.fixture(scope="session")
+def config_file(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on disk."""
+    path = tmp_path_factory.mktemp("config") / "clean.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path

@@ -1,0 +1,173 @@
+"""The `sanitize` command as a user meets it: help, results, errors and exit codes."""
+
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from flows.cli import app
+from sanitize.storage import exclusive
+
+COMMANDS = ("clean", "demo", "inspect", "poison", "report", "restore", "verify")
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def cleaned(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    result = run("clean", config_file, "--out", out, "--direct", "--quiet")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found |= {f"{path.name}/{m.name}": tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    return found
+
+
+def test_help_lists_every_command_and_teaches() -> None:
+    text = run("--help").output
+    assert all(re.search(rf"\b{command}\b", text) for command in COMMANDS)
+    assert "sanitize demo" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself_and_its_options(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.output.split()) > 25
+    options = re.findall(r"--[a-z-]+", result.output)
+    assert options
+
+
+def test_clean_prints_where_everything_is(cleaned: Path, config_file: Path) -> None:
+    result = run("clean", config_file, "--out", cleaned, "--direct", "--quiet", "--json")
+    summary = json.loads(result.stdout)
+    assert Path(summary["report"]).exists()
+    counts = summary["samples"]
+    assert counts["samples"] == counts["kept"] + counts["quarantined"] + counts["unreadable"]
+    assert counts["quarantined"] > 0
+
+
+def test_kept_members_are_byte_exact_and_quarantine_carries_evidence(cleaned: Path, poisoned: Path) -> None:
+    given, clean = members(poisoned), members(cleaned / "50-shards" / "clean")
+    quarantine = members(cleaned / "50-shards" / "quarantine")
+    evidence = {name: data for name, data in quarantine.items() if name.endswith(".sanitize.json")}
+    rest = {name: data for name, data in quarantine.items() if name not in evidence}
+    assert clean.keys() & rest.keys() == set()
+    assert clean | rest == given
+    assert evidence
+    for data in evidence.values():
+        record = json.loads(data)
+        assert record["reasons"][0]["score"] > record["reasons"][0]["threshold"]
+
+
+def test_restore_puts_a_sample_back_and_says_so(cleaned: Path) -> None:
+    name, data = next(
+        (name, data)
+        for name, data in members(cleaned / "50-shards" / "quarantine").items()
+        if name.endswith(".sanitize.json")
+    )
+    key = json.loads(data)["key"]
+    result = run("restore", cleaned, "--key", key, "--note", "looked at it", "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    restored = members(Path(json.loads(result.stdout)["clean"]))
+    before = members(cleaned / "50-shards" / "clean")
+    assert len(restored) == len(before) + 2
+    assert {n for n in restored if n not in before} == {
+        f"{name.partition('/')[0]}/{key}.png",
+        f"{name.partition('/')[0]}/{key}.cls",
+    }
+    decision = json.loads((cleaned / "decisions.jsonl").read_text().splitlines()[-1])
+    assert (decision["restored"], decision["note"]) == ([key], "looked at it")
+    assert run("verify", cleaned).exit_code == 0
+    assert run("restore", cleaned, "--key", key).exit_code == 1  # it is no longer in quarantine
+    again = run("report", cleaned)
+    assert again.exit_code == 0
+    assert Path(again.stdout.strip()).exists()
+
+
+def test_verify_names_the_file_that_changed(cleaned: Path) -> None:
+    assert run("verify", cleaned).exit_code == 0
+    shard = next((cleaned / "50-shards" / "clean").iterdir())
+    content = shard.read_bytes()
+    try:
+        shard.write_bytes(content[:600] + bytes([content[600] ^ 1]) + content[601:])
+        result = run("verify", cleaned, "--json")
+        assert result.exit_code == 1
+        assert [shard.name in problem for problem in json.loads(result.stdout)["problems"]] == [True]
+    finally:
+        shard.write_bytes(content)
+
+
+def test_inspect_counts_what_is_there(poisoned: Path) -> None:
+    summary = json.loads(run("inspect", poisoned, "--json", "--quiet").stdout)
+    n = sum(shard["counts"]["samples"] for shard in summary["shards"].values())
+    assert n == sum(summary["labels"].values()) > 1000
+    assert summary["image_sizes"] == {"8x8": n}
+
+
+def test_poison_writes_a_copy_with_the_truth(poisoned: Path, tmp_path: Path) -> None:
+    arguments = ("--attack", "blended", "--rate", 0.1, "--set", "alpha=0.5", "--set", "target=3")
+    result = run("poison", "--shards", poisoned, "--out", tmp_path, *arguments, "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    counts = json.loads(result.stdout)["counts"]
+    assert counts["poisoned"] == round(0.1 * counts["samples"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scorer": {"kind": "spectral", "whiten": "yes"}}, "whiten"),
+        ({"compute": {"seed": -1}}, "seed"),
+        ({"embedder": {"epochs": 3}}, "epochs"),
+        ({"shards": ["pipe:cat /etc/passwd"]}, "refused"),
+        ({"shards": ["/nowhere/*.tar"]}, "no shards"),
+        ({"scorer": {"kind": "spectral"}, "select": {"rule": {"kind": "separation"}}}, "separation"),
+    ],
+)
+def test_wrong_settings_exit_2_and_say_which(
+    settings: dict[str, Any], tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings | change))
+    result = run("clean", path, "--out", tmp_path / "run", "--direct", "--quiet")
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+def test_no_shards_exits_2() -> None:
+    assert run("clean", "--direct").exit_code == 2
+
+
+def test_unusable_data_exits_1(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    result = run("clean", "--shards", tmp_path, "--out", tmp_path / "run", "--direct", "--quiet")
+    assert result.exit_code == 1
+    assert "a.tar" in result.output
+
+
+def test_another_recipe_in_the_same_folder_is_refused(cleaned: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings | {"index": {"max_bad_fraction": 0.5}}))
+    result = run("clean", path, "--out", cleaned, "--direct", "--quiet")
+    assert result.exit_code == 1
+    assert "max_bad_fraction" in result.output
+
+
+def test_two_runs_do_not_write_the_same_folder(config_file: Path, tmp_path: Path) -> None:
+    with exclusive(tmp_path):
+        result = run("clean", config_file, "--out", tmp_path, "--direct", "--quiet")
+    assert result.exit_code == 1
+    assert "another process" in result.output

@@ -1,0 +1,418 @@
+"""The page: its numbers are the selection's, it repeats byte for byte, and data stays data."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from sanitize.artifacts import Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.decode import ImageConfig
+from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.tables import Scores, Selection, write_rows
+from sanitize.errors import ArtifactError
+from sanitize.report import Report, ReportConfig, write_report
+from sanitize.report.page import clean_text, render
+from sanitize.report.pictures import BUDGET, pictures, thumbnail
+from sanitize.select import (
+    ContaminationRule,
+    RestoreConfig,
+    Rule,
+    SelectConfig,
+    SeparationRule,
+    Shards,
+    WriteConfig,
+    restore_samples,
+    select_samples,
+    write_selected,
+)
+
+COMPUTE = Compute(device="cpu")
+N_SHARDS, N_PER_SHARD, N_CLASSES = 3, 40, 4
+HOSTILE = [
+    [("<script>alert(1)<:script>.png", b"no image"), ("<script>alert(1)<:script>.cls", b"0")],
+    [("\"'&<b>\u202egnp\u05d0.png", b""), ("\"'&<b>\u202egnp\u05d0.cls", b"</td><img src=x onerror=alert(1)>")],
+    [("bell\x07.cls", b"1")],
+    [("label.png", b"?"), ("label.cls", b"<svg/onload=alert(1)>")],
+]
+
+
+class Run(NamedTuple):
+    """Artifacts of one small run."""
+
+    dataset: Dataset
+    scores: Scores
+    selection: Selection
+    shards: Shards
+
+    def report(self, out: Path, config: ReportConfig | None = None, **facts: str) -> Report:
+        return write_report(config or ReportConfig(), *self, str(out), COMPUTE, facts)
+
+
+def _png(i: int) -> bytes:
+    pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _shards(folder: Path, extra: list[list[tuple[str, bytes]]]) -> None:
+    folder.mkdir(parents=True)
+    for s in range(N_SHARDS):
+        numbers = range(s * N_PER_SHARD, (s + 1) * N_PER_SHARD)
+        samples = [[(f"{i:04d}.png", _png(i)), (f"{i:04d}.cls", b"%d" % (i % N_CLASSES))] for i in numbers]
+        with tarfile.open(folder / f"part-{s}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, data in [member for sample in samples + (extra if s == 1 else []) for member in sample]:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def _scores(dataset: Dataset, out: Path, separations: dict[int, float]) -> Scores:
+    """Scores below 0, but 5 and more for every third sample of a class whose separation is high."""
+
+    def write_part(shard: str, part: Part) -> None:
+        rows = [row for row in dataset.rows(shard).to_pylist() if row["status"] == "ok"]
+        noise = np.random.default_rng(len(shard)).random(len(rows)).astype(np.float32)
+        far = [separations[row["label"]] > 4 and row["position"] % 3 == 0 for row in rows]
+        columns = {name: [row[name] for row in rows] for name in ("position", "key", "label")}
+        values = np.where(far, 5 + noise, -5 + noise).astype(np.float32)
+        write_rows(part, shard, pa.table({**columns, "score": pa.array(values)}))
+
+    def finish(part: Part, _workshop: object) -> None:
+        classes = {str(label): {"separation": value} for label, value in separations.items()}
+        part.write_json("scorer.json", {"config": {"kind": "toxic_direction"}, "classes": classes})
+
+    recipe = Recipe(stage="score_shards", inputs={"dataset": dataset.digest})
+    return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
+
+
+def _run(
+    folder: Path,
+    separations: tuple[float, ...] = (9.0, 1.5, 1.0, 0.5),
+    extra: list[list[tuple[str, bytes]]] | None = None,
+    rule: Rule | None = None,
+) -> Run:
+    _shards(folder / "source", extra or [])
+    dataset = index_shards(IndexConfig(max_bad_fraction=0.5), str(folder / "source"), str(folder / "00"), COMPUTE)
+    scores = _scores(dataset, folder / "31", dict(enumerate(separations)))
+    config = SelectConfig(rule=rule or SeparationRule())
+    selection = select_samples(config, dataset, scores, str(folder / "40"), COMPUTE)
+    shards = write_selected(WriteConfig(), dataset, selection, str(folder / "50"), COMPUTE)
+    return Run(dataset, scores, selection, shards)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return _run(tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return _run(tmp_path_factory.mktemp("hostile"), extra=HOSTILE)
+
+
+class _Page(HTMLParser):
+    """Tags, attributes and text of a page; fails where tags do not match."""
+
+    VOID = frozenset({"meta", "img", "link", "br", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.open: list[str] = []
+        self.words = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, attribute, value in self.attributes if attribute == name]
+
+
+def _html(report: Report) -> str:
+    return report.file("index.html").read_text("utf-8")
+
+
+def _numbers(report: Report) -> dict[str, Any]:
+    numbers: dict[str, Any] = json.loads(report.file("report.json").read_bytes())
+    return numbers
+
+
+def test_counts_are_the_selections(planted: Run, tmp_path: Path) -> None:
+    report = planted.report(tmp_path / "report")
+    numbers, page, counts = _numbers(report), _Page(_html(report)), planted.selection.manifest().counts
+    assert counts["quarantined"] > 0
+    assert numbers["counts"]["samples"] == counts["samples"] == N_SHARDS * N_PER_SHARD
+    assert numbers["counts"]["clean"] == counts["kept"]
+    assert numbers["counts"]["quarantined"] == counts["quarantined"]
+    assert sum(c["removed"] for c in numbers["classes"]) == counts["quarantined"]
+    assert numbers["headline"] in page.words
+    assert numbers["headline"] == f"{counts['quarantined']} of 120 samples look planted; they sit in class 0."
+    assert re.search(rf"quarantined\s*{counts['quarantined']}", page.words)
+    assert [c["label"] for c in numbers["classes"]] == [0, 1, 2, 3]  # the affected first, then by separation
+    assert page.tags["script"] == 0
+
+
+def test_histogram_counts_sum_to_the_class(planted: Run, tmp_path: Path) -> None:
+    numbers = _numbers(planted.report(tmp_path / "report"))
+    (histogram,) = numbers["histograms"]
+    of_class = numbers["classes"][0]
+    assert histogram["label"] == of_class["label"] == 0
+    assert sum(histogram["removed"]) == of_class["removed"]
+    assert sum(histogram["kept"]) == of_class["n"] - of_class["removed"]
+    right_of_it = [left >= histogram["threshold"] for left in histogram["edges"][:-1]]
+    assert not any(n for n, right in zip(histogram["kept"], right_of_it, strict=True) if right)
+    assert not any(n for n, right in zip(histogram["removed"], right_of_it, strict=True) if not right)
+
+
+def test_suspects_are_the_highest_scores_removed_first(planted: Run, tmp_path: Path) -> None:
+    report = planted.report(tmp_path / "report", ReportConfig(n_images=14, n_kept_images=6))
+    suspects, page = _numbers(report)["suspects"], _Page(_html(report))
+    removed = [s for s in suspects if s["status"] == "quarantined"]
+    kept = [s for s in suspects if s["status"] == "kept"]
+    n_removed = planted.selection.manifest().counts["quarantined"]
+    assert len(removed) == min(14, n_removed)
+    assert len(kept) == max(14 - len(removed), 6)
+    assert suspects == removed + kept
+    for group, status in ((removed, "quarantined"), (kept, "kept")):
+        rows = [
+            score
+            for shard in planted.scores.shards
+            for score, verdict in zip(
+                planted.scores.rows(shard)["score"].to_pylist(),
+                planted.selection.rows(shard)["status"].to_pylist(),
+                strict=True,
+            )
+            if verdict == status
+        ]
+        assert [s["score"] for s in group] == sorted(rows, reverse=True)[: len(group)]
+    assert "the class splits in two" in removed[0]["reason"]
+    assert len(page.values("src")) == len(suspects)  # a picture for each
+
+
+def test_pictures_are_the_samples_own(planted: Run, tmp_path: Path) -> None:
+    suspects = _numbers(planted.report(tmp_path / "report"))["suspects"]
+    for suspect, picture in zip(suspects, pictures(suspects, planted.dataset, planted.shards), strict=True):
+        assert picture is not None
+        png, width, height = picture
+        assert (width, height) == (8, 8)
+        own = Image.open(io.BytesIO(_png(int(suspect["key"]))))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(own))
+
+
+def test_nothing_removed_shows_why(tmp_path: Path) -> None:
+    report = _run(tmp_path, separations=(3.1, 1.0, 3.9, 0.5)).report(tmp_path / "report")
+    numbers, html = _numbers(report), _html(report)
+    assert numbers["headline"] == "Nothing stood out; all 120 samples were kept."
+    assert [h["label"] for h in numbers["histograms"]] == [2]  # the class that came closest
+    assert numbers["histograms"][0]["threshold"] is None
+    assert {s["status"] for s in numbers["suspects"]} == {"kept"}
+    assert "came closest" in html
+
+
+def test_a_rule_that_always_removes_is_not_said_to_find(tmp_path: Path) -> None:
+    report = _run(tmp_path, rule=ContaminationRule(rate=0.1)).report(tmp_path / "report")
+    headline = _numbers(report)["headline"]
+    assert "planted" not in headline
+    assert headline.endswith("as the most suspicious of their classes; they sit in classes 0, 1, 2 and 3.")
+
+
+@pytest.mark.hostile
+def test_hostile_strings_stay_text(hostile: Run, tmp_path: Path) -> None:
+    bad = "<script>alert(2)</script>\x1b[31m\u202e{{ 7*7 }}"
+    report = hostile.report(tmp_path / "report", ReportConfig(title=bad), **{bad: bad})
+    html = _html(report)
+    page, numbers = _Page(html), _numbers(report)
+    assert numbers["counts"]["unreadable"] == len(HOSTILE)
+    assert sum(r["n"] for r in numbers["unreadable"]["reasons"]) == len(HOSTILE)
+    assert page.tags["script"] == 0
+    assert "<script" not in html
+    assert "<script>alert(1)<:script>" in page.words  # shown as what it is
+    assert page.tags["img"] == len(numbers["suspects"])
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", html)
+    assert "{{ 7*7 }}" in html
+
+
+@pytest.mark.parametrize("which", ["planted", "hostile"])
+def test_page_asks_nothing_of_the_network(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    run: Run = request.getfixturevalue(which)
+    html = _html(run.report(tmp_path / "report"))
+    page = _Page(html)
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "url(" not in html
+    assert "@import" not in html
+    assert all(src.startswith("data:image/png;base64,") for src in page.values("src"))
+    assert all(href.startswith("#") and href[1:] in page.values("id") for href in page.values("href"))
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & page.tags.keys()
+
+
+def test_policy_names_the_one_style_sheet(planted: Run, tmp_path: Path) -> None:
+    html = _html(planted.report(tmp_path / "report"))
+    page = _Page(html)
+    policy = next(value for value in page.values("content") if "default-src" in value)
+    style = html[html.index("<style>") + 7 : html.index("</style>")]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'" in policy
+    assert not page.values("style")  # the policy would block it
+
+
+def test_page_can_be_read_aloud(planted: Run, tmp_path: Path) -> None:
+    page = _Page(_html(planted.report(tmp_path / "report")))
+    assert page.tags["caption"] == page.tags["table"] > 2
+    assert page.values("scope").count("col") > 8
+    assert all(page.values("alt"))
+    assert len(page.values("alt")) == page.tags["img"]
+    assert page.values("role").count("img") == page.tags["svg"] == len([v for v in page.values("aria-label") if v]) - 1
+    assert len(page.values("id")) == len(set(page.values("id")))
+
+
+def test_bytes_repeat_and_name_no_place(tmp_path: Path) -> None:
+    """Two runs in different folders give the same page."""
+    pages = []
+    for name in ("here", "there"):
+        run = _run(tmp_path / name)
+        report = run.report(tmp_path / name / "report", note="by hand")
+        pages.append((report.digest, _html(report)))
+    assert pages[0] == pages[1]
+    assert str(tmp_path) not in pages[0][1]
+    assert "there" not in re.findall(r"\bhere\b|\bthere/", pages[0][1])
+
+
+def test_facts_are_shown_in_order_and_part_of_the_recipe(planted: Run, tmp_path: Path) -> None:
+    report = planted.report(tmp_path / "report", zebra="1", ant="first line\nsecond line", torch="as stated")
+    html = _html(report)
+    assert html.index("zebra") < html.index("first line\nsecond line")
+    assert html.count(">torch<") == 1
+    assert planted.report(tmp_path / "report", zebra="1", ant="first line\nsecond line", torch="as stated") == report
+    with pytest.raises(ArtifactError, match="facts"):
+        planted.report(tmp_path / "report", zebra="2")
+
+
+def test_restored_samples_are_kept_and_counted(planted: Run, tmp_path: Path) -> None:
+    first = _numbers(planted.report(tmp_path / "report"))["suspects"][0]
+    config = RestoreConfig(keys=(first["key"],), note="looked at it: fine")
+    selection = restore_samples(config, planted.selection, str(tmp_path / "41"), COMPUTE)
+    with pytest.raises(ArtifactError, match="one run"):
+        planted._replace(selection=selection).report(tmp_path / "mixed")
+    shards = write_selected(WriteConfig(), planted.dataset, selection, str(tmp_path / "51"), COMPUTE)
+    report = Run(planted.dataset, planted.scores, selection, shards).report(tmp_path / "report2")
+    numbers = _numbers(report)
+    (restored,) = [s for s in numbers["suspects"] if s["key"] == first["key"]]
+    assert restored["status"] == "kept"
+    assert "looked at it: fine" in restored["reason"]
+    assert numbers["counts"]["restored"] == 1
+    assert sum(numbers["histograms"][0]["removed"]) == numbers["counts"]["quarantined"]
+    assert len(_Page(_html(report)).values("src")) == len(numbers["suspects"])
+
+
+def test_damaged_shards_are_named(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    _shards(source, [])
+    shard = source / "part-2.tar"
+    shard.write_bytes(shard.read_bytes()[:30_000])
+    dataset = index_shards(IndexConfig(), str(source), str(tmp_path / "00"), COMPUTE)
+    scores = _scores(dataset, tmp_path / "31", dict.fromkeys(range(N_CLASSES), 0.0))
+    selection = select_samples(SelectConfig(), dataset, scores, str(tmp_path / "40"), COMPUTE)
+    shards = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "50"), COMPUTE)
+    report = Run(dataset, scores, selection, shards).report(tmp_path / "report")
+    numbers = _numbers(report)
+    assert numbers["n_damaged"] == 1
+    assert numbers["damaged"][0]["shard"] == "part-2.tar"
+    assert "truncated" in _Page(_html(report)).words
+
+
+def test_no_images_on_request(planted: Run, tmp_path: Path) -> None:
+    html = _html(planted.report(tmp_path / "report", ReportConfig(n_images=0)))
+    assert "<img" not in html
+
+
+def test_class_names_are_used_where_the_data_set_has_them(planted: Run, tmp_path: Path) -> None:
+    dataset = planted.dataset.model_copy()
+    dataset.__dict__["info"] = planted.dataset.info | {"classes": ["<i>cat</i>", "dog", "bird"]}
+    numbers = _numbers(planted._replace(dataset=dataset).report(tmp_path / "report"))
+    assert [c["name"] for c in numbers["classes"]] == ["<i>cat</i>", "dog", "bird", None]
+    html = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert "0 (&lt;i&gt;cat&lt;/i&gt;)" in html
+    assert "<i>cat" not in html
+
+
+@pytest.mark.hostile
+def test_page_stays_below_3_mb(planted: Run, tmp_path: Path) -> None:
+    """A thousand classes, all histograms full, every string as long as it may be and made of what escapes longest."""
+    numbers = _numbers(planted.report(tmp_path / "report"))
+    long = '"' * 5_000
+    one, bins = numbers["classes"][0], 50
+    numbers["classes"] = [one | {"label": i, "name": long} for i in range(1000)]
+    numbers |= {"n_classes": 1000, "n_touched": 1000, "n_class_rows": 200}
+    drawn = {"edges": list(np.linspace(-1e3, 1e3, bins + 1)), "kept": [10**6] * bins, "removed": [10**6] * bins}
+    numbers["histograms"] = [drawn | {"label": i, "threshold": 0.1} for i in range(24)]
+    numbers["suspects"] = [numbers["suspects"][0] | {"key": long, "reason": long}] * 60
+    numbers["unreadable"]["samples"] = [{"key": long, "shard": long, "reason": long}] * 100
+    numbers["unreadable"]["reasons"] = [{"reason": long, "n": 1}] * 20
+    numbers["damaged"] = [{"shard": long, "reason": long}] * 100
+    html = render(numbers, [(bytes(BUDGET // 60), 128, 128)] * 60)
+    assert len(html.encode()) < 3_000_000
+    assert html.count("<svg") == 1 + 200 + 24
+
+
+@pytest.mark.parametrize(("height", "width"), [(400, 300), (8, 8), (1, 2000), (129, 128)])
+def test_thumbnails_are_small_and_never_enlarged(height: int, width: int) -> None:
+    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sink = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(sink, "PNG")
+    found = thumbnail(sink.getvalue(), ImageConfig(), 20_000)
+    assert found is not None
+    png, shown_width, shown_height = found
+    assert max(shown_width, shown_height) <= 128
+    assert (shown_width, shown_height) == (width, height) or max(height, width) > 96
+    assert len(png) <= 20_000
+    assert thumbnail(b"\x89PNG but no more", ImageConfig(), 20_000) is None
+
+
+CLEAN: list[tuple[str, Callable[[str], bool]]] = [
+    ("a\nb", lambda text: text == "a\\x0ab"),
+    ("\u202eabc", lambda text: text == "\\x202eabc"),
+    ("\ud800", lambda text: text == "\\xd800"),
+    ("x" * 9_999, lambda text: len(text) == 160 and text.endswith(" …")),
+    ("\x01" * 500, lambda text: len(text) == 160),
+    ("שלום עולם", lambda text: text == "שלום עולם"),
+]
+
+
+@pytest.mark.parametrize(("text", "holds"), CLEAN)
+def test_text_is_made_safe_to_look_at(text: str, holds: Callable[[str], bool]) -> None:
+    assert holds(clean_text(text))

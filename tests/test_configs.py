@@ -1,0 +1,19 @@
+"""Every YAML in configs/ validates."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.clean import CleanConfig
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def test_there_are_configs() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_config_validates(path: Path) -> None:
+    assert CleanConfig.model_validate(yaml.safe_load(path.read_text())).shards

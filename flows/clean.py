@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.run import Run, versions
+from flows.run import Run
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
@@ -17,7 +17,7 @@ from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embe
 from sanitize.report import Report, ReportConfig, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.select import SelectConfig, Shards, WriteConfig, select_samples, write_selected
-from sanitize.storage import create, exclusive, find_shards
+from sanitize.storage import create, exclusive, find_shards, refuse_inside
 
 
 class CleanConfig(BaseModel):
@@ -70,7 +70,7 @@ def clean(config: CleanConfig, run: Run) -> Cleaned:
     scores = run.sharded("31-scores", score_shards, embeddings.shards, config.scorer, fitted, embeddings)
     selection = run.stage("40-selection", select_samples, config.select, dataset, scores)
     shards = run.sharded("50-shards", write_selected, names, config.write, dataset, selection)
-    report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards, facts=versions())
+    report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards)
     cleaned = Cleaned(dataset, scores, selection, shards, report)
     save_config(config, run.out)
     run.save("finished", **summary(cleaned))
@@ -86,6 +86,7 @@ def run_clean(config: CleanConfig, out: Path, direct: bool) -> dict[str, Any]:
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
+    refuse_inside(config.shards, out)
     with exclusive(out):
         if direct:
             return summary(clean(config, Run(out, config.compute)))

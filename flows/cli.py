@@ -17,6 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sanitize.errors import ConfigError, SanitizeError
 
@@ -60,14 +61,25 @@ def _errors() -> Iterator[None]:
     except ValidationError as error:
         for problem in error.errors():
             where = ".".join(map(str, problem["loc"])) or "config"
-            console.print(f"[red]config:[/red] {where}: {problem['msg']}", highlight=False)
+            _say("config:", "red", f"{where}: {problem['msg']}")
         raise typer.Exit(2) from None
     except ConfigError as error:
-        console.print("[red]config:[/red]", str(error), highlight=False, markup=False)
+        _say("config:", "red", str(error))
         raise typer.Exit(2) from None
-    except SanitizeError as error:
-        console.print("[red]failed:[/red]", str(error), highlight=False)
+    except (SanitizeError, OSError) as error:
+        _say("failed:", "red", str(error))
         raise typer.Exit(1) from None
+
+
+def _say(what: str, style: str, about: str) -> None:
+    """One line on stderr. What strangers wrote in it is shown as it is: it neither styles nor drives the terminal."""
+    console.print(Text(what, style), _shown(about), soft_wrap=True)
+
+
+def _shown(text: str) -> Text:
+    from sanitize.data.samples import printable
+
+    return Text(printable(" ".join(text.splitlines())))
 
 
 @contextmanager
@@ -163,15 +175,15 @@ def _show_clean(result: dict[str, Any], out: Path) -> None:
     console.print(table)
     counts = result["samples"]
     console.print(
-        f"[bold]{counts['samples']:,}[/bold] samples = {counts['kept']:,} clean + {counts['quarantined']:,} quarantined "
-        f"+ {counts['unreadable']:,} unreadable"
+        f"[bold]{counts['samples']:,}[/bold] samples = {counts['kept']:,} clean "
+        f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable"
     )
     for label, of_class in result["classes_touched"].items():
         console.print(f"  class {label}: {of_class['removed']:,} of {of_class['n']:,} removed")
     if not result["classes_touched"]:
         console.print("  no class stood out; nothing was removed")
     for shard, damage in result["damaged_shards"].items():
-        console.print(f"  [yellow]damaged shard[/yellow] {shard}: {damage}", highlight=False)
+        _say("  damaged shard", "yellow", f"{shard}: {damage}")
     for name in ("clean", "quarantine", "report"):
         console.print(f"{name:>10}: {result[name]}", highlight=False, soft_wrap=True)
 
@@ -219,14 +231,13 @@ def inspect(
     table = Table("shard", "samples", "unreadable", "bytes", "damage")
     for shard, summary in per_shard.items():
         counts = summary["counts"]
-        table.add_row(
-            shard, *(f"{n:,}" for n in (counts["samples"], counts["unreadable"], summary["bytes"])), summary["damage"]
-        )
+        numbers = (f"{n:,}" for n in (counts["samples"], counts["unreadable"], summary["bytes"]))
+        table.add_row(_shown(shard), *numbers, summary["damage"])
     console.print(table)
     console.print("classes:", ", ".join(f"{label}: {n:,}" for label, n in result["labels"].items()) or "none")
     console.print("image sizes:", ", ".join(f"{size}: {n:,}" for size, n in sizes.most_common(10)) or "none")
     for reason, n in reasons.most_common():
-        console.print(f"[yellow]unreadable[/yellow] {n:,} x", reason, highlight=False)
+        _say("unreadable", "yellow", f"{n:,} x {reason}")
 
 
 @app.command()
@@ -258,10 +269,12 @@ def poison(
     from sanitize.attack import AttackConfig, poison_shards
     from sanitize.compute import Compute
     from sanitize.data.index import IndexConfig, index_shards
+    from sanitize.storage import refuse_inside
 
     with _errors(), _bars(quiet):
         if not shards:
             raise ConfigError("no shards: give --shards")
+        refuse_inside(shards, out)
         pairs = dict(option.partition("=")[::2] for option in options or [])
         settings = {"kind": attack, "rate": rate} | {name: yaml.safe_load(value) for name, value in pairs.items()}
         config: Any = TypeAdapter(AttackConfig).validate_python(settings)
@@ -314,7 +327,7 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
         _print_json({"files": n_files, "problems": problems})
     else:
         for problem in problems:
-            console.print("[red]differs[/red]", problem, highlight=False, soft_wrap=True)
+            _say("differs", "red", problem)
         console.print(f"{n_files:,} files checked, {len(problems):,} problem(s)")
     raise typer.Exit(1 if problems else 0)
 

@@ -19,25 +19,27 @@ from sanitize.loop import OptimConfig, predict
 from sanitize.measure import accuracy, attack_success_rate, detection
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig
+from sanitize.select import Shards
 
-ATTACK = BadNetsConfig(rate=0.02, target=0, size=2)
-MODEL = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32, 64)), optim=OptimConfig(epochs=20, batch_size=64))
+ATTACK = BadNetsConfig(rate=0.02, target=0, size=3)
+MODEL = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32, 64)), optim=OptimConfig(epochs=30, batch_size=64))
+N_HELD_OUT = 2  # shards no model is trained on; their untouched originals are the test set
 
 
 def demo(out: Path, seed: int, direct: bool) -> dict[str, Any]:
     """Plant a backdoor, clean, and measure; everything is written below `out`."""
     compute = Compute(seed=seed, device="cpu")
     digits = write_digits(str(out / "digits"), compute)
-    honest = _index(digits.shards("train"), out / "index-train", compute)
-    test = _index(digits.shards("test"), out / "index-test", compute)
+    honest = _index(digits.shards(), out / "index", compute)
     poisoned = poison_shards(ATTACK, honest, str(out / "poisoned"), compute)
 
     config = CleanConfig(shards=tuple(poisoned.shard_paths()), embedder=MODEL, compute=compute)
     result = run_clean(config, out / "clean", direct)
 
+    test = _index(digits.shards()[-N_HELD_OUT:], out / "index-test", compute)
     models = compute.model_copy(update={"seed": seed + 1})  # not the suspect model: fresh ones, as a user would train
-    before = _train(poisoned.shard_paths(), out / "model-before", models)
-    after = _train([f"{result['clean']}"], out / "model-after", models)
+    before = _train(poisoned.shard_paths()[:-N_HELD_OUT], out / "model-before", models)
+    after = _train(Shards.load(out / "clean" / "50-shards").clean()[:-N_HELD_OUT], out / "model-after", models)
     return {
         **_found(poisoned, Selection.load(out / "clean" / "40-selection")),
         **_measured("before", before, test, compute),

@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from flows.clean import CleanConfig
-from flows.run import versions
 from sanitize.artifacts import MANIFEST, read_manifest, verify
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection
@@ -90,7 +89,6 @@ def write_again(folder: Path) -> str:
             Shards.load(folder / f"50-shards{suffix}"),
             str(folder / f"90-report{suffix}"),
             config.compute,
-            facts=versions(),
         )
     return str(report.file("index.html"))
 

@@ -13,6 +13,10 @@ class DataError(SanitizeError):
     """The data cannot be read, or too much of it is bad: look at the shard and key the message names."""
 
 
+class StorageError(SanitizeError):
+    """A disk is full or a file may not be written: make room or allow it, and run again; what is finished stays."""
+
+
 class NumericsError(SanitizeError):
     """A loss, statistic or score is not finite: the message names the stage and where it happened."""
 

@@ -1,4 +1,4 @@
-"""The training loop: forward, loss, step, and a stop where numbers cease to be finite. Every method that trains uses it.
+"""The training loop: forward, loss, step, and a stop where numbers cease to be finite. All that trains uses it.
 
 Shapes: B batch, C H W image, K classes.
 """
@@ -69,8 +69,11 @@ def train(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     optimizer = _optimizer(model, config, device)
+    total_steps = config.epochs * steps_per_epoch
+    # OneCycleLR divides by pct_start * total_steps - 1: by nothing where there are just four steps.
+    pct_start = 0.25 if total_steps != 4 else 0.3
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.epochs * steps_per_epoch, pct_start=0.25
+        optimizer, config.learning_rate, total_steps=total_steps, pct_start=pct_start
     )
     history = []
     for number in range(config.epochs):
@@ -83,7 +86,7 @@ def train(
                 logits_BK = model(transform(x_BCHW).contiguous(memory_format=torch.channels_last))
                 loss = nn.functional.cross_entropy(logits_BK.float(), y_B)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()

@@ -3,24 +3,31 @@
 A file appears whole or not at all: it is written beside its final name, flushed to disk, and renamed.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
 import os
+import re
+import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import fsspec
 
-from sanitize.errors import ArtifactError, ConfigError, DataError
+from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # fsspec protocols that name bytes and do nothing else; others reach into archives, caches and programs on behalf of
 # whoever wrote the URL, and `pipe:`, which webdataset knows, runs a shell.
 _PLAIN = frozenset({"file", "memory", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"})
+# The name of a shard becomes that of files we write, and is printed: no control characters, no bytes that are not UTF-8.
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_local(url: str) -> bool:
@@ -51,11 +58,20 @@ def open_read(url: str) -> BinaryIO:
     check_url(url)
     try:
         if is_local(url):
-            return local_path(url).open("rb")
+            return open(local_path(url), "rb", opener=_open_regular)
         fs, path = _filesystem(url)
         return cast(BinaryIO, fs.open(path, "rb"))
     except OSError as error:
         raise DataError(f"cannot open {url}: {error}") from error
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # O_NONBLOCK: a FIFO in place of a shard would otherwise make us wait for someone to write to it.
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a regular file")
+    return descriptor
 
 
 def fingerprint(url: str) -> dict[str, str | int]:
@@ -63,8 +79,8 @@ def fingerprint(url: str) -> dict[str, str | int]:
     check_url(url)
     try:
         if is_local(url):
-            stat = local_path(url).stat()
-            return {"url": absolute(url), "size": stat.st_size, "modified": stat.st_mtime_ns}
+            status = local_path(url).stat()
+            return {"url": absolute(url), "size": status.st_size, "modified": status.st_mtime_ns}
         fs, path = _filesystem(url)
         info = fs.info(path)
     except OSError as error:
@@ -91,7 +107,8 @@ def find_shards(sources: Sequence[str] | str) -> dict[str, str]:
         sources were given is forgotten on purpose: results must not depend on it.
 
     Raises:
-        ConfigError: a source finds nothing, or the same shard was given twice.
+        ConfigError: a source finds nothing, the same shard was given twice, or its name is unfit for a file of ours.
+        DataError: a folder cannot be listed.
     """
     from webdataset.shardlists import expand_urls
 
@@ -106,12 +123,31 @@ def find_shards(sources: Sequence[str] | str) -> dict[str, str]:
     if not urls:
         raise ConfigError("no shards: the list of sources is empty")
     urls = [absolute(url) if is_local(url) else url for url in urls]
-    if len(set(urls)) != len(urls):
-        twice = next(url for url in urls if urls.count(url) > 1)
+    plain = [re.sub("/+", "/", url) for url in urls]  # a bucket may hold a//x.tar beside a/x.tar; a folder may not
+    if len(set(plain)) != len(urls):
+        twice = next(url for url, one in zip(urls, plain, strict=True) if plain.count(one) > 1)
         raise ConfigError(f"shard {twice} is listed twice")
     folders = [url.rpartition("/")[0] for url in urls]
     base = os.path.commonpath(folders) if all(map(is_local, urls)) else _common_prefix(folders)
-    return dict(sorted((url[len(base) :].lstrip("/"), url) for url in urls))
+    return dict(sorted((_fit_name(url[len(base) :].lstrip("/")), url) for url in urls))
+
+
+def _fit_name(name: str) -> str:
+    if _UNFIT.search(name) or {".", ".."} & set(name.split("/")):
+        raise ConfigError(f"shard {name!r} is refused: control characters or '..' in its name; rename it")
+    return name
+
+
+def refuse_inside(sources: Sequence[str], out: Path) -> None:
+    """Raise ConfigError if `out` lies in a folder that is searched for shards: the next run would read its results."""
+    for source in filter(is_local, sources):
+        path = local_path(source)
+        folder = path if path.is_dir() else Path(source.partition("**")[0]).parent if "**" in source else None
+        if folder is not None and out.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"--out {out} lies inside {source}, where shards are read from: the next run would take its results "
+                "for input. Choose a folder outside, or name the shards: 'FOLDER/*.tar'"
+            )
 
 
 def _common_prefix(folders: Sequence[str]) -> str:
@@ -126,7 +162,7 @@ def _expand(url: str) -> list[str]:
     if is_local(url):
         path = local_path(url)
         if path.is_dir():
-            return sorted(str(file) for file in path.rglob("*") if file.name.endswith(SHARD_SUFFIXES))
+            return _files_below(path)
         if path.exists():
             return [str(path)]
         return sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - the pattern may be absolute
@@ -139,6 +175,18 @@ def _expand(url: str) -> list[str]:
     return [name if "://" in name else f"{protocol}://{name}" for name in sorted(found)]
 
 
+def _files_below(folder: Path) -> list[str]:
+    def refuse(error: OSError) -> None:  # os.walk would go on without a word
+        raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
+
+    walk = os.walk(folder, onerror=refuse)
+    return sorted(os.path.join(where, name) for where, _, files in walk for name in files if _is_shard(name))  # noqa: PTH118
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(SHARD_SUFFIXES)
+
+
 class HashingWriter:
     """A binary file that remembers the sha256 and the size of what was written to it."""
 
@@ -149,9 +197,9 @@ class HashingWriter:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write all of `data`."""
+        self.size += len(data)  # first: where the disk is full, this is how much was wanted
         self._stream.write(data)
         self._sha256.update(data)
-        self.size += len(data)
         return len(data)
 
     def flush(self) -> None:
@@ -166,19 +214,44 @@ class HashingWriter:
 
 @contextmanager
 def create(path: Path) -> Iterator[HashingWriter]:
-    """Write a file that appears under its name only when it is whole; an exception leaves nothing behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file that appears under its name only when it is whole; an exception leaves nothing behind.
+
+    Raises:
+        StorageError: the disk is full, or the file may not be written.
+    """
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
+    writer = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
             writer = HashingWriter(stream)
             yield writer
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        _remove(temporary)
+        if isinstance(error, OSError):
+            raise _cannot_write(path, writer.size if writer else 0, error) from error
         raise
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _cannot_write(path: Path, size: int, error: OSError) -> StorageError:
+    if error.errno not in _FULL:
+        return StorageError(f"cannot write {path}: {error.strerror or error}")
+    try:
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
+    except OSError:
+        free = "it is not known how much is free there"
+    return StorageError(
+        f"no space left to write {path}: it takes more than {size:,} bytes, {free}. Make room, or choose another "
+        "--out; run again, and what is finished is not done again"
+    )
 
 
 def sha256_file(path: Path) -> str:

@@ -67,20 +67,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(home: Path, compute: Compute) -> Digits:
-    return write_digits(str(home / "shards"), compute, n_train_shards=4, n_test_shards=5)
+    return write_digits(str(home / "shards"), compute, n_shards=18)
 
 
 @pytest.fixture(scope="session")
 def dataset(home: Path, digits: Digits, compute: Compute) -> Dataset:
-    """Four shards, about 800 real images."""
-    return index_shards(IndexConfig(), digits.shards("train"), str(home / "index"), compute)
+    """Four shards of about a hundred real images each."""
+    return index_shards(IndexConfig(), digits.shards()[:4], str(home / "index"), compute)
 
 
 @pytest.fixture(scope="session")
 def embedder_config() -> EmbedderConfig:
     return EmbedderConfig(
         architecture=ConvNetConfig(widths=(8, 16)),
-        optim=OptimConfig(epochs=2, batch_size=32),
+        optim=OptimConfig(epochs=3, batch_size=32, learning_rate=0.02),
         augment=AugmentConfig(),
     )
 
@@ -177,9 +177,7 @@ def good(make_png: Callable[..., bytes]) -> Callable[..., list[tuple[str, bytes]
 def in_batches() -> Callable[..., list[EmbeddingBatch]]:
     """Rows as embedding batches: in_batches(z_ND, labels_N, size=64, shard="a.tar")."""
 
-    def split(
-        z_ND: torch.Tensor, labels_N: torch.Tensor, size: int = 64, shard: str = "a.tar"
-    ) -> list[EmbeddingBatch]:
+    def split(z_ND: torch.Tensor, labels_N: torch.Tensor, size: int = 64, shard: str = "a.tar") -> list[EmbeddingBatch]:
         positions_N = torch.arange(len(z_ND))
         return [
             EmbeddingBatch(shard, p_B, [f"{shard}-{i}" for i in p_B.tolist()], labels_N[p_B], z_ND[p_B].float())

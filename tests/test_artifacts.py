@@ -254,7 +254,7 @@ def test_killed_and_run_again_gives_the_digest_of_an_uninterrupted_run(tmp_path:
 
     def run(where: str, out: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(script), where, str(tmp_path / out)]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
 
     whole = run("nowhere", "whole")
     assert whole.returncode == 0, whole.stderr

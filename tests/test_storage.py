@@ -226,7 +226,7 @@ def test_create_leaves_everything_as_it_was_when_interrupted(
     path = tmp_path / "file.bin"
     if before is not None:
         path.write_bytes(before)
-    with pytest.raises(error), create(path) as writer:
+    with pytest.raises(error), create(path) as writer:  # noqa: PT012
         writer.write(b"half")
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["file.bin"])

@@ -163,9 +163,7 @@ HASHES = st.lists(st.integers(0, 2**20), min_size=1, max_size=80)
 
 
 @given(HASHES, st.integers(1, 20), st.randoms(use_true_random=False))
-def test_the_sample_is_the_smallest_hashes_whatever_the_order(
-    hashes: list[int], size: int, rng: random.Random
-) -> None:
+def test_the_sample_is_the_smallest_hashes_whatever_the_order(hashes: list[int], size: int, rng: random.Random) -> None:
     wanted = sorted(set(hashes))[:size]
     order = list(range(len(hashes)))
     rng.shuffle(order)

@@ -174,11 +174,11 @@ class Shuffler:
         labels: list[int] = []
         n_steps = 0
         for batch in self.dataset.batches(self.batch_size, order):
-            images += batch.images_BCHW.unbind()
-            labels += batch.labels_B.tolist()
-            while len(images) >= self._capacity:
+            while len(images) + len(batch.keys) > self._capacity:
                 yield self._draw(images, labels)
                 n_steps += 1
+            images += [image_CHW.clone() for image_CHW in batch.images_BCHW]  # a view would keep the whole batch
+            labels += batch.labels_B.tolist()
         while len(images) >= self.batch_size and n_steps < self.steps_per_epoch:
             yield self._draw(images, labels)
             n_steps += 1

@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.data.decode import IMAGE_SUFFIXES
 from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
+from sanitize.errors import DataError
 from sanitize.storage import open_read
 
-_INTEGER = re.compile(rb"\s*[+-]?\d{1,18}\s*")
+_INTEGER = re.compile(rb"[+-]?\d{1,18}")
+_MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
 
 
 class SampleLimits(BaseModel):
@@ -26,12 +28,15 @@ class SampleLimits(BaseModel):
     Attributes:
         max_sample_bytes: payload of all its members together, held in memory while it is looked at.
         max_members: members that share one key.
+        max_listing_bytes: names of all members of one shard, and 512 bytes a member; about what its index rows take
+            in memory. A shard that has more counts as damaged from there on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_sample_bytes: int = Field(default=256 * 2**20, gt=0)
     max_members: int = Field(default=100, gt=0)
+    max_listing_bytes: int = Field(default=2**30, gt=0)
 
 
 class Sample(NamedTuple):
@@ -68,7 +73,7 @@ class ShardReader:
 
     def __iter__(self) -> Iterator[Sample]:
         with open_read(self.url) as file:
-            raw = _HashingReader(file)
+            raw = _HashingReader(file, self.url)
             compressed = self.url.endswith((".gz", ".tgz"))
             # Not seekable on purpose: reading forward once is what hashes the shard.
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=cast(Any, raw)) if compressed else raw)
@@ -79,13 +84,17 @@ class ShardReader:
     def _samples(self, reader: TarReader) -> Iterator[Sample]:
         seen: set[str] = set()
         group = _Group("", self.limits)
-        position = 0
+        position = listed = 0
         members = iter(reader)
         while True:
             try:
                 member = next(members, None)
                 if member is not None and member.kind == "directory":
                     continue  # webdataset steps over them too: between two members of a sample they split nothing
+                if member is not None:
+                    listed += len(member.name) + 512
+                    if listed > self.limits.max_listing_bytes:
+                        raise TarDamage("more names than max_listing_bytes", member.start)
                 key = None if member is None else split_name(member.name)[0]
                 if key != group.key and group.names:
                     yield group.sample(position, duplicate=group.key in seen)
@@ -128,30 +137,35 @@ class _Group:
 
     def _refuse(self, member: Member) -> str | None:
         if member.kind != "file":
-            return f"member {printable(member.name)!r} is no regular file: {member.reason}"
+            return f"member '{printable(member.name)}' is no regular file: {member.reason}"
         if (unsafe := unsafe_name(member.name)) is not None:
-            return f"unsafe member name {printable(member.name)!r}: {unsafe}"
+            return f"unsafe member name '{printable(member.name)}': {unsafe}"
+        if member.name.endswith("/") or not split_name(member.name)[0].rpartition("/")[2]:
+            return f"member name {printable(member.name)!r} has nothing before its first dot"
         if member.name in self.names:
-            return f"member {printable(member.name)!r} occurs twice"
+            return f"member '{printable(member.name)}' occurs twice"
         if self._bytes + member.size > self._limits.max_sample_bytes:
             return f"sample is larger than max_sample_bytes {self._limits.max_sample_bytes}"
         return None if self._room() else f"sample has more than max_members {self._limits.max_members}"
 
     def sample(self, position: int, duplicate: bool) -> Sample:
-        problem = f"key {printable(self.key)!r} occurs a second time in the shard" if duplicate else self.problem
+        problem = f"key '{printable(self.key)}' occurs a second time in the shard" if duplicate else self.problem
         return Sample(position, self.key, self.members, problem)
 
 
 class _HashingReader:
     """The file as it is, hashed as it goes by."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, url: str) -> None:
+        self._file, self._url = file, url
         self.sha256 = hashlib.sha256()
         self.size = 0
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise DataError(f"cannot read {self._url}: {error}") from error
         self.sha256.update(data)
         self.size += len(data)
         return data
@@ -173,6 +187,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 def printable(name: str) -> str:
     """A name that any table or terminal can hold: bytes that are not UTF-8, and control characters, are escaped."""
+    if name.isprintable():
+        return name
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
@@ -204,9 +220,9 @@ def read_label(sample: Sample, source: str, n_classes: int) -> int:
     found = [data for name, data in sample.members if split_name(name)[1] == suffix.lower()]
     if len(found) != 1:
         raise BadLabel(f"{len(found) or 'no'} .{suffix} member{'s' if found else ''}")
-    data = _json_field(found[0], field) if field else found[0]
+    data = (_json_field(found[0], field) if field else found[0]).strip()
     if not _INTEGER.fullmatch(data):
-        raise BadLabel(f"label {printable(data[:40].decode('utf-8', 'surrogateescape'))!r} is not an integer")
+        raise BadLabel(f"label '{printable(data[:40].decode('utf-8', 'surrogateescape'))}' is not an integer")
     label = int(data)
     if not 0 <= label < n_classes:
         raise BadLabel(f"label {label} is not in 0..{n_classes - 1}")
@@ -214,8 +230,18 @@ def read_label(sample: Sample, source: str, n_classes: int) -> int:
 
 
 def _json_field(data: bytes, field: str) -> bytes:
+    if len(data) > _MAX_JSON_BYTES:
+        raise BadLabel(f"the json member is larger than {_MAX_JSON_BYTES} bytes")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if sum(name == field for name, _ in pairs) > 1:  # parsers differ in which of them they take
+            raise BadLabel(f"the json member has field {field!r} twice")
+        return dict(pairs)
+
     try:
-        record = json.loads(data)
+        record = json.loads(data, object_pairs_hook=once)
+    except BadLabel:
+        raise
     except (ValueError, RecursionError) as error:
         raise BadLabel("the json member is not valid JSON") from error
     if not isinstance(record, dict) or field not in record:

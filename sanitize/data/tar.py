@@ -36,7 +36,6 @@ _IDS, _EPOCH = b"0000644\0" + b"0000000\0" * 2, b"00000000000\0"
 _TAIL = bytes(100) + _POSIX + bytes(64) + b"0000000\0" * 2
 _NORMAL_TIME, _NORMAL_REST = b"\0" + _EPOCH, b"\0 0" + _TAIL + bytes(167)
 _FIXED_SUM = sum(_IDS + _EPOCH + _TAIL) + 8 * ord(" ")
-_SUSPECT = re.compile(r"^$|^[/\\]|^.:|\.\.|[\x00-\x1f\x7f-\x9f]", re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 Kind = Literal["file", "directory", "other", "refused"]
@@ -283,9 +282,11 @@ class TarReader:
         for piece in self._source.rest(at):
             seen += len(piece)
             if piece.count(0) != len(piece):
-                return self._warn("data behind the end-of-archive marker")
+                self._warn("data behind the end-of-archive marker")
+                return
             if seen > self.limits.max_trailing_bytes:
-                return self._warn("more than max_trailing_bytes behind the end-of-archive marker")
+                self._warn("more than max_trailing_bytes behind the end-of-archive marker")
+                return
         if self._source.failure:
             raise self._damage("", at)
 
@@ -527,7 +528,7 @@ class TarWriter:
 
 def unsafe_name(name: str) -> str | None:
     """Why an extractor must not write a file of this name, on any platform; None if it may."""
-    if _SUSPECT.search(name) is None:
+    if name[:1] not in ("", "/", "\\") and name[1:2] != ":" and ".." not in name and not _CONTROL.search(name):
         return None
     if not name:
         return "empty"

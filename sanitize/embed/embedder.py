@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor
 
 from sanitize.artifacts import Part, Recipe, make
@@ -65,7 +65,7 @@ class EmbedderConfig(BaseModel):
     architecture: Architecture = ConvNetConfig()
     weights: str | None = None
     mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.25,)
+    std: tuple[PositiveFloat, ...] = (0.25,)
     optim: OptimConfig = OptimConfig()
     augment: AugmentConfig = AugmentConfig()
     cache_bytes: int = Field(default=2**30, gt=0)
@@ -98,8 +98,8 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
     inputs = {"dataset": dataset.digest}
     sources = {}
     if config.weights is not None:
-        inputs["weights"] = sha256_file(Path(config.weights))
         sources["weights"] = fingerprint(config.weights)
+        inputs["weights"] = sha256_file(Path(config.weights))
     recipe = Recipe(
         stage="train_embedder",
         config=config.model_dump(mode="json", exclude={"weights"}),

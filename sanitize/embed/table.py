@@ -58,7 +58,7 @@ def import_table(config: TableConfig, source: str, out: str, compute: Compute) -
             "position": pa.array(np.arange(len(x_ND))),
             "key": pa.array(keys),
             "shard": pa.array([shard] * len(x_ND)),
-            "label": pa.array(labels_N.astype(np.int64)),
+            "label": pa.array(_as_labels(labels_N, len(x_ND), path)),
             "features": fixed_size_list(torch.from_numpy(x_ND)),
         }
         write_rows(part, shard, pa.table(columns))
@@ -76,7 +76,7 @@ def _read_npz(path: Path, config: TableConfig) -> Table:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             loaded = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # zip and npy each raise their own
         raise DataError(f"cannot read {path}: {error}") from error
     x_ND = _column(loaded, config.features, path)
     if x_ND.ndim != 2:
@@ -110,10 +110,23 @@ def _read_parquet(path: Path, config: TableConfig) -> Table:
 
 
 def _as_float32(x_ND: np.ndarray, path: Path) -> np.ndarray:
-    x_ND = x_ND.astype(np.float32)
+    if x_ND.dtype.kind not in "biuf" or not len(x_ND):
+        raise DataError(f"features in {path} are a table of {len(x_ND)} rows of {x_ND.dtype}, not of numbers")
+    with np.errstate(over="ignore"):  # becomes infinite, which the next line refuses
+        x_ND = x_ND.astype(np.float32)
     if not (finite_N := np.isfinite(x_ND).all(1)).all():
         raise DataError(f"row {int(np.argmin(finite_N))} of {path} holds a value that is not finite")
     return x_ND
+
+
+def _as_labels(labels_N: np.ndarray, n: int, path: Path) -> np.ndarray:
+    """Labels as int64; a column (N, 1) and whole numbers of other types are taken too."""
+    labels_N = labels_N.ravel()
+    if labels_N.dtype.kind == "f" and (np.abs(labels_N) < 2**53).all() and (labels_N == labels_N.round()).all():
+        labels_N = labels_N.astype(np.int64)
+    if labels_N.dtype.kind not in "biu" or len(labels_N) != n:
+        raise DataError(f"{path} has no integer label for each of its {n} rows: {len(labels_N)} of {labels_N.dtype}")
+    return labels_N.astype(np.int64)
 
 
 def _column(columns: dict, name: str, path: Path):  # type: ignore[no-untyped-def, type-arg]

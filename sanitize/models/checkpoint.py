@@ -5,12 +5,12 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import safetensors.torch
 import torch
 import torchvision.models
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from sanitize.artifacts import Artifact, Part
@@ -59,7 +59,17 @@ class ModelConfig(BaseModel):
     n_classes: int = Field(gt=0)
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.25,)
+    std: tuple[PositiveFloat, ...] = (0.25,)
+
+    @model_validator(mode="after")
+    def _channels_fit(self) -> Self:
+        channels = self.image_shape[0]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise ConfigError(
+                    f"{name} has {len(values)} values, but images have {channels} channels: give 1 or that"
+                )
+        return self
 
     def build(self) -> nn.Module:
         """A new network with torch's own initialisation, drawn from torch's global generator.
@@ -74,6 +84,10 @@ class ModelConfig(BaseModel):
         if isinstance(kind, ResNetConfig):
             return ResNet(kind, self.n_classes, channels)
         if isinstance(kind, TorchvisionConfig):
+            if channels != 3:
+                raise ConfigError(
+                    f"torchvision's networks take 3 channels, images have {channels}: set image.channels=3"
+                )
             return _torchvision(kind.name, self.n_classes)
         module, _, function = kind.function.partition(":")
         try:
@@ -90,10 +104,12 @@ class ModelConfig(BaseModel):
 
 
 def _torchvision(name: str, n_classes: int) -> nn.Module:
-    try:
-        return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=n_classes))
-    except ValueError as error:
-        raise ConfigError(f"torchvision has no model {name!r}; see torchvision.models.list_models()") from error
+    # Only its classifiers: a detection model would fetch the weights of its backbone from the network.
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise ConfigError(
+            f"torchvision has no model {name!r}; see torchvision.models.list_models(module=torchvision.models)"
+        )
+    return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=n_classes))
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:

@@ -172,6 +172,8 @@ def headline(numbers: dict[str, Any]) -> str:
 
 def _places(numbers: dict[str, Any]) -> str:
     touched = [clean_text(class_name(c)) for c in numbers["classes"] if c["removed"]]
+    if len(touched) == numbers["n_classes"] > 4:
+        return f"all {len(touched):,} classes"
     if len(touched) > 4:
         return f"{len(touched):,} of {numbers['n_classes']:,} classes"
     if len(touched) == 1:

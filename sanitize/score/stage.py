@@ -11,7 +11,7 @@ from pydantic import Field
 from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.compute import Compute
 from sanitize.data.tables import Embeddings, Scores, write_rows
-from sanitize.errors import NumericsError
+from sanitize.errors import ConfigError, NumericsError
 from sanitize.progress import track
 from sanitize.score.scorer import Scorer
 from sanitize.score.spectral import Spectral, SpectralConfig
@@ -36,7 +36,9 @@ class FittedScorer(Artifact):
         return info
 
     def scorer(self, config: ScorerConfig) -> Scorer:
-        """The scorer, ready to score."""
+        """The scorer, ready to score. Raises ConfigError where `config` is not the one it was fitted with."""
+        if config.model_dump(mode="json") != self.info["config"]:
+            raise ConfigError(f"the scorer in {self.path} was fitted with another configuration: {self.info['config']}")
         scorer = new_scorer(config)
         state: Mapping[str, Any] = safetensors.torch.load_file(self.file("state.safetensors"))
         scorer.load_state(state, {int(label): values for label, values in self.info["classes"].items()})

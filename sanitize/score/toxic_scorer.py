@@ -12,7 +12,8 @@ from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.progress import track
 from sanitize.score.scorer import Passes, by_label, row_hashes
-from sanitize.score.toxic_direction import ClassSplit, Mixture, ToxicDirectionConfig, fit_class, log_odds
+from sanitize.score.toxic_direction import ClassSplit, ToxicDirectionConfig, fit_class, log_odds
+from sanitize.score.two_gaussians import Mixture
 from sanitize.streaming import HashSample
 
 MAX_SAMPLES = 10_000

@@ -3,11 +3,12 @@
 from collections import Counter
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part, Recipe, Workshop, make
 from sanitize.compute import Compute
-from sanitize.data.tables import Selection, write_rows
+from sanitize.data.tables import Selection, rows_name, write_rows
 from sanitize.errors import DataError
 from sanitize.select.stage import SCHEMA
 
@@ -52,8 +53,15 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
         part.counts["samples"] += len(rows)
         write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
 
-    def finish(part: Part, _workshop: object) -> None:
-        part.write("selection.json", selection.file("selection.json").read_bytes())
+    def finish(part: Part, workshop: Workshop) -> None:
+        removed: Counter[str] = Counter()
+        for shard in selection.shards:
+            rows = pq.read_table(workshop.path(rows_name(shard)), columns=["label", "status"]).to_pylist()
+            removed.update(str(row["label"]) for row in rows if row["status"] == "quarantined")
+        summary = selection.read_json("selection.json")
+        for label, of_class in summary["classes"].items():
+            of_class["removed"] = removed[label]
+        part.write_json("selection.json", summary)
 
     return make(Selection, out, recipe, parts=selection.shards, write_part=write_part, finish=finish)
 

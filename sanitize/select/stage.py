@@ -1,6 +1,7 @@
 """Turn scores into verdicts, each with its reason. Nothing is read but scores and index rows, so a rule can be
 changed and replayed in seconds."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,15 +85,18 @@ def select_samples(config: SelectConfig, dataset: Dataset, scores: Scores, out: 
         thresholds = config.rule.thresholds(by_class, statistics)
         for label, s_N in by_class.items():
             cap = keep_all_but(s_N, int(config.max_removed_fraction * len(s_N)))
-            threshold = max(thresholds[label], cap)
+            # A rule that takes a whole class says minus infinity, which JSON cannot hold: the lowest float says it too.
+            threshold = max(thresholds[label], cap, float(np.finfo(np.float32).min))
             classes[label] = {
                 "n": len(s_N),
                 "removed": int((s_N > threshold).sum()),
-                "threshold": threshold if np.isfinite(threshold) else None,
+                "threshold": threshold if threshold < math.inf else None,
                 "capped": bool(cap > thresholds[label]),
                 "scorer": scorer["config"]["kind"],
                 **statistics.get(label, {}),
             }
+            if isinstance(config.rule, SeparationRule):
+                classes[label]["level"] = config.rule.levels(by_class, statistics)[label]
             if isinstance(config.rule, FDRRule):
                 p_values[label] = (np.sort(s_N), np.sort(config.rule.p_values(by_class, label))[::-1])
 
@@ -107,7 +111,9 @@ def select_samples(config: SelectConfig, dataset: Dataset, scores: Scores, out: 
     def finish(part: Part, _workshop: object) -> None:
         if not classes:
             decide()
-        part.write_json("selection.json", {"classes": {str(y): classes[y] for y in sorted(classes)}})
+        summary: dict[str, Any] = {"rule": config.rule.model_dump(mode="json")}
+        summary["classes"] = {str(label): classes[label] for label in sorted(classes)}
+        part.write_json("selection.json", summary)
 
     with track("select", dataset.manifest().counts.get("samples")) as advance:
         return make(Selection, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)

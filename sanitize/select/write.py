@@ -11,7 +11,7 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.samples import Sample
 from sanitize.data.tables import Selection
-from sanitize.data.tar import TarWriter, unsafe_name
+from sanitize.data.tar import TarLimits, TarWriter, unsafe_name
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
 from sanitize.progress import track
@@ -101,11 +101,12 @@ def _write_shard(
             part.counts["kept"] += len(verdicts)
             return
         with shard_writer(part, f"quarantine/{shard}", config.gzip_level) as quarantine:
+            taken: set[str] = set()
             for (sample, row), verdict in zip(dataset.samples(shard), verdicts, strict=True):
                 if verdict["keep"]:
                     _copy(sample, clean)
                 else:
-                    _quarantine(sample, shard, row, verdict, quarantine)
+                    _quarantine(sample, shard, row, verdict, quarantine, taken)
                 part.counts[verdict["status"]] += 1
                 advance(1)
 
@@ -115,13 +116,18 @@ def _copy(sample: Sample, tar: TarWriter) -> None:
         tar.add(name, data)
 
 
-def _quarantine(sample: Sample, shard: str, row: dict[str, Any], verdict: dict[str, Any], tar: TarWriter) -> None:
-    """The members as they were, and what speaks against them. A name no extractor should follow is replaced."""
+def _quarantine(
+    sample: Sample, shard: str, row: dict[str, Any], verdict: dict[str, Any], tar: TarWriter, taken: set[str]
+) -> None:
+    """The members as they were, and what speaks against them. Names that no extractor should follow are replaced."""
     stem = sample.key
     renamed = {}
-    if unsafe_name(sample.key or ".") is not None or any(unsafe_name(name) for name, _ in sample.members):
+    if stem.lower() in taken or not _can_be_extracted(stem, [name for name, _ in sample.members]):
         stem = f"sample-{sample.position:08d}"
+        while stem in taken:
+            stem += "_"
         renamed = {f"{stem}.member{i}": row["members"][i]["name"] for i in range(len(sample.members))}
+    taken.add(stem.lower())
     names = list(renamed) or [name for name, _ in sample.members]
     for name, (_, data) in zip(names, sample.members, strict=True):
         tar.add(name, data)
@@ -137,3 +143,14 @@ def _quarantine(sample: Sample, shard: str, row: dict[str, Any], verdict: dict[s
     if renamed:
         evidence["renamed"] = renamed
     tar.add(f"{stem}.{EVIDENCE}", json.dumps(evidence, sort_keys=True).encode())
+
+
+def _can_be_extracted(stem: str, names: list[str]) -> bool:
+    """True where members and evidence are safe names, short enough, and different on any file system."""
+    names = [*names, f"{stem}.{EVIDENCE}"]
+    longest = max(len(name.encode("utf-8", "surrogateescape")) for name in names)
+    return (
+        not any(unsafe_name(name) or name.endswith("/") for name in names)
+        and len({name.lower() for name in names}) == len(names)
+        and longest <= TarLimits().max_name_bytes
+    )

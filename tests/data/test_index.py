@@ -60,9 +60,7 @@ def test_every_bad_sample_is_a_row_with_its_reason_and_the_others_survive(
     for one, _ in wanted.values():
         members += one
     members += good(4, "last", 5)
-    config = IndexConfig(
-        n_classes=5, limits=SampleLimits(max_sample_bytes=20_000, max_members=10), max_bad_fraction=1
-    )
+    config = IndexConfig(n_classes=5, limits=SampleLimits(max_sample_bytes=20_000, max_members=10), max_bad_fraction=1)
     dataset = index_shards(config, make_tar(tmp_path / "x.tar", members), str(tmp_path / "out"), compute)
     reasons = bad(dataset)
     assert set(reasons) == set(wanted)
@@ -184,7 +182,7 @@ def test_no_shards_is_a_config_error(tmp_path: Path, compute: Compute) -> None:
 def test_the_order_place_and_grouping_of_shards_do_not_matter(
     tmp_path: Path, digits: Digits, dataset: Dataset, compute: Compute
 ) -> None:
-    shards = digits.shards("train")
+    shards = digits.shards()[:4]
     again = index_shards(IndexConfig(), shards[::-1], str(tmp_path / "reversed"), compute)
     for shard in shards:
         (tmp_path / "moved").mkdir(exist_ok=True)
@@ -225,7 +223,7 @@ def test_a_shard_that_changes_is_noticed(
 def test_remote_shards_are_indexed_and_read(digits: Digits, dataset: Dataset, tmp_path: Path, compute: Compute) -> None:
     import fsspec
 
-    for shard in digits.shards("train"):
+    for shard in digits.shards()[:4]:
         with fsspec.open(f"memory://index-test/{Path(shard).name}", "wb") as file:
             file.write(Path(shard).read_bytes())
     remote = index_shards(IndexConfig(), "memory://index-test", str(tmp_path / "out"), compute)

@@ -344,9 +344,11 @@ def test_gzip_cut_anywhere_keeps_what_was_whole() -> None:
         result = outcome(gzip.GzipFile(fileobj=io.BytesIO(packed[:cut])))
         assert result.members == whole[: len(result.members)]
         if cut:
-            assert result.damage is not None and result.damage[0] == "compressed stream is cut"
+            assert result.damage is not None
+            assert result.damage[0] == "compressed stream is cut"
         kept.append(len(result.members))
-    assert kept == sorted(kept) and kept[-1] == len(whole)
+    assert kept == sorted(kept)
+    assert kept[-1] == len(whole)
     assert kept[len(kept) // 2] > len(whole) // 3  # nothing is thrown away with the read-ahead
 
 
@@ -356,7 +358,8 @@ def test_gzip_corruption_is_damage() -> None:
     packed[-8] ^= 1  # the CRC
     result = outcome(gzip.GzipFile(fileobj=io.BytesIO(packed)))
     assert result.members == outcome(io.BytesIO(data)).members
-    assert result.damage is not None and result.damage[0] == "compressed stream is corrupt"
+    assert result.damage is not None
+    assert result.damage[0] == "compressed stream is corrupt"
     rng = random.Random(1)
     for _ in range(100):
         broken = bytearray(gzip.compress(data, 1))
@@ -535,7 +538,8 @@ class Recorder(io.BytesIO):
     largest, total = 0, 0
 
     def read1(self, n: int | None = -1) -> bytes:
-        assert n is not None and n > 0
+        assert n is not None
+        assert n > 0
         piece = super().read1(n)
         self.largest, self.total = max(self.largest, n), self.total + len(piece)
         return piece
@@ -590,7 +594,8 @@ def test_what_others_write_is_not_normal(case: str) -> None:
     block[148:156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))
     data[100] = 97 if case == "padding" else 0
     result = everywhere(bytes(block + data) + END)
-    assert len(result.members) == 1 and not result.normal
+    assert len(result.members) == 1
+    assert not result.normal
 
 
 def test_read_is_for_the_current_file_only() -> None:
@@ -610,7 +615,7 @@ def test_read_is_for_the_current_file_only() -> None:
 def test_a_file_that_shrinks_is_damage(tmp_path: Any) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(A + item(b"big", b"x" * 300_000) + END)
-    with open(path, "rb") as stream:
+    with path.open("rb") as stream:
         reader = TarReader(stream)
         members = iter(reader)
         next(members), next(members)
@@ -637,7 +642,8 @@ def test_other_errors_of_the_stream_pass_through() -> None:
 def test_damage_travels_between_processes() -> None:
     damage = pickle.loads(pickle.dumps(TarDamage("bad size field", 512)))
     assert (damage.reason, damage.offset) == ("bad size field", 512)
-    assert str(damage) == "bad size field at byte 512 of the archive" and isinstance(damage, DataError)
+    assert str(damage) == "bad size field at byte 512 of the archive"
+    assert isinstance(damage, DataError)
 
 
 @pytest.mark.parametrize("name", ["", "a/", "a\0b", "n" * 4097])

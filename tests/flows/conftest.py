@@ -29,9 +29,9 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with five shards of real digits, 3 % of them with a patch and label 0."""
     out = tmp_path_factory.mktemp("poisoned")
     compute = Compute(device="cpu")
-    digits = write_digits(str(out / "digits"), compute, n_train_shards=5, n_test_shards=3)
-    dataset = index_shards(IndexConfig(n_classes=10), digits.shards("train"), str(out / "index"), compute)
-    return poison_shards(BadNetsConfig(rate=0.03, size=2), dataset, str(out / "poisoned"), compute).file("shards")
+    digits = write_digits(str(out / "digits"), compute, n_shards=5)
+    dataset = index_shards(IndexConfig(n_classes=10), digits.shards(), str(out / "index"), compute)
+    return poison_shards(BadNetsConfig(rate=0.03, size=3), dataset, str(out / "poisoned"), compute).file("shards")
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +40,8 @@ def settings(poisoned: Path) -> dict[str, Any]:
     return {
         "shards": [str(poisoned)],
         "embedder": {
-            "architecture": {"kind": "convnet", "widths": [8, 16, 32]},
-            "optim": {"epochs": 12, "batch_size": 64},
+            "architecture": {"kind": "convnet", "widths": [16, 32, 64]},
+            "optim": {"epochs": 30, "batch_size": 64},
         },
         "compute": {"device": "cpu", "seed": 1},
     }

@@ -152,8 +152,9 @@ def test_no_shards_exits_2() -> None:
 
 
 def test_unusable_data_exits_1(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
-    result = run("clean", "--shards", tmp_path, "--out", tmp_path / "run", "--direct", "--quiet")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(b"no tar at all" * 100)
+    result = run("clean", "--shards", tmp_path / "in", "--out", tmp_path / "run", "--direct", "--quiet")
     assert result.exit_code == 1
     assert "a.tar" in result.output
 

@@ -11,18 +11,15 @@ from torch import Tensor
 from sanitize.score.toxic_direction import (
     ClassSplit,
     ToxicDirectionConfig,
-    best_threshold,
-    component_log_density,
-    em,
     fit_class,
     log_odds,
-    mixture_log_odds,
     principal_axes,
-    separation_threshold,
 )
+from sanitize.score.two_gaussians import best_threshold, component_log_density, em, mixture_log_odds
 
 CONFIG = ToxicDirectionConfig(n_starts=32)
-FLOOR = 5.0
+# What the separation rule asks of large and of small classes.
+FLOOR = 4.5
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -92,7 +89,6 @@ def test_equal_halves_the_more_diverse_side_is_suspicious() -> None:
 def test_silent_on_data_without_a_second_cluster(kind: str) -> None:
     separations = [fit_class(natural(kind, 200, 10, s), CONFIG, seeded(s)).separation for s in range(4)]
     assert max(separations) < 0.7 * FLOOR
-    assert all(s <= separation_threshold(separations, FLOOR) for s in separations)
 
 
 def test_translation_and_scale_change_nothing() -> None:
@@ -222,14 +218,3 @@ def test_wide_features_use_the_range_finder() -> None:
     dense_D, dense_DD = torch.linalg.eigh(x_ND.T @ x_ND / 100)
     torch.testing.assert_close(value_P, dense_D.flip(0)[:5], rtol=1e-3, atol=0)
     assert (dense_DD.flip(1)[:, :5].T @ vector_DP).abs().diagonal().min() > 0.99
-
-
-def test_threshold_is_the_floor_or_the_level_of_the_run() -> None:
-    quiet = [2.0, 2.1, 2.2, 1.9, 2.0, 2.3, 2.1, 14.0]
-    assert separation_threshold(quiet, FLOOR) == FLOOR
-    loud = [3.0, 4.1, 3.5, 4.4, 3.2, 4.0, 3.8, 14.0]
-    assert FLOOR < separation_threshold(loud, FLOOR) < 14.0
-    assert separation_threshold([15.0, 14.0, 16.0, 18.0, 13.0], FLOOR) < 13.0  # all classes poisoned
-    assert separation_threshold([9.0, 0.0, 0.0], FLOOR) == FLOOR
-    assert separation_threshold([], FLOOR) == FLOOR
-    assert separation_threshold(quiet, FLOOR) == separation_threshold(quiet[::-1], FLOOR)

@@ -1,0 +1,52 @@
+import gzip
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.data.writer import is_compressed, shard_writer
+
+MEMBERS = [("a.jpg", b"1" * 700), ("folder/" * 40 + "b.cls", b""), ("caf\u00e9.txt", b"2" * 512)]
+
+
+def write(out: Path, name: str, level: int = 6) -> Artifact:
+    def fill(part: Part) -> None:
+        with shard_writer(part, name, level) as tar:
+            for member in MEMBERS:
+                tar.add(*member)
+
+    return make(Artifact, out, Recipe(stage="made-up"), fill)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "deep/x.tar.gz", "x.tgz"])
+def test_a_shard_is_read_back_by_python_and_has_the_same_bytes_every_time(
+    tmp_path: Path, read_tar: Callable[..., list], name: str
+) -> None:
+    first, second = write(tmp_path / "a", name), write(tmp_path / "b", name)
+    assert read_tar(first.file(name)) == MEMBERS
+    assert first.digest == second.digest
+    data = first.file(name).read_bytes()
+    assert (data[:2] == b"\x1f\x8b") == is_compressed(name) == (name != "x.tar")
+    entry = first.manifest().files[name]
+    assert (entry.sha256, entry.size) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_compression_changes_the_file_and_not_what_is_in_it(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a", "x.tar").file("x.tar").read_bytes()
+    for level in (0, 9):
+        file = write(tmp_path / f"{level}", "x.tar.gz", level).file("x.tar.gz")
+        assert gzip.decompress(file.read_bytes()) == plain
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_an_exception_leaves_no_shard(tmp_path: Path, name: str) -> None:
+    def fill(part: Part) -> None:
+        with shard_writer(part, name) as tar:
+            tar.add("a.jpg", b"1")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        make(Artifact, tmp_path / "a", Recipe(stage="made-up"), fill)
+    assert not list(tmp_path.rglob("*x.tar*"))

@@ -1,0 +1,114 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+import sanitize.score.stage as stage
+from sanitize.artifacts import Part, Recipe, make, verify
+from sanitize.compute import Compute
+from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, fixed_size_list, write_rows
+from sanitize.errors import ArtifactError, ConfigError, NumericsError
+from sanitize.score import Spectral, SpectralConfig, ToxicDirectionConfig, fit_scorer, score_shards
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Embeddings:
+    """Three shards of 50 rows in two classes, with one embedding named `penultimate`."""
+
+    def write_part(shard: str, part: Part) -> None:
+        z_ND = torch.randn(50, 6, generator=torch.Generator().manual_seed(int(shard[0])))
+        columns = {"position": pa.array(range(50), pa.int64()), "key": [f"{shard}-{i}" for i in range(50)]}
+        columns |= {"label": pa.array([i % 2 for i in range(50)], pa.int64()), "penultimate": fixed_size_list(z_ND)}
+        write_rows(part, shard, pa.table(columns))
+
+    shards = [f"{i}.tar" for i in range(3)]
+    return make(Embeddings, tmp_path / "embeddings", Recipe(stage="made-up"), parts=shards, write_part=write_part)
+
+
+@pytest.mark.parametrize(
+    "config", [SpectralConfig(), SpectralConfig(whiten="robust"), ToxicDirectionConfig(embedding="penultimate")]
+)
+def test_scores_are_those_of_the_scorer_row_by_row(
+    tmp_path: Path, made_up: Embeddings, compute: Compute, config
+) -> None:  # type: ignore[no-untyped-def]
+    fitted = fit_scorer(config, made_up, str(tmp_path / "fitted"), compute)
+    scores = score_shards(config, fitted, made_up, str(tmp_path / "scores"), compute)
+    assert scores.shards == made_up.shards
+    scorer = stage.new_scorer(config)
+    scorer.fit(lambda: made_up.batches(config.embedding), compute)
+    for shard in scores.shards:
+        table = scores.rows(shard)
+        (batch,) = made_up.batches(config.embedding, shards=[shard])
+        assert table["score"].to_pylist() == scorer.score(batch).tolist()
+        assert table["key"].to_pylist() == batch.keys
+        assert table["label"].to_pylist() == batch.labels_B.tolist()
+        assert table["position"].to_pylist() == batch.positions_B.tolist()
+    info = scores.read_json("scorer.json")
+    assert info["config"] == config.model_dump(mode="json")
+    assert {int(label): values for label, values in info["classes"].items()} == scorer.statistics
+    assert scores.manifest().counts == {"samples": 150}
+    assert verify(Path(scores.path)) == verify(Path(fitted.path)) == []
+
+
+def test_scoring_in_groups_gives_the_same_digest(tmp_path: Path, made_up: Embeddings, compute: Compute) -> None:
+    config = SpectralConfig()
+    fitted = fit_scorer(config, made_up, str(tmp_path / "fitted"), compute)
+    whole = score_shards(config, fitted, made_up, str(tmp_path / "whole"), compute)
+    for shards in (["2.tar", "0.tar"], ["1.tar"]):
+        score_shards(config, fitted, made_up, str(tmp_path / "grouped"), compute, shards=shards)
+    assert score_shards(config, fitted, made_up, str(tmp_path / "grouped"), compute).digest == whole.digest
+    assert fit_scorer(config, made_up, str(tmp_path / "again"), compute).digest == fitted.digest
+
+
+def test_another_seed_is_another_scorer_and_the_folder_says_so(
+    tmp_path: Path, made_up: Embeddings, compute: Compute
+) -> None:
+    fit_scorer(SpectralConfig(), made_up, str(tmp_path / "fitted"), compute)
+    with pytest.raises(ArtifactError, match=r"numerics\.seed was 0 and is now 1"):
+        fit_scorer(SpectralConfig(), made_up, str(tmp_path / "fitted"), Compute(device="cpu", seed=1))
+    with pytest.raises(ArtifactError, match=r"config\.n_directions was 1 and is now 2"):
+        fit_scorer(SpectralConfig(n_directions=2), made_up, str(tmp_path / "fitted"), compute)
+
+
+def test_a_score_that_is_not_finite_names_shard_and_key(
+    tmp_path: Path, made_up: Embeddings, compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SpectralConfig()
+    fitted = fit_scorer(config, made_up, str(tmp_path / "fitted"), compute)
+    real: Callable[[Spectral, EmbeddingBatch], torch.Tensor] = Spectral.score
+
+    def broken(self: Spectral, batch: EmbeddingBatch) -> torch.Tensor:
+        scores_B = real(self, batch)
+        if batch.shard == "1.tar":
+            scores_B[7] = float("nan")
+        return scores_B
+
+    monkeypatch.setattr(Spectral, "score", broken)
+    with pytest.raises(NumericsError, match=r"1\.tar, key 1\.tar-7"):
+        score_shards(config, fitted, made_up, str(tmp_path / "scores"), compute)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_an_embedding_that_is_not_there_is_a_config_error(
+    tmp_path: Path, made_up: Embeddings, compute: Compute
+) -> None:
+    with pytest.raises(ConfigError, match="no embedding 'pooled'"):
+        fit_scorer(SpectralConfig(embedding="pooled"), made_up, str(tmp_path / "fitted"), compute)
+
+
+@pytest.mark.parametrize("other", [SpectralConfig(n_directions=2), ToxicDirectionConfig(embedding="penultimate")])
+def test_scoring_with_another_config_than_the_one_fitted_is_a_config_error(
+    tmp_path: Path, made_up: Embeddings, compute: Compute, other
+) -> None:  # type: ignore[no-untyped-def]
+    fitted = fit_scorer(SpectralConfig(), made_up, str(tmp_path / "fitted"), compute)
+    with pytest.raises(ConfigError, match="fitted with"):
+        score_shards(other, fitted, made_up, str(tmp_path / "scores"), compute)
+
+
+def test_the_digits_are_scored_whole(scores: Scores, embeddings: Embeddings) -> None:
+    def keys(rows: Iterator[pa.Table]) -> list[str]:
+        return [key for table in rows for key in table["key"].to_pylist()]
+
+    assert keys(scores.rows(s) for s in scores.shards) == keys(embeddings.rows(s) for s in embeddings.shards)

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes with two threads each cost about ten times the CPU of two with one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint check test-gpu bench format
+.PHONY: demo test lint check test-gpu bench fuzz format
 
 demo: .venv/ready  ## set up, then plant a backdoor in real digits and clean it out
 	$(BIN)/sanitize demo --out runs/demo
@@ -29,6 +29,12 @@ test-gpu: .venv/ready  ## only the tests that need a CUDA device
 
 bench: .venv/ready  ## the quick benchmarks; each fails where a target is missed
 	$(BIN)/python -m benchmarks.detection --quick
+
+FUZZ_SECONDS ?= 300
+FUZZ_SEED ?= 0
+
+fuzz: .venv/ready  ## broken shards through index, select and write; a shard that fails is kept in runs/fuzz
+	$(BIN)/python -m tests.fuzz.fuzz_shards --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sanitize needs Python 3.11 or newer; set PYTHON=")'

@@ -372,3 +372,7 @@ def demo(
         f"clean samples lost: {result['clean_lost']} of {result['clean_samples']} ({result['clean_lost_fraction']:.2%})"
     )
     console.print(f"report: {result['report']}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -44,7 +44,7 @@ class Run:
         """Run a stage that works shard by shard; groups of shards may run side by side."""
 
         def call(out: str) -> A:
-            groups = [list(group) for group in _split(shards, self.n_groups)]
+            groups = split(shards, self.n_groups)
             if len(groups) > 1:
                 self._call_groups(function, groups, *inputs, out, self.compute)
             return self._call(function, *inputs, out, self.compute)
@@ -98,6 +98,7 @@ def versions() -> dict[str, str]:
     return {"sanitize": __version__, "python": platform.python_version(), "torch": torch.__version__}
 
 
-def _split(shards: Sequence[str], n: int) -> list[Sequence[str]]:
+def split(shards: Sequence[str], n: int) -> list[list[str]]:
+    """The shards in at most `n` groups of about equal size: the unit of work of one task."""
     n = max(1, min(n, len(shards)))
-    return [shards[i * len(shards) // n : (i + 1) * len(shards) // n] for i in range(n)]
+    return [list(shards[i * len(shards) // n : (i + 1) * len(shards) // n]) for i in range(n)]

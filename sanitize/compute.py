@@ -62,6 +62,8 @@ class Compute(BaseModel):
         # cuBLAS reads this when it is first used; without it deterministic matrix products raise.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Filling every new tensor would only make the use of uninitialised memory repeatable, at a tenth of the time.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cudnn.benchmark = False
 
     def describe(self) -> str:

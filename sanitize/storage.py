@@ -25,7 +25,7 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # fsspec protocols that name bytes and do nothing else; others reach into archives, caches and programs on behalf of
 # whoever wrote the URL, and `pipe:`, which webdataset knows, runs a shell.
 _PLAIN = frozenset({"file", "memory", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"})
-# The name of a shard becomes that of files we write, and is printed: no control characters, no bytes that are not UTF-8.
+# The name of a shard becomes that of files we write, and is printed: no control characters, and all of it UTF-8.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

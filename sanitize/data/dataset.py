@@ -61,12 +61,6 @@ class Dataset(ShardTables):
         height, width = self.info["image_size"]
         return int(self.info["image"]["channels"]), height, width
 
-    def groups(self, n: int) -> list[list[str]]:
-        """The shards in at most `n` groups of about equal size: the unit of work of one task."""
-        shards = self.shards
-        n = max(1, min(n, len(shards)))
-        return [shards[i * len(shards) // n : (i + 1) * len(shards) // n] for i in range(n)]
-
     def samples(self, shard: str) -> Iterator[tuple[Sample, dict[str, Any]]]:
         """Every sample of a shard, usable or not, beside its index row.
 

@@ -27,8 +27,9 @@ from torchvision.transforms import v2
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
-# Every scan of a progressive JPEG goes over all pixels, and may be 8 bytes long; encoders write about ten.
-_MAX_SCANS = 100
+# Every scan of a JPEG may go over all pixels in a few bytes; encoders write about ten. Far more are allowed, because
+# they are counted by their marker, which also occurs by chance in a video some cameras append.
+_MAX_SCANS = 500
 _MAX_PPM_HEADER = 1024  # Pillow reads comments byte by byte
 
 

@@ -47,12 +47,6 @@ class ShardTables(Artifact):
         """Rows of one shard, in the order of its samples."""
         return pq.read_table(self.file(rows_name(shard)), columns=columns and list(columns))
 
-    def groups(self, n: int) -> list[list[str]]:
-        """The shards in at most `n` groups of about equal size: the unit of work of one task."""
-        shards = self.shards
-        n = max(1, min(n, len(shards)))
-        return [shards[i * len(shards) // n : (i + 1) * len(shards) // n] for i in range(n)]
-
 
 class EmbeddingBatch(NamedTuple):
     """Embeddings of samples of one shard, in its order.

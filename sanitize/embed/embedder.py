@@ -27,15 +27,18 @@ from sanitize.storage import fingerprint, sha256_file
 class AugmentConfig(BaseModel):
     """Augmentation that leaves a trigger where it is: nothing is shifted, cropped or erased.
 
+    All of it is off by default. Even 10 % of brightness and contrast keep a suspect model from learning a faint trigger
+    fully (blended 1 %: attack success rate 75 % instead of 92 %), and what it has not learned cannot be seen in it.
+
     Attributes:
         brightness, contrast: an image is scaled and shifted by at most this share of its range.
-        flip: mirror images left to right; moves a corner trigger to the other corner, so off by default.
+        flip: mirror images left to right at random; it moves a corner trigger to the other corner.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    brightness: float = Field(default=0.1, ge=0, lt=1)
-    contrast: float = Field(default=0.1, ge=0, lt=1)
+    brightness: float = Field(default=0.0, ge=0, lt=1)
+    contrast: float = Field(default=0.0, ge=0, lt=1)
     flip: bool = False
 
     def __call__(self, x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
@@ -55,7 +58,7 @@ class EmbedderConfig(BaseModel):
         weights: a .safetensors or torch state dict of the user's; given, nothing is trained.
         mean, std: normalisation of each channel on the scale [0, 1].
         optim: optimiser and schedule.
-        augment: light on purpose.
+        augment: none by default, and why.
         cache_bytes: decoded images held in memory; a larger data set is streamed through a buffer of this size.
     """
 

@@ -89,14 +89,6 @@ def test_a_shard_that_was_swapped_for_one_of_the_same_layout_is_noticed(
         list(dataset.batches(2))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 100])
-def test_groups_hold_every_shard_once(dataset: Dataset, n: int) -> None:
-    groups = dataset.groups(n)
-    assert [shard for group in groups for shard in group] == dataset.shards
-    assert len(groups) == min(n, 4)
-    assert max(map(len, groups)) - min(map(len, groups)) <= 1
-
-
 # --- Shuffler ---------------------------------------------------------------------------------------------------
 
 IMAGE_BYTES = 3 * 8 * 8

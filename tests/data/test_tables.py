@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sanitize.artifacts import Part, Recipe, make
-from sanitize.data.tables import Embeddings, Scores, ShardTables, fixed_size_list, rows_name, write_rows
+from sanitize.data.tables import Embeddings, ShardTables, fixed_size_list, rows_name, write_rows
 from sanitize.errors import ConfigError
 
 
@@ -68,14 +68,6 @@ def test_an_embedding_that_is_not_there_is_an_error_that_names_those_that_are(tm
     for name in ("logits", "key", "features"):
         with pytest.raises(ConfigError, match="penultimate, pooled"):
             list(artifact.batches(name))
-
-
-@pytest.mark.parametrize(("n", "sizes"), [(1, [5]), (2, [2, 3]), (3, [1, 2, 2]), (5, [1] * 5), (9, [1] * 5), (0, [5])])
-def test_groups_are_about_equal_and_hold_every_shard_once(tmp_path: Path, n: int, sizes: list[int]) -> None:
-    tables = {f"{i}.tar": pa.table({"key": ["a"]}) for i in range(5)}
-    groups = write(tmp_path / "a", tables, Scores).groups(n)
-    assert sorted(map(len, groups)) == sizes
-    assert [shard for group in groups for shard in group] == sorted(tables)
 
 
 def test_fixed_size_list_takes_any_tensor() -> None:

@@ -15,7 +15,16 @@ import yaml
 from flows.clean import CleanConfig, run_clean
 from sanitize.artifacts import read_manifest
 
-FOLDERS = ("00-index", "10-embedder", "20-embeddings", "30-scorer", "31-scores", "40-selection", "50-shards", "90-report")
+FOLDERS = (
+    "00-index",
+    "10-embedder",
+    "20-embeddings",
+    "30-scorer",
+    "31-scores",
+    "40-selection",
+    "50-shards",
+    "90-report",
+)
 
 
 def digests(out: Path) -> dict[str, str]:

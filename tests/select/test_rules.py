@@ -81,13 +81,47 @@ def separated(*values: float) -> dict[int, dict[str, float]]:
     return {y: {"separation": value} for y, value in enumerate(values)}
 
 
-def test_separation_touches_only_classes_that_stand_out_from_the_floor() -> None:
-    scores = {y: np.array([-5, -1, 0, 1, 5], np.float32) for y in range(4)}
+LARGE = {y: np.resize(np.array([-5, -1, 0, 1, 5], np.float32), 600) for y in range(4)}
+SMALL = {y: s_N[:40] for y, s_N in LARGE.items()}
+
+
+def touched(rule: SeparationRule, scores: dict[int, np.ndarray], *separations: float) -> list[int]:
+    thresholds = rule.thresholds(scores, separated(*separations))
+    assert set(thresholds) == set(scores)
+    assert set(thresholds.values()) <= {math.inf, rule.log_odds}
+    return [y for y, threshold in thresholds.items() if threshold < math.inf]
+
+
+def test_separation_touches_only_classes_above_the_floor() -> None:
     rule = SeparationRule(floor=6.0)
-    thresholds = rule.thresholds(scores, separated(1.0, 6.0, 2.0, 50.0))
-    assert [thresholds[y] for y in range(3)] == [math.inf] * 3
-    assert thresholds[3] == rule.log_odds
-    assert SeparationRule(floor=6.0, log_odds=2.0).thresholds(scores, separated(1, 1, 1, 50))[3] == 2.0
+    assert touched(rule, LARGE, 1.0, 1.0, 1.0, 6.0) == []
+    assert touched(rule, LARGE, 1.0, 1.0, 1.0, 6.01) == [3]
+    assert touched(rule, LARGE, 50.0, 1.0, 1.0, 7.0) == [0, 3]
+    assert touched(SeparationRule(floor=6.0, log_odds=2.0), LARGE, 1, 1, 1, 50) == [3]
+
+
+def test_small_classes_have_a_floor_of_their_own() -> None:
+    rule = SeparationRule(floor=4.0, small_class_floor=8.0, small_class=500)
+    assert touched(rule, SMALL, 1.0, 1.0, 1.0, 7.9) == []
+    assert touched(rule, SMALL, 1.0, 1.0, 1.0, 8.1) == [3]
+    assert touched(rule, SMALL | {3: LARGE[3]}, 1.0, 1.0, 7.9, 7.9) == [3]
+
+
+def test_the_level_rises_where_the_classes_of_the_run_differ_but_never_far() -> None:
+    """median + 3 robust standard deviations of the separations, between the floor and a tenth more."""
+    rule = SeparationRule(floor=4.0)
+    assert rule.levels(LARGE, separated(1.0, 1.1, 0.9, 1.0)) == dict.fromkeys(range(4), 4.0)
+    spread = separated(1.0, 2.0, 3.0, 4.1)  # median 2.5, deviations 1.5 0.5 0.5 1.6: natural level 6.9
+    assert rule.levels(LARGE, spread)[0] == pytest.approx(4.4)
+    between = separated(3.2, 3.4, 3.6, 3.6)  # median 3.5, deviations 0.3 0.1 0.1 0.1: natural level 3.94
+    assert rule.levels(LARGE, between)[0] == pytest.approx(4.0)
+    between = separated(3.3, 3.5, 3.7, 3.9)  # median 3.6, deviations 0.3 0.1 0.1 0.3: natural level 4.49
+    assert rule.levels(LARGE, between)[0] == pytest.approx(4.4)
+    between = separated(3.4, 3.4, 3.6, 3.7)  # median 3.5, deviations 0.1 0.1 0.1 0.2: natural level 3.94
+    assert rule.levels(LARGE, between)[0] == pytest.approx(4.0)
+    between = separated(3.7, 3.7, 3.9, 3.9)  # median 3.8, deviations 0.1: natural level 4.24
+    assert rule.levels(LARGE, between)[0] == pytest.approx(3.8 + 3 * 1.4826 * 0.1)
+    assert touched(rule, LARGE, 20, 20, 20, 20) == [0, 1, 2, 3]  # poison cannot hide behind poison
 
 
 def test_a_run_where_nothing_stands_out_is_left_alone() -> None:

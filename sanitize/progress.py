@@ -16,7 +16,7 @@ _display: Progress | None = None
 
 class _Rate(Column):
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
+        speed = task.finished_speed or task.speed or (task.completed / task.elapsed if task.elapsed else None)
         return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="cyan")
 
 
@@ -42,4 +42,5 @@ def track(description: str, total: int | None, unit: str = "samples") -> Iterato
         return
     task = display.add_task(description, total=total, unit=unit)
     yield lambda n: display.advance(task, n)
-    display.update(task, total=display.tasks[display.task_ids.index(task)].completed)
+    completed = display.tasks[display.task_ids.index(task)].completed
+    display.update(task, total=completed, visible=completed > 0)  # a stage that found all its work done shows no bar

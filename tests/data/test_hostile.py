@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,8 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.samples import SampleLimits
 from sanitize.data.tables import Scores, Selection, write_rows
-from sanitize.data.tar import unsafe_name
-from sanitize.errors import ConfigError, DataError, SanitizeError, StorageError
+from sanitize.data.tar import TarWriter, unsafe_name
+from sanitize.errors import ConfigError, DataError, StorageError
 from sanitize.select import SelectConfig, Shards, WriteConfig, select_samples, write_selected
 from sanitize.storage import find_shards, refuse_inside
 
@@ -91,7 +91,7 @@ def scans(n: int) -> bytes:
 
 
 PNG, END = encoded("PNG", size=6), bytes(1024)
-TEXT_BOMB = zlib.compress(bytes(50_000_000), 9)
+TEXT_BOMB = zlib.compress(bytes(20_000_000), 9)
 JPEG = encoded("JPEG", size=64)
 
 
@@ -213,7 +213,7 @@ between(
 for name, key, reason in (
     ("../x", "../x", "'..' component"),
     ("d/../../x", "d/../../x", "'..' component"),
-    ("..\\x", "..\\x", "nothing before"),
+    ("..\\x", "", "'..' component"),  # in webdataset, too, the key ends at the first dot
     ("/etc/x", "/etc/x", "absolute path"),
     ("C:x", "C:x", "drive letter"),
     ("x\x1b[31m\x07", "x\\x1b[31m\\x07", "control character"),
@@ -225,8 +225,7 @@ for name, key, reason in (
     ("", "", "nothing before its first dot"),
     ("d/", "d/", "nothing before its first dot"),
 ):
-    reason = "'..' component" if name == "..\\x" else reason
-    between(f"name {name!r}", sample(name), (key if name != "..\\x" else "", reason))
+    between(f"name {name!r}", sample(name), (key, reason))
 NUL = pax((b"path", b"x\0/y.png")) + item(b"x.png", PNG)
 between("name with NUL in pax", NUL, ("x\\x00/y", "control character"))
 between("name that is empty", item(b"", PNG) + sample("x"), ("", "unsafe member name"), ("x", ""))
@@ -282,7 +281,6 @@ for name, text, reason in (
     ("with the label as text", b'{"y": "1"}', ""),
     ("with a byte order mark", b'\xef\xbb\xbf{"y": 1}', ""),
     ("nested 100,000 deep", b"[" * 100_000, "not valid JSON"),
-    ("label nested 900 deep", b'{"y":' + b"[" * 900 + b"]" * 900 + b"}", ""),
     ("label of 5,000 digits", b'{"y": ' + b"9" * 5000 + b"}", "JSON"),
     ("label of 400 digits", b'{"y": ' + b"9" * 400 + b"}", "is not an integer"),
     ("label true", b'{"y": true}', "label 'true' is not an integer"),
@@ -297,8 +295,6 @@ for name, text, reason in (
     ("of a million empty lists", b'{"y": 1, "z": [' + b"[]," * 10**6 + b"0]}", "larger than 1048576 bytes"),
 ):
     in_json(name, text, reason)
-CASES["json label nested 900 deep"].rows[1] = ("x", "")
-del CASES["json label nested 900 deep"]  # see test_samples: which depth fails where depends on the parser
 
 # --- images ---
 
@@ -325,7 +321,7 @@ for name, image, reason in (
     ("png with an international text bomb", png(8, 8, bytes(72), chunk(b"iTXt", b"k\0\1\0\0\0" + TEXT_BOMB)), NO_IMAGE),
     ("png with a profile bomb", png(8, 8, bytes(72), chunk(b"iCCP", b"k\0\0" + TEXT_BOMB)), NO_IMAGE),
     ("png with a text bomb at the end", png(8, 8, bytes(72), after=chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), DAMAGED),
-    ("png with 50 MB behind its pixels", png(8, 8, bytes(50_000_000)), ""),
+    ("png with 20 MB behind its pixels", png(8, 8, bytes(20_000_000)), ""),
     ("gif", encoded("GIF"), NO_IMAGE),
     ("svg", b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", NO_IMAGE),
     ("cmyk jpeg", encoded("JPEG", "CMYK"), ""),
@@ -383,14 +379,14 @@ def members_of(path: Path) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_sample_has_its_outcome(name: str, tmp_path: Path) -> None:
+def test_every_sample_has_its_outcome(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.os, "fsync", lambda _: None)  # waiting for the disk would take most of the time
     case = CASES[name]
     source = tmp_path / "in"
     source.mkdir()
     (source / case.name).write_bytes(case.shard)
-    (source / "other.tar").write_bytes((A + B if case.label == "cls" else A.replace(b"a.cls", b"a.json")) + END)
-    if case.label != "cls":  # with a label this index understands
-        (source / "other.tar").write_bytes(item(b"a.png", PNG) + item(b"a.json", b'{"y": 1}') + END)
+    # Beside it a shard with one sample for each kind of label: an index without any usable sample is refused.
+    (source / "other.tar").write_bytes(A + item(b"j.png", PNG) + item(b"j.json", b'{"y": 1}') + END)
 
     dataset, selection = selected(source, tmp_path, label=case.label)
     rows = dataset.rows(case.name).to_pylist()
@@ -407,7 +403,7 @@ def test_every_sample_has_its_outcome(name: str, tmp_path: Path) -> None:
     counts = shards.manifest().counts
     n_all = dataset.manifest().counts["samples"]
     assert counts.get("kept", 0) + counts.get("unreadable", 0) == n_all
-    assert counts.get("unreadable", 0) == n_bad
+    assert counts.get("unreadable", 0) == n_bad + 1
     assert verify(Path(shards.path)) == []
 
     kept = [sample for sample, row in dataset.samples(case.name) if row["status"] == "ok"]
@@ -427,12 +423,13 @@ def test_every_sample_has_its_outcome(name: str, tmp_path: Path) -> None:
     assert result.output.replace("\n", "").isprintable()
 
 
-def test_all_of_it_at_once_through_the_whole_command(tmp_path: Path) -> None:
+def test_a_third_of_it_at_once_through_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.os, "fsync", lambda _: None)
     source = tmp_path / "in"
     source.mkdir()
-    for i, case in enumerate(CASES.values()):
-        if case.label == "cls":
-            (source / f"{i:03d}-{case.name}").write_bytes(case.shard)
+    cases = [case for case in CASES.values() if case.label == "cls"][::3]
+    for i, case in enumerate(cases):
+        (source / f"{i:03d}-{case.name}").write_bytes(case.shard)
     pixels = [encoded("PNG", size=6), encoded("PNG", "L", size=6)]
     plenty = b"".join(sample(f"k{i}", pixels[i % 2], b"%d" % (i % 2)) for i in range(40))
     (source / "plenty.tar").write_bytes(plenty + END)
@@ -451,7 +448,6 @@ def test_all_of_it_at_once_through_the_whole_command(tmp_path: Path) -> None:
     result = run("clean", config, "--out", tmp_path / "run", "--direct", "--quiet", "--json")
     counts = json.loads(result.stdout)["samples"]
     assert counts["samples"] == counts["kept"] + counts["quarantined"] + counts["unreadable"]
-    cases = [case for case in CASES.values() if case.label == "cls"]
     assert counts["samples"] == sum(len(case.rows) for case in cases) + 40
     assert counts["unreadable"] == sum(reason != "" for case in cases for _, reason in case.rows)
     assert run("verify", tmp_path / "run").exit_code == 0
@@ -524,22 +520,27 @@ for path in sys.argv[2:]:
     assert seconds < 15, (path, seconds, "s")
 """
 GIBIBYTE = gzip.compress(bytes(2**24), 1) * 64  # a gzip stream may be made of several
-BOMBS = {
-    "a member": (gzip.compress(header(b"x.png", 2**30), 1) + GIBIBYTE, "1 | no end-of-archive marker"),
-    "badly named": (b"".join(item(b"../%d.png" % i) for i in range(100_000)), "100000 | no end-of-archive marker"),
-    "long keys": (
-        b"".join(long_name(b"%d" % i + b"n" * 4000) + item(b"-") for i in range(5_000)),
-        "3715 | more names",
-    ),
-    "one key": (b"".join(item(b"x.%d" % i) for i in range(100_000)), "1 | no end-of-archive marker"),
-    "zeros": (GIBIBYTE, "0 | more than max_trailing_bytes"),
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a member": (lambda: gzip.compress(header(b"x.png", 2**30)) + GIBIBYTE, "1 | no end-of-archive marker"),
+    "badly named": (lambda: empty(f"../{i}.png" for i in range(100_000)), "100000 | no end-of-archive marker"),
+    "long keys": (lambda: empty(f"{i}" + "n" * 4000 for i in range(5_000)), "3715 | more names than max_listing_bytes"),
+    "one key": (lambda: empty(f"x.{i}" for i in range(100_000)), "1 | no end-of-archive marker"),
+    "zeros": (lambda: GIBIBYTE, "0 | more than max_trailing_bytes"),
 }
 
 
+def empty(names: Iterable[str]) -> bytes:
+    """Empty members of these names, compressed."""
+    file = io.BytesIO()
+    writer = TarWriter(file)
+    for name in names:
+        writer.add(name, b"")
+    return gzip.compress(file.getvalue(), 1)
+
+
 def test_bombs_cost_little_time_and_memory(tmp_path: Path) -> None:
-    for name, (data, _) in BOMBS.items():
-        gzipped = data if data[:2] == b"\x1f\x8b" else gzip.compress(data, 1)
-        (tmp_path / f"{name}.tar.gz").write_bytes(gzipped)
+    for name, (craft, _) in BOMBS.items():
+        (tmp_path / f"{name}.tar.gz").write_bytes(craft())
     command = [sys.executable, "-W", "ignore", "-c", COSTS, str(Path.cwd()), *map(str, sorted(tmp_path.iterdir()))]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
@@ -806,10 +807,6 @@ def test_a_full_disk_is_exit_code_1_and_one_line(tmp_path: Path, small_disk: Pat
     assert "o space left" in result.output
 
 
-def test_errors_of_ours_are_one_family() -> None:
-    assert issubclass(StorageError, SanitizeError)
-
-
 def test_the_limits_are_part_of_the_recipe(tmp_path: Path) -> None:
     """Other limits may give other rows: a folder made with them is not taken for this one."""
     (tmp_path / "in").mkdir()
@@ -818,3 +815,24 @@ def test_the_limits_are_part_of_the_recipe(tmp_path: Path) -> None:
         selected(tmp_path / "in", tmp_path / f"{n}", limits=SampleLimits(max_members=n))[0].digest for n in (2, 3)
     }
     assert len(digests) == 2
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x.tar").write_bytes(A + B + END)
+    with storage.exclusive(tmp_path / "run"):
+        result = run("clean", "--shards", tmp_path / "in", "--out", tmp_path / "run", "--direct", "--quiet")
+    assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
+    assert "another process is writing" in result.output
+
+
+@pytest.mark.parametrize(
+    "url", ["pipe:touch executed", "PIPE:touch executed", "{pipe,x}:touch executed", "ssh://h/x.tar"]
+)
+def test_urls_that_run_programs_are_exit_code_2(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (("inspect", url), ("clean", "--shards", url, "--out", "run", "--direct")):
+        result = run(*command, "--quiet")
+        assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+        assert "is refused" in result.output
+    assert not (tmp_path / "executed").exists()

@@ -16,7 +16,8 @@ _display: Progress | None = None
 
 class _Rate(Column):
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed or (task.completed / task.elapsed if task.elapsed else None)
+        seconds = task.finished_time or task.elapsed
+        speed = task.completed / seconds if seconds else None
         return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="cyan")
 
 

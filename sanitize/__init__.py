@@ -1,9 +1,60 @@
 """sanitize: the firewall for training data. Poisoned shards in, trusted data and models out.
 
+    from sanitize import Compute, index_shards, train_embedder, embed_shards, fit_scorer
+
 The stage functions, in the order data meets them; each takes a config, finished artifacts, a folder and a `Compute`,
-and returns one new artifact. Calling a stage again with the same arguments returns what is there.
+and returns one new artifact. Calling a stage again with the same arguments returns what is there. Configs and methods
+are in the package of their step, e.g. `sanitize.score`.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from sanitize.attack import poison_shards
+    from sanitize.compute import Compute
+    from sanitize.data.index import index_shards
+    from sanitize.embed import embed_shards, import_table, train_embedder
+    from sanitize.report import write_report
+    from sanitize.score import fit_scorer, score_shards
+    from sanitize.select import restore_samples, select_samples, write_selected
+
+__all__ = [
+    "Compute",
+    "__version__",
+    "embed_shards",
+    "fit_scorer",
+    "import_table",
+    "index_shards",
+    "poison_shards",
+    "restore_samples",
+    "score_shards",
+    "select_samples",
+    "train_embedder",
+    "write_report",
+    "write_selected",
+]
 __version__ = version("sanitize")
+
+# Imported when first asked for: torch takes seconds, and `sanitize --help` must not wait for it.
+_HOMES = {
+    "Compute": "compute",
+    "index_shards": "data.index",
+    "train_embedder": "embed",
+    "embed_shards": "embed",
+    "import_table": "embed",
+    "fit_scorer": "score",
+    "score_shards": "score",
+    "select_samples": "select",
+    "write_selected": "select",
+    "restore_samples": "select",
+    "write_report": "report",
+    "poison_shards": "attack",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sanitize' has no attribute {name!r}")
+    return getattr(import_module(f"sanitize.{_HOMES[name]}"), name)

@@ -3,6 +3,7 @@ changed and replayed in seconds."""
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -74,52 +75,55 @@ def select_samples(config: SelectConfig, dataset: Dataset, scores: Scores, out: 
         config=config.model_dump(mode="json"),
         inputs={"dataset": dataset.digest, "scores": scores.digest},
     )
-    classes: dict[int, dict[str, Any]] = {}
-    p_values: dict[int, Any] = {}
-
-    def decide() -> None:
-        # The one thing that grows with the data set: a float32 score and its label, 12 bytes a sample.
-        by_class = scores_by_class(scores)
-        scorer = scores.read_json("scorer.json")
-        statistics = {int(label): values for label, values in scorer["classes"].items()}
-        thresholds = config.rule.thresholds(by_class, statistics)
-        for label, s_N in by_class.items():
-            cap = keep_all_but(s_N, int(config.max_removed_fraction * len(s_N)))
-            # A rule that takes a whole class says minus infinity, which JSON cannot hold: the lowest float says it too.
-            threshold = max(thresholds[label], cap, float(np.finfo(np.float32).min))
-            classes[label] = {
-                "n": len(s_N),
-                "removed": int((s_N > threshold).sum()),
-                "threshold": threshold if threshold < math.inf else None,
-                "capped": bool(cap > thresholds[label]),
-                "scorer": scorer["config"]["kind"],
-                **statistics.get(label, {}),
-            }
-            if isinstance(config.rule, SeparationRule):
-                classes[label]["level"] = config.rule.levels(by_class, statistics)[label]
-            if isinstance(config.rule, FDRRule):
-                p_values[label] = (np.sort(s_N), np.sort(config.rule.p_values(by_class, label))[::-1])
+    decided = cache(lambda: _decide(config, scores))
 
     def write_part(shard: str, part: Part) -> None:
-        if not classes:
-            decide()
-        rows = _verdicts(dataset, scores, shard, classes, p_values)
+        rows = _verdicts(dataset, scores, shard, *decided())
         write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
         part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
         advance(len(rows))
 
     def finish(part: Part, _workshop: object) -> None:
-        if not classes:
-            decide()
-        summary: dict[str, Any] = {"rule": config.rule.model_dump(mode="json")}
-        summary["classes"] = {str(label): classes[label] for label in sorted(classes)}
-        part.write_json("selection.json", summary)
+        classes, _ = decided()
+        by_label = {str(label): classes[label] for label in sorted(classes)}
+        part.write_json("selection.json", {"rule": config.rule.model_dump(mode="json"), "classes": by_label})
 
     with track("select", dataset.manifest().counts.get("samples")) as advance:
         return make(Selection, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
 
 
 STATUSES = ("kept", "quarantined", "unreadable")
+Classes = dict[int, dict[str, Any]]  # label -> what selection.json says of it
+PValues = dict[int, tuple[np.ndarray, np.ndarray]]  # label -> its scores, ascending, and the p-value of each
+
+
+def _decide(config: SelectConfig, scores: Scores) -> tuple[Classes, PValues]:
+    """The threshold of every class, and what it rests on."""
+    # The one thing that grows with the data set: a float32 score and its label, 12 bytes a sample.
+    by_class = scores_by_class(scores)
+    scorer = scores.read_json("scorer.json")
+    statistics = {int(label): values for label, values in scorer["classes"].items()}
+    thresholds = config.rule.thresholds(by_class, statistics)
+    levels = config.rule.levels(by_class, statistics) if isinstance(config.rule, SeparationRule) else {}
+    classes: Classes = {}
+    p_values: PValues = {}
+    for label, s_N in by_class.items():
+        cap = keep_all_but(s_N, int(config.max_removed_fraction * len(s_N)))
+        # A rule that takes a whole class says minus infinity, which JSON cannot hold: the lowest float says it too.
+        threshold = max(thresholds[label], cap, float(np.finfo(np.float32).min))
+        classes[label] = {
+            "n": len(s_N),
+            "removed": int((s_N > threshold).sum()),
+            "threshold": threshold if threshold < math.inf else None,
+            "capped": bool(cap > thresholds[label]),
+            "scorer": scorer["config"]["kind"],
+            **statistics.get(label, {}),
+        }
+        if label in levels:
+            classes[label]["level"] = levels[label]
+        if isinstance(config.rule, FDRRule):
+            p_values[label] = (np.sort(s_N), np.sort(config.rule.p_values(by_class, label))[::-1])
+    return classes, p_values
 
 
 def scores_by_class(scores: Scores, shards: Sequence[str] | None = None) -> dict[int, np.ndarray]:
@@ -134,7 +138,7 @@ def scores_by_class(scores: Scores, shards: Sequence[str] | None = None) -> dict
 
 
 def _verdicts(
-    dataset: Dataset, scores: Scores, shard: str, classes: dict[int, dict[str, Any]], p_values: dict[int, Any]
+    dataset: Dataset, scores: Scores, shard: str, classes: Classes, p_values: PValues
 ) -> list[dict[str, Any]]:
     scored: dict[int, float] = {}
     if shard in scores.shards:

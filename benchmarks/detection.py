@@ -202,9 +202,7 @@ def main() -> None:
         seeds = range(first, first + arguments.seeds)
         jobs = [(attack, seed) for seed in seeds for attack in arguments.only or ATTACKS]
         with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-            futures = [
-                pool.submit(one_run, attack, seed, seed == first, honest.path, folder) for attack, seed in jobs
-            ]
+            futures = [pool.submit(one_run, attack, seed, seed == first, honest.path, folder) for attack, seed in jobs]
             rows = []
             for (attack, seed), future in zip(jobs, futures, strict=True):
                 rows += future.result()

@@ -19,7 +19,7 @@ class ImageShards(Artifact):
 
     def paths(self) -> list[str]:
         """Paths of the shards, sorted."""
-        return [str(self.file(name)) for name in sorted(self.manifest().files)]
+        return [self.url(name) for name in sorted(self.manifest().files)]
 
 
 def fashion_mnist(split: str) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embe
 from sanitize.report import Report, ReportConfig, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.select import SelectConfig, Shards, WriteConfig, select_samples, write_selected
-from sanitize.storage import create, exclusive, find_shards, refuse_inside
+from sanitize.storage import create, exclusive, find_shards, join, refuse_inside
 
 
 class CleanConfig(BaseModel):
@@ -77,7 +77,7 @@ def clean(config: CleanConfig, run: Run) -> Cleaned:
     return cleaned
 
 
-def run_clean(config: CleanConfig, out: Path, direct: bool) -> dict[str, Any]:
+def run_clean(config: CleanConfig, out: str | Path, direct: bool) -> dict[str, Any]:
     """Run the job as a Prefect flow, or with plain function calls; both give the same digests.
 
     Returns:
@@ -95,9 +95,9 @@ def run_clean(config: CleanConfig, out: Path, direct: bool) -> dict[str, Any]:
         return dict(clean_flow(config, str(out)))
 
 
-def save_config(config: CleanConfig, out: Path) -> None:
+def save_config(config: CleanConfig, out: str) -> None:
     """Write the resolved configuration as `config.yaml`; the run can be repeated from it."""
-    with create(out / "config.yaml") as writer:
+    with create(join(out, "config.yaml")) as writer:
         writer.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
@@ -111,9 +111,9 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
         "damaged_shards": {
             name: shard["damage"] for name, shard in cleaned.dataset.info["shards"].items() if shard["damage"]
         },
-        "clean": str(cleaned.shards.file("clean")),
-        "quarantine": str(cleaned.shards.file("quarantine")),
-        "report": str(cleaned.report.file("index.html")),
+        "clean": cleaned.shards.url("clean"),
+        "quarantine": cleaned.shards.url("quarantine"),
+        "report": cleaned.report.url("index.html"),
     }
 
 

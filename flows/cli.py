@@ -50,7 +50,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice (default 0).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, or auto (default).")]
-RunFolder = Annotated[Path, typer.Argument(help="A run folder, as given to --out.", exists=True, file_okay=False)]
+RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out: a path or a URL.")]
 
 
 @contextmanager
@@ -118,9 +118,9 @@ def main(
 def clean(
     config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
     shards: Shards = None,
-    out: Annotated[Path, typer.Option(help="Run folder. Given again, an interrupted run goes on.")] = Path(
-        "runs/clean"
-    ),
+    out: Annotated[
+        str, typer.Option(help="Run folder, a path or s3:// URL. Given again, an interrupted run goes on.")
+    ] = "runs/clean",
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,
@@ -161,8 +161,10 @@ def clean(
         _show_clean(result, out)
 
 
-def _show_clean(result: dict[str, Any], out: Path) -> None:
-    stages = json.loads((out / "run.json").read_text())["stages"]
+def _show_clean(result: dict[str, Any], out: str) -> None:
+    from sanitize.storage import join, read_bytes
+
+    stages = json.loads(read_bytes(join(out, "run.json")))["stages"]
     table = Table(title="stages", title_justify="left")
     for name in ("stage", "samples", "seconds", "samples/s"):
         table.add_column(name, justify="left" if name == "stage" else "right")
@@ -243,7 +245,7 @@ def inspect(
 @app.command()
 def poison(
     shards: Shards = None,
-    out: Annotated[Path, typer.Option(help="Folder of the poisoned copy.")] = Path("runs/poisoned"),
+    out: Annotated[str, typer.Option(help="Folder of the poisoned copy.")] = "runs/poisoned",
     attack: Annotated[
         str, typer.Option(help="badnets (a corner patch), blended (noise all over), or labels.")
     ] = "badnets",
@@ -269,7 +271,7 @@ def poison(
     from sanitize.attack import AttackConfig, poison_shards
     from sanitize.compute import Compute
     from sanitize.data.index import IndexConfig, index_shards
-    from sanitize.storage import refuse_inside
+    from sanitize.storage import join, refuse_inside
 
     with _errors(), _bars(quiet):
         if not shards:
@@ -279,16 +281,23 @@ def poison(
         settings = {"kind": attack, "rate": rate} | {name: yaml.safe_load(value) for name, value in pairs.items()}
         config: Any = TypeAdapter(AttackConfig).validate_python(settings)
         compute = Compute(seed=seed or 0)
-        dataset = index_shards(IndexConfig(label=label), shards, str(out / "index"), compute)
-        poisoned = poison_shards(config, dataset, str(out / "poisoned"), compute)
+        dataset = index_shards(IndexConfig(label=label), shards, join(out, "index"), compute)
+        poisoned = poison_shards(config, dataset, join(out, "poisoned"), compute)
         counts = poisoned.manifest().counts
-    result = {"shards": str(poisoned.file("shards")), "truth": str(poisoned.file("rows")), "counts": counts}
+    result = {"shards": poisoned.url("shards"), "truth": poisoned.url("rows"), "counts": counts}
     if as_json:
         _print_json(result)
     else:
         console.print(
             f"{counts['poisoned']:,} of {counts['samples']:,} samples poisoned: {result['shards']}", soft_wrap=True
         )
+
+
+def _check_there(run: str) -> None:
+    from sanitize.storage import exists
+
+    if not exists(run):
+        raise ConfigError(f"there is no run folder {run}")
 
 
 @app.command()
@@ -309,6 +318,7 @@ def restore(
     from flows.restore import restore as put_back
 
     with _errors(), _bars(quiet):
+        _check_there(run)
         result = put_back(run, tuple(key), note)
     if as_json:
         _print_json(result)
@@ -322,6 +332,7 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
     from flows.restore import verify_run
 
     with _errors():
+        _check_there(run)
         n_files, problems = verify_run(run)
     if as_json:
         _print_json({"files": n_files, "problems": problems})
@@ -338,6 +349,7 @@ def report(run: RunFolder) -> None:
     from flows.restore import write_again
 
     with _errors():
+        _check_there(run)
         sys.stdout.write(write_again(run) + "\n")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,10 +13,10 @@ from sanitize.data.tables import Scores, Selection
 from sanitize.errors import ArtifactError
 from sanitize.report import write_report
 from sanitize.select import RestoreConfig, Shards, restore_samples, write_selected
-from sanitize.storage import exclusive
+from sanitize.storage import create, exclusive, exists, join, names_below, read_bytes
 
 
-def restore(folder: Path, keys: tuple[str, ...], note: str) -> dict[str, Any]:
+def restore(folder: str, keys: tuple[str, ...], note: str) -> dict[str, Any]:
     """Put samples back: a new selection and new shards beside the old ones, and a line in `decisions.jsonl`.
 
     Raises:
@@ -29,10 +28,10 @@ def restore(folder: Path, keys: tuple[str, ...], note: str) -> dict[str, Any]:
         before, number = _latest(folder)
         suffix = f".r{number + 1}"
         selection = restore_samples(
-            RestoreConfig(keys=keys, note=note), before, str(folder / f"40-selection{suffix}"), config.compute
+            RestoreConfig(keys=keys, note=note), before, join(folder, f"40-selection{suffix}"), config.compute
         )
-        dataset = Dataset.load(folder / "00-index")
-        shards = write_selected(config.write, dataset, selection, str(folder / f"50-shards{suffix}"), config.compute)
+        dataset = Dataset.load(join(folder, "00-index"))
+        shards = write_selected(config.write, dataset, selection, join(folder, f"50-shards{suffix}"), config.compute)
         decision = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "restored": sorted(keys),
@@ -40,13 +39,15 @@ def restore(folder: Path, keys: tuple[str, ...], note: str) -> dict[str, Any]:
             "selection": selection.digest,
             "shards": shards.digest,
         }
-        with (folder / "decisions.jsonl").open("a") as log:
-            log.write(json.dumps(decision) + "\n")
+        log = join(folder, "decisions.jsonl")
+        earlier = read_bytes(log) if exists(log) else b""
+        with create(log) as writer:
+            writer.write(earlier + json.dumps(decision).encode() + b"\n")
     restored = selection.manifest().counts["restored"]
-    return {"restored": restored, "clean": str(shards.file("clean")), "quarantine": str(shards.file("quarantine"))}
+    return {"restored": restored, "clean": shards.url("clean"), "quarantine": shards.url("quarantine")}
 
 
-def verify_run(folder: Path) -> tuple[int, list[str]]:
+def verify_run(folder: str) -> tuple[int, list[str]]:
     """Re-hash all artifacts of a run, and check the chain: every input digest is that of an artifact of the run.
 
     Returns:
@@ -55,27 +56,28 @@ def verify_run(folder: Path) -> tuple[int, list[str]]:
     Raises:
         ArtifactError: there is no artifact in the folder.
     """
-    artifacts = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    artifacts = _artifacts(folder)
     if not artifacts:
         raise ArtifactError(f"{folder} holds no finished artifact; give the folder of a run")
-    manifests = {path: read_manifest(path) for path in artifacts}
+    manifests = {name: read_manifest(join(folder, name)) for name in artifacts}
     digests = {manifest.digest for manifest in manifests.values()}
     problems = []
-    for path, manifest in manifests.items():
+    for artifact, manifest in manifests.items():
+        path = join(folder, artifact)
         problems += verify(path)
         for name, digest in manifest.recipe.inputs.items():
             if len(digest) == 64 and name != "weights" and digest not in digests:
                 problems.append(f"{path}: its input {name} ({digest[:12]}) is no artifact of this run")
     for stage in _recorded(folder):
-        path = folder / stage["folder"]
-        if path not in manifests:
-            problems.append(f"{path}: run.json lists it, but it is not there")
-        elif manifests[path].digest != stage["digest"]:
-            problems.append(f"{path}: its manifest is not the one run.json lists")
+        artifact = stage["folder"]
+        if artifact not in manifests:
+            problems.append(f"{join(folder, artifact)}: run.json lists it, but it is not there")
+        elif manifests[artifact].digest != stage["digest"]:
+            problems.append(f"{join(folder, artifact)}: its manifest is not the one run.json lists")
     return sum(len(manifest.files) for manifest in manifests.values()), problems
 
 
-def write_again(folder: Path) -> str:
+def write_again(folder: str) -> str:
     """Write the report of the latest selection; path of the page."""
     with exclusive(folder):
         config = _config(folder)
@@ -83,33 +85,39 @@ def write_again(folder: Path) -> str:
         suffix = f".r{number}" if number else ""
         report = write_report(
             config.report,
-            Dataset.load(folder / "00-index"),
-            Scores.load(folder / "31-scores"),
+            Dataset.load(join(folder, "00-index")),
+            Scores.load(join(folder, "31-scores")),
             selection,
-            Shards.load(folder / f"50-shards{suffix}"),
-            str(folder / f"90-report{suffix}"),
+            Shards.load(join(folder, f"50-shards{suffix}")),
+            join(folder, f"90-report{suffix}"),
             config.compute,
         )
-    return str(report.file("index.html"))
+    return report.url("index.html")
 
 
-def _config(folder: Path) -> CleanConfig:
+def _config(folder: str) -> CleanConfig:
     try:
-        return CleanConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
+        return CleanConfig.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
     except OSError:
         raise ArtifactError(f"{folder} is not a finished run of `sanitize clean`: it has no config.yaml") from None
 
 
-def _latest(folder: Path) -> tuple[Selection, int]:
+def _latest(folder: str) -> tuple[Selection, int]:
     """The selection in force, and how many times samples were put back."""
-    numbers = [int(path.parent.name.rpartition(".r")[2]) for path in folder.glob(f"50-shards.r*/{MANIFEST}")]
-    number = max(numbers, default=0)
-    return Selection.load(folder / (f"40-selection.r{number}" if number else "40-selection")), number
+    names = _artifacts(folder)
+    number = max((int(name.rpartition(".r")[2]) for name in names if name.startswith("50-shards.r")), default=0)
+    return Selection.load(join(folder, f"40-selection.r{number}" if number else "40-selection")), number
 
 
-def _recorded(folder: Path) -> list[dict[str, Any]]:
+def _artifacts(folder: str) -> list[str]:
+    """Names of the finished artifacts of a run, sorted."""
+    names = (name.split("/") for name in names_below(folder))
+    return sorted(parts[0] for parts in names if parts[1:] == [MANIFEST])
+
+
+def _recorded(folder: str) -> list[dict[str, Any]]:
     try:
-        stages: list[dict[str, Any]] = json.loads((folder / "run.json").read_text())["stages"]
+        stages: list[dict[str, Any]] = json.loads(read_bytes(join(folder, "run.json")))["stages"]
     except (OSError, ValueError, KeyError):
         return []
     return stages

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from sanitize import __version__
-from sanitize.artifacts import Artifact
+from sanitize.artifacts import MANIFEST, Artifact
 from sanitize.compute import Compute
-from sanitize.storage import create
+from sanitize.storage import create, exists, join
 
 logger = logging.getLogger("sanitize.run")
 A = TypeVar("A", bound=Artifact)
@@ -23,17 +23,16 @@ class Run:
     """Calls stages one after another and remembers what became of each in `run.json`.
 
     Args:
-        out: the run folder; every stage gets a folder in it.
+        out: the run folder, a path or a URL; every stage gets a folder in it.
         compute: handed to every stage.
         n_groups: in how many groups of shards a sharded stage is divided; results do not depend on it.
     """
 
     def __init__(self, out: str | Path, compute: Compute, n_groups: int = 1) -> None:
-        self.out = Path(out)
+        self.out = str(out)
         self.compute = compute
         self.n_groups = n_groups
         self.stages: list[dict[str, Any]] = []
-        self.out.mkdir(parents=True, exist_ok=True)
         logger.info("sanitize %s on %s", __version__, compute.describe())
 
     def stage(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
@@ -59,8 +58,8 @@ class Run:
             function(*args, shards=group)
 
     def _timed(self, folder: str, function: Callable[..., A], call: Callable[[str], A]) -> A:
-        out = str(self.out / folder)
-        resumed = Path(out).exists()
+        out = join(self.out, folder)
+        resumed = exists(join(out, MANIFEST))
         start = time.perf_counter()
         artifact = call(out)
         seconds = time.perf_counter() - start
@@ -89,7 +88,7 @@ class Run:
             "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **more,
         }
-        with create(self.out / "run.json") as writer:
+        with create(join(self.out, "run.json")) as writer:
             writer.write(json.dumps(record, indent=2).encode() + b"\n")
 
 

@@ -14,6 +14,8 @@ from flows import clean as clean_job
 from flows.clean import CleanConfig
 from flows.run import Run
 from sanitize.artifacts import Artifact
+from sanitize.errors import StorageError
+from sanitize.storage import absolute, is_local
 
 A = TypeVar("A", bound=Artifact)
 
@@ -21,7 +23,7 @@ A = TypeVar("A", bound=Artifact)
 def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
     """Retry what storage does now and then; bad data or configuration will not get better."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError)
+    return isinstance(error, OSError | StorageError)
 
 
 # Artifacts are the truth about what is done (`make`), so Prefect's own cache, keyed by paths, stays off.
@@ -62,6 +64,10 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     return summary
 
 
+def _link(url: str) -> str:
+    return Path(absolute(url)).as_uri() if is_local(url) else url
+
+
 def _markdown(summary: dict[str, Any], run: Run) -> str:
     counts = summary["samples"]
     rows = [f"| {s['stage']} | {s['samples'] or ''} | {s['seconds']:.1f} |" for s in run.stages]
@@ -70,7 +76,7 @@ def _markdown(summary: dict[str, Any], run: Run) -> str:
             f"**{counts['samples']:,} samples: {counts['kept']:,} clean, {counts['quarantined']:,} quarantined, "
             f"{counts['unreadable']:,} unreadable.**",
             "",
-            f"[Report]({Path(summary['report']).absolute().as_uri()})",
+            f"[Report]({_link(summary['report'])})",
             "",
             "| stage | samples | seconds |",
             "|---|---:|---:|",

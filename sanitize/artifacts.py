@@ -2,9 +2,11 @@
 
     dataset = make(Dataset, out, recipe, parts=shards, write_part=...)
 
-A folder is filled beside its final name, part by part (one part a shard, usually); a part that is finished is
-recorded, so that a run which was killed goes on with the parts that are missing. When all are there, the manifest is
-written last and the folder is renamed. There is no other resume logic anywhere: calling a stage again is resuming.
+A folder is filled part by part (one part a shard, usually); a part that is finished is recorded, so that a run which
+was killed goes on with the parts that are missing. When all are there, the manifest is written last: a folder without
+one is no artifact, and a file it does not list is not read. On a disk the folder is filled beside its final name and
+renamed; object stores cannot rename, so there it is filled in place. There is no other resume logic anywhere: calling
+a stage again is resuming.
 """
 
 import fcntl
@@ -13,15 +15,29 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from sanitize.errors import ArtifactError
-from sanitize.storage import HashingWriter, create, sha256_file
+from sanitize.errors import ArtifactError, DataError
+from sanitize.storage import (
+    HashingWriter,
+    create,
+    exists,
+    fingerprint,
+    is_local,
+    join,
+    local_path,
+    names_below,
+    read_bytes,
+    remove,
+    sha256_file,
+)
 
 MANIFEST = "manifest.json"
 
@@ -79,42 +95,70 @@ class Artifact(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The handle of a folder on disk. Raises ArtifactError if it is not a finished artifact."""
-        return cls(path=str(path), digest=read_manifest(Path(path)).digest)
+        """The handle of a folder or URL. Raises ArtifactError if it is not a finished artifact."""
+        return cls(path=str(path), digest=read_manifest(path).digest)
 
     def manifest(self) -> Manifest:
         """The manifest, checked against the digest of this handle."""
-        manifest = read_manifest(Path(self.path))
+        manifest = read_manifest(self.path)
         if manifest.digest != self.digest:
             raise ArtifactError(f"{self.path} is not the artifact it was: its manifest has changed; re-run the stage")
         return manifest
 
+    def url(self, name: str) -> str:
+        """Path or URL of a file or folder inside."""
+        return join(self.path, name)
+
     def file(self, name: str) -> Path:
-        """Path of a file inside the folder."""
-        return Path(self.path) / name
+        """Path of a file or folder inside. Raises ArtifactError where the artifact is not on this machine's disk."""
+        if not is_local(self.path):
+            raise ArtifactError(f"{self.url(name)} is not on this machine; read it with read()")
+        return local_path(self.path) / name
+
+    def read(self, name: str) -> bytes:
+        """Content of a file that fits into memory.
+
+        Raises:
+            ArtifactError: the manifest does not list it, or it is not what the manifest says.
+        """
+        entry = self._listed.get(name)
+        try:
+            data = read_bytes(self.url(name)) if entry else b""
+        except FileNotFoundError:
+            entry = None
+        if entry is None:
+            raise ArtifactError(f"{self.path} has no {name}")
+        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ArtifactError(f"{self.url(name)} is not what the manifest says; delete {self.path} and run again")
+        return data
+
+    @cached_property
+    def _listed(self) -> dict[str, FileEntry]:
+        return self.manifest().files
 
     def read_json(self, name: str) -> Any:
         """Content of a JSON file inside the folder."""
-        return json.loads(self.file(name).read_bytes())
+        return json.loads(self.read(name))
 
 
 A = TypeVar("A", bound=Artifact)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path) -> Manifest:
     """Read `folder/manifest.json`. Raises ArtifactError where it is missing or not a manifest."""
+    url = join(folder, MANIFEST)
     try:
-        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
+        return Manifest.model_validate_json(read_bytes(url))
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(f"{folder} is not a finished artifact: it has no {MANIFEST}") from None
     except ValueError as error:
-        raise ArtifactError(f"{folder / MANIFEST} is damaged: {error}") from error
+        raise ArtifactError(f"{url} is damaged: {error}") from error
 
 
 class Part:
     """One unit of work inside an artifact in the making; its files are recorded when it is finished."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str) -> None:
         self._folder = folder
         self.files: dict[str, FileEntry] = {}
         self.counts: Counter[str] = Counter()
@@ -122,7 +166,7 @@ class Part:
     @contextmanager
     def create(self, name: str) -> Iterator[HashingWriter]:
         """Open the file `name` of the artifact for writing; it appears when the block ends without an exception."""
-        with create(self._folder / name) as writer:
+        with create(join(self._folder, name)) as writer:
             yield writer
         self.files[name] = FileEntry(sha256=writer.sha256, size=writer.size)
 
@@ -137,74 +181,114 @@ class Part:
 
 
 class Workshop:
-    """An artifact in the making: the folder `.NAME.partial` beside the final one."""
+    """An artifact in the making: its files, and in `.NAME.partial` the records of the parts that are finished."""
 
-    def __init__(self, out: Path, recipe: Recipe, sources: dict[str, dict[str, str | int]]) -> None:
+    def __init__(self, out: str, recipe: Recipe, sources: dict[str, dict[str, str | int]]) -> None:
         self.out = out
         self.recipe = recipe
         self.sources = sources
-        self._partial = out.with_name(f".{out.name}.partial")
-        self._files = self._partial / "files"
-        recipe_file = self._partial / "recipe.json"
+        self._partial = partial_of(out)
         # With the sources, but not where they are: what was read from a shard that has changed since is of no use.
         read = {name: {k: v for k, v in source.items() if k != "url"} for name, source in sources.items()}
         wanted = _canonical({"recipe": recipe.model_dump(mode="json"), "sources": read})
-        with _one_at_a_time(out.parent):
-            if self._partial.exists() and (not recipe_file.exists() or recipe_file.read_bytes() != wanted):
-                shutil.rmtree(self._partial)  # left by a run with another recipe: nothing in it can be used
-            self._files.mkdir(parents=True, exist_ok=True)
+        self._in_place = not is_local(out)
+        if self._in_place:
+            self._files = out
+            self._parts = join(self._partial, hashlib.sha256(wanted).hexdigest()[:16])
+        else:
+            self._files, self._parts = join(self._partial, "files"), join(self._partial, "parts")
+            self._open_folder(local_path(self._partial), wanted)
+
+    def _open_folder(self, partial: Path, wanted: bytes) -> None:
+        recipe_file = partial / "recipe.json"
+        with _one_at_a_time(partial.parent):
+            if partial.exists() and (not recipe_file.exists() or recipe_file.read_bytes() != wanted):
+                shutil.rmtree(partial)  # left by a run with another recipe: nothing in it can be used
+            (partial / "files").mkdir(parents=True, exist_ok=True)
             if not recipe_file.exists():
                 with create(recipe_file) as writer:
                     writer.write(wanted)
 
-    def _record(self, part: str) -> Path:
-        return self._partial / "parts" / f"{part}.json"
+    def _record(self, part: str) -> dict[str, Any] | None:
+        """What was written when the part was finished; None where it was not."""
+        try:
+            record: dict[str, Any] = json.loads(read_bytes(join(self._parts, f"{part}.json")))
+        except FileNotFoundError:
+            return None
+        return record
 
     def has(self, part: str) -> bool:
         """True when the part was finished, by this process or an earlier one."""
-        return self._record(part).exists()
+        record = self._record(part)
+        # In place, a run with another recipe may have written over its files since.
+        return record is not None and (not self._in_place or record["stored"] == self._stored(record["files"]))
+
+    def _stored(self, names: Iterable[str]) -> dict[str, Any]:
+        """What tells whether the files of a part are still those it wrote."""
+        try:
+            return {name: fingerprint(self._path(name)) for name in names} if self._in_place else {}
+        except DataError:
+            return {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[Part]:
         """Make one part: its record is written when the block ends without an exception."""
         part = Part(self._files)
         yield part
-        record = {"files": {k: v.model_dump() for k, v in part.files.items()}, "counts": dict(part.counts)}
-        with create(self._record(name)) as writer:
+        files = {name: entry.model_dump() for name, entry in part.files.items()}
+        record = {"files": files, "counts": dict(part.counts), "stored": self._stored(files)}
+        with create(join(self._parts, f"{name}.json")) as writer:
             writer.write(_canonical(record))
 
-    def path(self, name: str) -> Path:
-        """Where a file that a finished part wrote lies for now."""
-        return self._files / name
+    def _path(self, name: str) -> str:
+        return join(self._files, name)
+
+    def read(self, name: str) -> bytes:
+        """Content of a file that a finished part wrote."""
+        return read_bytes(self._path(name))
 
     def counts(self, parts: Sequence[str]) -> Counter[str]:
         """Counts of finished parts, added up."""
         total: Counter[str] = Counter()
-        for name in parts:
-            total.update(json.loads(self._record(name).read_bytes())["counts"])
+        for record in self._records(parts):
+            total.update(record["counts"])
         return total
 
+    def _records(self, parts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        with ThreadPoolExecutor(16 if self._in_place else 1) as pool:  # one by one, a far store takes minutes
+            for part, record in zip(parts, pool.map(self._record, parts), strict=True):
+                if record is None:
+                    raise ArtifactError(f"part {part} of {self.out} is gone; run again")
+                yield record
+
     def finish(self, parts: Sequence[str]) -> Manifest:
-        """Write the manifest from the records of `parts` and give the folder its name."""
+        """Write the manifest from the records of `parts`; from then on the artifact is there."""
         files: dict[str, FileEntry] = {}
-        for name in parts:
-            record = json.loads(self._record(name).read_bytes())
-            files |= {k: FileEntry(**v) for k, v in record["files"].items()}
-        for stray in [
-            p for p in self._files.rglob("*") if p.is_file() and str(p.relative_to(self._files)) not in files
-        ]:
-            stray.unlink()  # a file of a part that was killed before its record was written, and then renamed
+        counts: Counter[str] = Counter()
+        for record in self._records(parts):
+            files |= {name: FileEntry(**entry) for name, entry in record["files"].items()}
+            counts.update(record["counts"])
+        for name in names_below(self._files):
+            if name not in files:
+                remove(self._path(name))  # of a part that was killed before its record was written, and then renamed
         manifest = Manifest(
             recipe=self.recipe,
             files=dict(sorted(files.items())),
-            counts=dict(sorted(self.counts(parts).items())),
+            counts=dict(sorted(counts.items())),
             sources=self.sources,
         )
-        with create(self._files / MANIFEST) as writer:
+        with create(self._path(MANIFEST)) as writer:
             writer.write(json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True).encode() + b"\n")
-        self._files.rename(self.out)
-        shutil.rmtree(self._partial)
+        if not self._in_place:
+            local_path(self._files).rename(local_path(self.out))
+        remove(self._partial)
         return manifest
+
+
+def partial_of(out: str) -> str:
+    """Where the records of the artifact `out` lie while it is made."""
+    folder, _, name = out.rstrip("/").rpartition("/")
+    return join(folder, f".{name}.partial") if folder else f"{out[: -len(name)]}.{name}.partial"
 
 
 @contextmanager
@@ -249,30 +333,31 @@ def make(
     Raises:
         ArtifactError: the folder was made by another recipe (the message names the field), or is not an artifact.
     """
-    out = Path(out)
+    out = str(out).rstrip("/")
     if (found := _finished(kind, out, recipe, sources)) is not None:
         return found
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if is_local(out):
+        local_path(out).parent.mkdir(parents=True, exist_ok=True)
     workshop = Workshop(out, recipe, sources or {})
     for name in parts if only is None else only:
         if write_part is not None and not workshop.has(name):
             with workshop.part(name) as part:
                 write_part(name, part)
     if only is not None:
-        return kind(path=str(out), digest="")
+        return kind(path=out, digest="")
     with workshop.part(_WHOLE) as part:
         if write is not None:
             write(part)
         if finish is not None:
             finish(part, workshop)
-    return kind(path=str(out), digest=workshop.finish([*parts, _WHOLE]).digest)
+    return kind(path=out, digest=workshop.finish([*parts, _WHOLE]).digest)
 
 
-def _finished(kind: type[A], out: Path, recipe: Recipe, sources: dict[str, dict[str, str | int]] | None) -> A | None:
+def _finished(kind: type[A], out: str, recipe: Recipe, sources: dict[str, dict[str, str | int]] | None) -> A | None:
     """The artifact at `out` if it is there; ArtifactError if something else is."""
-    if not out.exists():
-        return None
-    if not out.is_dir() or not (out / MANIFEST).exists():
+    if not exists(join(out, MANIFEST)):
+        if not is_local(out) or not exists(out):
+            return None
         raise ArtifactError(f"{out} exists and is not an artifact; choose another --out or move it away")
     manifest = read_manifest(out)
     if differing := _differences(manifest.recipe.model_dump(mode="json"), recipe.model_dump(mode="json")):
@@ -283,8 +368,8 @@ def _finished(kind: type[A], out: Path, recipe: Recipe, sources: dict[str, dict[
     changed = [n for n, source in (sources or {}).items() if not _same_source(manifest.sources.get(n), source)]
     if changed:
         raise ArtifactError(f"{changed[0]} has changed since {out} was made from it; choose another --out")
-    shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)  # killed between rename and clean-up
-    return kind(path=str(out), digest=manifest.digest)
+    remove(partial_of(out))  # killed between the manifest and the clean-up
+    return kind(path=out, digest=manifest.digest)
 
 
 def _same_source(before: dict[str, str | int] | None, now: dict[str, str | int]) -> bool:
@@ -308,18 +393,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def verify(folder: Path) -> list[str]:
+def verify(folder: str | Path) -> list[str]:
     """Re-hash every file of the artifact in `folder` and compare with its manifest.
 
     Returns:
         One line for each file that is missing, different or not listed; empty when all is as it was written.
     """
     manifest = read_manifest(folder)
-    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    problems = [f"{folder / name}: missing" for name in sorted(manifest.files.keys() - there)]
-    problems += [f"{folder / name}: not listed in the manifest" for name in sorted(there - manifest.files.keys())]
+    there = set(names_below(folder)) - {MANIFEST}
+    problems = [f"{join(folder, name)}: missing" for name in sorted(manifest.files.keys() - there)]
+    problems += [f"{join(folder, name)}: not listed in the manifest" for name in sorted(there - manifest.files.keys())]
     for name in sorted(there & manifest.files.keys()):
-        entry, path = manifest.files[name], folder / name
-        if path.stat().st_size != entry.size or sha256_file(path) != entry.sha256:
-            problems.append(f"{path}: content differs from the manifest")
+        if sha256_file(join(folder, name)) != manifest.files[name].sha256:
+            problems.append(f"{join(folder, name)}: content differs from the manifest")
     return problems

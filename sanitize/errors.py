@@ -14,7 +14,7 @@ class DataError(SanitizeError):
 
 
 class StorageError(SanitizeError):
-    """A disk is full or a file may not be written: make room or allow it, and run again; what is finished stays."""
+    """A disk is full, a file may not be written, a store does not answer: mend that, run again; what is done stays."""
 
 
 class NumericsError(SanitizeError):

@@ -1,24 +1,30 @@
-"""Paths and files. Local paths take the plain road; everything else goes through fsspec.
+"""Files, by path or URL. Local paths take the plain road; everything else goes through `remote`.
 
-A file appears whole or not at all: it is written beside its final name, flushed to disk, and renamed.
+A file appears whole or not at all: it is written beside its final name, flushed to disk, and renamed; an object is
+written to a temporary file here first, and uploaded when it is complete.
 """
 
 import errno
 import fcntl
 import glob
 import hashlib
+import io
+import json
 import os
 import re
 import shutil
+import socket
 import stat
+import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-import fsspec
-
+from sanitize import remote
 from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -45,6 +51,11 @@ def absolute(url: str) -> str:
     return os.path.abspath(local_path(url))  # noqa: PTH100 - Path.resolve would follow them
 
 
+def join(folder: str | Path, *names: str) -> str:
+    """The path or URL of something inside a folder."""
+    return "/".join([str(folder).rstrip("/"), *names])
+
+
 def check_url(url: str) -> str:
     """The URL itself, or ConfigError if opening it would do anything other than read bytes."""
     protocol = url.partition("://")[0].lower() if "://" in url else "file"
@@ -59,10 +70,37 @@ def open_read(url: str) -> BinaryIO:
     try:
         if is_local(url):
             return open(local_path(url), "rb", opener=_open_regular)
-        fs, path = _filesystem(url)
-        return cast(BinaryIO, fs.open(path, "rb"))
+        return io.BufferedReader(remote.RangeReader(url), 1 << 20)
     except OSError as error:
         raise DataError(f"cannot open {url}: {error}") from error
+
+
+def read_bytes(url: str | Path) -> bytes:
+    """All of a small file. Raises FileNotFoundError."""
+    return local_path(str(url)).read_bytes() if is_local(str(url)) else remote.read(str(url))
+
+
+def exists(url: str | Path) -> bool:
+    """True for a file and for a folder; in an object store a folder is there when something is in it."""
+    return local_path(str(url)).exists() if is_local(str(url)) else remote.exists(str(url))
+
+
+def names_below(folder: str | Path) -> list[str]:
+    """Names of all files below a folder, relative to it, sorted; none where there is no folder."""
+    if not is_local(str(folder)):
+        return remote.names_below(str(folder))
+    path = local_path(str(folder))
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+
+def remove(url: str | Path) -> None:
+    """Remove a file or a folder with all that is in it; nothing there is fine."""
+    if not is_local(str(url)):
+        remote.remove(str(url))
+    elif (path := local_path(str(url))).is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -81,22 +119,10 @@ def fingerprint(url: str) -> dict[str, str | int]:
         if is_local(url):
             status = local_path(url).stat()
             return {"url": absolute(url), "size": status.st_size, "modified": status.st_mtime_ns}
-        fs, path = _filesystem(url)
-        info = fs.info(path)
+        found = remote.info(url)
     except OSError as error:
         raise DataError(f"cannot read {url}: {error}") from error
-    modified = next(
-        (str(info[name]) for name in ("ETag", "etag", "LastModified", "mtime", "created") if name in info), ""
-    )
-    return {"url": url, "size": int(info["size"] or 0), "modified": modified}
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    try:
-        fs, path = fsspec.url_to_fs(url)
-    except ImportError as error:
-        raise ConfigError(f"cannot read {url}: {error}") from error
-    return fs, path
+    return {"url": url, "size": int(found["size"] or 0), "modified": remote.version(found)}
 
 
 def find_shards(sources: Sequence[str] | str) -> dict[str, str]:
@@ -138,16 +164,26 @@ def _fit_name(name: str) -> str:
     return name
 
 
-def refuse_inside(sources: Sequence[str], out: Path) -> None:
+def refuse_inside(sources: Sequence[str], out: str | Path) -> None:
     """Raise ConfigError if `out` lies in a folder that is searched for shards: the next run would read its results."""
-    for source in filter(is_local, sources):
-        path = local_path(source)
-        folder = path if path.is_dir() else Path(source.partition("**")[0]).parent if "**" in source else None
-        if folder is not None and out.resolve().is_relative_to(folder.resolve()):
+    for source in sources:
+        if _is_searched(source, str(out)):
             raise ConfigError(
                 f"--out {out} lies inside {source}, where shards are read from: the next run would take its results "
                 "for input. Choose a folder outside, or name the shards: 'FOLDER/*.tar'"
             )
+
+
+def _is_searched(source: str, out: str) -> bool:
+    if is_local(source) != is_local(out):
+        return False
+    # Everything below a folder is searched, and below what stands before "**"; other patterns name single files.
+    start, stars, _ = source.partition("**")
+    folder = start.rpartition("/")[0] if stars else source
+    if not is_local(source):
+        return not any(c in folder for c in "*?[{") and join(out, "").startswith(join(folder, ""))
+    path = local_path(folder or ("/" if stars and source.startswith("/") else "."))
+    return path.is_dir() and local_path(out).resolve().is_relative_to(path.resolve())
 
 
 def _common_prefix(folders: Sequence[str]) -> str:
@@ -166,13 +202,7 @@ def _expand(url: str) -> list[str]:
         if path.exists():
             return [str(path)]
         return sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - the pattern may be absolute
-    fs, path_in_fs = _filesystem(url)
-    protocol = url.partition("://")[0]
-    if fs.isdir(path_in_fs):
-        found = [name for name in fs.find(path_in_fs) if name.endswith(SHARD_SUFFIXES)]
-    else:
-        found = fs.glob(path_in_fs) if any(c in url for c in "*?[") else [path_in_fs]
-    return [name if "://" in name else f"{protocol}://{name}" for name in sorted(found)]
+    return remote.expand(url, SHARD_SUFFIXES)
 
 
 def _files_below(folder: Path) -> list[str]:
@@ -213,12 +243,30 @@ class HashingWriter:
 
 
 @contextmanager
-def create(path: Path) -> Iterator[HashingWriter]:
+def create(url: str | Path) -> Iterator[HashingWriter]:
     """Write a file that appears under its name only when it is whole; an exception leaves nothing behind.
 
     Raises:
-        StorageError: the disk is full, or the file may not be written.
+        StorageError: the disk is full, the file may not be written, or the store cannot be reached.
     """
+    with _create_file(local_path(str(url))) if is_local(str(url)) else _create_object(str(url)) as writer:
+        yield writer
+
+
+@contextmanager
+def _create_object(url: str) -> Iterator[HashingWriter]:
+    with tempfile.TemporaryDirectory(prefix="sanitize-") as folder:
+        file = Path(folder) / "object"
+        with _create_file(file) as writer:
+            yield writer
+        try:
+            remote.upload(file, url)
+        except OSError as error:
+            raise StorageError(f"cannot write {url}: {error}") from error
+
+
+@contextmanager
+def _create_file(path: Path) -> Iterator[HashingWriter]:
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
     writer = None
     try:
@@ -254,19 +302,25 @@ def _cannot_write(path: Path, size: int, error: OSError) -> StorageError:
     )
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a local file, read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_file(url: str | Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with open_read(str(url)) as stream:
+        return hashlib.file_digest(cast(io.BufferedReader, stream), "sha256").hexdigest()
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder; it is released when the process ends, however it ends.
+def exclusive(url: str | Path) -> Iterator[None]:
+    """Hold the lock of a run folder; when the process ends, however it ends, another may take it.
 
     Raises:
         ArtifactError: another process holds it.
     """
+    with _locked(local_path(str(url))) if is_local(str(url)) else _leased(str(url)):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -274,3 +328,53 @@ def exclusive(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise ArtifactError(f"another process is writing {folder}; wait for it, or choose another --out") from error
         yield
+
+
+RENEWED, EXPIRED = 20.0, 120.0  # seconds: how often a lease is renewed, and when one that is not counts as abandoned
+
+
+@contextmanager
+def _leased(folder: str) -> Iterator[None]:
+    """A lock in an object store, where nothing is released when its holder dies: it must be renewed, or it expires."""
+    url, holder = join(folder, ".lock"), f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex}"
+
+    def lease() -> bytes:
+        return json.dumps({"holder": holder, "time": time.time()}).encode()
+
+    def held_by() -> dict[str, Any]:
+        try:
+            held: dict[str, Any] = json.loads(remote.read(url))
+        except FileNotFoundError:
+            return {"holder": "", "time": 0.0}
+        return held
+
+    if not remote.write_new(url, lease()):
+        if time.time() - (held := held_by())["time"] < EXPIRED and held["holder"] != holder:
+            raise ArtifactError(
+                f"another process ({held['holder']}) is writing {folder}; wait for it, or choose another --out. If it "
+                f"is dead, its lock {url} expires {EXPIRED:.0f} s after its last sign of life"
+            )
+        _write_object(url, lease())
+        time.sleep(0.5)  # two that take over at once: the later one wins, and the other sees it
+        if held_by()["holder"] != holder:
+            raise ArtifactError(f"another process has just begun to write {folder}; wait for it")
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(RENEWED):
+            with suppress(StorageError):  # the next one may get through; the work itself says if the store is gone
+                _write_object(url, lease())
+
+    thread = threading.Thread(target=renew, name="sanitize-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        remote.remove(url)
+
+
+def _write_object(url: str, data: bytes) -> None:
+    with create(url) as writer:
+        writer.write(data)

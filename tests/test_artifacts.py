@@ -24,7 +24,7 @@ def write_part(name: str, part: Part) -> None:
 
 
 def finish(part: Part, workshop: Workshop) -> None:
-    total = b"".join(workshop.path(f"rows/{name}.txt").read_bytes() for name in PARTS)
+    total = b"".join(workshop.read(f"rows/{name}.txt") for name in PARTS)
     part.write("total.txt", total)
 
 

@@ -32,7 +32,7 @@ class Poisoned(ShardTables):
 
     def shard_paths(self) -> list[str]:
         """Paths of the poisoned shards, sorted."""
-        return [str(self.file(name)) for name in sorted(self.manifest().files) if name.startswith("shards/")]
+        return [self.url(name) for name in sorted(self.manifest().files) if name.startswith("shards/")]
 
 
 def poison_shards(

@@ -14,7 +14,7 @@ class Digits(Artifact):
 
     def shards(self) -> list[str]:
         """Paths of the shards, sorted."""
-        return [str(self.file(name)) for name in sorted(self.manifest().files)]
+        return [self.url(name) for name in sorted(self.manifest().files)]
 
 
 def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Digits:

@@ -157,7 +157,8 @@ def _describe(config: IndexConfig, shards: list[str], workshop: Workshop) -> dic
     reasons: Counter[str] = Counter()
     summaries = {}
     for shard in shards:
-        table = pq.read_table(workshop.path(rows_name(shard)), columns=["status", "reason", "label", "height", "width"])
+        rows = pa.BufferReader(workshop.read(rows_name(shard)))
+        table = pq.read_table(rows, columns=["status", "reason", "label", "height", "width"])
         summaries[shard] = json.loads(table.schema.metadata[b"shard"])
         for row in table.to_pylist():
             if row["status"] == "ok":

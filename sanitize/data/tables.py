@@ -6,6 +6,7 @@ A file a shard (and not a file a group of shards) makes the bytes independent of
 import io
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part
 from sanitize.errors import ConfigError
+from sanitize.storage import is_local
 
 
 def rows_name(shard: str) -> str:
@@ -45,7 +47,12 @@ class ShardTables(Artifact):
 
     def rows(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of one shard, in the order of its samples."""
-        return pq.read_table(self.file(rows_name(shard)), columns=columns and list(columns))
+        return pq.read_table(self.parquet(shard), columns=columns and list(columns))
+
+    def parquet(self, shard: str) -> Path | pa.BufferReader:
+        """What pyarrow reads the rows of a shard from: the file, or what was fetched of it, checked."""
+        name = rows_name(shard)
+        return self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name))
 
 
 class EmbeddingBatch(NamedTuple):
@@ -72,7 +79,7 @@ class Embeddings(ShardTables):
     @cached_property
     def names(self) -> list[str]:
         """The embeddings there are."""
-        schema = pq.read_schema(self.file(rows_name(self.shards[0])))
+        schema = pq.read_schema(self.parquet(self.shards[0]))
         return [field.name for field in schema if pa.types.is_fixed_size_list(field.type) and field.name != "logits"]
 
     def batches(self, name: str, size: int = 8192, shards: Sequence[str] | None = None) -> Iterator[EmbeddingBatch]:
@@ -84,7 +91,7 @@ class Embeddings(ShardTables):
         if name not in self.names:
             raise ConfigError(f"there is no embedding {name!r} in {self.path}; it has {', '.join(self.names)}")
         for shard in self.shards if shards is None else shards:
-            file = pq.ParquetFile(self.file(rows_name(shard)))
+            file = pq.ParquetFile(self.parquet(shard))
             for rows in file.iter_batches(size, columns=["position", "key", "label", name]):
                 yield EmbeddingBatch(
                     shard,

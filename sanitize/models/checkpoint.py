@@ -142,7 +142,7 @@ class Checkpoint(Artifact):
     def model(self) -> nn.Module:
         """The network in eval mode, on the CPU."""
         model = self.config.build()
-        load_into(model, safetensors.torch.load_file(self.file("model.safetensors")), self.path)
+        load_into(model, safetensors.torch.load(self.read("model.safetensors")), self.path)
         return model.eval()
 
 

@@ -36,7 +36,7 @@ def pictures(suspects: list[dict[str, Any]], dataset: Dataset, shards: Shards) -
         rows = _index_rows(dataset, shard, [suspects[i]["position"] for i in group])
         missing = {(row["key"], row["sha256"]): i for row, i in zip(rows, group, strict=True)}
         folder = "clean" if status == "kept" else "quarantine"
-        for key, data in _payloads(str(shards.file(f"{folder}/{shard}")), limits, {row["key"] for row in rows}):
+        for key, data in _payloads(shards.url(f"{folder}/{shard}"), limits, {row["key"] for row in rows}):
             if (found_here := (key, hashlib.sha256(data).hexdigest())) in missing:
                 found[missing.pop(found_here)] = thumbnail(data, config, BUDGET // len(suspects))
             if not missing:

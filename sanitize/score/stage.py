@@ -40,7 +40,7 @@ class FittedScorer(Artifact):
         if config.model_dump(mode="json") != self.info["config"]:
             raise ConfigError(f"the scorer in {self.path} was fitted with another configuration: {self.info['config']}")
         scorer = new_scorer(config)
-        state: Mapping[str, Any] = safetensors.torch.load_file(self.file("state.safetensors"))
+        state: Mapping[str, Any] = safetensors.torch.load(self.read("state.safetensors"))
         scorer.load_state(state, {int(label): values for label, values in self.info["classes"].items()})
         return scorer
 

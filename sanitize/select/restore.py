@@ -56,8 +56,8 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
     def finish(part: Part, workshop: Workshop) -> None:
         removed: Counter[str] = Counter()
         for shard in selection.shards:
-            rows = pq.read_table(workshop.path(rows_name(shard)), columns=["label", "status"]).to_pylist()
-            removed.update(str(row["label"]) for row in rows if row["status"] == "quarantined")
+            table = pq.read_table(pa.BufferReader(workshop.read(rows_name(shard))), columns=["label", "status"])
+            removed.update(str(row["label"]) for row in table.to_pylist() if row["status"] == "quarantined")
         summary = selection.read_json("selection.json")
         for label, of_class in summary["classes"].items():
             of_class["removed"] = removed[label]

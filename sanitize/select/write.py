@@ -36,7 +36,7 @@ class Shards(Artifact):
 
     def clean(self) -> list[str]:
         """Paths of the clean shards, sorted."""
-        return [str(self.file(name)) for name in sorted(self.manifest().files) if name.startswith("clean/")]
+        return [self.url(name) for name in sorted(self.manifest().files) if name.startswith("clean/")]
 
 
 def write_selected(

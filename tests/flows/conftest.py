@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import flows  # noqa: F401 - sets Prefect's environment before Prefect is imported
+from flows.clean import CleanConfig, run_clean
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.digits import write_digits
@@ -53,3 +54,11 @@ def config_file(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("config") / "clean.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+@pytest.fixture(scope="session")
+def direct(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted direct run."""
+    out = tmp_path_factory.mktemp("direct") / "run"
+    run_clean(CleanConfig.model_validate(settings), out, direct=True)
+    return out

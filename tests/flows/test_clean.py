@@ -31,14 +31,6 @@ def digests(out: Path) -> dict[str, str]:
     return {folder: read_manifest(out / folder).digest for folder in FOLDERS}
 
 
-@pytest.fixture(scope="module")
-def direct(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted direct run."""
-    out = tmp_path_factory.mktemp("direct") / "run"
-    run_clean(CleanConfig.model_validate(settings), out, direct=True)
-    return out
-
-
 def test_finds_the_patch_and_spares_the_rest(direct: Path, poisoned: Path) -> None:
     found = missed = lost = 0
     for path in sorted((direct / "40-selection" / "rows").glob("*.parquet")):

@@ -1,0 +1,229 @@
+"""Objects behind a URL (s3://, gs://, http(s)://, memory:// …), through fsspec.
+
+Networks fail now and then. Every request is repeated with back-off; a read goes on at the offset where it broke; and an
+object appears whole or not at all, because a store shows an upload only when all of it is there.
+"""
+
+import io
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from sanitize.errors import ConfigError, DataError, StorageError
+
+logger = logging.getLogger("sanitize.remote")
+T = TypeVar("T")
+
+BLOCK = 8 << 20  # bytes of one ranged request; a reader holds two of them, the one it reads and the next
+ATTEMPTS = 8
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds; 11 s of pauses in all
+# What another attempt would not change. Libraries disagree on what they raise for the rest: not all of it is OSError.
+_PERMANENT: tuple[type[Exception], ...] = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
+_PERMANENT += (ImportError, ValueError, TypeError, NotImplementedError)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it. Raises ConfigError where its library is not installed."""
+    try:
+        # Listings are not cached: another process may have written since.
+        fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        raise ConfigError(f"cannot reach {url}: {error}; install it, e.g. `pip install 'sanitize[s3]'`") from error
+    return fs, path
+
+
+def retried(call: Callable[[], T], what: str) -> T:
+    """The result of `call`, which is repeated while it fails of something that may pass.
+
+    Raises:
+        OSError, ValueError: what no other attempt would change, as it is.
+        StorageError: the last of `ATTEMPTS` failed too.
+    """
+    pause = FIRST_PAUSE
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except Exception as error:
+            if isinstance(error, _PERMANENT) and not _is_http_trouble(error):
+                raise
+            if attempt == ATTEMPTS:
+                raise StorageError(f"cannot {what}: {_said(error)} ({ATTEMPTS} attempts)") from error
+            logger.info("cannot %s: %s; attempt %d of %d follows", what, _said(error), attempt + 1, ATTEMPTS)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    raise AssertionError("unreachable")
+
+
+def _is_http_trouble(error: Exception) -> bool:
+    """True where fsspec says "not found" of a web server that could not be asked."""
+    cause = error.__cause__
+    answered = getattr(cause, "status", 0) in range(400, 500)
+    return type(cause).__module__.startswith("aiohttp") and not answered
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def info(url: str) -> dict[str, Any]:
+    """Size and what else the store says of an object. Raises FileNotFoundError."""
+    fs, path = filesystem(url)
+    found: dict[str, Any] = retried(lambda: fs.info(path), f"look at {url}")
+    return found
+
+
+def version(found: dict[str, Any]) -> str:
+    """What tells one version of an object from the next: its ETag where there is one, else its time."""
+    names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
+    return next((str(found[name]) for name in names if found.get(name)), "")
+
+
+def exists(url: str) -> bool:
+    """True for an object, and for a prefix that has objects below it."""
+    fs, path = filesystem(url)
+    return bool(retried(lambda: fs.exists(path), f"look at {url}"))
+
+
+def names_below(url: str) -> list[str]:
+    """Names of all objects below a prefix, relative to it, sorted."""
+    fs, path = filesystem(url)
+    root = path.rstrip("/") + "/"
+    found: list[str] = retried(lambda: fs.find(path), f"list {url}")
+    return sorted(name[name.index(root) + len(root) :] for name in found if root in name)
+
+
+def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
+    """URLs that a prefix (objects with one of the suffixes below it), a glob or a single URL stands for, sorted."""
+    fs, path = filesystem(url)
+    protocol = url.partition("://")[0]
+    if any(c in url for c in "*?["):
+        found = list(retried(lambda: fs.glob(path), f"list {url}"))
+    elif protocol not in ("http", "https") and retried(lambda: fs.isdir(path), f"look at {url}"):
+        found = [name for name in retried(lambda: fs.find(path), f"list {url}") if name.endswith(suffixes)]
+    else:
+        found = [path]
+    return [name if "://" in name else f"{protocol}://{name}" for name in sorted(found)]
+
+
+def read(url: str) -> bytes:
+    """A whole object. Raises FileNotFoundError."""
+    with RangeReader(url) as reader:
+        return reader.readall()
+
+
+def upload(file: Path, url: str) -> None:
+    """Make a local file an object."""
+    if url.startswith(("http://", "https://")):
+        raise PermissionError("a web server is only read from")
+    fs, path = filesystem(url)
+    size = file.stat().st_size
+
+    def put() -> None:
+        fs.put_file(str(file), path)
+        if (there := fs.info(path)["size"]) != size:
+            raise OSError(f"{there} of {size} bytes arrived")
+
+    retried(put, f"write {url}")
+
+
+def write_new(url: str, data: bytes) -> bool:
+    """Make an object unless there is one; False where there is. One of several writers wins, if the store can tell."""
+    fs, path = filesystem(url)
+    try:
+        retried(lambda: fs.pipe_file(path, data, mode="create"), f"write {url}")
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove(url: str) -> None:
+    """Remove an object, or all that is below a prefix; nothing there is fine."""
+    fs, path = filesystem(url)
+    with suppress(FileNotFoundError):
+        retried(lambda: fs.rm(path, recursive=True), f"remove {url}")
+
+
+class RangeReader(io.RawIOBase):
+    """An object as a seekable stream: ranged requests, the next one under way while the last is read.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        DataError: the store does not say how long it is, or does not serve ranges.
+        StorageError: a range could not be had in `ATTEMPTS` attempts.
+    """
+
+    def __init__(self, url: str, block: int | None = None) -> None:
+        super().__init__()
+        self._url, self._block = url, block or BLOCK
+        self._fs, self._path = filesystem(url)
+        size = info(url)["size"]
+        if size is None:
+            raise DataError(f"cannot read {url}: the server does not say how long it is")
+        self.size = int(size)
+        self._at = 0
+        self._start, self._data = 0, b""  # the block in hand
+        self._ahead: tuple[int, Future[bytes]] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """Offset of the next byte."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go elsewhere; nothing is requested until bytes are asked for."""
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with what the block in hand, or else the next one, has."""
+        if self._at >= self.size:
+            return 0
+        if not self._start <= self._at < self._start + len(self._data):
+            self._data, self._start = self._fetch(self._at), self._at
+        begin = self._at - self._start
+        piece = memoryview(self._data)[begin : begin + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def _fetch(self, start: int) -> bytes:
+        ahead, self._ahead = self._ahead, None
+        data = ahead[1].result() if ahead is not None and ahead[0] == start else self._range(start)
+        if (following := start + len(data)) < self.size:
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="sanitize-read")
+            self._ahead = following, self._thread.submit(self._range, following)
+        return data
+
+    def _range(self, start: int) -> bytes:
+        stop = min(start + self._block, self.size)
+
+        def get() -> bytes:
+            data: bytes = self._fs.cat_file(self._path, start=start, end=stop)
+            if len(data) > stop - start:
+                raise ValueError(f"cannot read {self._url}: asked for a range, the server sends more")
+            if len(data) < stop - start:
+                raise OSError(f"{len(data)} of {stop - start} bytes arrived")
+            return data
+
+        return retried(get, f"read {self._url} from byte {start}")
+
+    def close(self) -> None:
+        """Let the block that is under way go."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._data = b""
+        super().close()

@@ -12,12 +12,13 @@ from flows.run import Run
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.data.tables import Scores, Selection
 from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
 from sanitize.report import Report, ReportConfig, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.select import SelectConfig, Shards, WriteConfig, select_samples, write_selected
-from sanitize.storage import create, exclusive, find_shards, join, refuse_inside
+from sanitize.storage import create, exclusive, join
 
 
 class CleanConfig(BaseModel):

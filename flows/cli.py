@@ -204,8 +204,8 @@ def inspect(
     from collections import Counter
 
     from sanitize.data.index import IndexConfig, index_shard
+    from sanitize.data.sources import find_shards
     from sanitize.progress import track
-    from sanitize.storage import find_shards
 
     with _errors(), _bars(quiet):
         found = find_shards(shards)
@@ -271,7 +271,8 @@ def poison(
     from sanitize.attack import AttackConfig, poison_shards
     from sanitize.compute import Compute
     from sanitize.data.index import IndexConfig, index_shards
-    from sanitize.storage import join, refuse_inside
+    from sanitize.data.sources import refuse_inside
+    from sanitize.storage import join
 
     with _errors(), _bars(quiet):
         if not shards:

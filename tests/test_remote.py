@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from sanitize import remote, storage
 from sanitize.artifacts import MANIFEST, Artifact, Part, Recipe, make, verify
+from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
 from tests.faulty_proxy import FAULTS, FaultyProxy, faulty_proxy
 from tests.s3 import s3_bucket
@@ -146,8 +147,8 @@ def test_storage_does_with_urls_what_it_does_with_paths(faulty: tuple[str, Fault
     assert not storage.exists(f"{url}/run/c")
     assert storage.names_below(f"{url}/run") == ["a/0.tar", "b.tar", "note.txt"]
     assert storage.names_below(f"{url}/nothing") == []
-    assert storage.find_shards(f"{url}/run") == {"a/0.tar": f"{url}/run/a/0.tar", "b.tar": f"{url}/run/b.tar"}
-    assert storage.find_shards(f"{url}/run/*.tar") == {"b.tar": f"{url}/run/b.tar"}
+    assert find_shards(f"{url}/run") == {"a/0.tar": f"{url}/run/a/0.tar", "b.tar": f"{url}/run/b.tar"}
+    assert find_shards(f"{url}/run/*.tar") == {"b.tar": f"{url}/run/b.tar"}
     first = storage.fingerprint(f"{url}/run/b.tar")
     assert first["size"] == 9
     with storage.create(f"{url}/run/b.tar") as writer:
@@ -224,7 +225,7 @@ def test_shards_are_read_from_a_web_server_and_what_is_missing_is_asked_for_once
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        assert storage.find_shards(f"{url}/x.tar") == {"x.tar": f"{url}/x.tar"}
+        assert find_shards(f"{url}/x.tar") == {"x.tar": f"{url}/x.tar"}
         assert storage.read_bytes(f"{url}/x.tar") == b"shard"
         with pytest.raises(FileNotFoundError):
             storage.read_bytes(f"{url}/y.tar")
@@ -344,6 +345,6 @@ def test_a_run_folder_inside_a_searched_prefix_is_refused() -> None:
         ("s3://b", "s3://b/r"),
     ]:
         with pytest.raises(ConfigError, match="lies inside"):
-            storage.refuse_inside([source], out)
+            refuse_inside([source], out)
     for source, out in [("s3://b/in", "s3://b/in2"), ("s3://b/in/*.tar", "s3://b/in/run"), ("s3://b/in", "in/run")]:
-        storage.refuse_inside([source], out)
+        refuse_inside([source], out)

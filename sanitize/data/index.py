@@ -26,10 +26,11 @@ from sanitize.data.samples import (
     printable,
     read_label,
 )
+from sanitize.data.sources import find_shards
 from sanitize.data.tables import rows_name, write_rows
 from sanitize.errors import DataError
 from sanitize.progress import track
-from sanitize.storage import find_shards, fingerprint
+from sanitize.storage import fingerprint
 
 MAX_CLASSES = 1000  # without n_classes, a larger label is taken for a mistake: one hostile label must not size a model
 SCHEMA = pa.schema(

@@ -1,0 +1,179 @@
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from sanitize.data.sources import find_shards
+from sanitize.errors import ConfigError
+from sanitize.storage import check_url, fingerprint, open_read
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Shards at two depths, one name in two folders, and files that are no shards."""
+    for name in ("b/x.tar", "a/x.tar", "a/deep/y.tar.gz", "z.tgz", "notes.txt", "a/x.tar.md5", "a/index.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    return tmp_path
+
+
+@pytest.fixture
+def memory() -> str:
+    """A folder in fsspec's memory file system, with two shards."""
+    folder = f"memory://{uuid.uuid4().hex}"
+    for name in ("train/0.tar", "train/1.tar", "extra/0.tar", "readme.md"):
+        with fsspec.open(f"{folder}/{name}", "wb") as file:
+            file.write(name.encode())
+    return folder
+
+
+def test_a_directory_is_searched_at_every_depth(tree: Path) -> None:
+    assert find_shards(str(tree)) == {
+        "a/deep/y.tar.gz": f"{tree}/a/deep/y.tar.gz",
+        "a/x.tar": f"{tree}/a/x.tar",
+        "b/x.tar": f"{tree}/b/x.tar",
+        "z.tgz": f"{tree}/z.tgz",
+    }
+
+
+def test_names_are_below_the_folder_that_all_shards_share(tree: Path) -> None:
+    assert list(find_shards(f"{tree}/a")) == ["deep/y.tar.gz", "x.tar"]
+    assert list(find_shards(f"{tree}/a/deep")) == ["y.tar.gz"]
+    assert list(find_shards(f"{tree}/a/x.tar")) == ["x.tar"]
+    assert list(find_shards([f"{tree}/a/x.tar", f"{tree}/b/x.tar"])) == ["a/x.tar", "b/x.tar"]
+
+
+def test_globs_braces_lists_and_file_urls(tree: Path) -> None:
+    both = {"a/x.tar": f"{tree}/a/x.tar", "b/x.tar": f"{tree}/b/x.tar"}
+    assert find_shards(f"{tree}/*/*.tar") == both
+    assert find_shards(f"{tree}/{{a,b}}/x.tar") == both
+    assert find_shards(f"file://{tree}/{{a,b}}/x.tar") == both
+    for i in range(12):
+        (tree / f"train-{i:06d}.tar").touch()
+    assert list(find_shards(f"{tree}/train-{{000002..000010}}.tar")) == [f"train-{i:06d}.tar" for i in range(2, 11)]
+    assert list(find_shards(f"{tree}/**/y.*")) == ["y.tar.gz"]
+
+
+def test_the_order_of_sources_is_forgotten(tree: Path) -> None:
+    sources = [f"{tree}/b/x.tar", f"{tree}/a", f"{tree}/z.tgz"]
+    first, second = find_shards(sources), find_shards(sources[::-1])
+    assert list(first.items()) == list(second.items())
+    assert list(first) == sorted(first)
+
+
+def test_relative_paths_become_absolute(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree / "a")
+    assert find_shards("x.tar") == {"x.tar": f"{tree}/a/x.tar"}
+    assert find_shards("../b") == {"x.tar": f"{tree}/b/x.tar"}
+
+
+def test_a_path_with_glob_characters_in_it_is_found(tree: Path) -> None:
+    odd = tree / "[v1]"
+    odd.mkdir()
+    (odd / "x.tar").touch()
+    assert list(find_shards(str(odd))) == ["x.tar"]
+    assert list(find_shards(str(odd / "x.tar"))) == ["x.tar"]
+
+
+def test_a_folder_of_links_keeps_their_names(tree: Path) -> None:
+    links = tree / "links"
+    links.mkdir()
+    (links / "first.tar").symlink_to(tree / "a/x.tar")
+    assert find_shards(str(links)) == {"first.tar": str(links / "first.tar")}
+
+
+@pytest.mark.parametrize("again", ["a/x.tar", "a", "a/*.tar", "b/../a/x.tar"])
+def test_a_shard_given_twice_is_refused(tree: Path, again: str) -> None:
+    with pytest.raises(ConfigError, match=r"a/x\.tar is listed twice"):
+        find_shards([f"{tree}/a/x.tar", f"{tree}/{again}"])
+
+
+@pytest.mark.parametrize("source", ["none-*.tar", "missing.tar", "empty", "missing/"])
+def test_nothing_found_is_an_error(tree: Path, source: str) -> None:
+    (tree / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no shards"):
+        find_shards(f"{tree}/{source}")
+    with pytest.raises(ConfigError, match="no shards"):
+        find_shards([])
+
+
+@pytest.mark.parametrize("sources", [["{}/a/x.tar", "{}/missing.tar"], ["{}/{{a,b,c}}/x.tar"], ["{}/a", "{}/*.zip"]])
+def test_one_source_of_several_that_finds_nothing_is_an_error_too(tree: Path, sources: list[str]) -> None:
+    """A hole in a range of shards is lost data, and must not go unsaid."""
+    with pytest.raises(ConfigError, match="no shards"):
+        find_shards([source.format(tree) for source in sources])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "pipe:cat /etc/passwd",
+        "PIPE:cat x.tar",
+        "shell://x.tar",
+        "{memory:/,zip:/}/x.tar",
+        "git://x.tar",
+        "github://a:b@main/x.tar",
+        "sftp://host/x.tar",
+        "ssh://host/x.tar",
+        "simplecache::memory://x.tar",
+        "zip://x.tar::memory://y.zip",
+        "{simplecache:,}:memory://x.tar",
+        "zip://x.tar",
+        "{pipe,memory}://x.tar",
+        "reference://x.tar",
+        "nonsense://x.tar",
+    ],
+)
+@pytest.mark.hostile
+def test_urls_that_do_more_than_read_bytes_are_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="refused"):
+        find_shards([url])
+    if "{" not in url:
+        for function in (check_url, open_read, fingerprint):
+            with pytest.raises(ConfigError, match="refused"):
+                function(url)
+
+
+def test_a_file_system_that_is_not_installed_is_an_error_of_ours() -> None:
+    try:
+        import s3fs  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match="s3fs"):
+            find_shards("s3://bucket/x.tar")
+
+
+# --- fsspec -----------------------------------------------------------------------------------------------------
+
+
+def test_memory_urls_are_found_read_and_fingerprinted(memory: str) -> None:
+    found = find_shards(memory)
+    assert list(found) == ["extra/0.tar", "train/0.tar", "train/1.tar"]
+    assert list(find_shards(f"{memory}/train/*.tar")) == ["0.tar", "1.tar"]
+    assert list(find_shards(f"{memory}/train/{{0..1}}.tar")) == ["0.tar", "1.tar"]
+    assert list(find_shards([f"{memory}/train/1.tar", f"{memory}/extra"])) == ["extra/0.tar", "train/1.tar"]
+    for name, url in found.items():
+        with open_read(url) as file:
+            assert file.read() == name.encode()
+            file.seek(1)
+            assert file.read(2) == name.encode()[1:3]
+        before = fingerprint(url)
+        assert before["size"] == len(name)
+        assert before["url"] == url
+        with fsspec.open(url, "wb") as file:
+            file.write(name[::-1].encode())
+        assert fingerprint(url) != before
+
+
+def test_memory_urls_given_twice_are_refused(memory: str) -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        find_shards([memory, f"{memory}/train/0.tar"])
+
+
+def test_local_and_remote_shards_in_one_list(memory: str, tree: Path) -> None:
+    found = find_shards([f"{memory}/train/0.tar", f"{tree}/a/x.tar"])
+    assert sorted(url.rpartition("/")[2] for url in found.values()) == ["0.tar", "x.tar"]
+    assert len(set(found)) == 2
+
+
+# --- local files ------------------------------------------------------------------------------------------------

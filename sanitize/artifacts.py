@@ -247,6 +247,13 @@ class Workshop:
         """Content of a file that a finished part wrote."""
         return read_bytes(self._path(name))
 
+    def files(self, parts: Sequence[str]) -> dict[str, FileEntry]:
+        """Files of finished parts, by name."""
+        files: dict[str, FileEntry] = {}
+        for record in self._records(parts):
+            files |= {name: FileEntry(**entry) for name, entry in record["files"].items()}
+        return files
+
     def counts(self, parts: Sequence[str]) -> Counter[str]:
         """Counts of finished parts, added up."""
         total: Counter[str] = Counter()
@@ -263,11 +270,7 @@ class Workshop:
 
     def finish(self, parts: Sequence[str]) -> Manifest:
         """Write the manifest from the records of `parts`; from then on the artifact is there."""
-        files: dict[str, FileEntry] = {}
-        counts: Counter[str] = Counter()
-        for record in self._records(parts):
-            files |= {name: FileEntry(**entry) for name, entry in record["files"].items()}
-            counts.update(record["counts"])
+        files, counts = self.files(parts), self.counts(parts)
         for name in names_below(self._files):
             if name not in files:
                 remove(self._path(name))  # of a part that was killed before its record was written, and then renamed

@@ -144,6 +144,10 @@ class HashSample:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def hashes(self) -> list[int]:
+        """The hashes of the sample, ascending."""
+        return sorted(self._rows)
+
     def rows(self) -> Tensor:
         """The sample (N, D), in the order of the hashes."""
-        return torch.stack([self._rows[value] for value in sorted(self._rows)])
+        return torch.stack([self._rows[value] for value in self.hashes()])

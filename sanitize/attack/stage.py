@@ -19,7 +19,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode, encode_png
 from sanitize.data.samples import Sample, find_image, split_name
 from sanitize.data.tables import ShardTables, write_rows
-from sanitize.data.tar import TarWriter
+from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ConfigError
 from sanitize.progress import track

@@ -7,8 +7,9 @@ sample, or the rest of one shard, never more; whatever is wrong is said in words
 import gzip
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,8 @@ from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_na
 from sanitize.errors import DataError
 from sanitize.storage import open_read
 
+# A name without any of what `_Group` refuses, and its key and suffix as `split_name` finds them.
+_USUAL_NAME = re.compile(r"((?:[\w-]+/)*[\w-]+)\.([\w-]+(?:\.[\w-]+)*)", re.ASCII)
 _INTEGER = re.compile(rb"[+-]?\d{1,18}")
 _MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
 
@@ -45,95 +48,125 @@ class Sample(NamedTuple):
     Attributes:
         position: 0, 1, 2, … in the shard; with the shard's name it identifies the sample even where keys repeat.
         key: as WebDataset forms it.
-        members: (name, payload) of every regular file.
+        members: (name, payload) of every regular file that was read: of all, or of the suffix that was asked for.
         problem: why the sample cannot be used as it stands, or None.
+        sizes: (name, bytes) of every regular file.
+        start, end: where it lies in the uncompressed archive, from its first header to behind its last padding.
     """
 
     position: int
     key: str
     members: list[tuple[str, bytes]]
     problem: str | None
+    sizes: Sequence[tuple[str, int]] = ()
+    start: int = 0
+    end: int = 0
 
 
 class ShardReader:
     """Iterate over the samples of one shard (.tar or gzip-compressed); after the last one, see what was found.
 
+    Args:
+        url: of the shard.
+        limits: what one sample may cost.
+        suffix: read only payloads of members with this suffix, in lower case; None reads all.
+        digest: read the file from end to end and hash it. Without, payloads that are not wanted are stepped over.
+
     Attributes:
         damage: why reading stopped early, or what is odd about the archive; None when all is well.
-        sha256: of the shard file as it is stored, known after the last sample of an undamaged shard.
+        sha256: of the shard file as it is stored, known after the last sample; "" without `digest`.
         size: its bytes.
+        normal: whether the bytes from one sample's start to another's end may be copied as they are; see TarReader.
     """
 
-    def __init__(self, url: str, limits: SampleLimits | None = None) -> None:
+    def __init__(
+        self, url: str, limits: SampleLimits | None = None, suffix: str | None = None, digest: bool = True
+    ) -> None:
         self.url = url
         self.limits = limits or SampleLimits()
         self.damage: str | None = None
         self.sha256 = ""
         self.size = 0
+        self.normal = False
+        self._suffix, self._digest = suffix, digest
 
     def __iter__(self) -> Iterator[Sample]:
         with open_read(self.url) as file:
-            raw = _HashingReader(file, self.url)
-            compressed = self.url.endswith((".gz", ".tgz"))
-            # Not seekable on purpose: reading forward once is what hashes the shard.
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=cast(Any, raw)) if compressed else raw)
-            yield from self._samples(TarReader(stream, TarLimits(max_member_bytes=self.limits.max_sample_bytes)))
-            raw.drain()
-        self.sha256, self.size = raw.sha256.hexdigest(), raw.size
+            raw = ShardFile(file, self.url, self._digest)
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=cast(Any, raw)) if is_compressed(self.url) else raw)
+            reader = TarReader(stream, TarLimits(max_member_bytes=self.limits.max_sample_bytes))
+            samples = SampleReader(reader, self.limits, self._suffix)
+            yield from samples
+            self.damage, self.normal = samples.damage, reader.normal
+            self.sha256, self.size = raw.finish()
 
-    def _samples(self, reader: TarReader) -> Iterator[Sample]:
+
+class SampleReader:
+    """Iterate over the samples of an archive, or of a piece of one; `suffix` and `damage` are those of ShardReader."""
+
+    def __init__(self, reader: TarReader, limits: SampleLimits, suffix: str | None = None) -> None:
+        self.damage: str | None = None
+        self._reader, self._limits, self._suffix = reader, limits, suffix
+
+    def __iter__(self) -> Iterator[Sample]:
         seen: set[str] = set()
-        group = _Group("", self.limits)
+        group: _Group | None = None
         position = listed = 0
-        members = iter(reader)
-        while True:
-            try:
-                member = next(members, None)
-                if member is not None and member.kind == "directory":
+        try:
+            for member in self._reader:
+                if member.kind == "directory":
                     continue  # webdataset steps over them too: between two members of a sample they split nothing
-                if member is not None:
-                    listed += len(member.name) + 512
-                    if listed > self.limits.max_listing_bytes:
-                        raise TarDamage("more names than max_listing_bytes", member.start)
-                key = None if member is None else split_name(member.name)[0]
-                if key != group.key and group.names:
-                    yield group.sample(position, duplicate=group.key in seen)
-                    seen.add(group.key)
-                    position += 1
-                if member is None:
-                    self.damage = reader.warning
-                    return
-                if key != group.key:
-                    group = _Group(cast(str, key), self.limits)
-                group.add(member, reader)
-            except TarDamage as error:
-                self.damage = f"{error.reason} at byte {error.offset}"
-                if group.names:
-                    group.problem = f"the shard is damaged here: {error.reason}"
-                    yield group.sample(position, duplicate=False)
-                return
+                listed += len(member.name) + 512
+                if listed > self._limits.max_listing_bytes:
+                    raise TarDamage("more names than max_listing_bytes", member.start)
+                usual = _USUAL_NAME.fullmatch(member.name)
+                key, suffix = usual.groups() if usual else split_name(member.name)
+                if group is None or key != group.key:
+                    if group is not None:
+                        yield group.sample(position, duplicate=group.key in seen)
+                        seen.add(group.key)
+                        position += 1
+                    group = _Group(key, member.start, self._limits)
+                if group.add(member, usual is not None) and self._suffix in (None, suffix.lower()):
+                    group.members.append((member.name, self._reader.read()))
+        except TarDamage as error:
+            self.damage = f"{error.reason} at byte {error.offset}"
+            if group is not None:
+                group.problem = f"the shard is damaged here: {error.reason}"
+                yield group.sample(position, duplicate=False)
+            return
+        self.damage = self._reader.warning
+        if group is not None:
+            yield group.sample(position, duplicate=group.key in seen)
 
 
 class _Group:
     """Members of one key as they come in."""
 
-    def __init__(self, key: str, limits: SampleLimits) -> None:
+    def __init__(self, key: str, start: int, limits: SampleLimits) -> None:
         self.key = key
-        self.names: list[str] = []
         self.members: list[tuple[str, bytes]] = []
         self.problem: str | None = None
+        self._start, self._end = start, start
+        self._names: list[str] = []
+        self._sizes: list[tuple[str, int]] = []
         self._limits = limits
         self._bytes = 0
 
-    def add(self, member: Member, reader: TarReader) -> None:
-        self.problem = self.problem or self._refuse(member)
-        self.names = [*self.names[: self._limits.max_members], member.name]
+    def add(self, member: Member, usual: bool) -> bool:
+        """Take a member in; True where its payload may be read. `usual`: its name is known to be harmless."""
         self._bytes += member.size
-        if member.kind == "file" and self._bytes <= self._limits.max_sample_bytes and self._room():
-            self.members.append((member.name, bytes(reader.read())))
-
-    def _room(self) -> bool:
-        return len(self.members) < self._limits.max_members
+        self._end = member.end
+        fits = self._bytes <= self._limits.max_sample_bytes and len(self._sizes) < self._limits.max_members
+        fine = usual and fits and member.kind == "file" and member.name not in self._names
+        if not fine and self.problem is None:
+            self.problem = self._refuse(member)
+        if len(self._names) <= self._limits.max_members:
+            self._names.append(member.name)
+        if fits and member.kind == "file":
+            self._sizes.append((member.name, member.size))
+            return True
+        return False
 
     def _refuse(self, member: Member) -> str | None:
         if member.kind != "file":
@@ -142,40 +175,62 @@ class _Group:
             return f"unsafe member name '{printable(member.name)}': {unsafe}"
         if member.name.endswith("/") or not split_name(member.name)[0].rpartition("/")[2]:
             return f"member name {printable(member.name)!r} has nothing before its first dot"
-        if member.name in self.names:
+        if member.name in self._names:
             return f"member '{printable(member.name)}' occurs twice"
-        if self._bytes + member.size > self._limits.max_sample_bytes:
+        if self._bytes > self._limits.max_sample_bytes:
             return f"sample is larger than max_sample_bytes {self._limits.max_sample_bytes}"
-        return None if self._room() else f"sample has more than max_members {self._limits.max_members}"
+        if len(self._sizes) >= self._limits.max_members:
+            return f"sample has more than max_members {self._limits.max_members}"
+        return None
 
     def sample(self, position: int, duplicate: bool) -> Sample:
         problem = f"key '{printable(self.key)}' occurs a second time in the shard" if duplicate else self.problem
-        return Sample(position, self.key, self.members, problem)
+        return Sample(position, self.key, self.members, problem, self._sizes, self._start, self._end)
 
 
-class _HashingReader:
-    """The file as it is, hashed as it goes by."""
+class ShardFile:
+    """A shard as it is stored: hashed as it goes by, and then read forward only; or seekable."""
 
-    def __init__(self, file: BinaryIO, url: str) -> None:
+    def __init__(self, file: BinaryIO, url: str, digest: bool) -> None:
         self._file, self._url = file, url
-        self.sha256 = hashlib.sha256()
-        self.size = 0
+        self._sha256 = hashlib.sha256() if digest else None
+        self._size = 0
 
     def read(self, size: int = -1) -> bytes:
+        """As that of any stream. Raises DataError where the disk or the store fails."""
         try:
             data = self._file.read(size)
         except OSError as error:
             raise DataError(f"cannot read {self._url}: {error}") from error
-        self.sha256.update(data)
-        self.size += len(data)
+        if self._sha256 is not None:
+            self._sha256.update(data)
+        self._size += len(data)
         return data
 
     def seekable(self) -> bool:
-        return False
+        """False where reading forward, once, is what hashes the shard."""
+        return self._sha256 is None
 
-    def drain(self) -> None:
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As that of any stream."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As that of any stream."""
+        return self._file.tell()
+
+    def finish(self) -> tuple[str, int]:
+        """Read what is left to be hashed; the hex digest, "" where there is none, and the bytes of the file."""
+        if self._sha256 is None:
+            return "", self.seek(0, os.SEEK_END)
         while self.read(1 << 20):
             pass
+        return self._sha256.hexdigest(), self._size
+
+
+def is_compressed(name: str) -> bool:
+    """True for .tar.gz and .tgz."""
+    return name.endswith((".gz", ".tgz"))
 
 
 def split_name(name: str) -> tuple[str, str]:

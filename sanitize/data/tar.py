@@ -1,10 +1,10 @@
-"""A strict tar reader and writer: archives come from strangers, and what is left out must never go unsaid.
+"""A strict tar reader: archives come from strangers, and what is left out must never go unsaid.
 
-Reads v7, ustar, GNU (long names, base-256 sizes) and PAX; writes ustar, with a PAX path only where ustar cannot hold
-the name. A member is yielded only when all of its payload is there; nothing is allocated because a header claims it;
-what cannot be used but can be stepped over costs one member ("refused"); after anything else the archive counts as
-broken from there on. There is no resynchronising: payloads come from strangers too and may contain perfect headers,
-so a search for the next good checksum would turn payload bytes into members.
+Reads v7, ustar, GNU (long names, base-256 sizes) and PAX. A member is yielded only when all of its payload is there;
+nothing is allocated because a header claims it; what cannot be used but can be stepped over costs one member
+("refused"); after anything else the archive counts as broken from there on. There is no resynchronising: payloads come
+from strangers too and may contain perfect headers, so a search for the next good checksum would turn payload bytes
+into members.
 """
 
 import gzip
@@ -13,29 +13,21 @@ import re
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO, Literal, NamedTuple
-from zlib import adler32
 from zlib import error as zlib_error
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sanitize.data.tar_write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_sum, header, is_normal
 from sanitize.errors import DataError
 
-_BLOCK = 512
-_ZEROS = bytes(_BLOCK)
 _CHUNK = 1 << 20  # most that is asked of the stream at once
 _LEAST = 1 << 13  # read-ahead after a long seek
 _MOST_HEAD = 1 << 13  # more than TarWriter puts before a payload
 _ASCII = bytes(range(128))
-_POSIX, _GNU = b"ustar\x0000", b"ustar  \0"
 _NO_PAYLOAD = {b"1": "hard link", b"2": "symbolic link", b"3": "character device", b"4": "block device", b"6": "fifo"}
 _PAYLOAD = {b"S": "sparse file", b"D": "GNU dump directory", b"M": "part of another volume", b"V": "volume label"}
-# Of a header: name, size, checksum. In full it is name; mode, uid, gid; size; mtime; checksum; type, link name, magic,
-# owners, devices, prefix, 12 unused: the constants below are the parts that a normal file of ours always has.
-_PLAIN = struct.Struct("100s 24x 11s 13x 6s 358x")
-_IDS, _EPOCH = b"0000644\0" + b"0000000\0" * 2, b"00000000000\0"
-_TAIL = bytes(100) + _POSIX + bytes(64) + b"0000000\0" * 2
-_NORMAL_TIME, _NORMAL_REST = b"\0" + _EPOCH, b"\0 0" + _TAIL + bytes(167)
-_FIXED_SUM = sum(_IDS + _EPOCH + _TAIL) + 8 * ord(" ")
+_FILE, _PAX = ord("0"), ord("x")
+_FIELDS = struct.Struct("100s 24x 11s 13x 6s 358x")  # of a header: name, size, checksum
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 Kind = Literal["file", "directory", "other", "refused"]
@@ -96,7 +88,7 @@ class TarLimits(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_member_bytes: int = Field(default=2**30, gt=0)
-    max_name_bytes: int = Field(default=4096, ge=256)  # a ustar header alone can hold 256
+    max_name_bytes: int = Field(default=MAX_NAME_BYTES, ge=256)  # a ustar header alone can hold 256
     max_extension_bytes: int = Field(default=2**16, gt=0)
     max_trailing_bytes: int = Field(default=2**24, ge=0)
     max_archive_bytes: int = Field(default=2**38, gt=0)
@@ -130,7 +122,7 @@ class TarReader:
         self.warning: str | None = None
         self.normal = True
         self._max_plain_bytes = limits.max_member_bytes  # a test sets -1, to send everything the long way
-        self._source = _Source(stream, limits.max_archive_bytes)
+        self._source = Source(stream, limits.max_archive_bytes)
         self._current: Member | None = None
         self._members = self._walk()
 
@@ -158,11 +150,11 @@ class TarReader:
         try:
             while True:
                 window, index = source.window, at - source.base
-                if index + _BLOCK > len(window):
-                    source.cover(end, at - end + _BLOCK)
+                if index + BLOCK > len(window):
+                    source.cover(end, at - end + BLOCK)
                     window, index = source.window, at - source.base
                 # Zero padding, seen in passing. (Where the archive ends inside it, `normal` does not matter.)
-                if self.normal and not window.startswith(_ZEROS[: at - end], index + end - at):
+                if self.normal and not window.startswith(ZEROS[: at - end], index + end - at):
                     self.normal = False
                 member = self._plain(window, index, at) or self._chain(at)
                 if member is None:
@@ -183,49 +175,32 @@ class TarReader:
         return self._source.cover(member.offset + skipped, member.size - skipped)
 
     def _plain(self, window: bytes, index: int, at: int) -> Member | None:
-        """The fast way, for the header that most writers give to a file with a short ASCII name; None for others."""
-        header = window[index : index + _BLOCK]
-        if len(header) < _BLOCK or not header.isascii():
-            return None
-        normal = header.endswith(_NORMAL_REST) and header.startswith(_NORMAL_TIME, 135) and header.startswith(_IDS, 100)
-        if not normal:
-            magic = header[257:265]
-            if header[156] != 48 or not (magic == _GNU or (magic == _POSIX and not header[345])):
+        """The fast way, for the headers that most writers give to a file with a short ASCII name; None for others."""
+        found, offset = _plain_header(window[index : index + BLOCK]), at + BLOCK
+        if found is not None and found[0] == _PAX:
+            body, pax_size = window[index + BLOCK : index + 2 * BLOCK], found[2]
+            if not tells_only_time(body, pax_size) or pax_size > self.limits.max_extension_bytes:
                 return None
-            if header[135] or not header.startswith(b"\0 ", 154):
-                return None
-        name, digits, stored = _PLAIN.unpack(header)
-        if not digits.isdigit() or not stored.isdigit():
+            found, offset = _plain_header(window[index + 2 * BLOCK : index + 3 * BLOCK]), at + 3 * BLOCK
+        if found is None or found[0] == _PAX or found[2] > self._max_plain_bytes:
             return None
-        try:
-            size, checksum = int(digits, 8), int(stored, 8)
-        except ValueError:
-            return None
-        # See _sum; 7 x 32: blanks instead of the six digits, for a blank and a NUL are there already as one blank.
-        if (adler32(header) & 0xFFFF) - (adler32(stored) & 0xFFFF) + 7 * 32 != checksum:
-            return None
-        name = name.rstrip(b"\0")
-        if b"\0" in name or size > self._max_plain_bytes:
-            return None
-        if not normal:
-            self.normal = False
-        offset = at + _BLOCK
-        end = offset + (size + 511 & -512)
+        _, name, size, normal = found
+        self.normal = self.normal and normal and offset == at + BLOCK
         # Member(...) goes through a Python-level __new__ at twice the cost.
-        return tuple.__new__(Member, (name.decode(), "file", offset, size, at, end, ""))
+        return tuple.__new__(Member, (name, "file", offset, size, at, offset + (size + 511 & -512), ""))
 
     def _chain(self, start: int) -> Member | None:
         """Any member: its extension headers, then its header; None at the end of the archive."""
         at, raw, extra = start, b"", _Extra()
         while True:
-            block = self._source.get(at, _BLOCK)
-            if len(block) < _BLOCK:
+            block = self._source.get(at, BLOCK)
+            if len(block) < BLOCK:
                 self._cut(block, at, start)
                 return None
             self.normal = self.normal and len(raw) < _MOST_HEAD
             raw += block if self.normal else b""
-            at += _BLOCK
-            if block == _ZEROS:
+            at += BLOCK
+            if block == ZEROS:
                 self._finish(at, start)
                 return None
             kind, name, size = _parse(block, start)
@@ -235,13 +210,13 @@ class TarReader:
             at += size + 511 & -512
         more = kind == b"S" and block[482]  # blocks of a sparse map
         while more:
-            block = self._source.get(at, _BLOCK)
-            if len(block) < _BLOCK:
+            block = self._source.get(at, BLOCK)
+            if len(block) < BLOCK:
                 raise self._damage("truncated in a header", start)
-            more, at = block[504], at + _BLOCK
+            more, at = block[504], at + BLOCK
         member = extra.member(kind, name, size, start, at, self.limits)
         normal = self.normal and member.kind == "file"
-        self.normal = normal and raw == _head(extra.name or name, member.size)
+        self.normal = normal and raw == header(extra.name or name, member.size)
         return member
 
     def _extend(self, extra: "_Extra", kind: bytes, at: int, size: int, start: int) -> bytes:
@@ -271,12 +246,12 @@ class TarReader:
 
     def _finish(self, at: int, start: int) -> None:
         """Behind the first zero block, at `at`."""
-        if at != start + _BLOCK:
+        if at != start + BLOCK:
             raise TarDamage("extension header without a member", start)
-        second = self._source.get(at, _BLOCK)
+        second = self._source.get(at, BLOCK)
         if second.strip(b"\0"):
             raise TarDamage("data behind a single zero block", start)  # where others stop and say nothing
-        if len(second) < _BLOCK:
+        if len(second) < BLOCK:
             self._warn("a single zero block at the end")
         seen = 0
         for piece in self._source.rest(at):
@@ -297,7 +272,7 @@ class TarReader:
         self.warning = self.warning or what
 
 
-class _Source:
+class Source:
     """The archive's bytes, forward only: `window` holds those from offset `base` on.
 
     `present`: bytes up to here are known to be there. `failure`: why the stream gives no more, "" for a plain end.
@@ -413,6 +388,36 @@ class _Extra:
         return Member(text, what, offset, size, start, offset + (size + 511 & -512), reason)
 
 
+def _plain_header(block: bytes) -> tuple[int, str, int, bool] | None:
+    """Type (_FILE or _PAX), name, size, and whether it is `normal`, where all of the block is as most writers do it."""
+    if len(block) < BLOCK or not block.isascii():
+        return None
+    normal, kind = is_normal(block), block[156]
+    if not normal:
+        magic = block[257:265]
+        if kind not in (_FILE, _PAX) or not (magic == GNU or (magic == POSIX and not block[345])):
+            return None
+        if block[135] or not block.startswith(b"\0 ", 154):
+            return None
+    name, digits, stored = _FIELDS.unpack(block)
+    if not digits.isdigit() or not stored.isdigit():
+        return None
+    try:
+        size, checksum = int(digits, 8), int(stored, 8)
+    except ValueError:
+        return None
+    # 7 x 32: blanks instead of the six digits, for a blank and a NUL are there already as one blank.
+    if byte_sum(block) - byte_sum(stored) + 7 * 32 != checksum:
+        return None
+    name = name.rstrip(b"\0")
+    return None if b"\0" in name else (kind, name.decode(), size, normal)
+
+
+def tells_only_time(body: bytes, size: int) -> bool:
+    """True for the PAX header most writers put before a file: the time of modification in a single record."""
+    return body.startswith(b"%d mtime=" % size) and size <= len(body) and body[size - 1] == 10
+
+
 def _pax_records(body: bytes) -> dict[bytes, bytes] | None:
     """Records "LENGTH KEY=VALUE\\n" up to the end or a NUL; None if one is malformed."""
     records, at = {}, 0
@@ -430,7 +435,7 @@ def _pax_records(body: bytes) -> dict[bytes, bytes] | None:
 def _parse(block: bytes, start: int) -> tuple[bytes, bytes, int]:
     """Type, name and size of any header block; `start` is for the error."""
     fields, rest = block[:148], block[156:]
-    total = _sum(fields) + 8 * 32 + (_sum(rest) if rest.isascii() else sum(rest))
+    total = byte_sum(fields) + 8 * 32 + (byte_sum(rest) if rest.isascii() else sum(rest))
     stored = _number(block[148:156])
     # Some old writers summed signed characters: 256 less for each byte that is not ASCII.
     if stored != total and stored != total - 256 * len((fields + rest).translate(None, _ASCII)):
@@ -439,14 +444,9 @@ def _parse(block: bytes, start: int) -> tuple[bytes, bytes, int]:
     if size is None:
         raise TarDamage("bad size field", start)
     name = block[:100].partition(b"\0")[0]
-    if block[345] and block[257:263] == _POSIX[:6]:
+    if block[345] and block[257:263] == POSIX[:6]:
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     return block[156:157], name, size
-
-
-def _sum(data: bytes) -> int:
-    """Sum of at most 256 bytes, 512 if ASCII: Adler-32's low half is 1 + the sum mod 65521, 30 x faster than sum()."""
-    return (adler32(data) & 0xFFFF) - 1
 
 
 def _number(field: bytes) -> int | None:
@@ -455,75 +455,6 @@ def _number(field: bytes) -> int | None:
         return int.from_bytes(field[1:])
     digits = field.partition(b"\0")[0].strip(b" ") or b"0"
     return int(digits, 8) if digits.isdigit() and not (b"8" in digits or b"9" in digits) else None
-
-
-def _head(name: bytes, size: int) -> bytes:
-    """Header of a regular file; with a PAX header before it where ustar cannot hold the name."""
-    if len(name) <= 100:
-        return _block(name, size)
-    slash = name.rfind(b"/", 1, 156)
-    if slash > 0 and 1 < len(name) - slash <= 101:
-        return _block(name[slash + 1 :], size, name[:slash])
-    records = _pax_record(b"path", name)
-    try:
-        name.decode()
-    except UnicodeDecodeError:
-        records = _pax_record(b"hdrcharset", b"BINARY") + records
-    pax = _block(b"PaxHeader", len(records), kind=b"x") + records + bytes(-len(records) % _BLOCK)
-    return pax + _block(name[:100].rstrip(b"/"), size)
-
-
-def _block(name: bytes, size: int, prefix: bytes = b"", kind: bytes = b"0") -> bytes:
-    digits = b"%011o" % size
-    total = _FIXED_SUM + _sum(name) + _sum(digits) + _sum(prefix) + kind[0]
-    fields = (name.ljust(100, b"\0"), _IDS, digits, b"\0", _EPOCH, b"%06o\0 " % total, kind, _TAIL)
-    return b"".join(fields) + prefix.ljust(167, b"\0")
-
-
-def _pax_record(key: bytes, value: bytes) -> bytes:
-    rest = len(key) + len(value) + 3
-    length = rest + len(str(rest))
-    length = rest + len(str(length))  # the length counts its own digits, which may carry
-    return b"%d %b=%b\n" % (length, key, value)
-
-
-class TarWriter:
-    """Writes regular files with normalised headers: the same names and bytes always give the same archive.
-
-    mtime, uid and gid 0, mode 0644, no owner names: what TarReader calls `normal`. The stream is left open.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def add(self, name: str, data: bytes | memoryview) -> None:
-        """Append a file; `data` is contiguous.
-
-        Raises:
-            DataError: the name is empty, longer than TarReader takes, has a NUL or ends in "/"; or data is 8 GiB.
-        """
-        raw = name.encode("utf-8", "surrogateescape")
-        size = data.nbytes if isinstance(data, memoryview) else len(data)
-        if not raw or raw.endswith(b"/") or b"\0" in raw or len(raw) > _DEFAULT_LIMITS.max_name_bytes:
-            raise DataError(f"{name[:200]!r} cannot name an archived file: empty, too long, a NUL, or '/' at its end")
-        if size >= 8**11:
-            raise DataError(f"{name[:200]!r} has {size} bytes, a ustar member holds less than 8 GiB")
-        padding = _ZEROS[: -size % _BLOCK]
-        if size <= 1 << 16:  # one write is faster than three, but copies
-            self._write(b"".join((_head(raw, size), data, padding)))
-        else:
-            for piece in (_head(raw, size), data, padding):
-                self._write(piece)
-
-    def close(self) -> None:
-        """Write the end-of-archive marker."""
-        self._write(_ZEROS * 2)
-
-    def _write(self, data: bytes | memoryview) -> None:
-        written = self._stream.write(data)
-        while written < (data.nbytes if isinstance(data, memoryview) else len(data)):  # a raw stream may take a part
-            data = memoryview(data).cast("B")[written:]
-            written = self._stream.write(data)
 
 
 def unsafe_name(name: str) -> str | None:

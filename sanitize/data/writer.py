@@ -1,31 +1,45 @@
 """Writing one shard inside an artifact: the same samples give the same bytes, compressed or not."""
 
 import gzip
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from sanitize.artifacts import Part
-from sanitize.data.tar import TarWriter
+from sanitize.data.samples import is_compressed
+from sanitize.data.tar_write import TarWriter
+from sanitize.storage import HashingWriter
 
-
-def is_compressed(name: str) -> bool:
-    """True for .tar.gz and .tgz."""
-    return name.endswith((".gz", ".tgz"))
+_BUFFER_BYTES = 1 << 20  # small members one by one are slow to hash
 
 
 @contextmanager
 def shard_writer(part: Part, name: str, gzip_level: int = 6) -> Iterator[TarWriter]:
     """A tar writer into the file `name` of the artifact, gzip-compressed where the name says so."""
     with part.create(name) as file:
-        stream = cast(BinaryIO, file)
         if not is_compressed(name):
-            tar = TarWriter(stream)
+            buffered = io.BufferedWriter(_Raw(file), _BUFFER_BYTES)
+            tar = TarWriter(cast(BinaryIO, buffered))
             yield tar
             tar.close()
+            buffered.flush()
             return
         # mtime 0 and no file name in the gzip header: otherwise every run would give other bytes.
-        with gzip.GzipFile("", "wb", gzip_level, stream, mtime=0) as compressor:
+        with gzip.GzipFile("", "wb", gzip_level, cast(BinaryIO, file), mtime=0) as compressor:
             tar = TarWriter(cast(BinaryIO, compressor))
             yield tar
             tar.close()
+
+
+class _Raw(io.RawIOBase):
+    """What `io.BufferedWriter` asks of a file."""
+
+    def __init__(self, file: HashingWriter) -> None:
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data)

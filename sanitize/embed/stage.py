@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.compute import Compute
@@ -21,12 +22,14 @@ class EmbedConfig(BaseModel):
 
     Attributes:
         penultimate: name of the head Linear whose input is the embedding; None finds the last Linear that runs.
+        pixel_side: the embedding `pixels` is the image itself, averaged down to at most this height and width.
         batch_size: images in one forward pass. Part of the recipe: kernels may round differently at other sizes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     penultimate: str | None = None
+    pixel_side: int = Field(default=14, ge=1)
     batch_size: int = Field(default=256, ge=1)
 
 
@@ -49,7 +52,8 @@ def embed_shards(
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Returns:
-        Embeddings with `logits`, `penultimate` and, where the network has feature maps, `pooled`.
+        Embeddings with `logits`, `penultimate`, where the network has feature maps `pooled`, and `pixels` (float32 in
+        [0, 1]), which knows neither labels nor model.
 
     Raises:
         NumericsError: an embedding is not finite; the message names the shard and the key.
@@ -67,10 +71,10 @@ def embed_shards(
     def write_part(shard: str, part: Part) -> None:
         if not tapped:
             tapped.append(_load(config, checkpoint, compute))
-        tables = [
-            _embed(tapped[0], batch, checkpoint, compute, advance)
-            for batch in dataset.batches(config.batch_size, [shard])
-        ]
+        tables = []
+        for batch in dataset.batches(config.batch_size, [shard]):
+            tables.append(_embed(config, tapped[0], batch, checkpoint, compute))
+            advance(len(batch.keys))
         if tables:
             write_rows(part, shard, pa.concat_tables(tables))
             part.counts["samples"] += sum(map(len, tables))
@@ -86,17 +90,19 @@ def _load(config: EmbedConfig, checkpoint: Checkpoint, compute: Compute) -> Tapp
     return Tapped(model.to(compute.torch_device, memory_format=torch.channels_last), taps)  # type: ignore[call-overload]
 
 
-def _embed(tapped: Tapped, batch: Batch, checkpoint: Checkpoint, compute: Compute, advance: object) -> pa.Table:
+def _embed(config: EmbedConfig, tapped: Tapped, batch: Batch, checkpoint: Checkpoint, compute: Compute) -> pa.Table:
     with torch.inference_mode(), compute.autocast():
-        x_BCHW = checkpoint.config.normalise(batch.images_BCHW.to(compute.torch_device))
+        images_BCHW = batch.images_BCHW.to(compute.torch_device)
+        x_BCHW = checkpoint.config.normalise(images_BCHW)
         seen = tapped(x_BCHW.contiguous(memory_format=torch.channels_last))
+    seen["pixels"] = reduced_pixels(images_BCHW, config.pixel_side)
     columns: dict[str, pa.Array] = {
         "position": pa.array(batch.positions_B.numpy()),
         "key": pa.array(batch.keys),
         "shard": pa.array([batch.shard] * len(batch.keys)),
         "label": pa.array(batch.labels_B.numpy()),
     }
-    for name in ("logits", "penultimate", "pooled"):
+    for name in ("logits", "penultimate", "pooled", "pixels"):
         if name in seen:
             x_BD = seen[name].float().cpu()
             if not (finite_B := x_BD.isfinite().all(1)).all():
@@ -104,3 +110,10 @@ def _embed(tapped: Tapped, batch: Batch, checkpoint: Checkpoint, compute: Comput
                 raise NumericsError(f"{name} of {batch.shard}, key {key}, is not finite; check the model's weights")
             columns[name] = fixed_size_list(x_BD)
     return pa.table(columns)
+
+
+def reduced_pixels(images_BCHW: Tensor, side: int) -> Tensor:
+    """uint8 images as rows of float32 in [0, 1], averaged down to at most `side` pixels in height and width."""
+    height, width = images_BCHW.shape[2:]
+    small_BChw = torch.nn.functional.adaptive_avg_pool2d(images_BCHW.float(), (min(side, height), min(side, width)))
+    return small_BChw.flatten(1) / 255

@@ -1,5 +1,6 @@
 """Anomaly scores, one method a file. A score is higher for a more suspicious sample, always."""
 
+from sanitize.score.neighbours import Neighbours, NeighboursConfig
 from sanitize.score.spectral import Spectral, SpectralConfig
 from sanitize.score.stage import FittedScorer, ScorerConfig, fit_scorer, new_scorer, score_shards
 from sanitize.score.toxic_direction import ToxicDirectionConfig
@@ -7,6 +8,8 @@ from sanitize.score.toxic_scorer import ToxicDirection
 
 __all__ = [
     "FittedScorer",
+    "Neighbours",
+    "NeighboursConfig",
     "ScorerConfig",
     "Spectral",
     "SpectralConfig",

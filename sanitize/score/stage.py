@@ -1,29 +1,35 @@
 """Fit a scorer on embeddings, then score every sample: the only place where scorers meet files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
 import pyarrow as pa
 import safetensors.torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.compute import Compute
 from sanitize.data.tables import Embeddings, Scores, write_rows
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.progress import track
+from sanitize.score.neighbours import Neighbours, NeighboursConfig
 from sanitize.score.scorer import Scorer
 from sanitize.score.spectral import Spectral, SpectralConfig
 from sanitize.score.toxic_direction import ToxicDirectionConfig
 from sanitize.score.toxic_scorer import ToxicDirection
 
-ScorerConfig = Annotated[SpectralConfig | ToxicDirectionConfig, Field(discriminator="kind")]
+ScorerConfig = Annotated[NeighboursConfig | SpectralConfig | ToxicDirectionConfig, Field(discriminator="kind")]
+_SCORERS: dict[type[BaseModel], Callable[[Any], Scorer]] = {
+    NeighboursConfig: Neighbours,
+    SpectralConfig: Spectral,
+    ToxicDirectionConfig: ToxicDirection,
+}
 
 
 def new_scorer(config: ScorerConfig) -> Scorer:
     """The scorer a config describes, not fitted yet."""
-    return Spectral(config) if isinstance(config, SpectralConfig) else ToxicDirection(config)
+    return _SCORERS[type(config)](config)
 
 
 class FittedScorer(Artifact):

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from sanitize.artifacts import Artifact, Part, Recipe, Workshop, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
+from sanitize.data.describe import croissant, describe_clean
 from sanitize.data.samples import Sample
 from sanitize.data.tables import Selection
-from sanitize.data.tar import TarLimits, TarWriter, unsafe_name
+from sanitize.data.tar import TarLimits, unsafe_name
+from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
 from sanitize.progress import track
@@ -32,7 +34,8 @@ class WriteConfig(BaseModel):
 
 
 class Shards(Artifact):
-    """`clean/SHARD` and `quarantine/SHARD`: same names, same order, same bytes of every member."""
+    """`clean/SHARD` and `quarantine/SHARD`: same names, same order, same bytes of every member; `dataset.json` and
+    `croissant.json` say what is in clean/."""
 
     def clean(self) -> list[str]:
         """Paths of the clean shards, sorted."""
@@ -58,7 +61,7 @@ def write_selected(
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Returns:
-        The Shards. A shard of which nothing is kept is still written, empty; quarantine holds only shards that have
+        The Shards, and their description. A shard of which nothing is kept is still written, empty; quarantine holds only shards that have
         something in it.
 
     Raises:
@@ -74,7 +77,7 @@ def write_selected(
     def write_part(shard: str, part: Part) -> None:
         _write_shard(shard, part, config, dataset, selection, advance)
 
-    def finish(_part: Part, workshop: Workshop) -> None:
+    def finish(part: Part, workshop: Workshop) -> None:
         # The promise of the whole pipeline, checked where it is kept or broken.
         wanted = selection.manifest().counts
         done = workshop.counts(dataset.shards)
@@ -82,6 +85,9 @@ def write_selected(
             raise DataError(f"counts do not add up: verdicts say {dict(wanted)}, written were {dict(done)}")
         if done["kept"] + done["quarantined"] + done["unreadable"] != dataset.manifest().counts["samples"]:
             raise DataError(f"samples were lost: {dict(done)} of {dataset.manifest().counts['samples']}")
+        described = describe_clean(dataset, selection, workshop.files(dataset.shards))
+        part.write_json("dataset.json", described)
+        part.write_json("croissant.json", croissant(described))
 
     total = dataset.manifest().counts["samples"] if shards is None else None
     with track("write", total) as advance:

@@ -33,7 +33,8 @@ from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.samples import SampleLimits
 from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.data.tables import Scores, Selection, write_rows
-from sanitize.data.tar import TarWriter, unsafe_name
+from sanitize.data.tar import unsafe_name
+from sanitize.data.tar_write import TarWriter
 from sanitize.errors import ConfigError, DataError, StorageError
 from sanitize.select import SelectConfig, Shards, WriteConfig, select_samples, write_selected
 
@@ -505,7 +506,6 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from sanitize.data.index import IndexConfig, index_shard
 from sanitize.data.samples import SampleLimits
-from sanitize.data.sources import find_shards, refuse_inside
 
 def peak():  # not ru_maxrss, which is that of the parent at first
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, TarWriter, unsafe_name
+from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
+from sanitize.data.tar_write import TarWriter
 from sanitize.errors import DataError
 
 END = bytes(1024)

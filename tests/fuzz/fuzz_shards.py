@@ -41,7 +41,8 @@ from sanitize.data.decode import ImageConfig
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.samples import SampleLimits
 from sanitize.data.tables import Scores, write_rows
-from sanitize.data.tar import TarWriter, unsafe_name
+from sanitize.data.tar import unsafe_name
+from sanitize.data.tar_write import TarWriter
 from sanitize.errors import DataError
 from sanitize.select import SelectConfig, WriteConfig, select_samples, write_selected
 

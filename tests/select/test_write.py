@@ -155,7 +155,10 @@ def test_nothing_removed_writes_no_quarantine_and_everything_removed_an_empty_sh
     dataset = index_shards(IndexConfig(), str(tmp_path / "in"), str(tmp_path / "index"), compute)
     selection = make_selection(tmp_path / "selection", dataset, lambda shard, _row: shard == "b.tar")
     shards = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "out"), compute)
-    assert set(shards.manifest().files) == {"clean/a.tar", "clean/b.tar", "quarantine/b.tar"}
+    assert set(shards.manifest().files) == {
+        *("clean/a.tar", "clean/b.tar", "quarantine/b.tar"),
+        *("dataset.json", "croissant.json"),
+    }
     assert read_tar(shards.file("clean/a.tar")) == members["a"]
     assert read_tar(shards.file("clean/b.tar")) == []
     assert len(read_tar(shards.file("quarantine/b.tar"))) == 12

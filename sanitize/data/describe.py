@@ -1,0 +1,197 @@
+"""What clean shards hold, for whoever reads them without us: `dataset.json`, and the same as `croissant.json` in the
+format that catalogues and loaders know (Croissant 1.0, MLCommons: http://mlcommons.org/croissant/1.0).
+
+Both lie beside the folder `clean/`, not in it: Hugging Face `datasets` takes any .json among shards for the data.
+"""
+
+import glob
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow.compute as pc
+
+from sanitize.artifacts import FileEntry
+from sanitize.data.dataset import Dataset
+from sanitize.data.tables import Selection
+
+# The standard JSON-LD context of Croissant 1.0, whole: mlcroissant warns of any other.
+_CONTEXT = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "sc": "https://schema.org/",
+    "cr": "http://mlcommons.org/croissant/",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "dct": "http://purl.org/dc/terms/",
+    "conformsTo": "dct:conformsTo",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    **{
+        term: f"cr:{term}"
+        for term in (
+            *("citeAs", "column", "equivalentProperty", "extract", "field", "fileObject", "fileProperty", "fileSet"),
+            *("format", "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet"),
+            *("references", "regex", "repeated", "replace", "samplingRate", "separator", "source", "subField"),
+            "transform",
+        )
+    },
+}
+_MIME_TYPES = {
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "png": "image/png",
+    "webp": "image/webp",
+    "ppm": "image/x-portable-pixmap",
+}
+
+
+def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    """The content of `dataset.json`.
+
+    Args:
+        dataset: the index the shards were written from.
+        selection: what was kept.
+        files: `clean/SHARD` -> sha256 and size, of every shard of the index; others are ignored.
+
+    Returns:
+        `samples`: how many were kept, quarantined and unreadable. `n_classes`; `labels`: label -> samples kept, also
+        where none are left. `label`: the member that holds the class, as `IndexConfig.label`. `image`: how the index
+        decoded images (size is [height, width]), and the suffixes of usable ones. `shards`: path -> samples, size in
+        bytes, sha256; in sorted order. `made_from`: digests of index and selection.
+    """
+    counts = selection.manifest().counts
+    labels: Counter[int] = Counter()
+    suffixes: set[str] = set()
+    shards = {}
+    for shard in dataset.shards:
+        verdicts = selection.rows(shard, ["label", "status", "keep"])
+        kept = verdicts["label"].filter(verdicts["keep"]).to_pylist()
+        labels.update(kept)
+        names = dataset.rows(shard, ["image"])["image"].filter(pc.not_equal(verdicts["status"], "unreadable"))
+        suffixes.update(pc.replace_substring_regex(names, r"^.*\.", "").unique().to_pylist())
+        entry = files[f"clean/{shard}"]
+        shards[f"clean/{shard}"] = {"samples": len(kept), "size": entry.size, "sha256": entry.sha256}
+    return {
+        "format": 1,
+        "samples": {status: counts.get(status, 0) for status in ("kept", "quarantined", "unreadable")},
+        "n_classes": dataset.n_classes,
+        "labels": {label: labels[int(label)] for label in dataset.info["labels"]},
+        "label": dataset.info["label"],
+        "image": {**dataset.info["image"], "size": dataset.info["image_size"], "suffixes": sorted(suffixes)},
+        "shards": shards,
+        "made_from": {"dataset": dataset.digest, "selection": selection.digest},
+    }
+
+
+def croissant(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `croissant.json`, from that of `dataset.json`.
+
+    Three record sets: `images` and `labels` as they are found in the shards, and `samples`, which joins them by key.
+    Paths are relative to the folder of the file. What we cannot know (license, creator, url, datePublished, citeAs,
+    version) is left out; add it before you publish.
+    """
+    n = description["samples"]
+    source = description["made_from"]
+    return {
+        "@context": _CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "name": f"clean-{source['selection'][:12]}",
+        "description": (
+            f"{n['kept']} samples of {description['n_classes']} classes in {len(description['shards'])} WebDataset "
+            f"shards, kept by sanitize out of {sum(n.values())} ({n['quarantined']} quarantined, {n['unreadable']} "
+            f"unreadable). Index {source['dataset']}, selection {source['selection']}."
+        ),
+        "distribution": _distribution(description),
+        "recordSet": _record_sets(description),
+    }
+
+
+def _distribution(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every shard, the images in them, the labels in them. @id must be an IRI; contentUrl is opened as a path."""
+    shards = [
+        {
+            "@type": "cr:FileObject",
+            "@id": quote(path),
+            "name": path,
+            "contentUrl": path,
+            "contentSize": f"{shard['size']} B",
+            "encodingFormat": "application/x-tar",  # compressed or not: Croissant's readers find out
+            "sha256": shard["sha256"],
+        }
+        for path, shard in description["shards"].items()
+    ]
+    shard_ids = [{"@id": shard["@id"]} for shard in shards]
+    suffixes = description["image"]["suffixes"]
+    label, _, field = description["label"].partition(":")
+    image_types = sorted({_MIME_TYPES[suffix.lower()] for suffix in suffixes})
+    return [
+        *shards,
+        _file_set("image-files", shard_ids, suffixes, image_types),
+        _file_set("label-files", shard_ids, [label], ["application/json" if field else "text/plain"]),
+    ]
+
+
+def _file_set(name: str, shards: list[dict[str, str]], suffixes: list[str], types: list[str]) -> dict[str, Any]:
+    return {
+        "@type": "cr:FileSet",
+        "@id": name,
+        "name": name,
+        "containedIn": shards,
+        "encodingFormat": types,
+        "includes": [f"*.{glob.escape(suffix)}" for suffix in suffixes],
+    }
+
+
+def _record_sets(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    label, _, field = description["label"].partition(":")
+    value = {"jsonPath": f"$[{json.dumps(field, ensure_ascii=False)}]"} if field else {"fileProperty": "content"}
+    number = ["sc:Integer", "cr:Label"]
+    image_key = _key("image-files", description["image"]["suffixes"])
+    return [
+        _record_set(
+            "images",
+            _field("images/key", "sc:Text", image_key),
+            _field("images/image", "sc:ImageObject", _extract("image-files", {"fileProperty": "content"})),
+        ),
+        _record_set(
+            "labels",
+            _field("labels/key", "sc:Text", _key("label-files", [label])),
+            _field("labels/label", number, _extract("label-files", value)),
+        ),
+        _record_set(
+            "samples",
+            # From the labels' side: a second picture of a sample (KEY.mask.png) finds no partner and drops out.
+            _field("samples/key", "sc:Text", _other("labels/key"), references=_other("images/key")),
+            _field("samples/image", "sc:ImageObject", _other("images/image")),
+            _field("samples/label", number, _other("labels/label")),
+        ),
+    ]
+
+
+def _record_set(name: str, *fields: dict[str, Any]) -> dict[str, Any]:
+    key = {"@id": f"{name}/key"}
+    return {"@type": "cr:RecordSet", "@id": name, "name": name, "key": key, "field": list(fields)}
+
+
+def _field(id: str, type: str | list[str], source: dict[str, Any], **more: Any) -> dict[str, Any]:
+    name = id.rpartition("/")[2]
+    return {"@type": "cr:Field", "@id": id, "name": name, "dataType": type, "source": source, **more}
+
+
+def _extract(file_set: str, what: dict[str, str]) -> dict[str, Any]:
+    return {"fileSet": {"@id": file_set}, "extract": what}
+
+
+def _key(file_set: str, suffixes: list[str]) -> dict[str, Any]:
+    """The name up to the first dot of its last component, where what follows is one of the suffixes."""
+    regex = rf"^((?:.*/)?[^/.]+)\.(?:{'|'.join(map(re.escape, suffixes))})$"
+    return {**_extract(file_set, {"fileProperty": "fullpath"}), "transform": {"regex": regex}}
+
+
+def _other(field: str) -> dict[str, Any]:
+    return {"field": {"@id": field}}

@@ -200,6 +200,10 @@ def inspect(
     """Read shards and say what is in them: samples, classes, image sizes, and what cannot be used and why.
 
     Nothing is written. Useful before `clean`, and when `clean` says that too much is unreadable.
+
+    Example:
+
+        sanitize inspect 'data/train-*.tar' --label json:class
     """
     from collections import Counter
 
@@ -314,7 +318,12 @@ def restore(
     """Put quarantined samples back.
 
     Writes a new selection and new shards beside the old ones (40-selection.r1, 50-shards.r1, …); nothing that is there
-    is changed. The decision is kept in the verdict's reasons and in decisions.jsonl.
+    is changed. The decision is kept in the verdict's reasons and in decisions.jsonl. Keys are in the report, and in the
+    names of the members of RUN/50-shards/quarantine.
+
+    Example:
+
+        sanitize restore runs/first --key 000123 --key train-0004.tar:000456 --note "seen by Ada: both are fine"
     """
     from flows.restore import restore as put_back
 
@@ -329,7 +338,12 @@ def restore(
 
 @app.command()
 def verify(run: RunFolder, as_json: AsJson = False) -> None:
-    """Re-hash every file of a run against its manifests and say what differs. Exit code 1 where something does."""
+    """Re-hash every file of a run against its manifests and say what differs. Exit code 1 where something does.
+
+    Example:
+
+        sanitize verify runs/first
+    """
     from flows.restore import verify_run
 
     with _errors():
@@ -346,7 +360,12 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
 
 @app.command()
 def report(run: RunFolder) -> None:
-    """Write the report of a run again (after a restore, say) and print where it is."""
+    """Write the report of a run again (after a restore, say) and print where it is.
+
+    Example:
+
+        sanitize report runs/first
+    """
     from flows.restore import write_again
 
     with _errors():
@@ -366,6 +385,10 @@ def demo(
 
     Writes scikit-learn's 1,797 digits as shards, plants a BadNets patch, runs the whole clean flow, then trains a small
     model on the poisoned and on the cleaned shards and compares clean accuracy (ACC) and attack success rate (ASR).
+
+    Example:
+
+        sanitize demo --out runs/demo --direct
     """
     from flows.demo import demo as run_demo
 

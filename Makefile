@@ -9,8 +9,8 @@ export OMP_NUM_THREADS ?= 1
 demo: .venv/ready  ## set up, then plant a backdoor in real digits and clean it out
 	$(BIN)/sanitize demo --out runs/demo
 
-test: .venv/ready  ## set up, then run the tests (CPU, no network)
-	$(BIN)/python -m pytest
+test: .venv/ready  ## set up, then run the tests (CPU, no network), one process a core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/ready  ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

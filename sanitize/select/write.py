@@ -61,8 +61,8 @@ def write_selected(
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Returns:
-        The Shards, and their description. A shard of which nothing is kept is still written, empty; quarantine holds only shards that have
-        something in it.
+        The Shards, and their description. A shard of which nothing is kept is still written, empty; quarantine holds
+        only shards that have something in it.
 
     Raises:
         DataError: a shard has changed since it was indexed, or the counts do not add up.

@@ -37,6 +37,8 @@ from sanitize.storage import (
     read_bytes,
     remove,
     sha256_file,
+    sync_folder,
+    sync_folders,
 )
 
 MANIFEST = "manifest.json"
@@ -220,15 +222,17 @@ class Workshop:
     def has(self, part: str) -> bool:
         """True when the part was finished, by this process or an earlier one."""
         record = self._record(part)
-        # In place, a run with another recipe may have written over its files since.
-        return record is not None and (not self._in_place or record["stored"] == self._stored(record["files"]))
+        # Its files may be gone since: a run with another recipe was killed while it cleared up here, or this one was
+        # killed after the rename, and then somebody deleted the result. In place, they may have been written over.
+        return record is not None and record["stored"] == self._stored(record["files"])
 
     def _stored(self, names: Iterable[str]) -> dict[str, Any]:
         """What tells whether the files of a part are still those it wrote."""
         try:
-            return {name: fingerprint(self._path(name)) for name in names} if self._in_place else {}
+            found = {name: fingerprint(self._path(name)) for name in names}
         except DataError:
             return {}
+        return {name: {k: v for k, v in of_file.items() if k != "url"} for name, of_file in found.items()}
 
     @contextmanager
     def part(self, name: str) -> Iterator[Part]:
@@ -283,7 +287,9 @@ class Workshop:
         with create(self._path(MANIFEST)) as writer:
             writer.write(json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True).encode() + b"\n")
         if not self._in_place:
+            sync_folders(local_path(self._files))  # a name that is only in memory is lost when the power goes
             local_path(self._files).rename(local_path(self.out))
+            sync_folder(local_path(self.out).parent)
         remove(self._partial)
         return manifest
 

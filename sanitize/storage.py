@@ -187,6 +187,21 @@ def _create_file(path: Path) -> Iterator[HashingWriter]:
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk; that a file was flushed says nothing of its name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folders(folder: Path) -> None:
+    """The same for a folder and all below it."""
+    for where, _, _ in os.walk(folder):
+        sync_folder(Path(where))
+
+
 def _remove(path: Path) -> None:
     with suppress(OSError):
         path.unlink()

@@ -1,0 +1,397 @@
+"""Robust Collaborative Autoencoders (B. Liu, "Robust Learning of Deep Neural Networks under Data Corruption", 2022,
+chapter 2, Algorithm 1): anomaly detection when the training data holds the anomalies.
+
+k autoencoders learn together. From each mini-batch each picks, without dropout, the share beta that it reconstructs
+best, and is updated, with dropout, on what another one picked. beta starts at 1; after each epoch
+    beta <- max(beta - eps / (alpha max_epoch), 1 - eps),   eps = contamination.
+The score of a row is its squared reconstruction error, averaged over v forward passes with dropout, the networks and
+the columns.
+
+The v dropout masks of scoring are drawn once, when the model is fitted, and are part of its state: a score depends on
+the state and the row alone. The networks of one fit, and of several independent fits, are one stack of weights.
+
+Shapes: G independent fits, k networks of each, M = G k in the stack; N rows, B of a batch, P of them picked; D columns,
+H units of a hidden layer, v passes.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Generator, Tensor
+from torch.nn.functional import leaky_relu
+
+from sanitize.errors import ConfigError, DataError, NumericsError
+
+logger = logging.getLogger(__name__)
+
+Layers = list[tuple[Tensor, Tensor]]  # weight (M, in, out) and bias (M, 1, out) of each
+
+_SLOPE = 0.1  # of the leaky ReLUs
+_SCALED = 4096  # rows that are scaled at once
+_SCORED = 16  # rows that are scored at once; fewer are filled up, for the rounding of a product depends on its shape
+_FAR = 1e6  # scaled values end here, so that every score is finite
+
+
+class RCAConfig(BaseModel):
+    """Robust collaborative autoencoders. The chapter gives no sizes: these are one choice for all data.
+
+    Attributes:
+        contamination: eps, the expected share of anomalies. It may be wrong by 0.1 (Table 2.3); too much costs less
+            than too little, so the default is rather high.
+        n_networks: k. A single one picks for itself.
+        select: False trains on all rows (RCA-SS); with one network and no ensemble this is the plain autoencoder.
+        ensemble: False scores by one pass without dropout (RCA-E).
+        variational: variational autoencoders (RCVA); they pick and score by the error at the mean code.
+        widths: hidden layers of the encoder; the decoder mirrors them.
+        n_codes: size of the bottleneck.
+        dropout: r, after each hidden layer.
+        n_passes: v.
+        alpha: share of the epochs in which beta comes down to 1 - eps.
+        epochs: passes over the data; fewer where `max_steps` ends training first.
+        max_steps: bound on the number of mini-batches.
+        batch_size: rows of a mini-batch, about: an epoch is divided into equal ones.
+        learning_rate: of Adam.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    contamination: float = Field(default=0.1, ge=0, le=0.5)
+    n_networks: int = Field(default=2, ge=1)
+    select: bool = True
+    ensemble: bool = True
+    variational: bool = False
+    widths: tuple[int, ...] = Field(default=(64, 64), min_length=1)
+    n_codes: int = Field(default=10, ge=1)
+    dropout: float = Field(default=0.5, ge=0, le=0.95)
+    n_passes: int = Field(default=50, ge=1)
+    alpha: float = Field(default=0.5, gt=0, le=1)
+    epochs: int = Field(default=100, ge=1)
+    max_steps: int = Field(default=3_000, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Columns with mean 0 and variance 1, missing values at the mean. Constant columns are 0.
+
+    Attributes:
+        unit_D: largest absolute value of each column; what follows is in this unit, so that no square overflows.
+        mean_D: of the values that are there.
+        deviation_D: with the missing ones at the mean. All float64.
+        missing_fraction: share of missing values.
+    """
+
+    unit_D: Tensor
+    mean_D: Tensor
+    deviation_D: Tensor
+    missing_fraction: float
+
+    @classmethod
+    def of(cls, x_ND: Tensor) -> Self:
+        """Estimate from the rows, a block at a time. Raises DataError where a column has no value."""
+        n_rows, n_columns = x_ND.shape
+        if n_rows == 0 or n_columns == 0:
+            raise DataError(f"nothing to fit: {n_rows} rows of {n_columns} columns")
+        blocks = x_ND.split(_SCALED)
+        count_D = torch.stack([(~block.isnan()).sum(0) for block in blocks]).sum(0)
+        if empty := (count_D == 0).nonzero().flatten().tolist():
+            raise DataError(f"nothing but missing values in column(s) {empty[:10]}; leave them out")
+        unit_D = torch.stack([_finite64(block).abs().amax(0) for block in blocks]).amax(0)
+        unit_D[unit_D == 0] = 1
+        mean_D = torch.stack([(_finite64(block) / unit_D).sum(0) for block in blocks]).sum(0) / count_D
+        centred = ((_finite64(block) / unit_D - mean_D).where(~block.isnan(), 0) for block in blocks)
+        deviation_D = (torch.stack([block.square().sum(0) for block in centred]).sum(0) / n_rows).sqrt()
+        deviation_D[deviation_D == 0] = 1
+        return cls(unit_D, mean_D, deviation_D, 1 - float(count_D.sum()) / x_ND.numel())
+
+    def apply(self, x_ND: Tensor) -> Tensor:
+        """Scaled rows (N, D), float32, finite; beside them a block of rows is held in float64."""
+        scaled_ND = torch.empty(x_ND.shape)
+        for block, out in zip(x_ND.split(_SCALED), scaled_ND.split(_SCALED), strict=True):
+            z_BD = (_finite64(block) / self.unit_D - self.mean_D) / self.deviation_D
+            out.copy_(z_BD.where(~block.isnan(), 0).clamp(-_FAR, _FAR))
+        return scaled_ND
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What one fit leaves: the scaling, the layers of its k networks, and for each hidden layer the dropout masks of
+    scoring, bool (k, v, H)."""
+
+    scaling: Scaling
+    layers: Layers
+    masks: list[Tensor]
+
+
+class RCA:
+    """Estimator: `RCA(config).fit(x_ND).score(x_ND)`; a higher score is more suspicious."""
+
+    def __init__(self, config: RCAConfig | None = None) -> None:
+        self.config = config or RCAConfig()
+        self._fitted: Fitted | None = None
+
+    def fit(self, x_ND: Tensor | np.ndarray, seed: int = 0) -> Self:
+        """Train on rows of real numbers; NaN is a missing value.
+
+        Raises:
+            DataError: no rows or no columns, a column without a value, an infinite value.
+            NumericsError: training diverged.
+        """
+        (self._fitted,) = _fit(self.config, [x_ND], [seed])
+        return self
+
+    @classmethod
+    def fit_many(cls, config: RCAConfig, data: Sequence[Tensor | np.ndarray], seeds: Sequence[int]) -> list[Self]:
+        """Independent fits of equally many rows and columns, trained at once; each is what `fit` alone would give, to
+        rounding. Raises what `fit` does."""
+        models = [cls(config) for _ in data]
+        for model, fitted in zip(models, _fit(config, data, seeds), strict=True):
+            model._fitted = fitted
+        return models
+
+    @property
+    def missing_fraction(self) -> float:
+        """Share of missing values in what it was fitted on; they were replaced by column means."""
+        return self._state().scaling.missing_fraction
+
+    @torch.no_grad()
+    def score(self, x_ND: Tensor | np.ndarray) -> Tensor:
+        """Scores (N,), float32, finite, >= 0. Missing values are the means of the rows it was fitted on.
+
+        Raises:
+            ConfigError: not fitted yet.
+            DataError: other columns than in training, or an infinite value.
+        """
+        state = self._state()
+        x_ND = as_rows(x_ND)
+        if x_ND.shape[1] != len(state.scaling.mean_D):
+            raise DataError(f"{x_ND.shape[1]} columns, but the model was fitted on {len(state.scaling.mean_D)}")
+        masks = self._scoring_masks(state)
+        scores_N = torch.empty(len(x_ND))
+        for start in range(0, len(x_ND), _SCORED):
+            block = x_ND[start : start + _SCORED]
+            x_BD = torch.zeros(_SCORED, x_ND.shape[1])
+            x_BD[: len(block)] = state.scaling.apply(block)
+            scores_N[start : start + len(block)] = _errors(state.layers, x_BD, masks)[: len(block)]
+        return scores_N
+
+    def _scoring_masks(self, state: Fitted) -> list[Tensor]:
+        """For each hidden layer (k, v B, H): the mask of a pass is the same for every row."""
+        if not self.config.ensemble or not self.config.dropout:
+            return []
+        return [mask_kvH.repeat_interleave(_SCORED, 1).float() / (1 - self.config.dropout) for mask_kvH in state.masks]
+
+    def _state(self) -> Fitted:
+        if self._fitted is None:
+            raise ConfigError("the model is not fitted yet: call fit() or load_state() first")
+        return self._fitted
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that scoring needs, lossless."""
+        state = self._state()
+        scaling = state.scaling
+        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "deviation": scaling.deviation_D}
+        tensors["missing_fraction"] = torch.tensor(scaling.missing_fraction, dtype=torch.float64)
+        for i, (weight, bias) in enumerate(state.layers):
+            tensors |= {f"layers.{i}.weight": weight, f"layers.{i}.bias": bias}
+        return tensors | {f"masks.{i}": mask for i, mask in enumerate(state.masks)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> Self:
+        """The inverse of `state_dict`."""
+        scaling = Scaling(state["unit"], state["mean"], state["deviation"], float(state["missing_fraction"]))
+        n_layers = sum(name.endswith(".weight") for name in state)
+        layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in range(n_layers)]
+        masks = [state[f"masks.{i}"] for i in range(n_layers - 2)]
+        self._fitted = Fitted(scaling, layers, masks)
+        return self
+
+
+def as_rows(x_ND: Tensor | np.ndarray) -> Tensor:
+    """A tensor (N, D) of real numbers on the CPU, not copied where that can be avoided.
+
+    Raises:
+        DataError: another number of dimensions, complex or no numbers, or an infinite value.
+    """
+    if isinstance(x_ND, np.ndarray):
+        if x_ND.dtype.kind not in "fiub":
+            raise DataError(f"rows must be real numbers, not {x_ND.dtype}")
+        x_ND = torch.from_numpy(np.require(x_ND, requirements=["C", "W"]))
+    x_ND = x_ND.detach().cpu()
+    if x_ND.ndim != 2 or x_ND.is_complex():
+        raise DataError(f"rows must be (N, D) real numbers, not {tuple(x_ND.shape)} of {x_ND.dtype}")
+    if any(block.isinf().any() for block in x_ND.split(_SCALED)):
+        raise DataError("infinite values; replace them, or set them to NaN to have them imputed")
+    return x_ND
+
+
+def selected_fractions(contamination: float, alpha: float, epochs: int) -> list[float]:
+    """beta of each epoch."""
+    step = contamination / (alpha * epochs)
+    betas = [1.0]
+    while len(betas) < epochs:
+        betas.append(max(betas[-1] - step, 1 - contamination))
+    return betas
+
+
+def pick(errors_GkB: Tensor, n_picked: int, shift_G: Tensor) -> Tensor:
+    """Rows (G, k, P) each network is given: those that the one `shift` places before it reconstructs best."""
+    picked_GkP = errors_GkB.topk(n_picked, dim=-1, largest=False).indices
+    k = errors_GkB.shape[1]
+    giver_Gk = (torch.arange(k) - shift_G[:, None]) % k
+    return picked_GkP.gather(1, giver_Gk[..., None].expand_as(picked_GkP))
+
+
+def forward(
+    layers: Layers, x_MBD: Tensor, masks: Sequence[Tensor] = (), noise_MBC: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Reconstruction, and the divergence of the code from its prior (0 without noise).
+
+    Args:
+        layers: the middle one of them gives the code; with noise, or where it gives twice as many numbers as the next
+            one takes, mean and log-variance of the code.
+        x_MBD: a batch for each network.
+        masks: what each hidden layer (M, B, H) is multiplied by; (M, v B, H) repeats the batch v times.
+        noise_MBC: standard normal, for codes that are drawn.
+    """
+    middle = len(layers) // 2 - 1
+    divergence = x_MBD.new_zeros(())
+    for i, (weight, bias) in enumerate(layers):
+        x_MBD = torch.baddbmm(bias, x_MBD, weight)
+        if i == middle:
+            n_codes = layers[i + 1][0].shape[1]
+            mean_MBC, log_variance_MBC = x_MBD[..., :n_codes], x_MBD[..., n_codes:].clamp(-10, 10)
+            x_MBD = mean_MBC
+            if noise_MBC is not None:
+                x_MBD = mean_MBC + (log_variance_MBC / 2).exp() * noise_MBC
+                divergence = (mean_MBC.square() + log_variance_MBC.exp() - 1 - log_variance_MBC).sum(-1) / 2
+        elif i < len(layers) - 1:
+            x_MBD = leaky_relu(x_MBD, _SLOPE)
+            if masks:
+                mask = masks[i if i < middle else i - 1]
+                if len(mask[0]) > len(x_MBD[0]):  # dropout comes behind the first layer, so all passes share that
+                    x_MBD = x_MBD.repeat(1, len(mask[0]) // len(x_MBD[0]), 1)
+                x_MBD = x_MBD * mask
+    return x_MBD, divergence
+
+
+def _errors(layers: Layers, x_BD: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Scores (B,) of scaled rows."""
+    k, n_rows = len(layers[0][0]), len(x_BD)
+    output_MvBD, _ = forward(layers, x_BD.expand(k, -1, -1), masks)
+    return (output_MvBD.view(-1, n_rows, x_BD.shape[1]) - x_BD).square().mean((0, 2))
+
+
+def _fit(config: RCAConfig, data: Sequence[Tensor | np.ndarray], seeds: Sequence[int]) -> list[Fitted]:
+    """Train one stack, and take it apart."""
+    rows = [as_rows(x_ND) for x_ND in data]
+    if len({x_ND.shape for x_ND in rows}) > 1:
+        raise ConfigError(f"fits at once need equal shapes, not {[tuple(x_ND.shape) for x_ND in rows]}")
+    scalings = [Scaling.of(x_ND) for x_ND in rows]
+    for scaling in scalings:
+        if scaling.missing_fraction:
+            logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)
+    scaled = [scaling.apply(x_ND) for scaling, x_ND in zip(scalings, rows, strict=True)]
+    generators = [Generator().manual_seed(seed) for seed in seeds]
+    layers = _initial(config, rows[0].shape[1], generators)
+    _train(config, layers, scaled, generators)
+    k = config.n_networks
+    fits = []
+    for g, (scaling, generator) in enumerate(zip(scalings, generators, strict=True)):
+        own = [(w[g * k : (g + 1) * k].detach().clone(), b[g * k : (g + 1) * k].detach().clone()) for w, b in layers]
+        if not all(tensor.isfinite().all() for layer in own for tensor in layer):
+            raise NumericsError("RCA: training diverged; lower learning_rate")
+        masks = [
+            torch.empty(k, config.n_passes, width).bernoulli_(1 - config.dropout, generator=generator).bool()
+            for width in _hidden_widths(config)
+        ]
+        fits.append(Fitted(scaling, own, masks))
+    return fits
+
+
+def _hidden_widths(config: RCAConfig) -> tuple[int, ...]:
+    return config.widths + config.widths[::-1]
+
+
+def _initial(config: RCAConfig, n_columns: int, generators: Sequence[Generator]) -> Layers:
+    """Uniform in +-1 / sqrt(inputs), as torch.nn.Linear is."""
+    code = config.n_codes * (2 if config.variational else 1)
+    inputs = (n_columns, *config.widths, config.n_codes, *config.widths[::-1])
+    outputs = (*config.widths, code, *config.widths[::-1], n_columns)
+    k = config.n_networks
+
+    def drawn(bound: float, *shape: int) -> Tensor:
+        return torch.cat([torch.empty(k, *shape).uniform_(-bound, bound, generator=g) for g in generators])
+
+    return [
+        (drawn(n**-0.5, n, m).requires_grad_(), drawn(n**-0.5, 1, m).requires_grad_())
+        for n, m in zip(inputs, outputs, strict=True)
+    ]
+
+
+def _train(config: RCAConfig, layers: Layers, data: Sequence[Tensor], generators: Sequence[Generator]) -> None:
+    """Algorithm 1, training phase; changes the layers in place."""
+    n_rows = len(data[0])
+    n_batches = max(1, round(n_rows / config.batch_size))
+    size = n_rows // n_batches  # equal batches; the few rows that are left over change from epoch to epoch
+    epochs = max(1, min(config.epochs, config.max_steps // n_batches))
+    contamination = config.contamination if config.select else 0.0
+    parameters = [tensor for layer in layers for tensor in layer]
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
+    for beta in selected_fractions(contamination, config.alpha, epochs):
+        n_picked = max(1, math.floor(beta * size + 1e-9))
+        orders = [torch.randperm(n_rows, generator=generator) for generator in generators]
+        for start in range(0, n_batches * size, size):
+            x_GBD = torch.stack([x_ND[order[start : start + size]] for x_ND, order in zip(data, orders, strict=True)])
+            loss = _loss(config, layers, x_GBD, n_picked, generators)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def _loss(config: RCAConfig, layers: Layers, x_GBD: Tensor, n_picked: int, generators: Sequence[Generator]) -> Tensor:
+    """Sum over all networks of the mean loss of the rows each is given."""
+    k, (n_fits, size, n_columns) = config.n_networks, x_GBD.shape
+    x_MBD = x_GBD[:, None].expand(-1, k, -1, -1).reshape(-1, size, n_columns)
+    if not config.dropout and not config.variational:
+        # Then the pass that picks is the pass that trains.
+        errors_GkB = (forward(layers, x_MBD)[0] - x_MBD).square().sum(-1).view(n_fits, k, size)
+        given_GkP = pick(errors_GkB.detach(), n_picked, _shifts(k, generators))
+        return errors_GkB.gather(2, given_GkP).mean(-1).sum() / 2
+    if n_picked < size:
+        with torch.no_grad():
+            errors_GkB = (forward(layers, x_MBD)[0] - x_MBD).square().sum(-1).view(n_fits, k, size)
+        given_MP1 = pick(errors_GkB, n_picked, _shifts(k, generators)).view(-1, n_picked, 1)
+        x_MBD = x_MBD.gather(1, given_MP1.expand(-1, -1, n_columns))
+    masks = [_drawn_masks(config.dropout, generators, k, n_picked, width) for width in _hidden_widths(config)]
+    noise = None
+    if config.variational:
+        noise = torch.cat([torch.randn(k, n_picked, config.n_codes, generator=g) for g in generators])
+    output_MPD, divergence = forward(layers, x_MBD, masks, noise)
+    return ((output_MPD - x_MBD).square().sum(-1) / 2 + divergence).mean(-1).sum()
+
+
+def _drawn_masks(dropout: float, generators: Sequence[Generator], *shape: int) -> Tensor:
+    """0 with probability `dropout` (to 1/256), else what keeps the mean at 1; (M, P, H)."""
+    n, threshold = math.prod(shape), round(256 * dropout)
+    # Eight masks of each random number: drawn one by one they would cost half of the training time.
+    words = [torch.empty(-(-n // 8), dtype=torch.int64).random_(-(2**63), None, generator=g) for g in generators]
+    kept = torch.stack(words).view(torch.uint8)[:, :n] >= threshold
+    return kept.float().mul_(256 / (256 - threshold)).view(-1, *shape[1:])
+
+
+def _shifts(k: int, generators: Sequence[Generator]) -> Tensor:
+    """How many places picks are handed on, for each fit: any other network is as likely as the next."""
+    if k == 1:
+        return torch.zeros(len(generators), dtype=torch.int64)
+    return torch.cat([torch.randint(1, k, (1,), generator=generator) for generator in generators])
+
+
+def _finite64(x_BD: Tensor) -> Tensor:
+    return x_BD.double().nan_to_num(0.0)

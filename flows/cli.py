@@ -220,7 +220,8 @@ def inspect(
         per_shard = {}
         with track("inspect", None) as advance:
             for shard, url in found.items():
-                rows, per_shard[shard] = index_shard(url, config, advance)
+                indexed, per_shard[shard] = index_shard(url, config, advance)
+                rows = indexed.to_pylist()
                 ok = [row for row in rows if row["status"] == "ok"]
                 labels.update(str(row["label"]) for row in ok)
                 sizes.update(f"{row['height']}x{row['width']}" for row in ok)

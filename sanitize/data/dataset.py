@@ -10,7 +10,8 @@ from torch import Tensor
 from sanitize.data.decode import BadImage, ImageConfig, decode
 from sanitize.data.samples import Sample, SampleLimits, ShardReader, find_image
 from sanitize.data.tables import ShardTables
-from sanitize.errors import DataError
+from sanitize.errors import ConfigError, DataError
+from sanitize.storage import fingerprint
 
 
 class Batch(NamedTuple):
@@ -57,7 +58,9 @@ class Dataset(ShardTables):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image in a batch."""
+        """(C, H, W) of every image in a batch. Raises ConfigError where it was neither set nor looked at."""
+        if self.info["image_size"] is None:
+            raise ConfigError(f"set index.image.size: with index.check={self.info['check']} no image was decoded")
         height, width = self.info["image_size"]
         return int(self.info["image"]["channels"]), height, width
 
@@ -68,19 +71,47 @@ class Dataset(ShardTables):
             DataError: the shard is not what it was when it was indexed.
         """
         rows = self.rows(shard).to_pylist()
-        reader = ShardReader(self.urls[shard], SampleLimits.model_validate(self.info["limits"]))
+        digest = self.info["shards"][shard]["sha256"] is not None
+        reader = ShardReader(self.urls[shard], SampleLimits.model_validate(self.info["limits"]), digest=digest)
         n = 0
         for sample in reader:
             sizes = [len(data) for _, data in sample.members]
             if n == len(rows) or sizes != [member["size"] for member in rows[n]["members"]]:
-                raise self._changed(shard, f"sample {n}")
+                raise self.changed(shard, f"sample {n}")
             yield sample, rows[n]
             n += 1
-        if n != len(rows) or reader.sha256 != self.info["shards"][shard]["sha256"]:
-            raise self._changed(shard, f"byte {reader.size}")
+        if n != len(rows):
+            raise self.changed(shard, f"byte {reader.size}")
+        self.confirm(shard, reader.sha256, reader.size)
 
-    def _changed(self, shard: str, where: str) -> DataError:
+    def confirm(self, shard: str, sha256: str, size: int) -> None:
+        """Raise DataError unless this is what was indexed.
+
+        Args:
+            shard: its name.
+            sha256: found now; where the index took none, size and modification time have to do.
+            size: bytes read.
+        """
+        indexed = self.info["shards"][shard]["sha256"]
+        if indexed is None:
+            source, now = self.manifest().sources[shard], fingerprint(self.urls[shard])
+            same = all(source[name] == now[name] for name in ("size", "modified"))
+        else:
+            same = sha256 == indexed
+        if not same:
+            raise self.changed(shard, f"byte {size}")
+
+    def changed(self, shard: str, where: str) -> DataError:
+        """The error that says so."""
         return DataError(f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again")
+
+    def _bad_image(self, shard: str, key: str, error: Exception) -> DataError:
+        if self.info["check"] == "decode":
+            return self.changed(shard, key)
+        return DataError(
+            f"sample {key} of shard {self.urls[shard]} cannot be used: {error}. The index did not decode "
+            f"images (index.check={self.info['check']}); index with check=decode"
+        )
 
     def batches(self, size: int, shards: Sequence[str] | None = None) -> Iterator[Batch]:
         """Stream usable samples in batches of at most `size`; a batch never spans two shards."""
@@ -113,7 +144,7 @@ class Dataset(ShardTables):
             try:
                 images.append(decode(find_image(sample)[1], config, self.image_shape[1:]))
             except (BadImage, LookupError) as error:
-                raise self._changed(shard, row["key"]) from error
+                raise self._bad_image(shard, row["key"], error) from error
         return Batch(
             shard,
             torch.tensor([sample.position for sample, _ in pairs]),

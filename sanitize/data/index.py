@@ -1,15 +1,17 @@
 """The index: one walk over every shard that says which samples can be used, and why the others cannot.
 
-It is the gatekeeper. Later stages read only samples whose status is `ok`; the others go to quarantine as they are.
+It is the gatekeeper. Later stages read only samples whose status is `ok`; the others go to quarantine as they are. How
+close it looks is `IndexConfig.check`; only with "decode" is it known that images can be decoded.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,12 +19,15 @@ from sanitize.artifacts import Part, Recipe, Workshop, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode
+from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import (
     BadLabel,
     Sample,
     SampleLimits,
     ShardReader,
     find_image,
+    image_name,
+    is_compressed,
     printable,
     read_label,
 )
@@ -33,26 +38,15 @@ from sanitize.progress import track
 from sanitize.storage import fingerprint
 
 MAX_CLASSES = 1000  # without n_classes, a larger label is taken for a mistake: one hostile label must not size a model
-SCHEMA = pa.schema(
-    {
-        "position": pa.int64(),
-        "key": pa.string(),
-        "status": pa.string(),
-        "reason": pa.string(),
-        "label": pa.int64(),
-        "height": pa.int32(),
-        "width": pa.int32(),
-        "image": pa.string(),
-        "sha256": pa.string(),
-        "members": pa.list_(pa.struct({"name": pa.string(), "size": pa.int64()})),
-    }
-)
 
 
 class IndexConfig(BaseModel):
     """What a sample must have.
 
     Attributes:
+        check: how closely images are looked at. "decode": each is decoded, so that nothing is `ok` that later stages
+            cannot read. "digest": they are hashed, not decoded. "headers": only labels are read, and nothing is hashed;
+            whether a shard is still what was indexed is then told by its size and modification time.
         label: member that holds the class: the suffix of a file with an ascii integer, or "json:FIELD".
         n_classes: number of classes; None takes the largest label below 1,000, plus one.
         image: how images are decoded.
@@ -62,6 +56,7 @@ class IndexConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    check: Literal["decode", "digest", "headers"] = "decode"
     label: str = Field(default="cls", pattern=r"^[^:.]+$|^json:.+$")
     n_classes: int | None = Field(default=None, gt=0)
     image: ImageConfig = ImageConfig()
@@ -76,7 +71,7 @@ def index_shards(
     compute: Compute,
     shards: Sequence[str] | None = None,
 ) -> Dataset:
-    """Walk the shards once, decode every image once, and write one row a sample.
+    """Walk the shards once, look at every image as closely as `config.check` says, and write one row a sample.
 
     Args:
         config: what a sample must have.
@@ -99,9 +94,8 @@ def index_shards(
     with track("index", None) as advance:
 
         def write_part(shard: str, part: Part) -> None:
-            rows, summary = index_shard(found[shard], config, advance)
-            table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"shard": json.dumps(summary)})
-            write_rows(part, shard, table)
+            table, summary = index_shard(found[shard], config, advance)
+            write_rows(part, shard, table.replace_schema_metadata({"shard": json.dumps(summary)}))
             part.counts.update(summary["counts"])
 
         return make(
@@ -117,38 +111,40 @@ def index_shards(
 
 
 def index_shard(
-    url: str, config: IndexConfig, advance: Any = lambda _n: None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of one shard in the order of its samples, and a summary of the shard itself."""
-    reader = ShardReader(url, config.limits)
-    rows = []
-    for sample in reader:
-        rows.append(_row(sample, config))
-        advance(1)
-    counts = Counter(samples=len(rows), unreadable=sum(row["status"] != "ok" for row in rows))
-    return rows, {"sha256": reader.sha256, "bytes": reader.size, "damage": reader.damage, "counts": dict(counts)}
+    url: str, config: IndexConfig, advance: Callable[[int], None] = lambda _n: None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself."""
+    n_classes, headers_only = config.n_classes or MAX_CLASSES, config.check == "headers"
+    suffix = config.label.partition(":")[0].lower() if headers_only else None
+
+    def judge(sample: Sample) -> dict[str, Any]:
+        return _judge(sample, config, n_classes)
+
+    found = None
+    if headers_only and not is_compressed(url):
+        found = plain_rows(url, config.limits, config.label, n_classes, judge, advance)
+    if found is None:
+        found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
+    n_bad = len(found.table) - found.table["status"].to_pylist().count("ok")
+    summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage, "normal": found.normal}
+    return found.table, summary | {"counts": {"samples": len(found.table), "unreadable": n_bad}}
 
 
-def _row(sample: Sample, config: IndexConfig) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "position": sample.position,
-        "key": printable(sample.key),
-        "members": [{"name": printable(name), "size": len(data)} for name, data in sample.members],
-        "status": "unreadable",
-        "reason": sample.problem,
-    }
+def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any]:
+    """Status of a sample, the reason where it is not "ok", and what could be found out about it."""
     if sample.problem is not None:
-        return row
+        return {"status": "unreadable", "reason": sample.problem}
+    found: dict[str, Any] = {}
     try:
-        name, data = find_image(sample)
-        row |= {"image": printable(name), "sha256": hashlib.sha256(data).hexdigest()}
-        row["label"] = read_label(sample, config.label, config.n_classes or MAX_CLASSES)
-        row["height"], row["width"] = decode(data, config.image).shape[1:]
+        found["image"] = printable(image_name(name for name, _ in sample.sizes))
+        if config.check != "headers":
+            found["sha256"] = hashlib.sha256(find_image(sample)[1]).hexdigest()
+        found["label"] = read_label(sample, config.label, n_classes)
+        if config.check == "decode":
+            found["height"], found["width"] = decode(find_image(sample)[1], config.image).shape[1:]
     except (LookupError, BadLabel, BadImage) as error:
-        row["reason"] = str(error.args[0])
-        return row
-    row["status"] = "ok"
-    return row
+        return found | {"status": "unreadable", "reason": str(error.args[0])}
+    return found | {"status": "ok"}
 
 
 def _describe(config: IndexConfig, shards: list[str], workshop: Workshop) -> dict[str, Any]:
@@ -161,17 +157,18 @@ def _describe(config: IndexConfig, shards: list[str], workshop: Workshop) -> dic
         rows = pa.BufferReader(workshop.read(rows_name(shard)))
         table = pq.read_table(rows, columns=["status", "reason", "label", "height", "width"])
         summaries[shard] = json.loads(table.schema.metadata[b"shard"])
-        for row in table.to_pylist():
-            if row["status"] == "ok":
-                labels[row["label"]] += 1
-                sizes[row["height"], row["width"]] += 1
-            else:
-                reasons[row["reason"]] += 1
+        is_ok = pc.equal(table["status"], "ok")
+        ok = table.filter(is_ok)
+        labels.update(ok["label"].to_pylist())
+        sizes.update(zip(ok["height"].to_pylist(), ok["width"].to_pylist(), strict=True))
+        reasons.update(table["reason"].filter(pc.invert(is_ok)).to_pylist())
     _refuse_if_bad(config, labels.total(), reasons, summaries)
+    most_common = sizes.most_common(1)[0][0] if config.check == "decode" else None
     return {
         "n_classes": config.n_classes or max(labels) + 1,
         "labels": {str(label): labels[label] for label in sorted(labels)},
-        "image_size": list(config.image.size or sizes.most_common(1)[0][0]),
+        "image_size": config.image.size or most_common,
+        "check": config.check,
         "label": config.label,
         "image": config.image.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,7 +20,7 @@ from sanitize.errors import DataError
 from sanitize.storage import open_read
 
 # A name without any of what `_Group` refuses, and its key and suffix as `split_name` finds them.
-_USUAL_NAME = re.compile(r"((?:[\w-]+/)*[\w-]+)\.([\w-]+(?:\.[\w-]+)*)", re.ASCII)
+USUAL_NAME = re.compile(r"((?:[\w-]+/)*[\w-]+)\.([\w-]+(?:\.[\w-]+)*)", re.ASCII)
 _INTEGER = re.compile(rb"[+-]?\d{1,18}")
 _MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
 
@@ -94,19 +94,24 @@ class ShardReader:
         with open_read(self.url) as file:
             raw = ShardFile(file, self.url, self._digest)
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=cast(Any, raw)) if is_compressed(self.url) else raw)
-            reader = TarReader(stream, TarLimits(max_member_bytes=self.limits.max_sample_bytes))
-            samples = SampleReader(reader, self.limits, self._suffix)
+            samples = SampleReader(stream, self.limits, self._suffix)
             yield from samples
-            self.damage, self.normal = samples.damage, reader.normal
+            self.damage, self.normal = samples.damage, samples.normal
             self.sha256, self.size = raw.finish()
 
 
 class SampleReader:
-    """Iterate over the samples of an archive, or of a piece of one; `suffix` and `damage` are those of ShardReader."""
+    """Iterate over the samples of an archive, or of a piece of one; everything else is as in ShardReader."""
 
-    def __init__(self, reader: TarReader, limits: SampleLimits, suffix: str | None = None) -> None:
+    def __init__(self, stream: BinaryIO, limits: SampleLimits, suffix: str | None = None) -> None:
         self.damage: str | None = None
-        self._reader, self._limits, self._suffix = reader, limits, suffix
+        self._reader = TarReader(stream, TarLimits(max_member_bytes=limits.max_sample_bytes))
+        self._limits, self._suffix = limits, suffix
+
+    @property
+    def normal(self) -> bool:
+        """Known after the last sample."""
+        return self._reader.normal
 
     def __iter__(self) -> Iterator[Sample]:
         seen: set[str] = set()
@@ -119,7 +124,7 @@ class SampleReader:
                 listed += len(member.name) + 512
                 if listed > self._limits.max_listing_bytes:
                     raise TarDamage("more names than max_listing_bytes", member.start)
-                usual = _USUAL_NAME.fullmatch(member.name)
+                usual = USUAL_NAME.fullmatch(member.name)
                 key, suffix = usual.groups() if usual else split_name(member.name)
                 if group is None or key != group.key:
                     if group is not None:
@@ -252,12 +257,18 @@ class BadLabel(ValueError):
     """The label cannot be used; the message is the reason."""
 
 
-def find_image(sample: Sample) -> tuple[str, bytes]:
-    """The image member (name, payload). Raises BadLabel's sibling LookupError with the reason: none, or several."""
-    images = [(name, data) for name, data in sample.members if split_name(name)[1] in IMAGE_SUFFIXES]
+def image_name(names: Iterable[str]) -> str:
+    """The one name with the suffix of an image. Raises LookupError with the reason: none, or several."""
+    images = [name for name in names if split_name(name)[1] in IMAGE_SUFFIXES]
     if len(images) != 1:
         raise LookupError("no image member" if not images else f"{len(images)} image members")
     return images[0]
+
+
+def find_image(sample: Sample) -> tuple[str, bytes]:
+    """The image member (name, payload). Raises LookupError as `image_name` does."""
+    found = image_name(name for name, _ in sample.members)
+    return next(member for member in sample.members if member[0] == found)
 
 
 def read_label(sample: Sample, source: str, n_classes: int) -> int:

@@ -94,6 +94,8 @@ def test_rows_say_what_is_in_a_sample(
         "width": 7,
         "image": "caf\\xe9.png",
         "sha256": hashlib.sha256(png).hexdigest(),
+        "start": 0,
+        "end": 6 * 512,
         "members": [
             {"name": "caf\\xe9.txt", "size": 5},
             {"name": "caf\\xe9.png", "size": len(png)},

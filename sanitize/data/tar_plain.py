@@ -1,0 +1,234 @@
+"""Plain archives, thousands of headers at a time: the size fields lead the way, then numpy checks whatever there is.
+
+Plain is what most writers make of files with short names: one ustar or GNU header each, or one behind a PAX header that
+tells the time of modification and nothing else (Python's tarfile, webdataset), and an end-of-archive marker. Anything
+else is not read here at all: TarReader knows what to make of it, and of what is plain it makes the same.
+"""
+
+import os
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from sanitize.data.tar import TarLimits, tells_only_time
+from sanitize.data.tar_write import BLOCK, GNU, POSIX, ZEROS, header
+
+SMALL = 2048  # bytes; payloads up to here are handed out
+_BATCH = 256  # headers that are checked together
+_NEAR, _FAR = 1 << 12, 1 << 20  # bytes that are read at once where payloads are large, and where they are small
+_SPARSE = 1 << 14  # bytes from header to header from which on stepping over payloads is faster than reading them
+_DIGITS = np.r_[124:135, 148:154]  # columns of a header: size and checksum, in octal
+_PLACES = np.zeros((17, 2))  # float64 holds 8**11 exactly
+_PLACES[:11, 0], _PLACES[11:, 1] = 8.0 ** np.arange(10, -1, -1), 8.0 ** np.arange(5, -1, -1)
+_PADDING = np.triu(np.full((BLOCK, BLOCK), 0xFF, np.uint8))  # row n: all but the first n bytes
+_PADDING[0] = 0  # but a full block has none
+_ZERO = np.uint8(ord("0"))
+_MAGICS = np.array([int.from_bytes(magic[:7], "little") for magic in (POSIX, GNU)], np.uint64)
+
+
+class _Pattern:
+    """Some columns of a block and what must be in them, compared eight bytes at once."""
+
+    def __init__(self, block: bytes, columns: np.ndarray) -> None:
+        mask = np.zeros(BLOCK, np.uint8)
+        mask[columns] = 0xFF
+        self._words = np.flatnonzero(mask.view("<u8"))
+        self._mask = mask.view("<u8")[self._words]
+        self._value = np.frombuffer(block, "<u8")[self._words] & self._mask
+
+    def of(self, block_MX: np.ndarray) -> np.ndarray:
+        """Which of M blocks (bytes) have it."""
+        word_MX = block_MX.view("<u8")[:, self._words]
+        return ((word_MX & self._mask) == self._value).all(1)
+
+
+_OURS = header(b"", 0)
+_FIELD_ENDS = np.r_[135, 154:156]  # NULs and a blank behind the numbers
+_FILE = _Pattern(_OURS, np.r_[_FIELD_ENDS, 156, 257:265, 345])  # type, magic, no prefix
+_GNU_FILE = _Pattern(_OURS.replace(POSIX, GNU), np.r_[_FIELD_ENDS, 156, 257:265])
+_PAX = _Pattern(_OURS[:156] + b"x" + _OURS[157:], np.r_[_FIELD_ENDS, 156, 257:265, 345])
+_NORMAL = _Pattern(_OURS, np.r_[100:124, 135:148, 154:BLOCK])  # the same in all that TarWriter writes
+
+
+class NotPlain(Exception):
+    """Only TarReader can tell what is in this archive."""
+
+
+class PlainMembers(NamedTuple):
+    """N members, all files, in the order of the archive; offsets count as those of `tar.Member` do.
+
+    Attributes:
+        names: ASCII, one a line.
+        sizes_N, starts_N, ends_N: int64.
+        normal: as TarReader.normal.
+        window, payloads_N: bytes of the archive, and where in them the payloads begin; those of more than SMALL bytes
+            are not in them as a whole.
+    """
+
+    names: str
+    sizes_N: np.ndarray
+    starts_N: np.ndarray
+    ends_N: np.ndarray
+    normal: bool
+    window: bytes
+    payloads_N: np.ndarray
+
+
+class _Window(NamedTuple):
+    """Bytes from offset `base` of the archive on, where a payload ended, and the headers among them, not checked yet.
+
+    Attributes:
+        indices: where in `data` the headers begin.
+        sizes: what their size fields say.
+        blocks: the headers, one behind the other.
+        padded: whether there are zeros, and nothing else, between payloads and headers.
+    """
+
+    data: bytes
+    base: int
+    indices: list[int]
+    sizes: list[int]
+    blocks: bytes
+    padded: bool
+
+
+def read_plain(stream: BinaryIO, limits: TarLimits) -> Iterator[PlainMembers]:
+    """The members of a plain archive in batches; large payloads are stepped over.
+
+    Args:
+        stream: seekable, positioned at the first header; left open.
+        limits: as for TarReader.
+
+    Raises:
+        NotPlain: perhaps after some batches.
+    """
+    if not stream.seekable():
+        raise NotPlain
+    origin = stream.tell()
+    present = stream.seek(0, os.SEEK_END) - origin
+    if present > limits.max_archive_bytes:
+        raise NotPlain
+    windows: list[_Window] = []
+    n = 0
+    for window in _walk(stream, origin, present, limits):
+        windows.append(window)
+        n += len(window.indices)
+        if n >= _BATCH and window.blocks[156 - BLOCK] != ord("x"):  # a PAX header belongs to the one behind it
+            yield _checked(windows, present, limits)
+            windows, n = [], 0
+    if windows:
+        yield _checked(windows, present, limits)
+
+
+def _walk(stream: BinaryIO, origin: int, present: int, limits: TarLimits) -> Iterator[_Window]:
+    """Follow the size fields from window to window up to the end-of-archive marker."""
+    end = at = 0  # of the payload before; of the next header
+    dense = False
+    while True:
+        stream.seek(origin + end)
+        window = (_look if dense else _step)(stream.read(_FAR if dense else _NEAR), end, at)
+        if not window.indices:
+            break
+        yield window
+        before, end = at, end + window.indices[-1] + BLOCK + window.sizes[-1]
+        at = end + -end % BLOCK
+        dense = at - before < len(window.indices) * _SPARSE
+    # The marker is two blocks of zeros, with nothing but zeros before (padding) and behind.
+    stream.seek(origin + end)
+    left = present - end
+    few = min(BLOCK + limits.max_trailing_bytes, _FAR)
+    if not 2 * BLOCK <= present - at <= few or stream.read(left) != bytes(left):
+        raise NotPlain
+
+
+def _step(data: bytes, base: int, at: int) -> _Window:
+    """The headers from offset `at` on, each where the one before says; small payloads are there as a whole."""
+    indices, sizes, padded, end, index = [], [], True, 0, at - base
+    while index + BLOCK <= len(data):
+        digits = data[index + 124 : index + 135]
+        if not digits.isdigit() or b"8" in digits or b"9" in digits:
+            break
+        size = int(digits, 8)
+        if size <= SMALL and index + BLOCK + size > len(data):
+            break
+        padded = padded and data.startswith(ZEROS[: index - end], end)
+        indices.append(index)
+        sizes.append(size)
+        end = index + BLOCK + size
+        index = end + -size % BLOCK
+    return _Window(data, base, indices, sizes, b"".join([data[i : i + BLOCK] for i in indices]), padded)
+
+
+def _look(data: bytes, base: int, at: int) -> _Window:
+    """The same, all at once. Raises NotPlain where a payload holds what looks like a header."""
+    first = at - base
+    block_NX = np.frombuffer(data, np.uint8, (len(data) - first) // BLOCK * BLOCK, first).reshape(-1, BLOCK)
+    magic_N = block_NX[:, 256:264].copy().view("<u8")[:, 0] >> np.uint64(8)
+    at_M = np.flatnonzero((magic_N == _MAGICS[0]) | (magic_N == _MAGICS[1]))
+    size_M = ((block_NX[:, 124:135][at_M] - _ZERO) @ _PLACES[:11, 0]).astype(np.int64)
+    next_M = at_M + 1 + (size_M + 511) // BLOCK
+    if (at_M[:1] != 0).any() or (next_M[:-1] != at_M[1:]).any():
+        raise NotPlain
+    if len(at_M) and size_M[-1] <= SMALL and (at_M[-1] + 1) * BLOCK + size_M[-1] > len(data) - first:
+        at_M, size_M, next_M = at_M[:-1], size_M[:-1], next_M[:-1]
+    last_MX = block_NX[next_M[:-1] - 1] & _PADDING[size_M[:-1] % BLOCK]  # last blocks of payloads, if there are any
+    padded = data.startswith(ZEROS[:first]) and not last_MX[size_M[:-1] > 0].any()
+    return _Window(data, base, (first + at_M * BLOCK).tolist(), size_M.tolist(), block_NX[at_M].tobytes(), padded)
+
+
+def _checked(windows: list[_Window], present: int, limits: TarLimits) -> PlainMembers:
+    """What M headers say, once everything in them has been looked at."""
+    data = windows[0].data if len(windows) == 1 else b"".join([window.data for window in windows])
+    shifts = accumulate([len(window.data) for window in windows], initial=0)
+    index_M = np.array([shift + i for shift, window in zip(shifts, windows, strict=False) for i in window.indices])
+    start_M = np.array([window.base + i for window in windows for i in window.indices])
+    block_MX = np.frombuffer(b"".join([window.blocks for window in windows]), np.uint8).reshape(-1, BLOCK)
+    size_M = _sizes(block_MX)
+    is_file_M, is_pax_M = _FILE.of(block_MX) | _GNU_FILE.of(block_MX), _PAX.of(block_MX)
+    pax_M = np.flatnonzero(is_pax_M)
+    if not (
+        (is_file_M | is_pax_M).all()
+        and is_file_M[-1]
+        and is_file_M[pax_M + 1].all()
+        and start_M[-1] + BLOCK + size_M[-1] <= present
+        and size_M.max() <= limits.max_member_bytes
+        and size_M[pax_M].max(initial=0) <= limits.max_extension_bytes
+        and all(
+            _tells_only_time(data, i, n) for i, n in zip(index_M[pax_M].tolist(), size_M[pax_M].tolist(), strict=True)
+        )
+    ):
+        raise NotPlain
+    return PlainMembers(
+        _names(block_MX[is_file_M]),
+        size_M[is_file_M],
+        start_M[is_pax_M | ~np.append(False, is_pax_M[:-1])],
+        (start_M + BLOCK + (size_M + 511 & -512))[is_file_M],
+        not len(pax_M) and all(window.padded for window in windows) and bool(_NORMAL.of(block_MX).all()),
+        data,
+        index_M[is_file_M] + BLOCK,
+    )
+
+
+def _tells_only_time(data: bytes, index: int, size: int) -> bool:
+    return tells_only_time(data[index + BLOCK : index + BLOCK + size], size)
+
+
+def _sizes(block_MX: np.ndarray) -> np.ndarray:
+    """The size fields of M headers that are ASCII and have the right checksum."""
+    digit_MX = block_MX[:, _DIGITS] - _ZERO
+    size_M, checksum_M = (digit_MX @ _PLACES).astype(np.int64).T
+    # ASCII sums to less than 2**16. The checksum field itself counts as blanks.
+    sum_M = block_MX.sum(1, dtype=np.uint16) - block_MX[:, 148:156].sum(1, dtype=np.uint16) + 8 * ord(" ")
+    if block_MX.max() >= 0x80 or digit_MX.max() >= 8 or (sum_M != checksum_M).any():
+        raise NotPlain
+    return size_M
+
+
+def _names(block_NX: np.ndarray) -> str:
+    names = block_NX[:, :100].copy().view("S100")[:, 0].tolist()
+    text = b"\n".join(names).decode("ascii")
+    if "\0" in text or text.count("\n") != len(names) - 1:
+        raise NotPlain
+    return text

@@ -77,7 +77,7 @@ def _say(what: str, style: str, about: str) -> None:
 
 
 def _shown(text: str) -> Text:
-    from sanitize.data.samples import printable
+    from sanitize.data.names import printable
 
     return Text(printable(" ".join(text.splitlines())))
 

@@ -17,7 +17,8 @@ from sanitize.attack.labels import LabelNoiseConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode, encode_png
-from sanitize.data.samples import Sample, find_image, split_name
+from sanitize.data.names import split_name
+from sanitize.data.samples import Sample, find_image
 from sanitize.data.tables import ShardTables, write_rows
 from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer

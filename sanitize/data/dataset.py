@@ -1,17 +1,30 @@
 """An indexed data set: which samples there are, and a stream of their images in batches of one size."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from sanitize.data.decode import BadImage, ImageConfig, decode
-from sanitize.data.samples import Sample, SampleLimits, ShardReader, find_image
+from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
+from sanitize.data.samples import Sample, SampleLimits, ShardFile, ShardReader, find_image, is_compressed
 from sanitize.data.tables import ShardTables
 from sanitize.errors import ConfigError, DataError
-from sanitize.storage import fingerprint
+from sanitize.storage import fingerprint, open_read
+
+T = TypeVar("T")
+
+_BYTES_AHEAD = 256 << 20
+_CHUNK_BYTES = 1 << 20
+_MAX_THREADS = 8  # the interpreter, which reads, cannot feed more
 
 
 class Batch(NamedTuple):
@@ -70,28 +83,43 @@ class Dataset(ShardTables):
         Raises:
             DataError: the shard is not what it was when it was indexed.
         """
-        rows = self.rows(shard).to_pylist()
-        digest = self.info["shards"][shard]["sha256"] is not None
-        reader = ShardReader(self.urls[shard], SampleLimits.model_validate(self.info["limits"]), digest=digest)
-        n = 0
-        for sample in reader:
-            sizes = [len(data) for _, data in sample.members]
-            if n == len(rows) or sizes != [member["size"] for member in rows[n]["members"]]:
-                raise self.changed(shard, f"sample {n}")
-            yield sample, rows[n]
-            n += 1
-        if n != len(rows):
-            raise self.changed(shard, f"byte {reader.size}")
-        self.confirm(shard, reader.sha256, reader.size)
+        rows = self.rows(shard)
+        return zip(self._read(shard, rows), rows.to_pylist(), strict=True)
 
-    def confirm(self, shard: str, sha256: str, size: int) -> None:
-        """Raise DataError unless this is what was indexed.
+    def _read(self, shard: str, rows: pa.Table) -> Iterator[Sample]:
+        for piece in self.pieces(shard, rows):
+            if isinstance(piece, Sample):
+                yield piece
+            else:
+                yield from piece.samples()
+
+    def pieces(self, shard: str, rows: pa.Table) -> Iterator[Piece | Sample]:
+        """The same, many samples at once where nothing is odd about them.
 
         Args:
             shard: its name.
-            sha256: found now; where the index took none, size and modification time have to do.
-            size: bytes read.
+            rows: all its index rows.
+
+        Raises:
+            DataError: as `samples` does; only behind the last sample is it known that nothing has changed.
         """
+        url, limits = self.urls[shard], SampleLimits.model_validate(self.info["limits"])
+        digest = self.info["shards"][shard]["sha256"] is not None
+        try:
+            if is_compressed(shard):
+                reader = ShardReader(url, limits, digest=digest)
+                yield from as_indexed(reader, rows)
+                self._confirm(shard, reader.sha256, reader.size)
+                return
+            with open_read(url) as stream:
+                file = ShardFile(stream, url, digest)
+                yield from read_pieces(file, rows, limits)
+                self._confirm(shard, *file.finish())
+        except Moved as moved:
+            raise self._changed(shard, f"sample {moved.position}") from moved
+
+    def _confirm(self, shard: str, sha256: str, size: int) -> None:
+        """Raise DataError unless the shard that was read is what was indexed."""
         indexed = self.info["shards"][shard]["sha256"]
         if indexed is None:
             source, now = self.manifest().sources[shard], fingerprint(self.urls[shard])
@@ -99,32 +127,81 @@ class Dataset(ShardTables):
         else:
             same = sha256 == indexed
         if not same:
-            raise self.changed(shard, f"byte {size}")
+            raise self._changed(shard, f"byte {size}")
 
-    def changed(self, shard: str, where: str) -> DataError:
-        """The error that says so."""
+    def _changed(self, shard: str, where: str) -> DataError:
         return DataError(f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again")
+
+    def batches(self, size: int, shards: Sequence[str] | None = None) -> Iterator[Batch]:
+        """Stream usable samples in batches of at most `size`; a batch never spans two shards.
+
+        A few threads decode while the next batches are read. What is held beside the batch that is handed out: as many
+        batches as there are threads, and 256 MiB of samples that wait for a thread (one larger sample waits alone).
+
+        Raises:
+            DataError: a shard is not what it was when it was indexed, or, where the index did not look, an image is
+                damaged; the batches before that place come first.
+        """
+        threads = _Threads()
+        try:
+            started = (
+                self._start(shard, rows, samples, threads)
+                for shard in (self.shards if shards is None else shards)
+                for rows, samples in self._usable(shard, size)
+            )
+            for batch, chunks in ahead(started, threads.count):
+                for chunk in chunks:
+                    chunk.result()
+                yield batch
+        finally:
+            threads.stop()
+
+    def _usable(self, shard: str, size: int) -> Iterator[tuple[pa.Table, Iterator[Sample]]]:
+        """The rows of each batch, and its samples, to be read before the next batch is asked for."""
+        rows = self.rows(shard)
+        is_ok = pc.equal(rows["status"], "ok")
+        usable = rows.filter(is_ok)
+        samples = (sample for sample, ok in zip(self._read(shard, rows), is_ok.to_pylist(), strict=True) if ok)
+        for start in range(0, len(usable), size):
+            yield usable.slice(start, size), islice(samples, size)
+        next(samples, None)  # there is none; asked for it, the reader goes to the end and sees what has changed
+
+    def _start(
+        self, shard: str, rows: pa.Table, samples: Iterator[Sample], threads: "_Threads"
+    ) -> tuple[Batch, list[Future[None]]]:
+        """A batch, and the calls that fill in its images, a chunk of about a mebibyte each."""
+        keys, config = rows["key"].to_pylist(), ImageConfig.model_validate(self.info["image"])
+        positions_B, labels_B = (torch.from_numpy(rows[name].to_numpy().copy()) for name in ("position", "label"))
+        images_BCHW = torch.empty(len(keys), *self.image_shape, dtype=torch.uint8)
+        calls: list[Future[None]] = []
+        chunk: list[bytes] = []
+        start = n_bytes = 0
+        for stop, (sample, name) in enumerate(zip(samples, rows["image"].to_pylist(), strict=True), 1):
+            data = dict(sample.members).get(name)  # where the index had to escape the name, it is not found
+            chunk.append(find_image(sample)[1] if data is None else data)
+            n_bytes += len(chunk[-1])
+            if n_bytes >= _CHUNK_BYTES or stop == len(keys):
+                images = images_BCHW[start:stop]
+                calls.append(threads.submit(n_bytes, self._decode, shard, keys[start:stop], chunk, config, images))
+                start, n_bytes, chunk = stop, 0, []
+        return Batch(shard, positions_B, keys, labels_B, images_BCHW), calls
+
+    def _decode(
+        self, shard: str, keys: list[str], chunk: list[bytes], config: ImageConfig, images_BCHW: Tensor
+    ) -> None:
+        for key, data, image_CHW in zip(keys, chunk, images_BCHW, strict=True):
+            try:
+                image_CHW.copy_(decode(data, config, self.image_shape[1:]))
+            except BadImage as error:
+                raise self._bad_image(shard, key, error) from error
 
     def _bad_image(self, shard: str, key: str, error: Exception) -> DataError:
         if self.info["check"] == "decode":
-            return self.changed(shard, key)
+            return self._changed(shard, key)
         return DataError(
             f"sample {key} of shard {self.urls[shard]} cannot be used: {error}. The index did not decode "
             f"images (index.check={self.info['check']}); index with check=decode"
         )
-
-    def batches(self, size: int, shards: Sequence[str] | None = None) -> Iterator[Batch]:
-        """Stream usable samples in batches of at most `size`; a batch never spans two shards."""
-        for shard in self.shards if shards is None else shards:
-            pending: list[tuple[Sample, dict[str, Any]]] = []
-            for pair in self.samples(shard):
-                if pair[1]["status"] == "ok":
-                    pending.append(pair)
-                if len(pending) == size:
-                    yield self._batch(shard, pending)
-                    pending = []
-            if pending:
-                yield self._batch(shard, pending)
 
     def images(self) -> tuple[Tensor, Tensor]:
         """All usable images, uint8 (N, C, H, W), and labels (N,), int64. For data sets that fit into memory."""
@@ -137,21 +214,45 @@ class Dataset(ShardTables):
             start = stop
         return images_NCHW, labels_N
 
-    def _batch(self, shard: str, pairs: list[tuple[Sample, dict[str, Any]]]) -> Batch:
-        config = ImageConfig.model_validate(self.info["image"])
-        images = []
-        for sample, row in pairs:
-            try:
-                images.append(decode(find_image(sample)[1], config, self.image_shape[1:]))
-            except (BadImage, LookupError) as error:
-                raise self._bad_image(shard, row["key"], error) from error
-        return Batch(
-            shard,
-            torch.tensor([sample.position for sample, _ in pairs]),
-            [row["key"] for _, row in pairs],
-            torch.tensor([row["label"] for _, row in pairs]),
-            torch.stack(images),
-        )
+
+class _Threads:
+    """Threads that take calls; those not ended yet hold at most `_BYTES_AHEAD` of payload, or are a single one."""
+
+    def __init__(self) -> None:
+        self.count = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+        self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="sanitize-decode")
+        self._calls: deque[tuple[Future[None], int]] = deque()
+        self._room = _BYTES_AHEAD
+
+    def submit(self, n_bytes: int, call: Callable[..., None], *args: Any) -> Future[None]:
+        """Start a call that holds `n_bytes`, as soon as there is room."""
+        while self._calls and (n_bytes > self._room or self._calls[0][0].done()):
+            oldest, freed = self._calls.popleft()
+            wait([oldest])
+            self._room += freed
+        self._room -= n_bytes
+        self._calls.append((self._pool.submit(call, *args), n_bytes))
+        return self._calls[-1][0]
+
+    def stop(self) -> None:
+        """Forget the calls that have not begun, and wait for those that have."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def ahead(items: Iterable[T], n: int) -> Iterator[T]:
+    """The same items, up to `n` of them taken before they are asked for; an error comes behind the last item."""
+    taken: deque[T] = deque()
+    failure: Exception | None = None
+    try:
+        for item in items:
+            taken.append(item)
+            if len(taken) > n:
+                yield taken.popleft()
+    except Exception as error:
+        failure = error
+    yield from taken
+    if failure is not None:
+        raise failure
 
 
 class Shuffler:

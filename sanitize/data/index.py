@@ -19,6 +19,7 @@ from sanitize.artifacts import Part, Recipe, Workshop, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode
+from sanitize.data.names import printable
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import (
     BadLabel,
@@ -28,7 +29,6 @@ from sanitize.data.samples import (
     find_image,
     image_name,
     is_compressed,
-    printable,
     read_label,
 )
 from sanitize.data.sources import find_shards
@@ -126,7 +126,7 @@ def index_shard(
     if found is None:
         found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
     n_bad = len(found.table) - found.table["status"].to_pylist().count("ok")
-    summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage, "normal": found.normal}
+    summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage}
     return found.table, summary | {"counts": {"samples": len(found.table), "unreadable": n_bad}}
 
 
@@ -159,8 +159,9 @@ def _describe(config: IndexConfig, shards: list[str], workshop: Workshop) -> dic
         summaries[shard] = json.loads(table.schema.metadata[b"shard"])
         is_ok = pc.equal(table["status"], "ok")
         ok = table.filter(is_ok)
-        labels.update(ok["label"].to_pylist())
-        sizes.update(zip(ok["height"].to_pylist(), ok["width"].to_pylist(), strict=True))
+        labels.update({row["values"]: row["counts"] for row in pc.value_counts(ok["label"]).to_pylist()})
+        by_size = ok.group_by(["height", "width"]).aggregate([([], "count_all")])
+        sizes.update({(row["height"], row["width"]): row["count_all"] for row in by_size.to_pylist()})
         reasons.update(table["reason"].filter(pc.invert(is_ok)).to_pylist())
     _refuse_if_bad(config, labels.total(), reasons, summaries)
     most_common = sizes.most_common(1)[0][0] if config.check == "decode" else None

@@ -1,21 +1,19 @@
 """The index rows of one shard: sample by sample, or, where the archive is plain, by columns.
 
-Both ways give the same rows. The second looks at all names with one regular expression and at the rest with numpy.
+Both ways give the same rows. Shapes: N members, K samples.
 """
 
-import operator
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 
 from sanitize.data.decode import IMAGE_SUFFIXES
-from sanitize.data.samples import USUAL_NAME, Sample, SampleLimits, ShardFile, ShardReader, printable
+from sanitize.data.names import printable, split_usual
+from sanitize.data.samples import Sample, SampleLimits, ShardFile, ShardReader
 from sanitize.data.tar import TarLimits
-from sanitize.data.tar_plain import SMALL, NotPlain, read_plain
+from sanitize.data.tar_plain import SMALL, NotPlain, PlainMembers, read_plain
 from sanitize.storage import open_read
 
 SCHEMA = pa.schema(
@@ -35,7 +33,8 @@ SCHEMA = pa.schema(
     }
 )
 _JUDGED = ("status", "reason", "label", "height", "width", "image", "sha256")
-_USUAL_LINES = re.compile(f"^{USUAL_NAME.pattern}$", re.ASCII | re.MULTILINE)
+_IMAGE_SUFFIXES = np.array([suffix.encode() for suffix in sorted(IMAGE_SUFFIXES)])
+_MAX_DIGITS = 6  # of a label that is read here
 Judge = Callable[[Sample], Mapping[str, Any]]  # what it says of a sample: status, and others of _JUDGED
 
 
@@ -46,7 +45,6 @@ class ShardRows(NamedTuple):
     sha256: str | None
     size: int
     damage: str | None
-    normal: bool
 
 
 def read_rows(reader: ShardReader, judge: Judge, advance: Callable[[int], None]) -> ShardRows:
@@ -68,17 +66,20 @@ def read_rows(reader: ShardReader, judge: Judge, advance: Callable[[int], None])
         counts.append(len(sample.sizes))
         advance(1)
     table = _table(columns, names, sizes, counts)
-    return ShardRows(table, reader.sha256 or None, reader.size, reader.damage, reader.normal)
+    return ShardRows(table, reader.sha256 or None, reader.size, reader.damage)
 
 
-def _table(columns: Mapping[str, Any], names: Sequence[str], sizes: Any, counts: Any) -> pa.Table:
+def _table(columns: Mapping[str, Any], names: Any, sizes: Any, counts: Any) -> pa.Table:
     """`names` and `sizes` are those of all members, `counts` says how many each sample has."""
     members = SCHEMA.field("members").type
-    pairs = pa.StructArray.from_arrays(
-        [pa.array(names, pa.string()), pa.array(sizes, pa.int64())], fields=list(members.value_type)
-    )
+    pairs = pa.StructArray.from_arrays([_strings(names), pa.array(sizes, pa.int64())], fields=list(members.value_type))
     lists = pa.ListArray.from_arrays(pa.array(np.cumsum([0, *counts]), pa.int32()), pairs, members)
-    return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA if f.name != "members"] + [lists], schema=SCHEMA)
+    arrays = {name: _strings(of) if SCHEMA.field(name).type == pa.string() else of for name, of in columns.items()}
+    return pa.table([pa.array(arrays[f.name], f.type) for f in SCHEMA if f.name != "members"] + [lists], schema=SCHEMA)
+
+
+def _strings(values: Any) -> pa.StringArray:
+    return pa.array(values).cast(pa.string()) if isinstance(values, np.ndarray) else pa.array(values, pa.string())
 
 
 def plain_rows(
@@ -96,106 +97,124 @@ def plain_rows(
     """
     suffix, _, field = label.partition(":")
     try:
-        plain = _read(url, limits, suffix.lower())
+        plain = _read(url, limits, suffix.lower(), 0 if field else n_classes)
     except NotPlain:
         return None
-    n = len(plain.keys)
-    first_K = np.flatnonzero(np.fromiter(map(operator.ne, plain.keys, chain([None], plain.keys)), bool, n))
+    n = len(plain.names_N)
+    first_K = np.flatnonzero(np.append(True, plain.keys_N[1:] != plain.keys_N[:-1]))
     counts_K = np.diff(first_K, append=n)
-    keys = [plain.keys[i] for i in first_K.tolist()]
+    keys_K = plain.keys_N[first_K]
     if (
-        len(set(keys)) < len(keys)
-        or len(set(plain.names)) < n
+        len(np.unique(keys_K)) < len(keys_K)
+        or len(np.unique(plain.names_N)) < n
         or counts_K.max() > limits.max_members
         or np.add.reduceat(plain.sizes_N, first_K).max() > limits.max_sample_bytes
     ):
         return None
     columns = {
-        "position": np.arange(len(keys)),
-        "key": keys,
+        "position": np.arange(len(keys_K)),
+        "key": keys_K,
         "start": plain.starts_N[first_K],
         "end": plain.ends_N[first_K + counts_K - 1],
-        **_judged(plain, first_K, 0 if field else n_classes, judge),
+        **_judged(plain, first_K, counts_K, judge),
     }
-    advance(len(keys))
-    return ShardRows(_table(columns, plain.names, plain.sizes_N, counts_K), None, plain.size, None, plain.normal)
+    advance(len(keys_K))
+    return ShardRows(_table(columns, plain.names_N, plain.sizes_N, counts_K), None, plain.size, None)
 
 
 class _Plain(NamedTuple):
-    """All N members of a plain shard; `labels`: index -> payload of those that have the suffix of the label."""
+    """All N members of a plain shard.
 
-    names: list[str]
-    keys: list[str]
-    suffixes: list[str]
-    labels: dict[int, bytes]
+    Attributes:
+        names_N, keys_N: bytes, dtype S.
+        is_image_N, is_label_N: bool, by suffix.
+        label_N: the label where it is one, -1 elsewhere.
+        sizes_N, starts_N, ends_N: as PlainMembers has them.
+        odd_labels: index -> payload of what should be a label.
+        size: bytes of the shard.
+    """
+
+    names_N: np.ndarray
+    keys_N: np.ndarray
+    is_image_N: np.ndarray
+    is_label_N: np.ndarray
+    label_N: np.ndarray
     sizes_N: np.ndarray
     starts_N: np.ndarray
     ends_N: np.ndarray
+    odd_labels: dict[int, bytes]
     size: int
-    normal: bool
 
 
-def _read(url: str, limits: SampleLimits, suffix: str) -> _Plain:
-    names: list[str] = []
-    keys: list[str] = []
-    suffixes: list[str] = []
-    labels: dict[int, bytes] = {}
-    arrays: list[tuple[np.ndarray, ...]] = []
-    normal, listed = True, 0
+def _read(url: str, limits: SampleLimits, suffix: str, n_classes: int) -> _Plain:
+    columns: list[tuple[np.ndarray, ...]] = []
+    odd_labels: dict[int, bytes] = {}
+    n = listed = 0
     with open_read(url) as file:
         stream = ShardFile(file, url, digest=False)
         for found in read_plain(cast(BinaryIO, stream), TarLimits(max_member_bytes=limits.max_sample_bytes)):
-            n, usual = len(found.sizes_N), _USUAL_LINES.findall(found.names)
-            listed += len(found.names) + 1 + 511 * n  # newlines and all: names and 512 bytes a member, as SampleReader
-            if len(usual) != n or listed > limits.max_listing_bytes:
+            usual = split_usual(found.names_N)
+            # Names and 512 bytes a member, as SampleReader counts.
+            listed += int((np.char.str_len(found.names_N) + 512).sum())
+            if usual is None or listed > limits.max_listing_bytes:
                 raise NotPlain
-            batch_keys, batch_suffixes = zip(*usual, strict=True)
-            for i in np.flatnonzero(_is_one_of(batch_suffixes, {suffix})).tolist():
+            is_label_N = usual[1] == suffix.encode()
+            label_N = np.full(len(is_label_N), -1)
+            label_N[is_label_N] = _labels(found, is_label_N, n_classes)
+            for i in np.flatnonzero(is_label_N & (label_N < 0)).tolist():
                 start, size = int(found.payloads_N[i]), int(found.sizes_N[i])
                 if size > SMALL:
                     raise NotPlain
-                labels[len(names) + i] = found.window[start : start + size]
-            names += found.names.split("\n")
-            keys += batch_keys
-            suffixes += batch_suffixes
-            arrays.append((found.sizes_N, found.starts_N, found.ends_N))
-            normal = normal and found.normal
+                odd_labels[n + i] = found.window[start : start + size]
+            is_image_N = np.isin(usual[1], _IMAGE_SUFFIXES)
+            members = (found.sizes_N, found.starts_N, found.ends_N)
+            columns.append((found.names_N, usual[0], is_image_N, is_label_N, label_N, *members))
+            n += len(label_N)
         size = stream.finish()[1]
-    if not names:
+    if not columns:
         raise NotPlain
-    sizes_N, starts_N, ends_N = map(np.concatenate, zip(*arrays, strict=True))
-    return _Plain(names, keys, suffixes, labels, sizes_N, starts_N, ends_N, size, normal)
+    names_N, keys_N, *others = (np.concatenate(column) for column in zip(*columns, strict=True))
+    is_image_N, is_label_N, label_N, sizes_N, starts_N, ends_N = others
+    return _Plain(names_N, keys_N, is_image_N, is_label_N, label_N, sizes_N, starts_N, ends_N, odd_labels, size)
 
 
-def _is_one_of(suffixes: Sequence[str], wanted: Collection[str]) -> np.ndarray:
-    """Which suffixes are, in lower case, among the wanted."""
-    found = {suffix for suffix in set(suffixes) if suffix.lower() in wanted}
-    return np.fromiter(map(found.__contains__, suffixes), bool, len(suffixes))
+def _labels(found: PlainMembers, is_label_N: np.ndarray, n_classes: int) -> np.ndarray:
+    """The M payloads that are to be labels, as numbers; -1 for what is not a few digits, or n_classes and more."""
+    size_M, start_M = found.sizes_N[is_label_N], found.payloads_N[is_label_N]
+    fits_M = (size_M > 0) & (size_M <= _MAX_DIGITS)
+    digit_MX = np.frombuffer(found.window + bytes(_MAX_DIGITS), np.uint8)[
+        np.where(fits_M, start_M, 0)[:, None] + np.arange(_MAX_DIGITS)
+    ] - np.uint8(ord("0"))
+    counts_MX = np.arange(_MAX_DIGITS) < size_M[:, None]
+    place_MX = 10 ** np.clip(size_M[:, None] - 1 - np.arange(_MAX_DIGITS), 0, _MAX_DIGITS)
+    label_M = np.where(counts_MX, digit_MX * place_MX, 0).sum(1)
+    good_M = fits_M & ~(counts_MX & (digit_MX > 9)).any(1) & (label_M < n_classes)
+    return np.where(good_M, label_M, -1)
 
 
-def _judged(plain: _Plain, first_K: np.ndarray, n_classes: int, judge: Judge) -> dict[str, Any]:
+def _judged(plain: _Plain, first_K: np.ndarray, counts_K: np.ndarray, judge: Judge) -> dict[str, Any]:
     """The columns of _JUDGED: most samples have one image and one label, and need no judge."""
-    n = len(plain.names)
-    is_image_N, n_labels_N, label_N = _is_one_of(plain.suffixes, IMAGE_SUFFIXES), np.zeros(n, int), np.full(n, -1)
-    at = list(plain.labels)
-    n_labels_N[at] = 1
-    label_N[at] = [int(d) if d.isdigit() and len(d) <= 18 else -1 for d in plain.labels.values()]
-    label_K = np.maximum.reduceat(label_N, first_K)
-    easy_K = (np.add.reduceat(is_image_N, first_K, dtype=int) == 1) & (np.add.reduceat(n_labels_N, first_K) == 1)
-    easy_K &= (label_K >= 0) & (label_K < n_classes)
-    image_K = np.maximum.reduceat(np.arange(n) * is_image_N, first_K)
+    label_K = np.maximum.reduceat(plain.label_N, first_K)
+    easy_K = (np.add.reduceat(plain.is_image_N, first_K, dtype=int) == 1) & (label_K >= 0)
+    easy_K &= np.add.reduceat(plain.is_label_N, first_K, dtype=int) == 1
+    image_K = np.maximum.reduceat(np.arange(len(plain.names_N)) * plain.is_image_N, first_K)
     columns: dict[str, list[Any]] = {name: [None] * len(first_K) for name in _JUDGED}
     columns["status"] = ["ok"] * len(first_K)
     columns["label"] = label_K.tolist()
-    columns["image"] = [plain.names[i] for i in image_K.tolist()]
-    stops = [*first_K[1:].tolist(), n]
+    columns["image"] = plain.names_N[image_K].astype(str).tolist()
     for k in np.flatnonzero(~easy_K).tolist():
-        judged = judge(_sample(plain, k, range(int(first_K[k]), stops[k])))
+        judged = judge(_sample(plain, k, range(int(first_K[k]), int(first_K[k] + counts_K[k]))))
         for name in _JUDGED:
             columns[name][k] = judged.get(name)
     return columns
 
 
 def _sample(plain: _Plain, position: int, at: range) -> Sample:
-    members = [(plain.names[i], plain.labels[i]) for i in at if i in plain.labels]
-    return Sample(position, plain.keys[at[0]], members, None, [(plain.names[i], int(plain.sizes_N[i])) for i in at])
+    names = plain.names_N[at.start : at.stop].astype(str).tolist()
+    sizes = list(zip(names, plain.sizes_N[at.start : at.stop].tolist(), strict=True))
+    labels = [(names[i - at.start], _payload(plain, i)) for i in at if plain.is_label_N[i]]
+    return Sample(position, plain.keys_N[at[0]].decode(), labels, None, sizes)
+
+
+def _payload(plain: _Plain, i: int) -> bytes:
+    return plain.odd_labels[i] if i in plain.odd_labels else b"%d" % plain.label_N[i]

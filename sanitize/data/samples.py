@@ -15,13 +15,13 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.data.decode import IMAGE_SUFFIXES
+from sanitize.data.names import USUAL_NAME, printable, split_name
 from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
 from sanitize.errors import DataError
 from sanitize.storage import open_read
 
-# A name without any of what `_Group` refuses, and its key and suffix as `split_name` finds them.
-USUAL_NAME = re.compile(r"((?:[\w-]+/)*[\w-]+)\.([\w-]+(?:\.[\w-]+)*)", re.ASCII)
 _INTEGER = re.compile(rb"[+-]?\d{1,18}")
+_SKIPPED_BYTES = 1 << 20  # at once
 _MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
 
 
@@ -76,7 +76,6 @@ class ShardReader:
         damage: why reading stopped early, or what is odd about the archive; None when all is well.
         sha256: of the shard file as it is stored, known after the last sample; "" without `digest`.
         size: its bytes.
-        normal: whether the bytes from one sample's start to another's end may be copied as they are; see TarReader.
     """
 
     def __init__(
@@ -87,7 +86,6 @@ class ShardReader:
         self.damage: str | None = None
         self.sha256 = ""
         self.size = 0
-        self.normal = False
         self._suffix, self._digest = suffix, digest
 
     def __iter__(self) -> Iterator[Sample]:
@@ -96,7 +94,7 @@ class ShardReader:
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=cast(Any, raw)) if is_compressed(self.url) else raw)
             samples = SampleReader(stream, self.limits, self._suffix)
             yield from samples
-            self.damage, self.normal = samples.damage, samples.normal
+            self.damage = samples.damage
             self.sha256, self.size = raw.finish()
 
 
@@ -107,11 +105,6 @@ class SampleReader:
         self.damage: str | None = None
         self._reader = TarReader(stream, TarLimits(max_member_bytes=limits.max_sample_bytes))
         self._limits, self._suffix = limits, suffix
-
-    @property
-    def normal(self) -> bool:
-        """Known after the last sample."""
-        return self._reader.normal
 
     def __iter__(self) -> Iterator[Sample]:
         seen: set[str] = set()
@@ -224,11 +217,19 @@ class ShardFile:
         """As that of any stream."""
         return self._file.tell()
 
+    def skip(self, size: int) -> None:
+        """Go on `size` bytes further down; where they are hashed that means to read them."""
+        if self.seekable():
+            self.seek(size, os.SEEK_CUR)
+            return
+        while size > 0 and (data := self.read(min(size, _SKIPPED_BYTES))):
+            size -= len(data)
+
     def finish(self) -> tuple[str, int]:
         """Read what is left to be hashed; the hex digest, "" where there is none, and the bytes of the file."""
         if self._sha256 is None:
             return "", self.seek(0, os.SEEK_END)
-        while self.read(1 << 20):
+        while self.read(_SKIPPED_BYTES):
             pass
         return self._sha256.hexdigest(), self._size
 
@@ -236,21 +237,6 @@ class ShardFile:
 def is_compressed(name: str) -> bool:
     """True for .tar.gz and .tgz."""
     return name.endswith((".gz", ".tgz"))
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and suffix of a member: split at the first dot of the base name; the suffix is lower-case, may be ''."""
-    slash = name.rfind("/") + 1
-    dot = name.find(".", slash)
-    return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :].lower())
-
-
-def printable(name: str) -> str:
-    """A name that any table or terminal can hold: bytes that are not UTF-8, and control characters, are escaped."""
-    if name.isprintable():
-        return name
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class BadLabel(ValueError):

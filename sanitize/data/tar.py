@@ -17,7 +17,7 @@ from zlib import error as zlib_error
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.data.tar_write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_sum, header, is_normal
+from sanitize.data.tar_write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_sum
 from sanitize.errors import DataError
 
 _CHUNK = 1 << 20  # most that is asked of the stream at once
@@ -110,8 +110,6 @@ class TarReader:
     Attributes:
         warning: something odd that cost no member we know of, e.g. "no end-of-archive marker"; complete after the
             last member.
-        normal: True while all headers and padding so far are what TarWriter writes: then the bytes from one
-            member's `start` to another's `end` may be copied as they are. Complete after the last member.
 
     Raises:
         TarDamage: from the iteration, where the archive is broken.
@@ -120,7 +118,6 @@ class TarReader:
     def __init__(self, stream: BinaryIO, limits: TarLimits = _DEFAULT_LIMITS) -> None:
         self.limits = limits
         self.warning: str | None = None
-        self.normal = True
         self._max_plain_bytes = limits.max_member_bytes  # a test sets -1, to send everything the long way
         self._source = Source(stream, limits.max_archive_bytes)
         self._current: Member | None = None
@@ -153,9 +150,6 @@ class TarReader:
                 if index + BLOCK > len(window):
                     source.cover(end, at - end + BLOCK)
                     window, index = source.window, at - source.base
-                # Zero padding, seen in passing. (Where the archive ends inside it, `normal` does not matter.)
-                if self.normal and not window.startswith(ZEROS[: at - end], index + end - at):
-                    self.normal = False
                 member = self._plain(window, index, at) or self._chain(at)
                 if member is None:
                     return
@@ -184,21 +178,18 @@ class TarReader:
             found, offset = _plain_header(window[index + 2 * BLOCK : index + 3 * BLOCK]), at + 3 * BLOCK
         if found is None or found[0] == _PAX or found[2] > self._max_plain_bytes:
             return None
-        _, name, size, normal = found
-        self.normal = self.normal and normal and offset == at + BLOCK
+        _, name, size = found
         # Member(...) goes through a Python-level __new__ at twice the cost.
         return tuple.__new__(Member, (name, "file", offset, size, at, offset + (size + 511 & -512), ""))
 
     def _chain(self, start: int) -> Member | None:
         """Any member: its extension headers, then its header; None at the end of the archive."""
-        at, raw, extra = start, b"", _Extra()
+        at, extra = start, _Extra()
         while True:
             block = self._source.get(at, BLOCK)
             if len(block) < BLOCK:
                 self._cut(block, at, start)
                 return None
-            self.normal = self.normal and len(raw) < _MOST_HEAD
-            raw += block if self.normal else b""
             at += BLOCK
             if block == ZEROS:
                 self._finish(at, start)
@@ -206,7 +197,7 @@ class TarReader:
             kind, name, size = _parse(block, start)
             if kind not in (b"x", b"X", b"g", b"L", b"K"):
                 break
-            raw += self._extend(extra, kind, at, size, start)
+            self._extend(extra, kind, at, size, start)
             at += size + 511 & -512
         more = kind == b"S" and block[482]  # blocks of a sparse map
         while more:
@@ -214,19 +205,16 @@ class TarReader:
             if len(block) < BLOCK:
                 raise self._damage("truncated in a header", start)
             more, at = block[504], at + BLOCK
-        member = extra.member(kind, name, size, start, at, self.limits)
-        normal = self.normal and member.kind == "file"
-        self.normal = normal and raw == header(extra.name or name, member.size)
-        return member
+        return extra.member(kind, name, size, start, at, self.limits)
 
-    def _extend(self, extra: "_Extra", kind: bytes, at: int, size: int, start: int) -> bytes:
-        """Note what one extension header says; its padded body."""
+    def _extend(self, extra: "_Extra", kind: bytes, at: int, size: int, start: int) -> None:
+        """Note what one extension header says."""
         if size > self.limits.max_extension_bytes:
             if kind == b"g":
                 self._warn("a global header larger than max_extension_bytes was ignored")
             else:
                 extra.problem = "extension header larger than max_extension_bytes"
-            return b""
+            return
         body = self._source.get(at, size + 511 & -512)
         if len(body) < size:
             raise self._damage("truncated in an extension header", start)
@@ -236,7 +224,6 @@ class TarReader:
                 self._warn("a global header that is broken, or renames or resizes members, was ignored")
         elif kind != b"K":
             extra.add(kind, body[:size])
-        return body if self.normal else b""
 
     def _cut(self, left: bytes, at: int, start: int) -> None:
         """The bytes end where a header is wanted: harmless only between two members."""
@@ -388,17 +375,15 @@ class _Extra:
         return Member(text, what, offset, size, start, offset + (size + 511 & -512), reason)
 
 
-def _plain_header(block: bytes) -> tuple[int, str, int, bool] | None:
-    """Type (_FILE or _PAX), name, size, and whether it is `normal`, where all of the block is as most writers do it."""
+def _plain_header(block: bytes) -> tuple[int, str, int] | None:
+    """Type (_FILE or _PAX), name and size, where all of the block is as most writers do it."""
     if len(block) < BLOCK or not block.isascii():
         return None
-    normal, kind = is_normal(block), block[156]
-    if not normal:
-        magic = block[257:265]
-        if kind not in (_FILE, _PAX) or not (magic == GNU or (magic == POSIX and not block[345])):
-            return None
-        if block[135] or not block.startswith(b"\0 ", 154):
-            return None
+    kind, magic = block[156], block[257:265]
+    if kind not in (_FILE, _PAX) or not (magic == GNU or (magic == POSIX and not block[345])):
+        return None
+    if block[135] or not block.startswith(b"\0 ", 154):
+        return None
     name, digits, stored = _FIELDS.unpack(block)
     if not digits.isdigit() or not stored.isdigit():
         return None
@@ -410,7 +395,7 @@ def _plain_header(block: bytes) -> tuple[int, str, int, bool] | None:
     if byte_sum(block) - byte_sum(stored) + 7 * 32 != checksum:
         return None
     name = name.rstrip(b"\0")
-    return None if b"\0" in name else (kind, name.decode(), size, normal)
+    return None if b"\0" in name else (kind, name.decode(), size)
 
 
 def tells_only_time(body: bytes, size: int) -> bool:

@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from sanitize.data.tar import TarLimits, tells_only_time
-from sanitize.data.tar_write import BLOCK, GNU, POSIX, ZEROS, header
+from sanitize.data.tar_write import BLOCK, GNU, POSIX, header
 
 SMALL = 2048  # bytes; payloads up to here are handed out
 _BATCH = 256  # headers that are checked together
@@ -23,8 +23,8 @@ _DIGITS = np.r_[124:135, 148:154]  # columns of a header: size and checksum, in 
 _PLACES = np.zeros((17, 2))  # float64 holds 8**11 exactly
 _PLACES[:11, 0], _PLACES[11:, 1] = 8.0 ** np.arange(10, -1, -1), 8.0 ** np.arange(5, -1, -1)
 _PADDING = np.triu(np.full((BLOCK, BLOCK), 0xFF, np.uint8))  # row n: all but the first n bytes
-_PADDING[0] = 0  # but a full block has none
 _ZERO = np.uint8(ord("0"))
+_OCTAL = np.arange(15, -1, -3)  # bits that six octal digits stand for
 _MAGICS = np.array([int.from_bytes(magic[:7], "little") for magic in (POSIX, GNU)], np.uint64)
 
 
@@ -49,7 +49,6 @@ _FIELD_ENDS = np.r_[135, 154:156]  # NULs and a blank behind the numbers
 _FILE = _Pattern(_OURS, np.r_[_FIELD_ENDS, 156, 257:265, 345])  # type, magic, no prefix
 _GNU_FILE = _Pattern(_OURS.replace(POSIX, GNU), np.r_[_FIELD_ENDS, 156, 257:265])
 _PAX = _Pattern(_OURS[:156] + b"x" + _OURS[157:], np.r_[_FIELD_ENDS, 156, 257:265, 345])
-_NORMAL = _Pattern(_OURS, np.r_[100:124, 135:148, 154:BLOCK])  # the same in all that TarWriter writes
 
 
 class NotPlain(Exception):
@@ -60,18 +59,16 @@ class PlainMembers(NamedTuple):
     """N members, all files, in the order of the archive; offsets count as those of `tar.Member` do.
 
     Attributes:
-        names: ASCII, one a line.
+        names_N: ASCII, dtype S.
         sizes_N, starts_N, ends_N: int64.
-        normal: as TarReader.normal.
         window, payloads_N: bytes of the archive, and where in them the payloads begin; those of more than SMALL bytes
             are not in them as a whole.
     """
 
-    names: str
+    names_N: np.ndarray
     sizes_N: np.ndarray
     starts_N: np.ndarray
     ends_N: np.ndarray
-    normal: bool
     window: bytes
     payloads_N: np.ndarray
 
@@ -83,7 +80,6 @@ class _Window(NamedTuple):
         indices: where in `data` the headers begin.
         sizes: what their size fields say.
         blocks: the headers, one behind the other.
-        padded: whether there are zeros, and nothing else, between payloads and headers.
     """
 
     data: bytes
@@ -91,7 +87,6 @@ class _Window(NamedTuple):
     indices: list[int]
     sizes: list[int]
     blocks: bytes
-    padded: bool
 
 
 def read_plain(stream: BinaryIO, limits: TarLimits) -> Iterator[PlainMembers]:
@@ -122,6 +117,55 @@ def read_plain(stream: BinaryIO, limits: TarLimits) -> Iterator[PlainMembers]:
         yield _checked(windows, present, limits)
 
 
+def parse_plain(data: bytes, limits: TarLimits) -> PlainMembers:
+    """The members of a piece of a plain archive, from a header to the end of a member.
+
+    Raises:
+        NotPlain: or the piece has other ends.
+    """
+    window = _look(data, 0, 0)
+    if not window.indices:
+        raise NotPlain
+    found = _checked([window], len(data), limits)
+    if found.ends_N[-1] != len(data):
+        raise NotPlain
+    return found
+
+
+def normalised(members: PlainMembers, keep_N: np.ndarray) -> bytes:
+    """What TarWriter makes of those members of a piece (parse_plain) for which `keep_N` (bool) is True.
+
+    Everything in an archive is whole blocks, so this is a choice of blocks: those of members that stay, without PAX
+    headers; then headers are changed where they are, and padding is cleared.
+    """
+    block_LX = np.frombuffer(members.window, np.uint8).reshape(-1, BLOCK)
+    size_M = members.sizes_N[keep_N]
+    header_M, end_M = members.payloads_N[keep_N] // BLOCK - 1, members.ends_N[keep_N] // BLOCK
+    edges = np.zeros(len(block_LX) + 1, np.int8)
+    edges[header_M] += 1
+    edges[end_M] -= 1
+    stays_L = edges[:-1].cumsum(dtype=np.int8).view(bool)
+    out_LX = block_LX[stays_L]
+    lengths_M = end_M - header_M
+    end_M = lengths_M.cumsum()
+    out_LX[end_M - lengths_M] = _normal_headers(block_LX[header_M])
+    partly_M = size_M % BLOCK > 0
+    out_LX[end_M[partly_M] - 1] &= ~_PADDING[size_M[partly_M] % BLOCK]
+    return out_LX.tobytes()
+
+
+def _normal_headers(block_MX: np.ndarray) -> np.ndarray:
+    """Headers with the same names and sizes, and all else as `header` has it."""
+    normal_MX = np.tile(np.frombuffer(_OURS, np.uint8), (len(block_MX), 1))
+    for field in (slice(0, 100), slice(124, 135)):
+        normal_MX[:, field] = block_MX[:, field]
+    normal_MX[:, 148:156] = ord(" ")
+    total_M = normal_MX.sum(1, dtype=np.int64)
+    normal_MX[:, 148:154] = (total_M[:, None] >> _OCTAL & 7) + _ZERO
+    normal_MX[:, 154] = 0
+    return normal_MX
+
+
 def _walk(stream: BinaryIO, origin: int, present: int, limits: TarLimits) -> Iterator[_Window]:
     """Follow the size fields from window to window up to the end-of-archive marker."""
     end = at = 0  # of the payload before; of the next header
@@ -145,7 +189,7 @@ def _walk(stream: BinaryIO, origin: int, present: int, limits: TarLimits) -> Ite
 
 def _step(data: bytes, base: int, at: int) -> _Window:
     """The headers from offset `at` on, each where the one before says; small payloads are there as a whole."""
-    indices, sizes, padded, end, index = [], [], True, 0, at - base
+    indices, sizes, index = [], [], at - base
     while index + BLOCK <= len(data):
         digits = data[index + 124 : index + 135]
         if not digits.isdigit() or b"8" in digits or b"9" in digits:
@@ -153,17 +197,17 @@ def _step(data: bytes, base: int, at: int) -> _Window:
         size = int(digits, 8)
         if size <= SMALL and index + BLOCK + size > len(data):
             break
-        padded = padded and data.startswith(ZEROS[: index - end], end)
         indices.append(index)
         sizes.append(size)
-        end = index + BLOCK + size
-        index = end + -size % BLOCK
-    return _Window(data, base, indices, sizes, b"".join([data[i : i + BLOCK] for i in indices]), padded)
+        index += BLOCK + size + -size % BLOCK
+    return _Window(data, base, indices, sizes, b"".join([data[i : i + BLOCK] for i in indices]))
 
 
 def _look(data: bytes, base: int, at: int) -> _Window:
     """The same, all at once. Raises NotPlain where a payload holds what looks like a header."""
     first = at - base
+    if first > len(data):  # the archive ends in a payload or behind it
+        raise NotPlain
     block_NX = np.frombuffer(data, np.uint8, (len(data) - first) // BLOCK * BLOCK, first).reshape(-1, BLOCK)
     magic_N = block_NX[:, 256:264].copy().view("<u8")[:, 0] >> np.uint64(8)
     at_M = np.flatnonzero((magic_N == _MAGICS[0]) | (magic_N == _MAGICS[1]))
@@ -172,10 +216,8 @@ def _look(data: bytes, base: int, at: int) -> _Window:
     if (at_M[:1] != 0).any() or (next_M[:-1] != at_M[1:]).any():
         raise NotPlain
     if len(at_M) and size_M[-1] <= SMALL and (at_M[-1] + 1) * BLOCK + size_M[-1] > len(data) - first:
-        at_M, size_M, next_M = at_M[:-1], size_M[:-1], next_M[:-1]
-    last_MX = block_NX[next_M[:-1] - 1] & _PADDING[size_M[:-1] % BLOCK]  # last blocks of payloads, if there are any
-    padded = data.startswith(ZEROS[:first]) and not last_MX[size_M[:-1] > 0].any()
-    return _Window(data, base, (first + at_M * BLOCK).tolist(), size_M.tolist(), block_NX[at_M].tobytes(), padded)
+        at_M, size_M = at_M[:-1], size_M[:-1]
+    return _Window(data, base, (first + at_M * BLOCK).tolist(), size_M.tolist(), block_NX[at_M].tobytes())
 
 
 def _checked(windows: list[_Window], present: int, limits: TarLimits) -> PlainMembers:
@@ -201,11 +243,10 @@ def _checked(windows: list[_Window], present: int, limits: TarLimits) -> PlainMe
     ):
         raise NotPlain
     return PlainMembers(
-        _names(block_MX[is_file_M]),
+        _names(block_MX[is_file_M, :100]),
         size_M[is_file_M],
         start_M[is_pax_M | ~np.append(False, is_pax_M[:-1])],
         (start_M + BLOCK + (size_M + 511 & -512))[is_file_M],
-        not len(pax_M) and all(window.padded for window in windows) and bool(_NORMAL.of(block_MX).all()),
         data,
         index_M[is_file_M] + BLOCK,
     )
@@ -226,9 +267,7 @@ def _sizes(block_MX: np.ndarray) -> np.ndarray:
     return size_M
 
 
-def _names(block_NX: np.ndarray) -> str:
-    names = block_NX[:, :100].copy().view("S100")[:, 0].tolist()
-    text = b"\n".join(names).decode("ascii")
-    if "\0" in text or text.count("\n") != len(names) - 1:
-        raise NotPlain
-    return text
+def _names(byte_NX: np.ndarray) -> np.ndarray:
+    """Dtype S, no wider than it must be: that is what handling them costs."""
+    width = int(np.flatnonzero(byte_NX.any(0)).max(initial=0)) + 1
+    return np.ascontiguousarray(byte_NX[:, :width]).view(f"S{width}")[:, 0]

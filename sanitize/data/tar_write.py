@@ -17,12 +17,6 @@ MAX_NAME_BYTES = 4096
 _IDS, _EPOCH = b"0000644\0" + b"0000000\0" * 2, b"00000000000\0"
 _TAIL = bytes(100) + POSIX + bytes(64) + b"0000000\0" * 2
 _FIXED_SUM = sum(_IDS + _EPOCH + _TAIL) + 8 * ord(" ")
-_NORMAL_TIME, _NORMAL_REST = b"\0" + _EPOCH, b"\0 0" + _TAIL + bytes(167)
-
-
-def is_normal(block: bytes) -> bool:
-    """True where everything but name, size and checksum is as `header` puts it into a single block."""
-    return block.endswith(_NORMAL_REST) and block.startswith(_NORMAL_TIME, 135) and block.startswith(_IDS, 100)
 
 
 def header(name: bytes, size: int) -> bytes:
@@ -63,7 +57,7 @@ def _pax_record(key: bytes, value: bytes) -> bytes:
 class TarWriter:
     """Writes regular files with normalised headers: the same names and bytes always give the same archive.
 
-    What it writes is what TarReader calls `normal`. The stream is left open.
+    The stream is left open.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -89,7 +83,7 @@ class TarWriter:
                 self._write(piece)
 
     def add_normal(self, members: bytes) -> None:
-        """Append whole members, headers and padding included, of an archive that TarReader calls `normal`."""
+        """Append whole members, with headers and padding, as `add` would write them."""
         self._write(members)
 
     def close(self) -> None:

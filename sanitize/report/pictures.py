@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode, encode_png
-from sanitize.data.samples import SampleLimits, ShardReader, printable
+from sanitize.data.names import printable
+from sanitize.data.samples import SampleLimits, ShardReader
 from sanitize.errors import SanitizeError
 from sanitize.select.write import Shards
 

@@ -1,11 +1,9 @@
 """Copy what is kept, byte for byte; put the rest into quarantine shards with the evidence beside it."""
 
 import json
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +13,13 @@ from sanitize.artifacts import Artifact, Part, Recipe, Workshop, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.describe import croissant, describe_clean
-from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile, is_compressed
+from sanitize.data.samples import Sample
 from sanitize.data.tables import Selection
 from sanitize.data.tar import TarLimits, unsafe_name
 from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
 from sanitize.progress import track
-from sanitize.storage import open_read
 
 EVIDENCE = "sanitize.json"
 _BLOCK_BYTES = 1 << 20  # that are copied at once
@@ -115,88 +112,21 @@ def _write_shard(
         clean = stack.enter_context(shard_writer(part, f"clean/{shard}", config.gzip_level))
         if not keep_N.all():
             quarantine = stack.enter_context(shard_writer(part, f"quarantine/{shard}", config.gzip_level))
-        for piece in _pieces(shard, dataset, rows, keep_N, advance):
-            if isinstance(piece, bytes):
-                clean.add_normal(piece)
-            elif keep_N[piece.position]:
-                for name, data in piece.members:
-                    clean.add(name, data)
+        for piece in dataset.pieces(shard, rows):
+            if isinstance(piece, Sample):
+                gone = [] if keep_N[piece.position] else [piece]
+                if not gone:
+                    for name, data in piece.members:
+                        clean.add(name, data)
+                advance(1)
             else:
-                _quarantine(piece, shard, *next(removed), quarantine, taken)
+                keep_K = keep_N[piece.positions.start : piece.positions.stop]
+                clean.add_normal(piece.normalised(keep_K))
+                gone = list(piece.samples(np.flatnonzero(~keep_K).tolist()))
+                advance(len(keep_K))
+            for sample in gone:
+                _quarantine(sample, shard, *next(removed), quarantine, taken)
     part.counts.update(verdicts["status"].to_pylist())
-
-
-def _pieces(
-    shard: str, dataset: Dataset, rows: pa.Table, keep_N: np.ndarray, advance: Callable[[int], None]
-) -> Iterator[bytes | Sample]:
-    """All of a shard in order: its samples, or, where they may be copied as they are, the bytes of runs to keep."""
-    if is_compressed(shard):
-        # Read exactly as it was indexed: how much a damaged stream gives depends on how much is asked for at once.
-        for sample, _ in dataset.samples(shard):
-            yield sample
-            advance(1)
-        return
-    indexed, url, at = dataset.info["shards"][shard], dataset.urls[shard], 0
-    limits = SampleLimits.model_validate(dataset.info["limits"])
-    start_N, end_N = rows["start"].to_numpy(), rows["end"].to_numpy()
-    with open_read(url) as stream:
-        file = ShardFile(stream, url, digest=indexed["sha256"] is not None)
-        for run in _runs(keep_N):
-            start, end = int(start_N[run.start]), int(end_N[run.stop - 1])
-            piece = _Piece(file, start - at, end - start)
-            if indexed["normal"] and keep_N[run.start]:
-                yield from piece.blocks()
-                whole = piece.left == 0
-            else:
-                sizes = _sizes(rows.slice(run.start, len(run)))
-                for sample in SampleReader(cast(BinaryIO, piece), limits):
-                    if not sizes or [size for _, size in sample.sizes] != sizes.popleft():
-                        raise dataset.changed(shard, f"sample {run.start + sample.position}")
-                    yield sample._replace(position=run.start + sample.position)
-                whole = not sizes
-            if not whole or any(piece.blocks()):
-                raise dataset.changed(shard, f"byte {end}")
-            at = end
-            advance(len(run))
-        dataset.confirm(shard, *file.finish())
-
-
-def _runs(keep_N: np.ndarray) -> list[range]:
-    """Positions of neighbours that share a fate."""
-    edges = [0, *(np.flatnonzero(np.diff(keep_N)) + 1).tolist(), len(keep_N)]
-    return [range(*pair) for pair in pairwise(edges) if pair[0] < pair[1]]
-
-
-def _sizes(rows: pa.Table) -> deque[list[int]]:
-    """Bytes of the members of each sample."""
-    lists = rows["members"].combine_chunks()
-    return deque(pa.ListArray.from_arrays(lists.offsets, lists.values.field("size")).to_pylist())
-
-
-class _Piece:
-    """Bytes of a file, behind some that are skipped, as a stream of its own."""
-
-    def __init__(self, file: ShardFile, skip: int, size: int) -> None:
-        self._file = file
-        self.left = skip
-        for _ in self.blocks():
-            pass
-        self.left = size
-
-    def read(self, n: int) -> bytes:
-        """At most `n` bytes, forward only."""
-        data = self._file.read(min(n, self.left))
-        self.left -= len(data)
-        return data
-
-    def seekable(self) -> bool:
-        """No."""
-        return False
-
-    def blocks(self) -> Iterator[bytes]:
-        """All that is left."""
-        while data := self.read(_BLOCK_BYTES):
-            yield data
 
 
 def _quarantine(

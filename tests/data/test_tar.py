@@ -51,7 +51,6 @@ class Outcome(NamedTuple):
     members: list[tuple[Member, bytes]]
     damage: tuple[str, int] | None
     warning: str | None
-    normal: bool
 
 
 def outcome(stream: Any, limits: TarLimits = LIMITS, fast: bool = True, read: bool = True) -> Outcome:
@@ -63,7 +62,7 @@ def outcome(stream: Any, limits: TarLimits = LIMITS, fast: bool = True, read: bo
             members.append((member, reader.read() if read and member.kind == "file" else b""))
     except TarDamage as error:
         damage = (error.reason, error.offset)
-    return Outcome(members, damage, reader.warning, reader.normal)
+    return Outcome(members, damage, reader.warning)
 
 
 def everywhere(data: bytes, limits: TarLimits = LIMITS) -> Outcome:
@@ -445,7 +444,7 @@ def test_what_is_written_is_read(members: list[tuple[str, bytes]]) -> None:
     for fast in (True, False):
         result = outcome(io.BytesIO(data), TarLimits(), fast)
         assert [(m.name, data) for m, data in result.members] == members
-        assert (result.damage, result.warning, result.normal) == (None, None, True)
+        assert (result.damage, result.warning) == (None, None)
     assert twin(data) == [(name, "file", payload) for name, payload in members]
 
 
@@ -570,33 +569,6 @@ def test_payloads_are_skipped_by_seeking_and_read_in_pieces() -> None:
 
 
 # --- the contract of the classes ---
-
-
-def test_runs_of_members_of_normal_archives_can_be_copied() -> None:
-    members = [*TRICKY, *((f"{i}.cls", b"%d" % i) for i in range(50))]
-    data = written(members)
-    reader = TarReader(io.BytesIO(data))
-    found = list(reader)
-    assert reader.normal
-    assert [m.start for m in found[1:]] == [m.end for m in found[:-1]]
-    for run in (slice(0, 59), slice(3, 20), slice(40, 41)):
-        copied = data[found[run][0].start : found[run][-1].end]
-        assert copied + END == written(members[run])
-
-
-@pytest.mark.parametrize("case", ["uid", "mtime", "owner", "padding", "name", "type", "gnu"])
-def test_what_others_write_is_not_normal(case: str) -> None:
-    block, data = bytearray(header(b"x", 3)), bytearray(pad(b"abc"))
-    assert everywhere(bytes(block + data) + END).normal
-    at, byte = {
-        "uid": (110, 49), "mtime": (140, 49), "owner": (265, 97), "name": (50, 97), "type": (156, 0), "gnu": (263, 32)
-    }.get(case, (0, 120))  # fmt: skip
-    block[at] = byte
-    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))
-    data[100] = 97 if case == "padding" else 0
-    result = everywhere(bytes(block + data) + END)
-    assert len(result.members) == 1
-    assert not result.normal
 
 
 def test_read_is_for_the_current_file_only() -> None:

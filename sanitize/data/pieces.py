@@ -1,0 +1,136 @@
+"""Reading an uncompressed shard again, by the offsets its index holds: many samples at once where the archive is plain.
+
+Shapes: K samples of a piece, N members of theirs.
+"""
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from sanitize.data.names import split_usual
+from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile
+from sanitize.data.tar import TarLimits
+from sanitize.data.tar_plain import NotPlain, PlainMembers, normalised, parse_plain
+
+_PIECE_BYTES = 1 << 20  # that are read at once; of a larger sample, what its members hold
+
+
+class Moved(Exception):
+    """At this sample the shard is not what was indexed."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+
+class Piece(NamedTuple):
+    """Neighbours in a shard.
+
+    Attributes:
+        positions: theirs.
+        keys: theirs.
+        bounds: K + 1 indices: sample i has the members bounds[i], …, bounds[i + 1] - 1.
+        members: of all of them; offsets count from the piece.
+    """
+
+    positions: range
+    keys: list[str]
+    bounds: list[int]
+    members: PlainMembers
+
+    def samples(self, which: Iterable[int] | None = None) -> Iterator[Sample]:
+        """The samples; or some, by their place in the piece."""
+        names, sizes_N = self.members.names_N.astype(str).tolist(), self.members.sizes_N.tolist()
+        start_N, window = self.members.payloads_N.tolist(), self.members.window
+        for i in range(len(self.keys)) if which is None else which:
+            own = range(self.bounds[i], self.bounds[i + 1])
+            members = [(names[j], window[start_N[j] : start_N[j] + sizes_N[j]]) for j in own]
+            yield Sample(self.positions[i], self.keys[i], members, None, [(names[j], sizes_N[j]) for j in own])
+
+    def normalised(self, keep_K: np.ndarray) -> bytes:
+        """What TarWriter makes of those samples for which `keep_K` (bool) is True."""
+        return normalised(self.members, np.repeat(keep_K, np.diff(self.bounds)))
+
+
+def read_pieces(file: ShardFile, rows: pa.Table, limits: SampleLimits) -> Iterator[Piece | Sample]:
+    """All samples of a shard, in order; one by one where something about them is odd.
+
+    Args:
+        file: the shard, at its beginning.
+        rows: its index rows (rows.SCHEMA).
+        limits: those of the index.
+
+    Raises:
+        Moved: where sizes differ from those in the index. What does not show in them, the digest of the file shows.
+    """
+    start_K, end_K = rows["start"].to_numpy(), rows["end"].to_numpy()
+    lists = rows["members"].combine_chunks()
+    bounds, sizes = lists.offsets.to_numpy(), lists.values.field("size").to_numpy()
+    keys, first, at = rows["key"].to_pylist(), 0, 0
+    while first < len(rows):
+        start = int(start_K[first])
+        stop = max(first + 1, int(np.searchsorted(end_K, start + _PIECE_BYTES, "right")))
+        size = int(end_K[stop - 1]) - start
+        file.skip(start - at)
+        span, at = _Span(file, size), start + size
+        stream: Any = span
+        try:
+            if size > _PIECE_BYTES:
+                raise NotPlain
+            data = span.read(size)
+            stream = io.BytesIO(data)
+            own = bounds[first : stop + 1]
+            yield _piece(data, range(first, stop), keys[first:stop], own, sizes[own[0] : own[-1]], limits)
+        except NotPlain:
+            yield from as_indexed(SampleReader(stream, limits), rows.slice(first, stop - first), first)
+        file.skip(span.left)
+        first = stop
+
+
+def _piece(
+    data: bytes, positions: range, keys: list[str], bounds: np.ndarray, wanted: np.ndarray, limits: SampleLimits
+) -> Piece:
+    members = parse_plain(data, TarLimits(max_member_bytes=limits.max_sample_bytes))
+    if not np.array_equal(members.sizes_N, wanted):
+        raise NotPlain  # perhaps because there is a member that belongs to no sample
+    usual = split_usual(members.names_N)
+    if usual is None or len(np.unique(members.names_N)) < len(wanted):
+        raise NotPlain
+    own = (bounds - bounds[0]).tolist()
+    if usual[0][own[:-1]].astype(str).tolist() != keys:
+        raise Moved(positions[0])
+    return Piece(positions, keys, own, members)
+
+
+def as_indexed(samples: Iterable[Sample], rows: pa.Table, first: int = 0) -> Iterator[Sample]:
+    """The same samples, the first of them at position `first`. Raises Moved where sizes differ from `rows`."""
+    lists = rows["members"].combine_chunks()
+    wanted = pa.ListArray.from_arrays(lists.offsets, lists.values.field("size")).to_pylist()
+    n = 0
+    for sample in samples:
+        if n == len(wanted) or [size for _, size in sample.sizes] != wanted[n]:
+            raise Moved(first + n)
+        yield sample._replace(position=first + n)
+        n += 1
+    if n != len(wanted):
+        raise Moved(first + n)
+
+
+class _Span:
+    """The next bytes of a file as a stream of its own."""
+
+    def __init__(self, file: ShardFile, size: int) -> None:
+        self._file = file
+        self.left = size
+
+    def read(self, n: int) -> bytes:
+        """At most `n` bytes, forward only."""
+        data = self._file.read(min(n, self.left))
+        self.left -= len(data)
+        return data
+
+    def seekable(self) -> bool:
+        """No."""
+        return False

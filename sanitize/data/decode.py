@@ -93,33 +93,31 @@ def decode(data: bytes, config: ImageConfig, size: tuple[int, int] | None = None
     Raises:
         BadImage: with the reason.
     """
-    header = None if _is_ordinary_jpeg(data, config) else image_header(data, config.max_pixels)
-    try:
-        image_CHW = _jpeg_pixels(data, config.channels) if header is None else _pixels(header, config.channels)
-    except Exception as error:
-        raise BadImage("image data is damaged") from error
+    image_CHW = _ordinary_jpeg(data, config)
+    if image_CHW is None:
+        header = image_header(data, config.max_pixels)
+        try:
+            image_CHW = _pixels(header, config.channels)
+        except Exception as error:
+            raise BadImage("image data is damaged") from error
     return image_CHW if size is None else fit(image_CHW, size)
 
 
-def _is_ordinary_jpeg(data: bytes, config: ImageConfig) -> bool:
-    """Whether libjpeg makes of this what Pillow makes of it, within the limits; if not, Pillow is to say why.
+def _ordinary_jpeg(data: bytes, config: ImageConfig) -> Tensor | None:
+    """The pixels of a JPEG in which nothing is odd, nor above a limit; None for what Pillow has to judge.
 
-    Ordinary: grey or RGB or YCbCr, with an end marker at the end (libjpeg would fill up what is missing). Pillow's
-    luminance differs by a rounding from a JPEG's own, so colour that is to become luminance is not ordinary.
+    Pillow's luminance differs by a rounding from a JPEG's own, so colour that is to become luminance is odd.
     """
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")) or data.count(b"\xff\xda") > _MAX_SCANS:
-        return False
+        return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError:
-        return False
-    known = colours == "Gray" or (colours in ("RGB", "YCbCr") and config.channels == 3)
-    return known and 0 < height * width <= config.max_pixels
-
-
-def _jpeg_pixels(data: bytes, channels: int) -> Tensor:
-    # As Pillow does, go on behind what libjpeg only warns of.
-    pixels_HWC = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", strict=False)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        known = colours == "Gray" or (colours in ("RGB", "YCbCr") and config.channels == 3)
+        if not known or height * width > config.max_pixels:
+            return None
+        pixels_HWC = simplejpeg.decode_jpeg(data, "RGB" if config.channels == 3 else "GRAY")
+    except (ValueError, KeyError):  # damage, great or small; KeyError: a subsampling that has no name
+        return None
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
 
 

@@ -1,7 +1,10 @@
+import gc
 import io
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ from PIL import Image
 
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset, Shuffler
+from sanitize.data.decode import ImageConfig
 from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.errors import DataError
+from sanitize.errors import ConfigError, DataError
 
 
 def by_hand(digits: Digits, read_tar: Callable[..., list]) -> list[tuple[str, str, int, np.ndarray]]:
@@ -46,6 +50,57 @@ def test_batches_are_what_one_reads_by_hand(
         positions = batch.positions_B.tolist()
         assert positions == list(range(positions[0], positions[0] + len(positions)))
     assert seen == len(wanted)
+
+
+def decoding() -> int:
+    return sum(thread.name.startswith("sanitize-decode") for thread in threading.enumerate())
+
+
+def test_no_thread_is_left_when_the_reader_stops_early(dataset: Dataset) -> None:
+    batches = dataset.batches(16)
+    next(batches)
+    assert decoding() > 0
+    batches.close()
+    assert decoding() == 0
+    for _ in dataset.batches(16):
+        break
+    gc.collect()
+    assert decoding() == 0
+
+
+@pytest.mark.parametrize(("ahead", "chunk"), [(1, 1), (1, 1 << 20), (5000, 700), (1 << 20, 1)])
+def test_batches_do_not_depend_on_how_much_is_under_way(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, ahead: int, chunk: int
+) -> None:
+    wanted = list(dataset.batches(50))
+    monkeypatch.setattr("sanitize.data.dataset._BYTES_AHEAD", ahead)
+    monkeypatch.setattr("sanitize.data.dataset._CHUNK_BYTES", chunk)
+    for ours, theirs in zip(dataset.batches(50), wanted, strict=True):
+        assert (ours.shard, ours.keys) == (theirs.shard, theirs.keys)
+        assert torch.equal(ours.images_BCHW, theirs.images_BCHW)
+
+
+@pytest.mark.parametrize("check", ["digest", "headers"])
+def test_what_comes_before_a_damaged_image_that_the_index_did_not_decode(
+    tmp_path: Path, make_tar: Callable[..., str], good: Callable[..., list], compute: Compute, check: Any
+) -> None:
+    members = [*good(6), ("bad.png", b"no image"), ("bad.cls", b"0"), *good(3, "z")]
+    config = IndexConfig(check=check, image=ImageConfig(size=(8, 8)))
+    dataset = index_shards(config, make_tar(tmp_path / "x.tar", members), str(tmp_path / "out"), compute)
+    batches = dataset.batches(2)
+    assert [next(batches).positions_B.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(DataError, match=rf"bad of shard .*x\.tar cannot be used: not a jpeg.*index\.check={check}"):
+        next(batches)
+
+
+def test_without_decoding_the_size_must_be_said(
+    tmp_path: Path, make_tar: Callable[..., str], good: Callable[..., list], compute: Compute
+) -> None:
+    dataset = index_shards(
+        IndexConfig(check="headers"), make_tar(tmp_path / "x.tar", good(3)), str(tmp_path / "out"), compute
+    )
+    with pytest.raises(ConfigError, match=r"set index\.image\.size: with index\.check=headers"):
+        next(dataset.batches(2))
 
 
 def test_some_shards_in_any_order(dataset: Dataset) -> None:

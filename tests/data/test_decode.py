@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from sanitize.data.decode import BadImage, ImageConfig, decode, encode_png, fit, image_header
@@ -118,6 +120,43 @@ def test_jpeg_is_what_pillow_makes_of_it(mode: str, progressive: bool) -> None:
     assert abs(pixels(data).astype(int) - theirs).max() <= 2
     theirs = np.asarray(Image.open(io.BytesIO(data)).convert("L")).astype(int)
     assert abs(pixels(data, 1).astype(int) - theirs).max() <= 3
+
+
+def by_pillow(data: bytes) -> np.ndarray | None:
+    """(H, W, 3), or None where Pillow finds it damaged."""
+    try:
+        return np.asarray(Image.open(io.BytesIO(data), formats=["JPEG"]).convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+PHOTO = Image.fromarray(RGB).resize((37, 29), Image.Resampling.BICUBIC)
+JPEGS = [
+    encoded(PHOTO, "JPEG", quality=q, subsampling=s, progressive=p) for q in (30, 95) for s in (0, 1, 2) for p in (0, 1)
+]
+JPEGS += [encoded(PHOTO.convert("L"), "JPEG"), encoded(PHOTO, "JPEG", restart_marker_blocks=2)]
+
+
+@pytest.mark.parametrize("data", JPEGS)
+def test_an_ordinary_jpeg_has_the_pixels_of_pillow_to_the_bit(data: bytes) -> None:
+    np.testing.assert_array_equal(pixels(data), by_pillow(data))
+
+
+@pytest.mark.hostile
+@settings(max_examples=400)
+@given(st.sampled_from(JPEGS), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=3))
+def test_a_damaged_jpeg_is_bad_where_pillow_says_so_and_else_has_its_pixels(
+    data: bytes, damage: list[tuple[float, int]]
+) -> None:
+    damaged = bytearray(data)
+    for place, byte in damage:
+        damaged[2 + int(place**2 * (len(data) - 3))] = byte  # the square: more often in the header
+    wanted = by_pillow(bytes(damaged))
+    if wanted is None:
+        with pytest.raises(BadImage):
+            decode(bytes(damaged), ImageConfig())
+    else:
+        np.testing.assert_array_equal(pixels(bytes(damaged)), wanted)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])

@@ -241,3 +241,37 @@ def test_remote_shards_are_indexed_and_read(digits: Digits, dataset: Dataset, tm
 def test_wrong_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError):
         IndexConfig(**wrong)
+
+
+@pytest.mark.parametrize("label", ["cls", "json:y"])
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_and_digests_give_the_rows_of_decoding_less_what_only_decoding_knows(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute, label: str, form: int
+) -> None:
+    """Rows come by columns where all is plain, and through the strict reader where one name is not."""
+    bad = [("a.cls", b"1"), ("b.png", b"?"), ("c.png", b"?"), ("c.cls", b"x"), ("d.PNG", b"?"), ("d.cls", b" 3\n")]
+    bad += [("e.png", b"?"), ("e.cls", b"007"), ("f.png", b"?"), ("f.cls", b"9" * 30), ("g.png", b"?"), ("g.cls", b"")]
+    bad += [("h.png", b"?"), ("h.jpg", b"?"), ("h.cls", b"1"), ("i.png", b"?"), ("i.cls", b"-1")]
+    if label != "cls":
+        bad = [(name.replace(".cls", ".json"), b'{"y": %s}' % (data or b"null")) for name, data in bad]
+    members = [*good(300), *bad, *good(20, "z")]
+    if label != "cls":
+        members = [(n.replace(".cls", ".json"), b'{"y": %s}' % d if n.endswith(".cls") else d) for n, d in members]
+    make_tar(tmp_path / "in" / "plain.tar", members, "w", form)
+    make_tar(tmp_path / "in" / "odd.tar", [*members, ("é.png", b"?"), ("é.txt", b"")], "w", form)
+    make_tar(tmp_path / "in" / "small.tar.gz", members, "w:gz", form)
+    found = {}
+    for check in ("decode", "digest", "headers"):
+        config = ANYTHING.model_copy(update={"check": check, "label": label, "n_classes": 10})
+        rows = rows_of(index_shards(config, str(tmp_path / "in"), str(tmp_path / check), compute))
+        found[check] = rows
+    for decoded, digested, headers in zip(*found.values(), strict=True):
+        assert headers == digested | {"sha256": None}
+        if decoded["status"] == "ok":
+            assert digested == decoded | {"height": None, "width": None}
+        else:
+            assert digested["status"] == "ok" or digested["reason"] == decoded["reason"]
+    counts = [sum(row["status"] == "ok" for row in rows) for rows in found.values()]
+    assert counts[0] == 3 * 320
+    # d and e: a label, and an image nobody has looked at; but 007 is no JSON.
+    assert counts[1] == counts[2] == 3 * (320 + (2 if label == "cls" else 1))

@@ -29,6 +29,8 @@ test-gpu: .venv/ready  ## only the tests that need a CUDA device
 
 bench: .venv/ready  ## the quick benchmarks; each fails where a target is missed
 	$(BIN)/python -m benchmarks.detection --quick
+	$(BIN)/python -m benchmarks.throughput --quick
+	$(BIN)/python -m benchmarks.memory --quick
 
 FUZZ_SECONDS ?= 300
 FUZZ_SEED ?= 0

@@ -106,7 +106,7 @@ def plain_rows(
     keys_K = plain.keys_N[first_K]
     if (
         len(np.unique(keys_K)) < len(keys_K)
-        or len(np.unique(plain.names_N)) < n
+        or len(np.unique(np.char.lower(plain.names_N))) < n
         or counts_K.max() > limits.max_members
         or np.add.reduceat(plain.sizes_N, first_K).max() > limits.max_sample_bytes
     ):

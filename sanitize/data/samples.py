@@ -156,11 +156,11 @@ class _Group:
         self._bytes += member.size
         self._end = member.end
         fits = self._bytes <= self._limits.max_sample_bytes and len(self._sizes) < self._limits.max_members
-        fine = usual and fits and member.kind == "file" and member.name not in self._names
+        fine = usual and fits and member.kind == "file" and member.name.lower() not in self._names
         if not fine and self.problem is None:
             self.problem = self._refuse(member)
         if len(self._names) <= self._limits.max_members:
-            self._names.append(member.name)
+            self._names.append(member.name.lower())
         if fits and member.kind == "file":
             self._sizes.append((member.name, member.size))
             return True
@@ -173,7 +173,7 @@ class _Group:
             return f"unsafe member name '{printable(member.name)}': {unsafe}"
         if member.name.endswith("/") or not split_name(member.name)[0].rpartition("/")[2]:
             return f"member name {printable(member.name)!r} has nothing before its first dot"
-        if member.name in self._names:
+        if member.name.lower() in self._names:  # the key is the same: readers do not tell suffixes apart by case
             return f"member '{printable(member.name)}' occurs twice"
         if self._bytes > self._limits.max_sample_bytes:
             return f"sample is larger than max_sample_bytes {self._limits.max_sample_bytes}"

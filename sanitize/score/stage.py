@@ -13,15 +13,21 @@ from sanitize.compute import Compute
 from sanitize.data.tables import Embeddings, Scores, write_rows
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.progress import track
+from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
 from sanitize.score.neighbours import Neighbours, NeighboursConfig
 from sanitize.score.scorer import Scorer
 from sanitize.score.spectral import Spectral, SpectralConfig
 from sanitize.score.toxic_direction import ToxicDirectionConfig
 from sanitize.score.toxic_scorer import ToxicDirection
 
-ScorerConfig = Annotated[NeighboursConfig | SpectralConfig | ToxicDirectionConfig, Field(discriminator="kind")]
+ScorerConfig = Annotated[
+    NeighboursConfig | RCAScorerConfig | RobustRealNVPScorerConfig | SpectralConfig | ToxicDirectionConfig,
+    Field(discriminator="kind"),
+]
 _SCORERS: dict[type[BaseModel], Callable[[Any], Scorer]] = {
     NeighboursConfig: Neighbours,
+    RCAScorerConfig: AnomalyScorer,
+    RobustRealNVPScorerConfig: AnomalyScorer,
     SpectralConfig: Spectral,
     ToxicDirectionConfig: ToxicDirection,
 }

@@ -38,7 +38,7 @@ class RCAScorerConfig(BaseModel):
 
     kind: Literal["rca"] = "rca"
     embedding: str = "pooled"
-    max_fit: int = Field(default=50_000, ge=100)
+    max_fit: int = Field(default=20_000, ge=100)
     model: RCAConfig = RCAConfig()
 
 
@@ -55,7 +55,7 @@ class RobustRealNVPScorerConfig(BaseModel):
 
     kind: Literal["robust_realnvp"] = "robust_realnvp"
     embedding: str = "pooled"
-    max_fit: int = Field(default=50_000, ge=100)
+    max_fit: int = Field(default=20_000, ge=100)
     model: RobustRealNVPConfig = RobustRealNVPConfig()
 
 
@@ -77,6 +77,7 @@ class AnomalyScorer:
         if not len(sample):
             return
         rows = sample.rows()
+        del sample  # it holds the same rows once more
         self._model.fit(rows[:, :-1], compute.seed_for("score", self.config.kind, "fit"))
         self._is_fitted = True
         labels_N = rows[:, -1].long()

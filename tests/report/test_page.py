@@ -60,7 +60,8 @@ class Run(NamedTuple):
     shards: Shards
 
     def report(self, out: Path, config: ReportConfig | None = None, **facts: str) -> Report:
-        return write_report(config or ReportConfig(), *self, str(out), COMPUTE, facts)
+        given = (self.dataset, [self.scores], self.selection, self.shards)
+        return write_report(config or ReportConfig(), *given, str(out), COMPUTE, facts)
 
 
 def _png(i: int) -> bytes:
@@ -111,7 +112,7 @@ def _run(
     dataset = index_shards(IndexConfig(max_bad_fraction=0.5), str(folder / "source"), str(folder / "00"), COMPUTE)
     scores = _scores(dataset, folder / "31", dict(enumerate(separations)))
     config = SelectConfig(rule=rule or SeparationRule())
-    selection = select_samples(config, dataset, scores, str(folder / "40"), COMPUTE)
+    selection = select_samples(config, dataset, [scores], str(folder / "40"), COMPUTE)
     shards = write_selected(WriteConfig(), dataset, selection, str(folder / "50"), COMPUTE)
     return Run(dataset, scores, selection, shards)
 
@@ -346,7 +347,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:30_000])
     dataset = index_shards(IndexConfig(), str(source), str(tmp_path / "00"), COMPUTE)
     scores = _scores(dataset, tmp_path / "31", dict.fromkeys(range(N_CLASSES), 0.0))
-    selection = select_samples(SelectConfig(), dataset, scores, str(tmp_path / "40"), COMPUTE)
+    selection = select_samples(SelectConfig(), dataset, [scores], str(tmp_path / "40"), COMPUTE)
     shards = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "50"), COMPUTE)
     report = Run(dataset, scores, selection, shards).report(tmp_path / "report")
     numbers = _numbers(report)
@@ -379,7 +380,7 @@ def test_page_stays_below_3_mb(planted: Run, tmp_path: Path) -> None:
     numbers["classes"] = [one | {"label": i, "name": long} for i in range(1000)]
     numbers |= {"n_classes": 1000, "n_touched": 1000, "n_class_rows": 200}
     drawn = {"edges": list(np.linspace(-1e3, 1e3, bins + 1)), "kept": [10**6] * bins, "removed": [10**6] * bins}
-    numbers["histograms"] = [drawn | {"label": i, "threshold": 0.1} for i in range(24)]
+    numbers["histograms"] = [drawn | {"label": i, "scorer": "toxic_direction", "threshold": 0.1} for i in range(24)]
     numbers["suspects"] = [numbers["suspects"][0] | {"key": long, "reason": long}] * 60
     numbers["unreadable"]["samples"] = [{"key": long, "shard": long, "reason": long}] * 100
     numbers["unreadable"]["reasons"] = [{"reason": long, "n": 1}] * 20

@@ -121,6 +121,9 @@ def _check(dataset: Dataset, scores: Sequence[Scores], selection: Selection, sha
         (shards, "dataset", dataset),
         (shards, "selection", selection),
     )
+    judged = {name for name in selection.manifest().recipe.inputs if name.startswith("scores.")}
+    if judged and judged != {f"scores.{kind_of(s)}" for s in scores}:
+        raise ArtifactError(f"{selection.path} was made from {', '.join(sorted(judged))}; give artifacts of one run")
     for child, name, parent in parents:
         # A restored selection names neither data set nor scores.
         if child.manifest().recipe.inputs.get(name, parent.digest) != parent.digest:

@@ -83,6 +83,21 @@ def _shards(folder: Path, extra: list[list[tuple[str, bytes]]]) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
+def _scores_by(dataset: Dataset, out: Path, kind: str, score: Callable[[dict[str, Any]], float]) -> Scores:
+    """Scores of the usable samples by a function of their row."""
+
+    def write_part(shard: str, part: Part) -> None:
+        rows = [row for row in dataset.rows(shard).to_pylist() if row["status"] == "ok"]
+        columns = {name: [row[name] for row in rows] for name in ("position", "key", "label")}
+        write_rows(part, shard, pa.table({**columns, "score": pa.array(map(score, rows), pa.float32())}))
+
+    def finish(part: Part, _workshop: object) -> None:
+        part.write_json("scorer.json", {"config": {"kind": kind}, "classes": {}})
+
+    recipe = Recipe(stage="score_shards", config={"kind": kind}, inputs={"dataset": dataset.digest})
+    return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
+
+
 def _scores(dataset: Dataset, out: Path, separations: dict[int, float]) -> Scores:
     """Scores below 0, but 5 and more for every third sample of a class whose separation is high."""
 
@@ -248,6 +263,37 @@ def test_a_rule_that_always_removes_is_not_said_to_find(tmp_path: Path) -> None:
     headline = _numbers(report)["headline"]
     assert "planted" not in headline
     assert headline.endswith("as the most suspicious of their classes; they sit in classes 0, 1, 2 and 3.")
+
+
+def test_several_scorers_are_shown_side_by_side(planted: Run, tmp_path: Path) -> None:
+    """The second one flags the last sample of every class in each shard."""
+    last = _scores_by(planted.dataset, tmp_path / "last", "rca", lambda row: float(row["position"]))
+    scores, config = [planted.scores, last], SelectConfig(rules={"rca": ContaminationRule(rate=0.1, factor=1)})
+    selection = select_samples(config, planted.dataset, scores, str(tmp_path / "40"), COMPUTE)
+    shards = write_selected(WriteConfig(), planted.dataset, selection, str(tmp_path / "50"), COMPUTE)
+    parts = (planted.dataset, scores, selection, shards)
+    report = write_report(ReportConfig(n_images=12), *parts, str(tmp_path / "report"), COMPUTE)
+    numbers, page = _numbers(report), _Page(_html(report))
+    assert numbers["counts"]["quarantined"] == selection.manifest().counts["quarantined"]
+    flagged = {c["label"]: {kind: by["flagged"] for kind, by in c["scorers"].items()} for c in numbers["classes"]}
+    assert flagged == {0: {"toxic_direction": 12, "rca": 3}} | {y: {"toxic_direction": 0, "rca": 3} for y in (1, 2, 3)}
+    assert [(h["label"], h["scorer"]) for h in numbers["histograms"]] == [
+        (0, "toxic_direction"),
+        *((y, "rca") for y in range(4)),
+    ]
+    for histogram in numbers["histograms"]:
+        of_class = next(c for c in numbers["classes"] if c["label"] == histogram["label"])
+        assert sum(histogram["removed"]) == of_class["removed"]
+    removed = [s for s in numbers["suspects"] if s["status"] == "quarantined"]
+    assert [s["scorer"] for s in removed[:4]] == ["toxic_direction", "rca", "toxic_direction", "rca"]
+    assert len({(s["shard"], s["position"]) for s in numbers["suspects"]}) == len(numbers["suspects"])
+    assert "2 scorers looked at every sample" in page.words
+    assert "Flagged by rca" in page.words
+    assert "were removed" in numbers["headline"]
+    with pytest.raises(ArtifactError, match="one run"):
+        write_report(
+            ReportConfig(), planted.dataset, scores, planted.selection, planted.shards, str(tmp_path / "no"), COMPUTE
+        )
 
 
 @pytest.mark.hostile

@@ -7,6 +7,7 @@ of it. This is the only place in the library where a score has that sign.
 from typing import ClassVar, Self
 
 import numpy as np
+from numpy.random import RandomState
 from numpy.typing import ArrayLike
 from pydantic import ValidationError
 from sklearn.base import BaseEstimator, OutlierMixin
@@ -77,7 +78,7 @@ class RCADetector(_Detector):
         self,
         contamination: float = 0.1,
         config: RCAConfig | None = None,
-        random_state: int | np.random.RandomState | None = 0,
+        random_state: int | RandomState | None = 0,
     ) -> None:
         self.contamination = contamination
         self.config = config
@@ -103,7 +104,7 @@ class RobustRealNVPDetector(_Detector):
         self,
         contamination: float = 0.1,
         config: RobustRealNVPConfig | None = None,
-        random_state: int | np.random.RandomState | None = 0,
+        random_state: int | RandomState | None = 0,
     ) -> None:
         self.contamination = contamination
         self.config = config

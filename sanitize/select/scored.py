@@ -1,7 +1,8 @@
 """What all scorers say of all samples, side by side.
 
-This is the one thing in a run that grows with the data set: of each sample its label, its place in its class and whether
-it is trusted (17 bytes), and a float32 score a scorer. Shapes: N scored samples, in the order of shards and rows.
+This is the one thing in a run that grows with the data set: of each sample its label, its place in its class and
+whether it is trusted (17 bytes), and a float32 score a scorer. Shapes: N scored samples, in the order of shards and
+rows.
 """
 
 from collections.abc import Sequence

@@ -109,7 +109,7 @@ def _select(
         labels_N = _column(embeddings, "label")
         worst = max(truth_N[labels_N == y].mean() for y in np.unique(labels_N))
         rule = ContaminationRule(rate=min(0.5, float(worst)))
-    return scores, select_samples(SelectConfig(rule=rule), dataset, scores, str(out / f"{method}-selection"), compute)
+    return scores, select_samples(SelectConfig(rule=rule), dataset, [scores], str(out / f"{method}-selection"), compute)
 
 
 def _column(tables: Poisoned | Scores | Selection | Embeddings, name: str) -> np.ndarray:

@@ -78,7 +78,7 @@ def run_stage(name: str, out: Path) -> None:
     elif stage == "score_shards":
         score_shards(scorer, FittedScorer.load(fitted), Embeddings.load(out / "embeddings"), scores, compute)
     else:
-        select_samples(select, dataset, Scores.load(scores), selection, compute)
+        select_samples(select, dataset, [Scores.load(scores)], selection, compute)
 
 
 def write_inputs(out: Path, n_shards: int) -> None:

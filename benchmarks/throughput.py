@@ -210,7 +210,7 @@ def select_one_percent(dataset: Dataset, folder: Path) -> Selection:
     recipe = Recipe(stage="random_scores")
     scores = make(Scores, folder / "scores", recipe, parts=dataset.shards, write_part=write_part, finish=finish)
     config = SelectConfig(rule=ContaminationRule(rate=0.01, factor=1))
-    return select_samples(config, dataset, scores, str(folder / "selection"), COMPUTE)
+    return select_samples(config, dataset, [scores], str(folder / "selection"), COMPUTE)
 
 
 def decoded(sample: dict[str, Any]) -> tuple[Tensor, int]:

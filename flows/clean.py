@@ -3,21 +3,30 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.run import Run
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
-from sanitize.data.tables import Scores, Selection
+from sanitize.data.tables import Embeddings, Scores, Selection
 from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
+from sanitize.errors import ConfigError
 from sanitize.report import Report, ReportConfig, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
-from sanitize.select import SelectConfig, Shards, WriteConfig, select_samples, write_selected
+from sanitize.select import (
+    ConformalRule,
+    SelectConfig,
+    Shards,
+    WriteConfig,
+    select_samples,
+    trusted_shards,
+    write_selected,
+)
 from sanitize.storage import create, exclusive, join
 
 
@@ -26,7 +35,10 @@ class CleanConfig(BaseModel):
 
     Attributes:
         shards: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
-        index, embedder, embed, scorer, select, write, report: one section a stage.
+        trusted: those of them that the user vouches for, by name, place or glob: nothing in them is removed, no scorer
+            is fitted on them, and rule `conformal` compares with them.
+        scorers: one or more, each of another kind; their rules are in `select`.
+        index, embedder, embed, select, write, report: one section a stage.
         compute: device, precision, seed, threads.
         n_groups: groups of shards that are worked on side by side; None takes one a CPU core. Results do not depend
             on it.
@@ -35,15 +47,29 @@ class CleanConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shards: tuple[str, ...] = Field(min_length=1)
+    trusted: tuple[str, ...] = ()
     index: IndexConfig = IndexConfig()
     embedder: EmbedderConfig = EmbedderConfig()
     embed: EmbedConfig = EmbedConfig()
-    scorer: ScorerConfig = ToxicDirectionConfig()
+    scorers: tuple[ScorerConfig, ...] = Field(default=(ToxicDirectionConfig(),), min_length=1)
     select: SelectConfig = SelectConfig()
     write: WriteConfig = WriteConfig()
     report: ReportConfig = ReportConfig()
     compute: Compute = Compute()
     n_groups: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _rules_go_with_scorers(self) -> Self:
+        kinds = [scorer.kind for scorer in self.scorers]
+        if len(set(kinds)) < len(kinds):
+            raise ConfigError(f"scorers: two are of one kind ({', '.join(kinds)}); run the second on the clean shards")
+        conformal = [k for k, rule in self.select.rules_of(kinds).items() if isinstance(rule, ConformalRule)]
+        if conformal and not self.trusted:
+            raise ConfigError(
+                f"rule 'conformal' of {', '.join(conformal)} compares with samples you vouch for: name their shards "
+                "under `trusted:`, or take rule 'fdr'"
+            )
+        return self
 
     @property
     def groups(self) -> int:
@@ -55,7 +81,7 @@ class Cleaned(NamedTuple):
     """The artifacts a reader of the run wants."""
 
     dataset: Dataset
-    scores: Scores
+    scores: tuple[Scores, ...]
     selection: Selection
     shards: Shards
     report: Report
@@ -63,19 +89,29 @@ class Cleaned(NamedTuple):
 
 def clean(config: CleanConfig, run: Run) -> Cleaned:
     """The order of work, written once: index, embed, score, select, write, report."""
-    names = list(find_shards(config.shards))
+    found = find_shards(config.shards)
+    names, trusted = list(found), trusted_shards(config.trusted, found)
     dataset = run.sharded("00-index", index_shards, names, config.index, config.shards)
     embedder = run.stage("10-embedder", train_embedder, config.embedder, dataset)
     embeddings = run.sharded("20-embeddings", embed_shards, names, config.embed, dataset, embedder)
-    fitted = run.stage("30-scorer", fit_scorer, config.scorer, embeddings)
-    scores = run.sharded("31-scores", score_shards, embeddings.shards, config.scorer, fitted, embeddings)
-    selection = run.stage("40-selection", select_samples, config.select, dataset, scores)
+    scores = tuple(_score(scorer, embeddings, trusted, run) for scorer in config.scorers)
+    selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)
     shards = run.sharded("50-shards", write_selected, names, config.write, dataset, selection)
     report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards)
     cleaned = Cleaned(dataset, scores, selection, shards, report)
     save_config(config, run.out)
     run.save("finished", **summary(cleaned))
     return cleaned
+
+
+def _score(config: ScorerConfig, embeddings: Embeddings, trusted: Sequence[str], run: Run) -> Scores:
+    fitted = run.stage(f"30-scorer-{config.kind}", fit_scorer, config, embeddings, held_out=trusted)
+    return run.sharded(scores_folder(config), score_shards, embeddings.shards, config, fitted, embeddings)
+
+
+def scores_folder(config: ScorerConfig) -> str:
+    """Where a run has the scores of a scorer."""
+    return f"31-scores-{config.kind}"
 
 
 def run_clean(config: CleanConfig, out: str | Path, direct: bool) -> dict[str, Any]:

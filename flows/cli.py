@@ -181,7 +181,10 @@ def _show_clean(result: dict[str, Any], out: str) -> None:
         f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable"
     )
     for label, of_class in result["classes_touched"].items():
-        console.print(f"  class {label}: {of_class['removed']:,} of {of_class['n']:,} removed")
+        flags = ", ".join(f"{kind} {by['flagged']:,}" for kind, by in of_class["scorers"].items() if by["flagged"])
+        console.print(
+            f"  class {label}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
+        )
     if not result["classes_touched"]:
         console.print("  no class stood out; nothing was removed")
     for shard, damage in result["damaged_shards"].items():

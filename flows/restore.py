@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from flows.clean import CleanConfig
+from flows.clean import CleanConfig, scores_folder
 from sanitize.artifacts import MANIFEST, read_manifest, verify
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection
@@ -86,7 +86,7 @@ def write_again(folder: str) -> str:
         report = write_report(
             config.report,
             Dataset.load(join(folder, "00-index")),
-            Scores.load(join(folder, "31-scores")),
+            [Scores.load(join(folder, scores_folder(scorer))) for scorer in config.scorers],
             selection,
             Shards.load(join(folder, f"50-shards{suffix}")),
             join(folder, f"90-report{suffix}"),

@@ -1,5 +1,6 @@
 """Every YAML in configs/ validates."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 def test_there_are_configs() -> None:
     assert CONFIGS
+
+
+def test_the_readmes_config_validates() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert len(CleanConfig.model_validate(yaml.safe_load(example)).scorers) == 3
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

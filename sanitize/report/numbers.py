@@ -1,9 +1,11 @@
 """The numbers of the page, from artifacts alone.
 
 Memory stays bounded for any data set: counters of each class, the few highest scores, and histograms that are counted
-in a second pass over the scores. Shapes: N scored samples of one shard, K classes.
+in a second pass over the scores. Shapes: N scored samples of one shard, K classes, S scorers.
 """
 
+from collections.abc import Sequence
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,26 +23,27 @@ MAX_REASONS = 20  # kinds of reasons that are counted one by one
 
 
 def collect(
-    dataset: Dataset, scores: Scores, selection: Selection, n_images: tuple[int, int], n_histograms: int
+    dataset: Dataset, scores: Sequence[Scores], selection: Selection, n_images: tuple[int, int], n_histograms: int
 ) -> dict[str, Any]:
     """All numbers of the page as plain data, in two passes over scores and verdicts.
 
     Args:
         dataset, scores, selection: of one run.
         n_images: how many suspects, and how many kept ones among them at least.
-        n_histograms: classes that get a histogram.
+        n_histograms: that are drawn.
 
     Raises:
         ArtifactError: scores, verdicts and their counts do not fit together.
     """
-    tally = _Tally(dataset.n_classes, max(n_images))
+    scorers = [of_scorer.read_json("scorer.json")["config"] for of_scorer in scores]
+    kinds = [scorer["kind"] for scorer in scorers]
+    tally = _Tally(len(kinds), dataset.n_classes, max(n_images))
     with track("report", 2 * len(selection.shards), "shards") as advance:
         for shard in selection.shards:
             tally.update(_scored(selection, scores, shard))
             advance(1)
-        classes = _classes(tally, dataset, selection)
-        shown = [c for c in classes if c["removed"]][:n_histograms] or classes[:1]
-        histograms = [_Histogram(c) for c in shown]
+        classes = _classes(tally, kinds, dataset, selection)
+        histograms = [_Histogram(c, kinds, kind) for c, kind in _drawn(classes, kinds)[:n_histograms]]
         for shard in selection.shards:
             rows = _scored(selection, scores, shard)
             for histogram in histograms:
@@ -54,11 +57,11 @@ def collect(
         "n_capped": sum(c["capped"] for c in classes),
         "n_shards": len(dataset.info["shards"]),
         "n_damaged": len(damaged),
-        "rule": _rule(selection),
-        "scorer": scores.read_json("scorer.json")["config"],
+        **{name: selection.read_json("selection.json")[name] for name in ("verdict", "rules")},
+        "scorers": scorers,
         "classes": classes,
         "histograms": [histogram.numbers() for histogram in histograms],
-        "suspects": _suspects(tally, selection, {c["label"]: c for c in classes}, *n_images),
+        "suspects": _suspects(tally, kinds, selection, {c["label"]: c for c in classes}, *n_images),
         "unreadable": _unreadable(dataset, selection),
         "damaged": [{"shard": name, "reason": reason} for name, reason in damaged[:MAX_LISTED]],
     }
@@ -71,21 +74,26 @@ class _Rows(NamedTuple):
     positions_N: np.ndarray
     labels_N: np.ndarray
     kept_N: np.ndarray
-    scores_N: np.ndarray
+    scores_SN: np.ndarray
 
 
-def _scored(selection: Selection, scores: Scores, shard: str) -> _Rows:
+def _scored(selection: Selection, scores: Sequence[Scores], shard: str) -> _Rows:
     verdicts = selection.rows(shard, ["position", "label", "status"])
     verdicts = verdicts.filter(pc.not_equal(verdicts["status"], "unreadable"))
-    positions_N, scores_N = verdicts["position"].to_numpy(), np.zeros(0, np.float32)
-    scored_N = np.zeros(0, np.int64)
+    positions_N = verdicts["position"].to_numpy()
+    kept_N = pc.equal(verdicts["status"], "kept").to_numpy()
+    scores_SN = np.stack([_scores_of(of_scorer, shard, positions_N) for of_scorer in scores])
+    return _Rows(shard, positions_N, verdicts["label"].to_numpy(), kept_N, scores_SN)
+
+
+def _scores_of(scores: Scores, shard: str, positions_N: np.ndarray) -> np.ndarray:
+    scored_N, scores_N = np.zeros(0, np.int64), np.zeros(0, np.float32)
     if shard in scores.shards:  # a shard without a usable sample has no scores
         table = scores.rows(shard, ["position", "score"])
         scored_N, scores_N = table["position"].to_numpy(), table["score"].to_numpy()
     if not np.array_equal(positions_N, scored_N):
-        raise ArtifactError(f"{scores.path} does not score the samples that {selection.path} judges, shard {shard}")
-    kept_N = pc.equal(verdicts["status"], "kept").to_numpy()
-    return _Rows(shard, positions_N, verdicts["label"].to_numpy(), kept_N, scores_N)
+        raise ArtifactError(f"{scores.path} does not score the samples that were judged, shard {shard}")
+    return scores_N
 
 
 class _Pick(NamedTuple):
@@ -98,51 +106,65 @@ class _Pick(NamedTuple):
 
 
 class _Tally:
-    """First pass: counters of each class, and the highest scores of removed and of kept samples."""
+    """First pass: counters of each class, and the highest scores of removed and of kept samples, scorer by scorer."""
 
-    def __init__(self, n_classes: int, n_best: int) -> None:
+    def __init__(self, n_scorers: int, n_classes: int, n_best: int) -> None:
         self.n_K = np.zeros(n_classes, np.int64)
         self.removed_K = np.zeros(n_classes, np.int64)
-        self.low_K = np.full(n_classes, np.inf)
-        self.high_K = np.full(n_classes, -np.inf)
-        self.best: dict[bool, list[_Pick]] = {True: [], False: []}  # kept -> those with the highest scores
+        self.low_SK = np.full((n_scorers, n_classes), np.inf)
+        self.high_SK = np.full((n_scorers, n_classes), -np.inf)
+        # kept -> for each scorer those with the highest scores
+        self.best: dict[bool, list[list[_Pick]]] = {kept: [[] for _ in range(n_scorers)] for kept in (True, False)}
         self._n_best = n_best
 
     def update(self, rows: _Rows) -> None:
         n_classes = len(self.n_K)
         self.n_K += np.bincount(rows.labels_N, minlength=n_classes)
         self.removed_K += np.bincount(rows.labels_N[~rows.kept_N], minlength=n_classes)
-        np.minimum.at(self.low_K, rows.labels_N, rows.scores_N)
-        np.maximum.at(self.high_K, rows.labels_N, rows.scores_N)
-        for kept, best in self.best.items():
-            of_kind = np.flatnonzero(rows.kept_N == kept)
-            top = of_kind[np.argsort(-rows.scores_N[of_kind], kind="stable")[: self._n_best]].tolist()
-            values = zip(*(a[top].tolist() for a in (-rows.scores_N, rows.positions_N, rows.labels_N)), strict=True)
-            best += [_Pick(minus_score, rows.shard, position, label) for minus_score, position, label in values]
-            best.sort()
-            del best[self._n_best :]
+        for s, scores_N in enumerate(rows.scores_SN):
+            np.minimum.at(self.low_SK[s], rows.labels_N, scores_N)
+            np.maximum.at(self.high_SK[s], rows.labels_N, scores_N)
+            for kept, best in self.best.items():
+                of_kind = np.flatnonzero(rows.kept_N == kept)
+                top = of_kind[np.argsort(-scores_N[of_kind], kind="stable")[: self._n_best]].tolist()
+                values = zip(*(a[top].tolist() for a in (-scores_N, rows.positions_N, rows.labels_N)), strict=True)
+                best[s] += [_Pick(minus_score, rows.shard, position, label) for minus_score, position, label in values]
+                best[s].sort()
+                del best[s][self._n_best :]
+
+    def picks(self, kept: bool, n: int) -> list[tuple[int, _Pick]]:
+        """(scorer, pick) of at most n samples: the highest of each scorer in turn, no sample twice."""
+        turns = chain.from_iterable(
+            zip_longest(*([(s, pick) for pick in best] for s, best in enumerate(self.best[kept])))
+        )
+        unique: dict[tuple[str, int], tuple[int, _Pick]] = {}
+        for turn in turns:
+            if turn is not None:
+                unique.setdefault((turn[1].shard, turn[1].position), turn)
+        return list(unique.values())[:n]
 
 
 class _Histogram:
-    """Second pass: scores of one class, counted in bins of which none straddles the threshold."""
+    """Second pass: one scorer's scores of one class, counted in bins of which none straddles the threshold."""
 
-    def __init__(self, of_class: dict[str, Any]) -> None:
-        self.label = of_class["label"]
-        self.threshold = of_class["threshold"]
-        self.edges = bin_edges(of_class["lowest"], of_class["highest"], self.threshold, N_BINS)
+    def __init__(self, of_class: dict[str, Any], kinds: list[str], kind: str) -> None:
+        self.label, self.kind, self._scorer = of_class["label"], kind, kinds.index(kind)
+        by_scorer = of_class["scorers"][kind]
+        self.threshold = by_scorer["threshold"]
+        self.edges = bin_edges(by_scorer["lowest"], by_scorer["highest"], self.threshold, N_BINS)
         self.counts = np.zeros((2, len(self.edges) - 1), np.int64)  # removed, kept
 
     def update(self, rows: _Rows) -> None:
         n_bins = self.counts.shape[1]
         of_class = rows.labels_N == self.label
-        bins = np.searchsorted(self.edges, rows.scores_N[of_class].astype(np.float64), side="left") - 1
-        bins = bins.clip(0, n_bins - 1)
+        scores_n = rows.scores_SN[self._scorer][of_class].astype(np.float64)
+        bins = (np.searchsorted(self.edges, scores_n, side="left") - 1).clip(0, n_bins - 1)
         for kept in (0, 1):
             self.counts[kept] += np.bincount(bins[rows.kept_N[of_class] == kept], minlength=n_bins)
 
     def numbers(self) -> dict[str, Any]:
         removed, kept = self.counts.tolist()
-        of_class = {"label": self.label, "threshold": self.threshold}
+        of_class = {"label": self.label, "scorer": self.kind, "threshold": self.threshold}
         return {**of_class, "edges": self.edges, "kept": kept, "removed": removed}
 
 
@@ -156,21 +178,17 @@ def _counts(tally: _Tally, selection: Selection) -> dict[str, int]:
     return {"samples": stated["samples"], **renamed, "restored": stated.get("restored", 0)}
 
 
-def _rule(selection: Selection) -> dict[str, Any]:
-    """The rule, as far as the artifact tells: a selection that was restored may not repeat it."""
-    stated = selection.read_json("selection.json").get("rule")
-    rule: dict[str, Any] = stated or selection.manifest().recipe.config.get("rule", {})
-    return rule
-
-
-def _classes(tally: _Tally, dataset: Dataset, selection: Selection) -> list[dict[str, Any]]:
+def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selection) -> list[dict[str, Any]]:
     """One row a class that has samples: the most affected first, then the highest statistic."""
-    info, names = selection.read_json("selection.json"), dataset.info.get("classes")
-    level = info.get("level", _rule(selection).get("floor"))  # what a separation must exceed
+    info, names = selection.read_json("selection.json")["classes"], dataset.info.get("classes")
     rows = []
     for label in np.flatnonzero(tally.n_K).tolist():
-        of_class = info["classes"].get(str(label), {})
+        of_class = info.get(str(label), {})  # a class of trusted samples alone was not judged
+        scorers = {kind: _of_scorer(of_class, kind) for kind in kinds}
+        for s, by_scorer in enumerate(scorers.values()):
+            by_scorer |= {"lowest": float(tally.low_SK[s, label]), "highest": float(tally.high_SK[s, label])}
         n, removed = int(tally.n_K[label]), int(tally.removed_K[label])
+        split: dict[str, Any] = next((by for by in scorers.values() if by["separation"] is not None), {})
         rows.append(
             {
                 "label": label,
@@ -178,20 +196,33 @@ def _classes(tally: _Tally, dataset: Dataset, selection: Selection) -> list[dict
                 "n": n,
                 "removed": removed,
                 "removed_fraction": removed / n,
-                "separation": of_class.get("separation"),
-                "level": of_class.get("level", level),
-                "threshold": of_class.get("threshold"),
                 "capped": bool(of_class.get("capped", False)),
-                "lowest": float(tally.low_K[label]),
-                "highest": float(tally.high_K[label]),
+                "separation": split.get("separation"),
+                "level": split.get("level"),
+                "scorers": scorers,
             }
         )
     return sorted(rows, key=lambda c: (-c["removed"], -_statistic(c), c["label"]))
 
 
+def _of_scorer(of_class: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What selection.json says of one scorer in one class."""
+    stated = of_class.get("scorers", {}).get(kind, {})
+    return {"flagged": stated.get("flagged", 0)} | {
+        name: stated.get(name) for name in ("threshold", "separation", "level")
+    }
+
+
 def _statistic(of_class: dict[str, Any]) -> float:
-    separation = of_class["separation"]
-    return float(of_class["highest"] if separation is None else separation)
+    first = next(iter(of_class["scorers"].values()))
+    return float(first["highest"] if of_class["separation"] is None else of_class["separation"])
+
+
+def _drawn(classes: list[dict[str, Any]], kinds: list[str]) -> list[tuple[dict[str, Any], str]]:
+    """(class, scorer) of the histograms: affected classes, by the scorers that flagged something in them."""
+    shown = [c for c in classes if c["removed"]] or classes[:1]
+    flagging = [(c, [kind for kind in kinds if c["scorers"][kind]["flagged"]] or kinds) for c in shown]
+    return [(c, kind) for c, of_class in flagging for kind in of_class]
 
 
 def _class_name(names: Any, label: int) -> str | None:
@@ -203,34 +234,45 @@ def _class_name(names: Any, label: int) -> str | None:
 
 
 def _suspects(
-    tally: _Tally, selection: Selection, classes: dict[int, dict[str, Any]], n_images: int, n_kept: int
+    tally: _Tally,
+    kinds: list[str],
+    selection: Selection,
+    classes: dict[int, dict[str, Any]],
+    n_images: int,
+    n_kept: int,
 ) -> list[dict[str, Any]]:
     """Removed samples first, then those with the highest scores that were kept."""
-    removed = tally.best[False][:n_images]
-    kept = tally.best[True][: max(n_images - len(removed), n_kept)]
-    picks = [(pick, "quarantined") for pick in removed] + [(pick, "kept") for pick in kept]
-    shards = sorted({pick.shard for pick, _ in picks})
-    wanted = {s: sorted(pick.position for pick, _ in picks if pick.shard == s) for s in shards}
+    removed = tally.picks(kept=False, n=n_images)
+    kept = tally.picks(kept=True, n=max(n_images - len(removed), n_kept))
+    picks = [(*pick, "quarantined") for pick in removed] + [(*pick, "kept") for pick in kept]
+    shards = sorted({pick.shard for _, pick, _ in picks})
+    wanted = {s: sorted({pick.position for _, pick, _ in picks if pick.shard == s}) for s in shards}
     found = {s: selection.rows(s, ["key", "reasons"]).take(wanted[s]).to_pylist() for s in shards}
     verdicts = {(s, position): row for s in shards for position, row in zip(wanted[s], found[s], strict=True)}
-    return [
-        {
-            "shard": pick.shard,
-            "position": pick.position,
-            "key": verdicts[pick.shard, pick.position]["key"],
-            "label": pick.label,
-            "score": -pick.minus_score,
-            "status": status,
-            "reason": _reason(verdicts[pick.shard, pick.position]["reasons"], classes[pick.label]["threshold"]),
-        }
-        for pick, status in picks
-    ]
+    trusted = set(selection.read_json("selection.json").get("trusted", []))
+    suspects = []
+    for s, pick, status in picks:
+        verdict, by_scorer = verdicts[pick.shard, pick.position], classes[pick.label]["scorers"][kinds[s]]
+        reason = _reason(verdict["reasons"], by_scorer["threshold"])
+        suspects.append(
+            {
+                "shard": pick.shard,
+                "position": pick.position,
+                "key": verdict["key"],
+                "label": pick.label,
+                "scorer": kinds[s],
+                "score": -pick.minus_score,
+                "status": status,
+                "reason": "its shard is trusted" if pick.shard in trusted else reason,
+            }
+        )
+    return suspects
 
 
 def _reason(reasons: list[dict[str, Any]] | None, threshold: float | None) -> str:
     if reasons:
         return "; ".join(str(reason["reason"]) for reason in reasons)
-    return "its class was not touched" if threshold is None else f"its score is not above {threshold:.4g}"
+    return "nothing in its class was flagged" if threshold is None else f"its score is not above {threshold:.4g}"
 
 
 def _unreadable(dataset: Dataset, selection: Selection) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sanitize.errors import ArtifactError
 from sanitize.report import charts
 from sanitize.report.numbers import collect
 from sanitize.report.pictures import pictures
+from sanitize.select.scored import kind_of
 from sanitize.select.write import Shards
 
 MAX_TEXT = 160  # characters of one string from the data
@@ -40,7 +42,7 @@ class ReportConfig(BaseModel):
         title: of the page.
         n_images: most suspicious samples shown: removed ones first, then the highest scores that were kept.
         n_kept_images: even where more were removed than fit, at least so many kept ones are shown beside them.
-        n_histograms: classes whose scores are drawn, the most affected first.
+        n_histograms: scores of a class by a scorer that are drawn, the most affected classes first.
         n_classes: rows of the class table, the most affected first.
     """
 
@@ -60,7 +62,7 @@ class Report(Artifact):
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
-    scores: Scores,
+    scores: Sequence[Scores],
     selection: Selection,
     shards: Shards,
     out: str,
@@ -72,7 +74,7 @@ def write_report(
     Args:
         config: how much it shows.
         dataset: all samples; the source shards themselves are not read again.
-        scores: of the usable ones.
+        scores: of the usable ones, by each scorer.
         selection: what became of each.
         shards: what was written; the pictures are taken from there.
         out: folder of the artifact: `index.html`, `report.json`.
@@ -87,10 +89,12 @@ def write_report(
         ArtifactError: the artifacts do not belong together.
     """
     compute.activate()
-    given: dict[str, Artifact] = {"dataset": dataset, "scores": scores, "selection": selection, "shards": shards}
+    given: dict[str, Artifact] = {"dataset": dataset, **{f"scores.{kind_of(s)}": s for s in scores}}
+    given |= {"selection": selection, "shards": shards}
     rows = [[name, text] for name, text in (facts or {}).items()]  # a list: their order is seen on the page
     recipe = Recipe(
         stage="write_report",
+        version=2,
         config=config.model_dump(mode="json") | {"facts": rows},
         inputs={name: artifact.digest for name, artifact in given.items()},
     )
@@ -109,14 +113,17 @@ def write_report(
     return make(Report, out, recipe, write)
 
 
-def _check(dataset: Dataset, scores: Scores, selection: Selection, shards: Shards) -> None:
+def _check(dataset: Dataset, scores: Sequence[Scores], selection: Selection, shards: Shards) -> None:
     """Refuse artifacts of different runs: the page would be wrong without anybody seeing it."""
     parents: tuple[tuple[Artifact, str, Artifact], ...] = (
         (selection, "dataset", dataset),
-        (selection, "scores", scores),
+        *((selection, f"scores.{kind_of(s)}", s) for s in scores),
         (shards, "dataset", dataset),
         (shards, "selection", selection),
     )
+    judged = {name for name in selection.manifest().recipe.inputs if name.startswith("scores.")}
+    if judged and judged != {f"scores.{kind_of(s)}" for s in scores}:
+        raise ArtifactError(f"{selection.path} was made from {', '.join(sorted(judged))}; give artifacts of one run")
     for child, name, parent in parents:
         # A restored selection names neither data set nor scores.
         if child.manifest().recipe.inputs.get(name, parent.digest) != parent.digest:
@@ -157,14 +164,18 @@ def headline(numbers: dict[str, Any]) -> str:
             return f"Nothing stood out; all {total:,} samples were kept."
         return f"Nothing stood out; {counts['clean']:,} of {total:,} samples were kept, {unreadable}."
     one = n == 1
+    kinds = {rule["kind"] for rule in numbers["rules"].values()}
+    if numbers["verdict"] == "combined":
+        kinds = {"fdr"}
     verbs = {
         "separation": "looks planted" if one else "look planted",
         "fdr": "stands out" if one else "stand out",
+        "conformal": "stands out from the trusted ones" if one else "stand out from the trusted ones",
         "contamination": "was removed as the most suspicious of its class"
         if one
         else "were removed as the most suspicious of their classes",
     }
-    verb = verbs.get(numbers["rule"].get("kind", ""), "was removed" if one else "were removed")
+    verb = verbs[kinds.pop()] if len(kinds) == 1 else "was removed" if one else "were removed"
     sit = "it sits" if one else "they sit"
     end = f"; {unreadable}" if counts["unreadable"] else ""
     return f"{n:,} of {total:,} samples {verb}; {sit} in {_places(numbers)}{end}."
@@ -244,7 +255,10 @@ def _charts(numbers: dict[str, Any]) -> dict[str, Any]:
     counts = numbers["counts"]
     return {
         "by_label": by_label,
-        "score_step": charts.step_for([c["highest"] for c in numbers["classes"]]),
+        "steps": {
+            scorer["kind"]: charts.step_for([c["scorers"][scorer["kind"]]["highest"] for c in numbers["classes"]])
+            for scorer in numbers["scorers"]
+        },
         "has_separation": bool(separations),
         "balance": Markup(charts.balance([(k, counts[k]) for k in ("clean", "quarantined", "unreadable")])),
         "gauges": {
@@ -252,12 +266,12 @@ def _charts(numbers: dict[str, Any]) -> dict[str, Any]:
             for c in numbers["classes"][: numbers["n_class_rows"]]
             if c["separation"] is not None
         },
-        "drawings": {
-            h["label"]: Markup(
+        "drawings": [
+            Markup(
                 charts.histogram(
                     h["edges"], h["kept"], h["removed"], h["threshold"], clean_text(class_name(by_label[h["label"]]))
                 )
             )
             for h in numbers["histograms"]
-        },
+        ],
     }

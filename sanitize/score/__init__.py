@@ -1,15 +1,25 @@
 """Anomaly scores, one method a file. A score is higher for a more suspicious sample, always."""
 
+from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
 from sanitize.score.neighbours import Neighbours, NeighboursConfig
+from sanitize.score.rca import RCA, RCAConfig
+from sanitize.score.robust_realnvp import RobustRealNVP, RobustRealNVPConfig
 from sanitize.score.spectral import Spectral, SpectralConfig
 from sanitize.score.stage import FittedScorer, ScorerConfig, fit_scorer, new_scorer, score_shards
 from sanitize.score.toxic_direction import ToxicDirectionConfig
 from sanitize.score.toxic_scorer import ToxicDirection
 
 __all__ = [
+    "RCA",
+    "AnomalyScorer",
     "FittedScorer",
     "Neighbours",
     "NeighboursConfig",
+    "RCAConfig",
+    "RCAScorerConfig",
+    "RobustRealNVP",
+    "RobustRealNVPConfig",
+    "RobustRealNVPScorerConfig",
     "ScorerConfig",
     "Spectral",
     "SpectralConfig",

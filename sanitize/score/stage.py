@@ -13,15 +13,21 @@ from sanitize.compute import Compute
 from sanitize.data.tables import Embeddings, Scores, write_rows
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.progress import track
+from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
 from sanitize.score.neighbours import Neighbours, NeighboursConfig
 from sanitize.score.scorer import Scorer
 from sanitize.score.spectral import Spectral, SpectralConfig
 from sanitize.score.toxic_direction import ToxicDirectionConfig
 from sanitize.score.toxic_scorer import ToxicDirection
 
-ScorerConfig = Annotated[NeighboursConfig | SpectralConfig | ToxicDirectionConfig, Field(discriminator="kind")]
+ScorerConfig = Annotated[
+    NeighboursConfig | RCAScorerConfig | RobustRealNVPScorerConfig | SpectralConfig | ToxicDirectionConfig,
+    Field(discriminator="kind"),
+]
 _SCORERS: dict[type[BaseModel], Callable[[Any], Scorer]] = {
     NeighboursConfig: Neighbours,
+    RCAScorerConfig: AnomalyScorer,
+    RobustRealNVPScorerConfig: AnomalyScorer,
     SpectralConfig: Spectral,
     ToxicDirectionConfig: ToxicDirection,
 }
@@ -33,11 +39,11 @@ def new_scorer(config: ScorerConfig) -> Scorer:
 
 
 class FittedScorer(Artifact):
-    """`state.safetensors` and `scorer.json` (config and class statistics)."""
+    """`state.safetensors` and `scorer.json` (config, class statistics, shards that were held out)."""
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """scorer.json: `config`, and `classes`: label -> statistics."""
+        """scorer.json: `config`; `classes`: label -> statistics; `held_out`: names of shards."""
         info: dict[str, Any] = self.read_json("scorer.json")
         return info
 
@@ -51,22 +57,28 @@ class FittedScorer(Artifact):
         return scorer
 
 
-def fit_scorer(config: ScorerConfig, embeddings: Embeddings, out: str, compute: Compute) -> FittedScorer:
-    """Fit a scorer on all embeddings.
+def fit_scorer(
+    config: ScorerConfig, embeddings: Embeddings, out: str, compute: Compute, held_out: Sequence[str] = ()
+) -> FittedScorer:
+    """Fit a scorer on embeddings.
 
     Args:
         config: which scorer.
         embeddings: what to fit on; read as a stream, several times.
         out: folder of the artifact.
         compute: seed of the hash-chosen samples.
+        held_out: shards it is not fitted on: those that are trusted, so that they can be compared with.
 
     Raises:
         ConfigError: the embedding the scorer reads is not there.
     """
     compute.activate()
+    held = {"held_out": sorted(held_out)}
+    shards = [shard for shard in embeddings.shards if shard not in held_out]
     recipe = Recipe(
         stage="fit_scorer",
-        config=config.model_dump(mode="json"),
+        version=2,
+        config=config.model_dump(mode="json") | held,
         numerics=compute.numerics,
         inputs={"embeddings": embeddings.digest},
     )
@@ -76,13 +88,13 @@ def fit_scorer(config: ScorerConfig, embeddings: Embeddings, out: str, compute: 
         with track(f"fit {config.kind}", None) as advance:
 
             def one_pass():  # type: ignore[no-untyped-def]
-                for batch in embeddings.batches(config.embedding):
+                for batch in embeddings.batches(config.embedding, shards=shards):
                     advance(len(batch.keys))
                     yield batch
 
             scorer.fit(one_pass, compute)
         part.write("state.safetensors", safetensors.torch.save(scorer.state_dict()))
-        part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": scorer.statistics})
+        part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": scorer.statistics} | held)
 
     return make(FittedScorer, out, recipe, write)
 

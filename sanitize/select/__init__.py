@@ -1,11 +1,13 @@
 """From scores to verdicts, from verdicts to shards: rules decide, the writer copies bytes, a decision can be undone."""
 
 from sanitize.select.restore import RestoreConfig, restore_samples
-from sanitize.select.rules import ContaminationRule, FDRRule, Rule, SeparationRule
+from sanitize.select.rules import ConformalRule, ContaminationRule, FDRRule, Rule, SeparationRule
 from sanitize.select.stage import SelectConfig, select_samples
+from sanitize.select.trusted import trusted_shards
 from sanitize.select.write import Shards, WriteConfig, write_selected
 
 __all__ = [
+    "ConformalRule",
     "ContaminationRule",
     "FDRRule",
     "RestoreConfig",
@@ -16,5 +18,6 @@ __all__ = [
     "WriteConfig",
     "restore_samples",
     "select_samples",
+    "trusted_shards",
     "write_selected",
 ]

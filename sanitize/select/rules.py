@@ -1,7 +1,8 @@
 """Rules: from the scores of each class to the score above which its samples go. Every rule may find nothing.
 
 A rule returns one threshold a class; samples with a score *above* it (>) are flagged. float("inf") touches nothing.
-Shapes: N scores of one class, K classes.
+Rules that rest on p-values have `p_values`. Shapes: N scores of one class, K classes, M scores of trusted samples, S
+scorers.
 """
 
 import math
@@ -15,6 +16,7 @@ from sanitize.errors import ConfigError
 
 Scores = Mapping[int, np.ndarray]  # label -> float32 (N,)
 Statistics = Mapping[int, Mapping[str, float]]
+NO_SCORES = np.zeros(0, np.float32)
 
 
 class ContaminationRule(BaseModel):
@@ -31,7 +33,7 @@ class ContaminationRule(BaseModel):
     rate: float = Field(gt=0, le=0.5)
     factor: float = Field(default=1.5, gt=0)
 
-    def thresholds(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
+    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
         """The score below the top `factor * rate` of each class."""
         return {y: keep_all_but(s_N, round(self.factor * self.rate * len(s_N))) for y, s_N in scores.items()}
 
@@ -64,7 +66,7 @@ class SeparationRule(BaseModel):
     small_class: int = Field(default=500, ge=0)
     log_odds: float = 0.0
 
-    def thresholds(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
+    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
         """`log_odds` for the classes that stand out, infinity for the others.
 
         Raises:
@@ -72,7 +74,7 @@ class SeparationRule(BaseModel):
         """
         if statistics and not any("separation" in of_class for of_class in statistics.values()):
             raise ConfigError(
-                "rule 'separation' needs scorer 'toxic_direction'; use 'contamination' or 'fdr' with others"
+                "rule 'separation' needs scorer 'toxic_direction'; use 'fdr', 'conformal' or 'contamination'"
             )
         levels = self.levels(scores, statistics)
         above = {y for y, of_class in statistics.items() if of_class.get("separation", 0.0) > levels.get(y, math.inf)}
@@ -104,25 +106,68 @@ class FDRRule(BaseModel):
     kind: Literal["fdr"] = "fdr"
     q: float = Field(default=0.05, gt=0, lt=1)
 
-    def thresholds(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
+    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
         """The score of the last rejected sample's predecessor, per class."""
+        p_values = self.p_values(scores)
+        return {y: keep_all_but(s_N, benjamini_hochberg(p_values[y], self.q)) for y, s_N in scores.items()}
+
+    def p_values(self, scores: Scores, trusted_M: np.ndarray = NO_SCORES) -> dict[int, np.ndarray]:
+        """For each class, the share of the other classes' scores that are at least as high, (N,) in (0, 1]."""
+        z = {y: standardised(s_N) for y, s_N in scores.items()}
+        ordered = np.sort(np.concatenate([*z.values(), NO_SCORES]))
         found = {}
-        for label, s_N in scores.items():
-            p_N = self.p_values(scores, label)
-            n_rejected = benjamini_hochberg(p_N, self.q)
-            found[label] = keep_all_but(s_N, n_rejected)
+        for y, z_N in z.items():
+            above_N = n_at_least(ordered, z_N) - n_at_least(np.sort(z_N), z_N)
+            found[y] = (1 + above_N) / (1 + len(ordered) - len(z_N))
         return found
 
-    def p_values(self, scores: Scores, label: int) -> np.ndarray:
-        """Share of the other classes' scores that are at least as high, (N,) float64 in (0, 1]."""
-        null_M = np.sort(
-            np.concatenate([standardised(s_N) for y, s_N in scores.items() if y != label] or [np.zeros(0)])
-        )
-        n_above_N = len(null_M) - np.searchsorted(null_M, standardised(scores[label]), side="left")
-        return np.asarray((1 + n_above_N) / (1 + len(null_M)))
+
+class ConformalRule(BaseModel):
+    """Benjamini-Hochberg at level `q` on conformal p-values: a false discovery rate that is guaranteed.
+
+    Needs samples that the user vouches for (`trusted`), which the scorer was not fitted on. The p-value of a score s is
+    p = (1 + #{trusted scores >= s}) / (M + 1); all classes are judged together. Where trusted samples and the clean
+    ones among the others are exchangeable, at most the share `q` of what is removed is clean, on average over data
+    sets, whatever the scorer and the distribution: sharing the trusted samples makes these p-values dependent, but
+    positively (PRDS), which Benjamini-Hochberg allows (Bates, Candes, Lei, Romano & Sesia, "Testing for outliers with
+    conformal p-values", Annals of Statistics 2023, section 2). The samples judged are usually those the scorer was
+    fitted on; that makes them look rather less abnormal than fresh ones, so the rule errs on the side of keeping.
+
+    No p-value is below 1 / (M + 1): of N samples judged, N / (q (M + 1)) must stand out together for any to be found.
+
+    Attributes:
+        q: bound on the expected share of clean samples among those removed, in (0, 1).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["conformal"] = "conformal"
+    q: float = Field(default=0.05, gt=0, lt=1)
+
+    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
+        """One for all classes: the highest score that is not rejected."""
+        p_N = np.concatenate([*self.p_values(scores, trusted_M).values(), np.ones(0)])
+        s_N = np.concatenate([*scores.values(), NO_SCORES])
+        return dict.fromkeys(scores, keep_all_but(s_N, benjamini_hochberg(p_N, self.q)))
+
+    def p_values(self, scores: Scores, trusted_M: np.ndarray = NO_SCORES) -> dict[int, np.ndarray]:
+        """For each class (N,) in (0, 1].
+
+        Raises:
+            ConfigError: too few trusted samples for any p-value to reach q.
+        """
+        n_needed = math.ceil(1 / self.q) - 1
+        if len(trusted_M) < n_needed:
+            raise ConfigError(
+                f"rule 'conformal' at q = {self.q} needs at least {n_needed} trusted samples, not {len(trusted_M)}: no "
+                "p-value is below 1 / (trusted samples + 1). Name the shards you vouch for under `trusted:`; for a few "
+                "outliers among N samples to be found, there must be about N of them"
+            )
+        ordered_M = np.sort(trusted_M)
+        return {y: (1 + n_at_least(ordered_M, s_N)) / (1 + len(ordered_M)) for y, s_N in scores.items()}
 
 
-Rule = Annotated[ContaminationRule | SeparationRule | FDRRule, Field(discriminator="kind")]
+Rule = Annotated[ContaminationRule | SeparationRule | FDRRule | ConformalRule, Field(discriminator="kind")]
 
 
 def standardised(s_N: np.ndarray) -> np.ndarray:
@@ -137,6 +182,23 @@ def benjamini_hochberg(p_N: np.ndarray, q: float) -> int:
     n = len(p_N)
     below = np.sort(p_N) <= q * np.arange(1, n + 1) / n
     return int(below.nonzero()[0][-1]) + 1 if below.any() else 0
+
+
+def n_at_least(ordered_M: np.ndarray, s_N: np.ndarray) -> np.ndarray:
+    """How many of the ordered numbers are >= each of the others, int64 (N,)."""
+    return np.asarray(len(ordered_M) - np.searchsorted(ordered_M, s_N, side="left"))
+
+
+def cauchy_combination(p_SN: np.ndarray) -> np.ndarray:
+    """One p-value (N,) from S dependent ones: p = acot(T) / pi, T = mean over S of cot(pi p_s).
+
+    cot(pi p_s) is a Cauchy variable, and so is T: exactly where the p-values are independent or equal, and in the tail
+    also where they come from jointly normal statistics of any correlation (Liu & Xie, "Cauchy combination test", JASA
+    2020, Theorem 1). p-values above 0.99 count as 0.99: at p = 1, T is minus infinity, and one scorer that finds a
+    sample exceptionally ordinary would veto all others.
+    """
+    T_N = (1 / np.tan(np.pi * p_SN.clip(max=0.99))).mean(0)
+    return np.asarray(np.arctan2(1, T_N) / np.pi)
 
 
 def keep_all_but(s_N: np.ndarray, n_removed: int) -> float:

@@ -1,10 +1,15 @@
-"""Turn scores into verdicts, each with its reason. Nothing is read but scores and index rows, so a rule can be
-changed and replayed in seconds."""
+"""Turn scores into verdicts, each with its reasons. Nothing is read but scores and index rows, so a rule can be
+changed and replayed in seconds.
+
+Every scorer has a rule of its own, which flags samples; how many flags make a verdict is `SelectConfig.verdict`.
+Shapes: N scored samples, S scorers.
+"""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +19,18 @@ from sanitize.artifacts import Part, Recipe, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection, write_rows
+from sanitize.errors import ArtifactError, ConfigError
 from sanitize.progress import track
-from sanitize.select.rules import FDRRule, Rule, SeparationRule, keep_all_but
+from sanitize.select.rules import (
+    ConformalRule,
+    FDRRule,
+    Rule,
+    SeparationRule,
+    benjamini_hochberg,
+    cauchy_combination,
+    keep_all_but,
+)
+from sanitize.select.scored import Opinion, Scored, kind_of, read_scores
 
 REASON = pa.struct(
     {
@@ -42,130 +57,224 @@ class SelectConfig(BaseModel):
     """How scores become verdicts.
 
     Attributes:
-        rule: contamination, separation or fdr.
-        max_removed_fraction: no class loses more than this share of its samples to a rule, in [0, 1]; where a rule
-            asks for more, the highest scores go and the report says that the cap was reached.
+        rules: kind of a scorer -> its rule.
+        rule: of all scorers that `rules` does not name; None is separation for toxic_direction, fdr for the others.
+        verdict: a sample goes to quarantine where `any` scorer flags it by its rule, the `majority` (more than half) or
+            `all` do; or by the `combined` p-value of all scorers (Cauchy combination) and Benjamini-Hochberg at level
+            `q` over all samples, for which every rule must give p-values: fdr or conformal.
+        q: of `combined`; the other verdicts rest on the levels of the rules.
+        max_removed_fraction: no rule flags more than this share of a class, in [0, 1]; where it asks for more, the
+            highest scores go and the report says that the cap was reached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rule: Rule = SeparationRule()
+    rules: dict[str, Rule] = {}
+    rule: Rule | None = None
+    verdict: Literal["any", "majority", "all", "combined"] = "any"
+    q: float = Field(default=0.05, gt=0, lt=1)
     max_removed_fraction: float = Field(default=0.6, ge=0, le=1)
 
+    def rules_of(self, kinds: Sequence[str]) -> dict[str, Rule]:
+        """The rule of each scorer.
 
-def select_samples(config: SelectConfig, dataset: Dataset, scores: Scores, out: str, compute: Compute) -> Selection:
+        Raises:
+            ConfigError: `rules` names another scorer, or the verdict needs p-values that a rule does not give.
+        """
+        if unknown := sorted(set(self.rules) - set(kinds)):
+            raise ConfigError(f"select.rules names {', '.join(unknown)}, but the scorers are {', '.join(kinds)}")
+        rules = {kind: self.rules.get(kind) or self.rule or default_rule(kind) for kind in kinds}
+        for kind, rule in rules.items():
+            if self.verdict == "combined" and not isinstance(rule, FDRRule | ConformalRule):
+                raise ConfigError(
+                    f"verdict 'combined' needs p-values, and rule {rule.kind!r} of {kind} gives none; say "
+                    f"select.rules: {{{kind}: {{kind: fdr}}}}, or conformal"
+                )
+        return rules
+
+
+def default_rule(kind: str) -> Rule:
+    """The rule of a scorer where the configuration has none."""
+    return SeparationRule() if kind == "toxic_direction" else FDRRule()
+
+
+def select_samples(
+    config: SelectConfig,
+    dataset: Dataset,
+    scores: Sequence[Scores],
+    out: str,
+    compute: Compute,
+    trusted: Sequence[str] = (),
+) -> Selection:
     """Decide which samples stay.
 
     Args:
-        config: the rule.
+        config: rules, and how many flags make a verdict.
         dataset: all samples, the unreadable ones too.
-        scores: of the usable ones.
+        scores: of the usable ones, by one or more scorers.
         out: folder of the artifact: verdicts, and `selection.json` with one entry a class.
         compute: unused but for the convention; nothing is random.
+        trusted: shards the user vouches for: none of their samples is removed, rule `conformal` compares with them.
 
     Returns:
-        The Selection; `status` is kept, quarantined or unreadable.
+        The Selection; `status` is kept, quarantined or unreadable. The reasons of a sample are those of all scorers
+        that flag it, also where they are too few to remove it.
 
     Raises:
-        ConfigError: the rule does not go with the scorer.
+        ConfigError: a rule does not go with its scorer, or a scorer was fitted on trusted shards.
     """
     compute.activate()
+    trust = {"trusted": sorted(trusted)} if trusted else {}
     recipe = Recipe(
         stage="select_samples",
-        config=config.model_dump(mode="json"),
-        inputs={"dataset": dataset.digest, "scores": scores.digest},
+        version=2,
+        config=config.model_dump(mode="json") | trust,
+        inputs={"dataset": dataset.digest, **{f"scores.{kind_of(s)}": s.digest for s in scores}},
     )
-    decided = cache(lambda: _decide(config, scores))
+    decided = cache(lambda: _decide(config, scores, trusted))
 
     def write_part(shard: str, part: Part) -> None:
-        rows = _verdicts(dataset, scores, shard, *decided())
+        rows = _verdicts(dataset, decided(), shard)
         write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
         part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
         advance(len(rows))
 
     def finish(part: Part, _workshop: object) -> None:
-        classes, _ = decided()
-        by_label = {str(label): classes[label] for label in sorted(classes)}
-        part.write_json("selection.json", {"rule": config.rule.model_dump(mode="json"), "classes": by_label})
+        part.write_json("selection.json", decided().summary(config) | trust)
 
     with track("select", dataset.manifest().counts.get("samples")) as advance:
         return make(Selection, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
 
 
 STATUSES = ("kept", "quarantined", "unreadable")
-Classes = dict[int, dict[str, Any]]  # label -> what selection.json says of it
-PValues = dict[int, tuple[np.ndarray, np.ndarray]]  # label -> its scores, ascending, and the p-value of each
 
 
-def _decide(config: SelectConfig, scores: Scores) -> tuple[Classes, PValues]:
-    """The threshold of every class, and what it rests on."""
-    # The one thing that grows with the data set: a float32 score and its label, 12 bytes a sample.
-    by_class = scores_by_class(scores)
-    scorer = scores.read_json("scorer.json")
-    statistics = {int(label): values for label, values in scorer["classes"].items()}
-    thresholds = config.rule.thresholds(by_class, statistics)
-    levels = config.rule.levels(by_class, statistics) if isinstance(config.rule, SeparationRule) else {}
-    classes: Classes = {}
-    p_values: PValues = {}
-    for label, s_N in by_class.items():
-        cap = keep_all_but(s_N, int(config.max_removed_fraction * len(s_N)))
+@dataclass(frozen=True)
+class _Ruling:
+    """What its rule makes of the scores of one scorer.
+
+    `classes`: label -> what selection.json says of it; `p_N`: p-values, where the rule gives them.
+    """
+
+    opinion: Opinion
+    rule: Rule
+    classes: dict[int, dict[str, Any]]
+    flagged_N: np.ndarray
+    p_N: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """All rulings and what follows; `capped`: labels; `combined_N`: p-values, for the verdict that rests on them."""
+
+    scored: Scored
+    rulings: list[_Ruling]
+    removed_N: np.ndarray
+    capped: set[int]
+    combined_N: np.ndarray | None = None
+
+    def summary(self, config: SelectConfig) -> dict[str, Any]:
+        """Content of selection.json."""
+        return {
+            "verdict": config.verdict,
+            "rules": {ruling.opinion.kind: ruling.rule.model_dump(mode="json") for ruling in self.rulings},
+            "classes": {
+                str(label): {
+                    "n": len(removed_n),
+                    "removed": int(removed_n.sum()),
+                    "capped": label in self.capped,
+                    "scorers": {ruling.opinion.kind: ruling.classes[label] for ruling in self.rulings},
+                }
+                for label, removed_n in self.scored.by_class(self.removed_N).items()
+            },
+        }
+
+    def reasons(self, i: int, label: int) -> list[dict[str, Any]]:
+        """What speaks against sample i, of class `label`."""
+        reasons = [_reason(ruling, label, i) for ruling in self.rulings if ruling.flagged_N[i]]
+        if self.combined_N is None or not self.removed_N[i]:
+            return reasons
+        p_values = ", ".join(f"{r.opinion.kind} {r.p_N[i]:.2g}" for r in self.rulings if r.p_N is not None)
+        text = f"combined p-value {self.combined_N[i]:.2g} ({p_values})"
+        return [{"stage": "combined", "reason": text, "p_value": float(self.combined_N[i])}, *reasons]
+
+
+def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str]) -> _Decision:
+    scored = read_scores(scores, trusted)
+    rules = config.rules_of([opinion.kind for opinion in scored.opinions])
+    rulings = [_rule_on(opinion, rules[opinion.kind], scored, config) for opinion in scored.opinions]
+    if config.verdict == "combined":
+        return _combine(config, scored, rulings)
+    n_flags_N = np.sum([ruling.flagged_N for ruling in rulings], axis=0)
+    n_needed = {"any": 1, "majority": len(rulings) // 2 + 1, "all": len(rulings)}[config.verdict]
+    capped = {y for ruling in rulings for y, of_class in ruling.classes.items() if of_class["capped"]}
+    return _Decision(scored, rulings, n_flags_N >= n_needed, capped)
+
+
+def _combine(config: SelectConfig, scored: Scored, rulings: list[_Ruling]) -> _Decision:
+    """Benjamini-Hochberg on the combined p-values of all samples that are not trusted."""
+    combined_N = cauchy_combination(np.stack([ruling.p_N for ruling in rulings if ruling.p_N is not None]))
+    judged = -combined_N[~scored.trusted_N]  # negative: the higher, the more suspicious
+    threshold = keep_all_but(judged, benjamini_hochberg(-judged, config.q))
+    removed_N, capped = np.zeros(len(combined_N), bool), set()
+    for label, s_n in scored.by_class(-combined_N).items():
+        cap = keep_all_but(s_n, int(config.max_removed_fraction * len(s_n)))
+        removed_N[scored.judged[label]] = s_n > max(threshold, cap)
+        if cap > threshold:
+            capped.add(label)
+    return _Decision(scored, rulings, removed_N, capped, combined_N)
+
+
+def _rule_on(opinion: Opinion, rule: Rule, scored: Scored, config: SelectConfig) -> _Ruling:
+    by_class, trusted_M = scored.by_class(opinion.scores_N), opinion.scores_N[scored.trusted_N]
+    thresholds = rule.thresholds(by_class, opinion.statistics, trusted_M)
+    levels = rule.levels(by_class, opinion.statistics) if isinstance(rule, SeparationRule) else {}
+    classes: dict[int, dict[str, Any]] = {}
+    flagged_N = np.zeros(len(opinion.scores_N), bool)
+    for label, s_n in by_class.items():
+        cap = keep_all_but(s_n, int(config.max_removed_fraction * len(s_n)))
         # A rule that takes a whole class says minus infinity, which JSON cannot hold: the lowest float says it too.
         threshold = max(thresholds[label], cap, float(np.finfo(np.float32).min))
+        flagged_N[scored.judged[label]] = s_n > threshold
         classes[label] = {
-            "n": len(s_N),
-            "removed": int((s_N > threshold).sum()),
+            "flagged": int((s_n > threshold).sum()),
             "threshold": threshold if threshold < math.inf else None,
             "capped": bool(cap > thresholds[label]),
-            "scorer": scorer["config"]["kind"],
-            **statistics.get(label, {}),
+            **opinion.statistics.get(label, {}),
+            **({"level": levels[label]} if label in levels else {}),
         }
-        if label in levels:
-            classes[label]["level"] = levels[label]
-        if isinstance(config.rule, FDRRule):
-            p_values[label] = (np.sort(s_N), np.sort(config.rule.p_values(by_class, label))[::-1])
-    return classes, p_values
+    p_N = None
+    if isinstance(rule, FDRRule | ConformalRule):
+        p_N = np.ones(len(opinion.scores_N))
+        for label, p_n in rule.p_values(by_class, trusted_M).items():
+            p_N[scored.judged[label]] = p_n
+    return _Ruling(opinion, rule, classes, flagged_N, p_N)
 
 
-def scores_by_class(scores: Scores, shards: Sequence[str] | None = None) -> dict[int, np.ndarray]:
-    """label -> float32 scores of all its samples."""
-    pieces: dict[int, list[np.ndarray]] = {}
-    for shard in scores.shards if shards is None else shards:
-        table = scores.rows(shard, ["label", "score"])
-        labels_N, scores_N = table["label"].to_numpy(), table["score"].to_numpy()
-        for label in np.unique(labels_N).tolist():
-            pieces.setdefault(label, []).append(scores_N[labels_N == label])
-    return {label: np.concatenate(pieces[label]) for label in sorted(pieces)}
-
-
-def _verdicts(
-    dataset: Dataset, scores: Scores, shard: str, classes: Classes, p_values: PValues
-) -> list[dict[str, Any]]:
-    scored: dict[int, float] = {}
-    if shard in scores.shards:
-        table = scores.rows(shard, ["position", "score"])
-        scored = dict(zip(table["position"].to_pylist(), table["score"].to_pylist(), strict=True))
-    rows = []
-    for row in dataset.rows(shard, ["position", "key", "label", "status", "reason"]).to_pylist():
+def _verdicts(dataset: Dataset, decision: _Decision, shard: str) -> list[dict[str, Any]]:
+    of_shard = decision.scored.slices.get(shard, slice(0, 0))
+    indexed = dataset.rows(shard, ["position", "key", "label", "status", "reason"]).to_pylist()
+    if sum(row["status"] == "ok" for row in indexed) != of_shard.stop - of_shard.start:
+        raise ArtifactError(f"the scores of shard {shard} are not those of the samples of {dataset.path}")
+    rows, at = [], iter(range(of_shard.start, of_shard.stop))
+    for row in indexed:
         verdict = {name: row[name] for name in ("position", "key", "label")}
         if row["status"] != "ok":
             reasons = [{"stage": "index", "reason": row["reason"]}]
             rows.append(verdict | {"status": "unreadable", "keep": False, "reasons": reasons})
             continue
-        of_class, score = classes[row["label"]], scored[row["position"]]
-        threshold = of_class["threshold"]
-        keep = threshold is None or not score > threshold
-        reasons = [] if keep else [_reason(of_class, score, p_values.get(row["label"]))]
-        rows.append(verdict | {"status": "kept" if keep else "quarantined", "keep": keep, "reasons": reasons})
+        i = next(at)
+        keep = not decision.removed_N[i]
+        status = "kept" if keep else "quarantined"
+        rows.append(verdict | {"status": status, "keep": keep, "reasons": decision.reasons(i, row["label"])})
     return rows
 
 
-def _reason(of_class: dict[str, Any], score: float, p_values: Any) -> dict[str, Any]:
-    threshold = of_class["threshold"]
-    text = f"{of_class['scorer']} score {score:.4g} is above {threshold:.4g}"
+def _reason(ruling: _Ruling, label: int, i: int) -> dict[str, Any]:
+    """Why a scorer flags sample i."""
+    of_class, score, kind = ruling.classes[label], float(ruling.opinion.scores_N[i]), ruling.opinion.kind
+    text = f"{kind} score {score:.4g} is above {of_class['threshold']:.4g}"
     if "separation" in of_class:
         text += f"; the class splits in two, {of_class['separation']:.1f} standard deviations apart"
-    reason = {"stage": of_class["scorer"], "reason": text, "score": score, "threshold": threshold}
-    if p_values is not None:
-        sorted_scores, sorted_p = p_values
-        reason["p_value"] = float(sorted_p[np.searchsorted(sorted_scores, np.float32(score))])
-    return reason
+    reason = {"stage": kind, "reason": text, "score": score, "threshold": of_class["threshold"]}
+    return reason if ruling.p_N is None else reason | {"p_value": float(ruling.p_N[i])}

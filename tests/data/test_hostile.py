@@ -363,7 +363,7 @@ def selected(source: Path, out: Path, **config: Any) -> tuple[Dataset, Selection
     compute = Compute(device="cpu")
     dataset = index_shards(IndexConfig(max_bad_fraction=1, **config), str(source), str(out / "index"), compute)
     scores = zero_scores(dataset, out / "scores")
-    return dataset, select_samples(SelectConfig(), dataset, scores, str(out / "selection"), compute)
+    return dataset, select_samples(SelectConfig(), dataset, [scores], str(out / "selection"), compute)
 
 
 def written(dataset: Dataset, selection: Selection, out: Path) -> Shards:

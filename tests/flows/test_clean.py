@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,16 +12,21 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from flows.clean import CleanConfig, run_clean
+from flows.clean import CleanConfig, clean, run_clean
+from flows.restore import restore, verify_run, write_again
+from flows.run import Run
 from sanitize.artifacts import read_manifest
+from sanitize.errors import ConfigError
+from sanitize.select import ContaminationRule, SelectConfig
 
 FOLDERS = (
     "00-index",
     "10-embedder",
     "20-embeddings",
-    "30-scorer",
-    "31-scores",
+    "30-scorer-toxic_direction",
+    "31-scores-toxic_direction",
     "40-selection",
     "50-shards",
     "90-report",
@@ -58,6 +64,92 @@ def test_second_call_makes_nothing_again(direct: Path, settings: dict[str, Any])
     before = {path: path.stat().st_mtime_ns for path in direct.glob("*/manifest.json")}
     run_clean(CleanConfig.model_validate(settings), direct, direct=True)
     assert {path: path.stat().st_mtime_ns for path in direct.glob("*/manifest.json")} == before
+
+
+SCORERS = [
+    {"kind": "toxic_direction"},
+    {"kind": "rca", "model": {"epochs": 5}},
+    {"kind": "robust_realnvp", "model": {"epochs": 5}},
+    {"kind": "neighbours"},
+]
+
+
+def rows(out: Path, folder: str) -> list[dict[str, Any]]:
+    return [
+        row for path in sorted((out / folder / "rows").glob("*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
+
+
+def test_several_scorers_each_with_its_rule(
+    direct: Path, settings: dict[str, Any], poisoned: Path, tmp_path: Path
+) -> None:
+    """Two shards are vouched for: they are held out from fitting, compared with, and left alone."""
+    trusted = sorted(path.name for path in poisoned.glob("*.tar"))[:2]
+    more = {"rules": {"rca": {"kind": "conformal", "q": 0.1}, "robust_realnvp": {"kind": "conformal", "q": 0.1}}}
+    config = CleanConfig.model_validate(settings | {"scorers": SCORERS, "select": more, "trusted": trusted})
+    result = run_clean(config, tmp_path / "run", direct=True)
+    kinds = [scorer["kind"] for scorer in SCORERS]
+    for kind in kinds:
+        info = json.loads((tmp_path / f"run/31-scores-{kind}/scorer.json").read_text())
+        assert info["held_out"] == trusted
+    verdicts = rows(tmp_path / "run", "40-selection")
+    of_shards = [len(rows(tmp_path / "run", f"31-scores-{kind}")) for kind in kinds]
+    assert of_shards == [len(verdicts)] * len(kinds)
+    for path in sorted((tmp_path / "run/40-selection/rows").glob("*.parquet"))[:2]:
+        assert all(pq.read_table(path)["keep"].to_pylist())
+    removed = [row for row in verdicts if not row["keep"]]
+    assert {reason["stage"] for row in removed for reason in row["reasons"]} <= set(kinds)
+    assert any(reason["stage"] == "toxic_direction" for row in removed for reason in row["reasons"])
+    report = json.loads((tmp_path / "run/90-report/report.json").read_text())
+    assert [scorer["kind"] for scorer in report["scorers"]] == kinds
+    assert report["rules"]["rca"]["kind"] == "conformal"
+    assert report["rules"]["neighbours"]["kind"] == "fdr"
+    assert result["samples"]["quarantined"] == len(removed) == sum(c["removed"] for c in report["classes"])
+    assert verify_run(str(tmp_path / "run"))[1] == []
+
+    again = restore(str(tmp_path / "run"), (removed[0]["key"],), "fine")
+    assert again["restored"] == 1
+    assert write_again(str(tmp_path / "run")).endswith("90-report.r1/index.html")
+
+    # A rule is replayed from the scores alone: nothing before the selection is made again.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("[0-3]*/manifest.json")}
+    for folder in ("40-selection", "50-shards", "90-report"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    replayed = config.model_copy(update={"select": SelectConfig(rule=ContaminationRule(rate=0.02), verdict="majority")})
+    run_clean(replayed, tmp_path / "run", direct=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("[0-3]*/manifest.json")} == before
+    assert rows(tmp_path / "run", "40-selection") != verdicts
+
+
+@pytest.mark.parametrize("kind", ["rca", "robust_realnvp"])
+def test_anomaly_scorers_do_not_depend_on_order_or_groups(
+    settings: dict[str, Any], poisoned: Path, direct: Path, tmp_path: Path, kind: str
+) -> None:
+    more = {"scorers": [{"kind": kind, "model": {"epochs": 2}}], "shards": sorted(map(str, poisoned.glob("*.tar")))}
+    found = []
+    for name, shards, n_groups in (("a", more["shards"], 1), ("b", more["shards"][::-1], 3)):
+        for folder in ("00-index", "10-embedder", "20-embeddings"):
+            shutil.copytree(direct / folder, tmp_path / name / folder)
+        config = CleanConfig.model_validate(settings | more | {"shards": shards, "n_groups": n_groups})
+        clean(config, Run(tmp_path / name, config.compute, n_groups))
+        found.append([read_manifest(tmp_path / name / f"{f}-{kind}").digest for f in ("30-scorer", "31-scores")])
+    assert found[0] == found[1]
+
+
+WRONG = [
+    ({"scorers": [{"kind": "rca"}, {"kind": "rca"}]}, "two are of one kind"),
+    ({"scorers": []}, "at least 1 item"),
+    ({"scorer": {"kind": "rca"}}, "Extra inputs"),
+    ({"select": {"rules": {"rca": {"kind": "fdr"}}}}, "names rca, but the scorers are toxic_direction"),
+    ({"select": {"verdict": "combined"}}, "needs p-values"),
+    ({"select": {"rule": {"kind": "conformal"}}}, "name their shards under `trusted:`"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), WRONG)
+def test_settings_that_cannot_work_are_refused_at_the_door(more: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, ValidationError), match=message):
+        CleanConfig.model_validate({"shards": ["a.tar"], **more})
 
 
 @pytest.mark.prefect

@@ -130,12 +130,14 @@ def test_poison_writes_a_copy_with_the_truth(poisoned: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"scorer": {"kind": "spectral", "whiten": "yes"}}, "whiten"),
+        ({"scorers": [{"kind": "spectral", "whiten": "yes"}]}, "whiten"),
         ({"compute": {"seed": -1}}, "seed"),
         ({"embedder": {"epochs": 3}}, "epochs"),
         ({"shards": ["pipe:cat /etc/passwd"]}, "refused"),
         ({"shards": ["/nowhere/*.tar"]}, "no shards"),
-        ({"scorer": {"kind": "spectral"}, "select": {"rule": {"kind": "separation"}}}, "separation"),
+        ({"scorers": [{"kind": "spectral"}], "select": {"rule": {"kind": "separation"}}}, "separation"),
+        ({"select": {"rule": {"kind": "conformal"}}}, "trusted:"),
+        ({"trusted": ["nobody.tar"]}, "nobody.tar"),
     ],
 )
 def test_wrong_settings_exit_2_and_say_which(

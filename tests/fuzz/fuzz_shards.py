@@ -219,7 +219,7 @@ def check(path: Path, out: Path, compute: Compute) -> str:
         if not str(error).startswith("no usable sample"):
             raise
         return "unusable"
-    selection = select_samples(SelectConfig(), dataset, _nothing_suspicious(dataset, out), str(out / "s"), compute)
+    selection = select_samples(SelectConfig(), dataset, [_nothing_suspicious(dataset, out)], str(out / "s"), compute)
     shards = write_selected(WriteConfig(gzip_level=1), dataset, selection, str(out / "shards"), compute)
 
     counts = Counter(shards.manifest().counts)

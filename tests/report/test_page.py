@@ -60,7 +60,8 @@ class Run(NamedTuple):
     shards: Shards
 
     def report(self, out: Path, config: ReportConfig | None = None, **facts: str) -> Report:
-        return write_report(config or ReportConfig(), *self, str(out), COMPUTE, facts)
+        given = (self.dataset, [self.scores], self.selection, self.shards)
+        return write_report(config or ReportConfig(), *given, str(out), COMPUTE, facts)
 
 
 def _png(i: int) -> bytes:
@@ -80,6 +81,21 @@ def _shards(folder: Path, extra: list[list[tuple[str, bytes]]]) -> None:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
+
+
+def _scores_by(dataset: Dataset, out: Path, kind: str, score: Callable[[dict[str, Any]], float]) -> Scores:
+    """Scores of the usable samples by a function of their row."""
+
+    def write_part(shard: str, part: Part) -> None:
+        rows = [row for row in dataset.rows(shard).to_pylist() if row["status"] == "ok"]
+        columns = {name: [row[name] for row in rows] for name in ("position", "key", "label")}
+        write_rows(part, shard, pa.table({**columns, "score": pa.array(map(score, rows), pa.float32())}))
+
+    def finish(part: Part, _workshop: object) -> None:
+        part.write_json("scorer.json", {"config": {"kind": kind}, "classes": {}})
+
+    recipe = Recipe(stage="score_shards", config={"kind": kind}, inputs={"dataset": dataset.digest})
+    return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
 
 
 def _scores(dataset: Dataset, out: Path, separations: dict[int, float]) -> Scores:
@@ -111,7 +127,7 @@ def _run(
     dataset = index_shards(IndexConfig(max_bad_fraction=0.5), str(folder / "source"), str(folder / "00"), COMPUTE)
     scores = _scores(dataset, folder / "31", dict(enumerate(separations)))
     config = SelectConfig(rule=rule or SeparationRule())
-    selection = select_samples(config, dataset, scores, str(folder / "40"), COMPUTE)
+    selection = select_samples(config, dataset, [scores], str(folder / "40"), COMPUTE)
     shards = write_selected(WriteConfig(), dataset, selection, str(folder / "50"), COMPUTE)
     return Run(dataset, scores, selection, shards)
 
@@ -249,6 +265,37 @@ def test_a_rule_that_always_removes_is_not_said_to_find(tmp_path: Path) -> None:
     assert headline.endswith("as the most suspicious of their classes; they sit in classes 0, 1, 2 and 3.")
 
 
+def test_several_scorers_are_shown_side_by_side(planted: Run, tmp_path: Path) -> None:
+    """The second one flags the last sample of every class in each shard."""
+    last = _scores_by(planted.dataset, tmp_path / "last", "rca", lambda row: float(row["position"]))
+    scores, config = [planted.scores, last], SelectConfig(rules={"rca": ContaminationRule(rate=0.1, factor=1)})
+    selection = select_samples(config, planted.dataset, scores, str(tmp_path / "40"), COMPUTE)
+    shards = write_selected(WriteConfig(), planted.dataset, selection, str(tmp_path / "50"), COMPUTE)
+    parts = (planted.dataset, scores, selection, shards)
+    report = write_report(ReportConfig(n_images=12), *parts, str(tmp_path / "report"), COMPUTE)
+    numbers, page = _numbers(report), _Page(_html(report))
+    assert numbers["counts"]["quarantined"] == selection.manifest().counts["quarantined"]
+    flagged = {c["label"]: {kind: by["flagged"] for kind, by in c["scorers"].items()} for c in numbers["classes"]}
+    assert flagged == {0: {"toxic_direction": 12, "rca": 3}} | {y: {"toxic_direction": 0, "rca": 3} for y in (1, 2, 3)}
+    assert [(h["label"], h["scorer"]) for h in numbers["histograms"]] == [
+        (0, "toxic_direction"),
+        *((y, "rca") for y in range(4)),
+    ]
+    for histogram in numbers["histograms"]:
+        of_class = next(c for c in numbers["classes"] if c["label"] == histogram["label"])
+        assert sum(histogram["removed"]) == of_class["removed"]
+    removed = [s for s in numbers["suspects"] if s["status"] == "quarantined"]
+    assert [s["scorer"] for s in removed[:4]] == ["toxic_direction", "rca", "toxic_direction", "rca"]
+    assert len({(s["shard"], s["position"]) for s in numbers["suspects"]}) == len(numbers["suspects"])
+    assert "2 scorers looked at every sample" in page.words
+    assert "Flagged by rca" in page.words
+    assert "were removed" in numbers["headline"]
+    with pytest.raises(ArtifactError, match="one run"):
+        write_report(
+            ReportConfig(), planted.dataset, scores, planted.selection, planted.shards, str(tmp_path / "no"), COMPUTE
+        )
+
+
 @pytest.mark.hostile
 def test_hostile_strings_stay_text(hostile: Run, tmp_path: Path) -> None:
     bad = "<script>alert(2)</script>\x1b[31m\u202e{{ 7*7 }}"
@@ -346,7 +393,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:30_000])
     dataset = index_shards(IndexConfig(), str(source), str(tmp_path / "00"), COMPUTE)
     scores = _scores(dataset, tmp_path / "31", dict.fromkeys(range(N_CLASSES), 0.0))
-    selection = select_samples(SelectConfig(), dataset, scores, str(tmp_path / "40"), COMPUTE)
+    selection = select_samples(SelectConfig(), dataset, [scores], str(tmp_path / "40"), COMPUTE)
     shards = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "50"), COMPUTE)
     report = Run(dataset, scores, selection, shards).report(tmp_path / "report")
     numbers = _numbers(report)
@@ -379,7 +426,7 @@ def test_page_stays_below_3_mb(planted: Run, tmp_path: Path) -> None:
     numbers["classes"] = [one | {"label": i, "name": long} for i in range(1000)]
     numbers |= {"n_classes": 1000, "n_touched": 1000, "n_class_rows": 200}
     drawn = {"edges": list(np.linspace(-1e3, 1e3, bins + 1)), "kept": [10**6] * bins, "removed": [10**6] * bins}
-    numbers["histograms"] = [drawn | {"label": i, "threshold": 0.1} for i in range(24)]
+    numbers["histograms"] = [drawn | {"label": i, "scorer": "toxic_direction", "threshold": 0.1} for i in range(24)]
     numbers["suspects"] = [numbers["suspects"][0] | {"key": long, "reason": long}] * 60
     numbers["unreadable"]["samples"] = [{"key": long, "shard": long, "reason": long}] * 100
     numbers["unreadable"]["reasons"] = [{"reason": long, "n": 1}] * 20

@@ -43,5 +43,5 @@ def test_3_percent_badnets_in_digits_with_model_seed_1(tmp_path: Path) -> None:
     scorer = ToxicDirectionConfig()
     fitted = fit_scorer(scorer, embeddings, str(tmp_path / "scorer"), compute)
     scores = score_shards(scorer, fitted, embeddings, str(tmp_path / "scores"), compute)
-    selection = select_samples(SelectConfig(), dataset, scores, str(tmp_path / "selection"), compute)
+    selection = select_samples(SelectConfig(), dataset, [scores], str(tmp_path / "selection"), compute)
     assert selection.manifest().counts["quarantined"] > 0, fitted.info["classes"]["0"]

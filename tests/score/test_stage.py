@@ -10,7 +10,28 @@ from sanitize.artifacts import Part, Recipe, make, verify
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, fixed_size_list, write_rows
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
-from sanitize.score import Spectral, SpectralConfig, ToxicDirectionConfig, fit_scorer, score_shards
+from sanitize.score import (
+    NeighboursConfig,
+    RCAConfig,
+    RCAScorerConfig,
+    RobustRealNVPConfig,
+    RobustRealNVPScorerConfig,
+    ScorerConfig,
+    Spectral,
+    SpectralConfig,
+    ToxicDirectionConfig,
+    fit_scorer,
+    score_shards,
+)
+
+ALL_SCORERS: list[ScorerConfig] = [
+    NeighboursConfig(embedding="penultimate", k=5),
+    RCAScorerConfig(embedding="penultimate", model=RCAConfig(epochs=2)),
+    RobustRealNVPScorerConfig(embedding="penultimate", model=RobustRealNVPConfig(epochs=2)),
+    SpectralConfig(),
+    SpectralConfig(whiten="robust"),
+    ToxicDirectionConfig(embedding="penultimate"),
+]
 
 
 @pytest.fixture
@@ -27,12 +48,10 @@ def made_up(tmp_path: Path) -> Embeddings:
     return make(Embeddings, tmp_path / "embeddings", Recipe(stage="made-up"), parts=shards, write_part=write_part)
 
 
-@pytest.mark.parametrize(
-    "config", [SpectralConfig(), SpectralConfig(whiten="robust"), ToxicDirectionConfig(embedding="penultimate")]
-)
+@pytest.mark.parametrize("config", ALL_SCORERS, ids=lambda config: config.kind)
 def test_scores_are_those_of_the_scorer_row_by_row(
-    tmp_path: Path, made_up: Embeddings, compute: Compute, config
-) -> None:  # type: ignore[no-untyped-def]
+    tmp_path: Path, made_up: Embeddings, compute: Compute, config: ScorerConfig
+) -> None:
     fitted = fit_scorer(config, made_up, str(tmp_path / "fitted"), compute)
     scores = score_shards(config, fitted, made_up, str(tmp_path / "scores"), compute)
     assert scores.shards == made_up.shards

@@ -178,7 +178,7 @@ def prepare(folder: Path, shards: Sequence[str], n_samples: int) -> str:
 
     scores = make(Scores, folder / "scores", Recipe(stage="noise", inputs={"dataset": dataset.digest}), write_scores)
     rule = ContaminationRule(rate=0.2, factor=1)
-    return select_samples(SelectConfig(rule=rule), dataset, scores, str(folder / "selection"), compute).digest
+    return select_samples(SelectConfig(rule=rule), dataset, [scores], str(folder / "selection"), compute).digest
 
 
 def names_below(folder: Path) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from sanitize.select import (
 @pytest.fixture
 def chosen(tmp_path: Path, dataset: Dataset, scores: Scores, compute: Compute) -> Selection:
     config = SelectConfig(rule=ContaminationRule(rate=0.02))
-    return select_samples(config, dataset, scores, str(tmp_path / "selection"), compute)
+    return select_samples(config, dataset, [scores], str(tmp_path / "selection"), compute)
 
 
 def rows_by_status(selection: Selection, status: str) -> list[tuple[str, dict]]:
@@ -101,7 +101,7 @@ def test_a_key_in_several_shards_must_say_which(
     selection = select_samples(
         SelectConfig(rule=ContaminationRule(rate=0.5, factor=2), max_removed_fraction=1),
         dataset,
-        make_scores(tmp_path / "scores", dataset),
+        [make_scores(tmp_path / "scores", dataset)],
         str(tmp_path / "selection"),
         compute,
     )

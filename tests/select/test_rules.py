@@ -2,16 +2,19 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sanitize.errors import ConfigError
 from sanitize.select.rules import (
+    ConformalRule,
     ContaminationRule,
     FDRRule,
     SeparationRule,
     benjamini_hochberg,
+    cauchy_combination,
     keep_all_but,
     standardised,
 )
@@ -162,7 +165,7 @@ def test_benjamini_hochberg_equals_its_definition(p_N: list[float], q: float) ->
 def test_p_values_count_the_other_classes_scores_that_are_as_high() -> None:
     rng = np.random.default_rng(0)
     scores = {y: rng.normal(y, 1 + y, 50).astype(np.float32) for y in range(3)}
-    p_N = FDRRule().p_values(scores, 1)
+    p_N = FDRRule().p_values(scores)[1]
     null = [z for y in (0, 2) for z in standardised(scores[y])]
     slow = [(1 + sum(z >= s for z in null)) / (1 + len(null)) for s in standardised(scores[1])]
     np.testing.assert_allclose(p_N, slow)
@@ -197,3 +200,105 @@ def test_one_class_alone_has_no_null_and_is_left_alone() -> None:
 def test_constant_scores_are_no_evidence() -> None:
     scores = {y: np.full(50, y, np.float32) for y in range(3)}
     assert set(FDRRule().thresholds(scores, {}).values()) == {math.inf}
+
+
+# --- conformal --------------------------------------------------------------------------------------------------
+
+
+@given(SCORES, SCORES)
+def test_conformal_p_values_equal_their_definition(s_N: np.ndarray, trusted_M: np.ndarray) -> None:
+    p_N = ConformalRule(q=0.5).p_values({0: s_N}, trusted_M)[0]
+    slow = [(1 + sum(t >= s for t in trusted_M)) / (len(trusted_M) + 1) for s in s_N]
+    np.testing.assert_allclose(p_N, slow)
+
+
+@given(SCORES, SCORES, SCORES)
+def test_conformal_flags_what_benjamini_hochberg_rejects(
+    a_N: np.ndarray, b_N: np.ndarray, trusted_M: np.ndarray
+) -> None:
+    rule, scores = ConformalRule(q=0.5), {0: a_N, 1: b_N}
+    p_N = np.concatenate(list(rule.p_values(scores, trusted_M).values()))
+    thresholds = rule.thresholds(scores, {}, trusted_M)
+    flagged_N = np.concatenate([s_N > thresholds[y] for y, s_N in scores.items()])
+    n_rejected = slow_benjamini_hochberg(p_N.tolist(), 0.5)
+    assert sorted(p_N[flagged_N]) == sorted(p_N)[:n_rejected]
+
+
+def test_conformal_keeps_the_false_discovery_rate_it_promises() -> None:
+    """800 data sets of 500 samples, 50 of them outliers, with 2,499 trusted ones.
+
+    Theory: exactly q x the share of clean samples = 0.18, because no two scores are equal and each level q k / 500 is a
+    multiple of the smallest p-value, 1 / 2,500. The mean of 800 is within 4 standard errors of its expectation in all
+    but 1 of 16,000 runs; the seed is fixed besides.
+    """
+    rule, rng, clean_N, found, wrong = ConformalRule(q=0.2), np.random.default_rng(0), np.arange(500) >= 50, [], []
+    for _ in range(800):
+        scores_N = rng.standard_t(3, 500) + 6 * ~clean_N  # heavy tails: nothing parametric is known of the clean ones
+        threshold = rule.thresholds({0: scores_N}, {}, rng.standard_t(3, 2499))[0]
+        flagged_N = scores_N > threshold
+        found.append(flagged_N[~clean_N].mean())
+        wrong.append((flagged_N & clean_N).sum() / max(1, flagged_N.sum()))
+    standard_error = np.std(wrong) / math.sqrt(800)
+    assert standard_error < 0.01
+    assert abs(np.mean(wrong) - 0.2 * 0.9) < 4 * standard_error
+    assert np.mean(found) > 0.8
+
+
+def test_conformal_holds_for_the_very_samples_a_scorer_was_fitted_on() -> None:
+    """The pipeline's case: fitted on contaminated data and judging it, with a fresh trusted sample. Distance to the
+    mean in 20 dimensions, fitted on 100 rows: it does look less far for its own rows, so the rate is below q."""
+    rule, rng, clean_N, wrong = ConformalRule(q=0.2), np.random.default_rng(1), np.arange(100) >= 10, []
+    for _ in range(300):
+        x_ND, trusted_MD = rng.normal(size=(100, 20)), rng.normal(size=(199, 20))
+        x_ND[~clean_N, 0] += 8
+        mean_D, precision_DD = x_ND.mean(0), np.linalg.inv(np.cov(x_ND.T))
+        of_judged, of_trusted = (((z - mean_D) @ precision_DD * (z - mean_D)).sum(1) for z in (x_ND, trusted_MD))
+        flagged_N = of_judged > rule.thresholds({0: of_judged}, {}, of_trusted)[0]
+        wrong.append((flagged_N & clean_N).sum() / max(1, flagged_N.sum()))
+    assert np.mean(wrong) < 0.2
+
+
+@pytest.mark.parametrize(("q", "n_needed"), [(0.05, 19), (0.1, 9), (0.3, 3), (0.5, 1)])
+def test_too_few_trusted_samples_are_an_error_that_says_how_many(q: float, n_needed: int) -> None:
+    scores = {0: np.full(50, 9, np.float32)}
+    with pytest.raises(ConfigError, match=f"at least {n_needed} trusted samples, not {n_needed - 1}"):
+        ConformalRule(q=q).thresholds(scores, {}, np.zeros(n_needed - 1))
+    threshold = ConformalRule(q=q).thresholds(scores, {}, np.zeros(n_needed))[0]
+    assert n_flagged(scores[0], threshold) == 50  # with the fewest that are enough, all have to stand out together
+
+
+# --- combined p-values ------------------------------------------------------------------------------------------
+
+
+def test_the_combination_of_equal_p_values_is_the_same_p_value() -> None:
+    p_N = np.array([1e-9, 1e-4, 0.03, 0.5, 0.9])
+    np.testing.assert_allclose(cauchy_combination(np.stack([p_N] * 3)), p_N, rtol=1e-6)
+
+
+def test_one_small_p_value_among_others_counts_about_as_in_bonferroni() -> None:
+    for other in (0.1, 0.5, 1.0):
+        combined = float(cauchy_combination(np.array([[1e-6], [other], [other]]))[0])
+        assert combined == pytest.approx(3e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.6, 0.9, -0.9])
+def test_combined_p_values_are_valid_whatever_the_correlation(correlation: float) -> None:
+    """Two normal statistics, 400,000 draws. At levels of 1 % and below, where rejections happen, P(p <= level) exceeds
+    the level by a tenth at most (theory: the excess vanishes with the level); 4 standard errors on top."""
+    rng, n = np.random.default_rng(0), 400_000
+    first, second = rng.normal(size=(2, n))
+    second = correlation * first + math.sqrt(1 - correlation**2) * second
+    p_N = cauchy_combination(torch.special.ndtr(-torch.from_numpy(np.stack([first, second]))).numpy())
+    for level in (0.01, 0.001):
+        assert (p_N <= level).mean() <= 1.1 * level + 4 * math.sqrt(level / n)
+    if correlation == 0:  # then it is exact
+        assert abs((p_N <= 0.01).mean() - 0.01) < 4 * math.sqrt(0.01 / n)
+
+
+@given(st.lists(st.tuples(st.floats(1e-8, 1), st.floats(1e-8, 1)), min_size=1, max_size=20))
+def test_combined_p_values_are_p_values_and_monotone(pairs: list[tuple[float, float]]) -> None:
+    p_2N = np.array(pairs).T
+    combined_N = cauchy_combination(p_2N)
+    assert ((combined_N > 0) & (combined_N <= 1)).all()
+    assert (cauchy_combination(p_2N * [[0.5], [1]]) <= combined_N + 1e-12).all()
+    np.testing.assert_allclose(cauchy_combination(p_2N[::-1]), combined_N)

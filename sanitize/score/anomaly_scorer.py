@@ -1,0 +1,99 @@
+"""RCA and RobustRealNVP as scorers: fitted on a bounded hash-chosen sample of all embeddings, labels unseen.
+
+One model for the whole run, not one a class. Both methods rest on the anomalies being few among what they are fitted
+on: that is true of a data set, where their share is the poisoning rate, and not of a class, where poison may be half.
+They were published for data without labels, small classes are too little to train a network on, and scores of one
+model can be compared between classes. What a class alone would show, a normal sample in the wrong class, is left to
+the scorers that look at labels (`neighbours`, `toxic_direction`).
+
+State while fitting: `max_fit` rows, the same however the data is sharded. Shapes: B rows of a batch, N fitted on, D
+features.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from sanitize.compute import Compute
+from sanitize.data.tables import EmbeddingBatch
+from sanitize.score.rca import RCA, RCAConfig
+from sanitize.score.robust_realnvp import RobustRealNVP, RobustRealNVPConfig
+from sanitize.score.scorer import Passes, row_hashes
+from sanitize.streaming import HashSample
+
+
+class RCAScorerConfig(BaseModel):
+    """What robust collaborative autoencoders cannot reconstruct.
+
+    Attributes:
+        embedding: which embedding is read.
+        max_fit: samples fitted on.
+        model: of the autoencoders.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["rca"] = "rca"
+    embedding: str = "pooled"
+    max_fit: int = Field(default=20_000, ge=100)
+    model: RCAConfig = RCAConfig()
+
+
+class RobustRealNVPScorerConfig(BaseModel):
+    """What a robustly trained flow gives a low density.
+
+    Attributes:
+        embedding: which embedding is read; of two features at least.
+        max_fit: samples fitted on.
+        model: of the flow.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["robust_realnvp"] = "robust_realnvp"
+    embedding: str = "pooled"
+    max_fit: int = Field(default=20_000, ge=100)
+    model: RobustRealNVPConfig = RobustRealNVPConfig()
+
+
+class AnomalyScorer:
+    """Scorer: what an estimator says of each embedding."""
+
+    def __init__(self, config: RCAScorerConfig | RobustRealNVPScorerConfig) -> None:
+        self.config = config
+        self.statistics: dict[int, dict[str, float]] = {}
+        self._model = RCA(config.model) if isinstance(config.model, RCAConfig) else RobustRealNVP(config.model)
+        self._is_fitted = False
+
+    def fit(self, passes: Passes, compute: Compute) -> None:
+        """One pass to draw the sample; without a single row, nothing is fitted."""
+        seed = compute.seed_for("score", self.config.kind, "sample")
+        sample = HashSample(self.config.max_fit)
+        for batch in passes():
+            sample.update(row_hashes(batch, seed), torch.cat([batch.z_BD, batch.labels_B[:, None].float()], 1))
+        if not len(sample):
+            return
+        rows = sample.rows()
+        del sample  # it holds the same rows once more
+        self._model.fit(rows[:, :-1], compute.seed_for("score", self.config.kind, "fit"))
+        self._is_fitted = True
+        labels_N = rows[:, -1].long()
+        self.statistics = {y: {"n_fitted": int((labels_N == y).sum())} for y in labels_N.unique().tolist()}
+
+    def score(self, batch: EmbeddingBatch) -> Tensor:
+        """Scores (B,), float32; they depend on the rows alone, not on the batch."""
+        return self._model.score(batch.z_BD) if self._is_fitted else torch.zeros(len(batch.keys))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """That of the estimator."""
+        return self._model.state_dict() if self._is_fitted else {}
+
+    def load_state(self, state: Mapping[str, Tensor], statistics: dict[int, dict[str, float]]) -> None:
+        """The inverse of `state_dict`."""
+        self.statistics = statistics
+        self._is_fitted = bool(state)
+        if state:
+            self._model.load_state(state)

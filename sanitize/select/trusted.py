@@ -1,0 +1,30 @@
+"""Which shards the user vouches for."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from sanitize.errors import ConfigError
+
+
+def trusted_shards(patterns: Sequence[str], shards: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the shards that are named by a pattern, sorted.
+
+    Args:
+        patterns: names or places of shards, or globs of them.
+        shards: name -> place of all shards of the run.
+
+    Raises:
+        ConfigError: a pattern names no shard, or all shards are trusted.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        named = {name for name, url in shards.items() if fnmatchcase(name, pattern) or fnmatchcase(url, pattern)}
+        if not named:
+            raise ConfigError(
+                f"trusted: {pattern!r} names none of the {len(shards)} shards (such as {min(shards)!r}); trusted "
+                "shards must be among `shards`"
+            )
+        found |= named
+    if len(found) == len(shards):
+        raise ConfigError("all shards are trusted: there is nothing left to judge")
+    return tuple(sorted(found))

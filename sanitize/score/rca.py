@@ -27,15 +27,14 @@ from torch import Generator, Tensor
 from torch.nn.functional import leaky_relu
 
 from sanitize.errors import ConfigError, DataError, NumericsError
+from sanitize.score.scaling import Scaling, as_rows
 
 logger = logging.getLogger(__name__)
 
 Layers = list[tuple[Tensor, Tensor]]  # weight (M, in, out) and bias (M, 1, out) of each
 
 _SLOPE = 0.1  # of the leaky ReLUs
-_SCALED = 4096  # rows that are scaled at once
 _SCORED = 16  # rows that are scored at once; fewer are filled up, for the rounding of a product depends on its shape
-_FAR = 1e6  # scaled values end here, so that every score is finite
 
 
 class RCAConfig(BaseModel):
@@ -75,49 +74,6 @@ class RCAConfig(BaseModel):
     max_steps: int = Field(default=3_000, ge=1)
     batch_size: int = Field(default=128, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Columns with mean 0 and variance 1, missing values at the mean. Constant columns are 0.
-
-    Attributes:
-        unit_D: largest absolute value of each column; what follows is in this unit, so that no square overflows.
-        mean_D: of the values that are there.
-        deviation_D: with the missing ones at the mean. All float64.
-        missing_fraction: share of missing values.
-    """
-
-    unit_D: Tensor
-    mean_D: Tensor
-    deviation_D: Tensor
-    missing_fraction: float
-
-    @classmethod
-    def of(cls, x_ND: Tensor) -> Self:
-        """Estimate from the rows, a block at a time. Raises DataError where a column has no value."""
-        n_rows, n_columns = x_ND.shape
-        if n_rows == 0 or n_columns == 0:
-            raise DataError(f"nothing to fit: {n_rows} rows of {n_columns} columns")
-        blocks = x_ND.split(_SCALED)
-        count_D = torch.stack([(~block.isnan()).sum(0) for block in blocks]).sum(0)
-        if empty := (count_D == 0).nonzero().flatten().tolist():
-            raise DataError(f"nothing but missing values in column(s) {empty[:10]}; leave them out")
-        unit_D = torch.stack([_finite64(block).abs().amax(0) for block in blocks]).amax(0)
-        unit_D[unit_D == 0] = 1
-        mean_D = torch.stack([(_finite64(block) / unit_D).sum(0) for block in blocks]).sum(0) / count_D
-        centred = ((_finite64(block) / unit_D - mean_D).where(~block.isnan(), 0) for block in blocks)
-        deviation_D = (torch.stack([block.square().sum(0) for block in centred]).sum(0) / n_rows).sqrt()
-        deviation_D[deviation_D == 0] = 1
-        return cls(unit_D, mean_D, deviation_D, 1 - float(count_D.sum()) / x_ND.numel())
-
-    def apply(self, x_ND: Tensor) -> Tensor:
-        """Scaled rows (N, D), float32, finite; beside them a block of rows is held in float64."""
-        scaled_ND = torch.empty(x_ND.shape)
-        for block, out in zip(x_ND.split(_SCALED), scaled_ND.split(_SCALED), strict=True):
-            z_BD = (_finite64(block) / self.unit_D - self.mean_D) / self.deviation_D
-            out.copy_(z_BD.where(~block.isnan(), 0).clamp(-_FAR, _FAR))
-        return scaled_ND
 
 
 @dataclass(frozen=True)
@@ -211,24 +167,6 @@ class RCA:
         masks = [state[f"masks.{i}"] for i in range(n_layers - 2)]
         self._fitted = Fitted(scaling, layers, masks)
         return self
-
-
-def as_rows(x_ND: Tensor | np.ndarray) -> Tensor:
-    """A tensor (N, D) of real numbers on the CPU, not copied where that can be avoided.
-
-    Raises:
-        DataError: another number of dimensions, complex or no numbers, or an infinite value.
-    """
-    if isinstance(x_ND, np.ndarray):
-        if x_ND.dtype.kind not in "fiub":
-            raise DataError(f"rows must be real numbers, not {x_ND.dtype}")
-        x_ND = torch.from_numpy(np.require(x_ND, requirements=["C", "W"]))
-    x_ND = x_ND.detach().cpu()
-    if x_ND.ndim != 2 or x_ND.is_complex():
-        raise DataError(f"rows must be (N, D) real numbers, not {tuple(x_ND.shape)} of {x_ND.dtype}")
-    if any(block.isinf().any() for block in x_ND.split(_SCALED)):
-        raise DataError("infinite values; replace them, or set them to NaN to have them imputed")
-    return x_ND
 
 
 def selected_fractions(contamination: float, alpha: float, epochs: int) -> list[float]:
@@ -391,7 +329,3 @@ def _shifts(k: int, generators: Sequence[Generator]) -> Tensor:
     if k == 1:
         return torch.zeros(len(generators), dtype=torch.int64)
     return torch.cat([torch.randint(1, k, (1,), generator=generator) for generator in generators])
-
-
-def _finite64(x_BD: Tensor) -> Tensor:
-    return x_BD.double().nan_to_num(0.0)

@@ -31,13 +31,12 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize, relu
 
 from sanitize.errors import ConfigError, DataError, NumericsError
-from sanitize.score.rca import Scaling, as_rows
+from sanitize.score.scaling import Scaling, as_rows
 
 logger = logging.getLogger(__name__)
 
 Layers = list[tuple[Tensor, Tensor]]  # weight (T, 2G, in, out) and bias (T, 2G, 1, out) of each
 
-_SCALED = 4096  # rows that are scaled at once
 _SCORED = 256  # rows that are scored at once; fewer are filled up, for the rounding of a product depends on its shape
 
 
@@ -218,10 +217,7 @@ def _fit(config: RobustRealNVPConfig, data: Sequence[Tensor | np.ndarray], seeds
     for scaling in scalings:
         if scaling.missing_fraction:
             logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)
-    scaled = [
-        torch.cat([scaling.apply(block) for block in x_ND.split(_SCALED)])
-        for scaling, x_ND in zip(scalings, rows, strict=True)
-    ]
+    scaled = [scaling.apply(x_ND) for scaling, x_ND in zip(scalings, rows, strict=True)]
     generators = [Generator().manual_seed(seed) for seed in seeds]
     n_columns = rows[0].shape[1]
     orders_GTD = torch.stack([_column_orders(config.n_couplings, n_columns, generator) for generator in generators])

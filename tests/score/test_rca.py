@@ -14,7 +14,8 @@ from torch.nn.functional import leaky_relu
 from sanitize.errors import ConfigError, DataError, NumericsError
 from sanitize.measure import auroc
 from sanitize.score import rca
-from sanitize.score.rca import RCA, RCAConfig, Scaling, pick, selected_fractions
+from sanitize.score.rca import RCA, RCAConfig, pick, selected_fractions
+from sanitize.score.scaling import Scaling
 
 SMALL = RCAConfig(widths=(16, 12), n_codes=3, epochs=6, n_passes=7, batch_size=20, contamination=0.2)
 VARIANTS = {

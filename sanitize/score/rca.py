@@ -169,6 +169,12 @@ class RCA:
         return self
 
 
+def n_steps(config: RCAConfig, n_rows: int) -> tuple[int, int]:
+    """Mini-batches of an epoch, and epochs."""
+    n_batches = max(1, round(n_rows / config.batch_size))
+    return n_batches, max(1, min(config.epochs, config.max_steps // n_batches))
+
+
 def selected_fractions(contamination: float, alpha: float, epochs: int) -> list[float]:
     """beta of each epoch."""
     step = contamination / (alpha * epochs)
@@ -276,9 +282,8 @@ def _initial(config: RCAConfig, n_columns: int, generators: Sequence[Generator])
 def _train(config: RCAConfig, layers: Layers, data: Sequence[Tensor], generators: Sequence[Generator]) -> None:
     """Algorithm 1, training phase; changes the layers in place."""
     n_rows = len(data[0])
-    n_batches = max(1, round(n_rows / config.batch_size))
+    n_batches, epochs = n_steps(config, n_rows)
     size = n_rows // n_batches  # equal batches; the few rows that are left over change from epoch to epoch
-    epochs = max(1, min(config.epochs, config.max_steps // n_batches))
     contamination = config.contamination if config.select else 0.0
     parameters = [tensor for layer in layers for tensor in layer]
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)

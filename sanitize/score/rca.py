@@ -71,7 +71,7 @@ class RCAConfig(BaseModel):
     n_passes: int = Field(default=50, ge=1)
     alpha: float = Field(default=0.5, gt=0, le=1)
     epochs: int = Field(default=100, ge=1)
-    max_steps: int = Field(default=3_000, ge=1)
+    max_steps: int = Field(default=1_000, ge=1)
     batch_size: int = Field(default=128, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
 
@@ -153,7 +153,7 @@ class RCA:
         """All that scoring needs, lossless."""
         state = self._state()
         scaling = state.scaling
-        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "deviation": scaling.deviation_D}
+        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "scale": scaling.scale_D}
         tensors["missing_fraction"] = torch.tensor(scaling.missing_fraction, dtype=torch.float64)
         for i, (weight, bias) in enumerate(state.layers):
             tensors |= {f"layers.{i}.weight": weight, f"layers.{i}.bias": bias}
@@ -161,7 +161,7 @@ class RCA:
 
     def load_state(self, state: Mapping[str, Tensor]) -> Self:
         """The inverse of `state_dict`."""
-        scaling = Scaling(state["unit"], state["mean"], state["deviation"], float(state["missing_fraction"]))
+        scaling = Scaling(state["unit"], state["mean"], state["scale"], float(state["missing_fraction"]))
         n_layers = sum(name.endswith(".weight") for name in state)
         layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in range(n_layers)]
         masks = [state[f"masks.{i}"] for i in range(n_layers - 2)]
@@ -237,7 +237,7 @@ def _fit(config: RCAConfig, data: Sequence[Tensor | np.ndarray], seeds: Sequence
     rows = [as_rows(x_ND) for x_ND in data]
     if len({x_ND.shape for x_ND in rows}) > 1:
         raise ConfigError(f"fits at once need equal shapes, not {[tuple(x_ND.shape) for x_ND in rows]}")
-    scalings = [Scaling.of(x_ND) for x_ND in rows]
+    scalings = [Scaling.of(x_ND, equal="range") for x_ND in rows]
     for scaling in scalings:
         if scaling.missing_fraction:
             logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)

@@ -146,7 +146,7 @@ class RobustRealNVP:
         """All that scoring needs, lossless."""
         state = self._state()
         scaling = state.scaling
-        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "deviation": scaling.deviation_D}
+        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "scale": scaling.scale_D}
         tensors["missing_fraction"] = torch.tensor(scaling.missing_fraction, dtype=torch.float64)
         tensors["orders"] = state.orders_TD
         for i, (weight, bias) in enumerate(state.layers):
@@ -155,7 +155,7 @@ class RobustRealNVP:
 
     def load_state(self, state: Mapping[str, Tensor]) -> Self:
         """The inverse of `state_dict`."""
-        scaling = Scaling(state["unit"], state["mean"], state["deviation"], float(state["missing_fraction"]))
+        scaling = Scaling(state["unit"], state["mean"], state["scale"], float(state["missing_fraction"]))
         n_layers = sum(name.endswith(".weight") for name in state)
         layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in range(n_layers)]
         self._fitted = Fitted(scaling, state["orders"], layers)

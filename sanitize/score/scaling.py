@@ -1,10 +1,13 @@
 """Rows of real numbers, brought to one scale: what RCA and RobustRealNVP are fitted on.
 
+Columns are divided by their standard deviation, or by their range: then columns that are nearly always the same, but
+for a few rows, count for less. One enormous value takes the other rows of its column together in either case.
+
 Shapes: N rows, B of a block; D columns.
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -18,23 +21,24 @@ _FAR = 1e6  # scaled values end here, so that every score is finite
 
 @dataclass(frozen=True)
 class Scaling:
-    """Columns with mean 0 and variance 1, missing values at the mean. Constant columns are 0.
+    """Columns with mean 0, missing values at the mean, and a variance that is 1 on the average. Constant columns are 0.
 
     Attributes:
         unit_D: largest absolute value of each column; what follows is in this unit, so that no square overflows.
         mean_D: of the values that are there.
-        deviation_D: with the missing ones at the mean. All float64.
+        scale_D: what is 1 afterwards. All float64.
         missing_fraction: share of missing values.
     """
 
     unit_D: Tensor
     mean_D: Tensor
-    deviation_D: Tensor
+    scale_D: Tensor
     missing_fraction: float
 
     @classmethod
-    def of(cls, x_ND: Tensor) -> Self:
-        """Estimate from the rows, a block at a time. Raises DataError where a column has no value."""
+    def of(cls, x_ND: Tensor, equal: Literal["variance", "range"] = "variance") -> Self:
+        """Estimate from the rows, a block at a time, so that all columns that vary have the same variance or range.
+        Raises DataError where a column has no value."""
         n_rows, n_columns = x_ND.shape
         if n_rows == 0 or n_columns == 0:
             raise DataError(f"nothing to fit: {n_rows} rows of {n_columns} columns")
@@ -46,15 +50,21 @@ class Scaling:
         unit_D[unit_D == 0] = 1
         mean_D = torch.stack([(_finite64(block) / unit_D).sum(0) for block in blocks]).sum(0) / count_D
         centred = ((_finite64(block) / unit_D - mean_D).where(~block.isnan(), 0) for block in blocks)
-        deviation_D = (torch.stack([block.square().sum(0) for block in centred]).sum(0) / n_rows).sqrt()
-        deviation_D[deviation_D == 0] = 1
-        return cls(unit_D, mean_D, deviation_D, 1 - float(count_D.sum()) / x_ND.numel())
+        scatter, lowest, highest = zip(*((b.square().sum(0), b.amin(0), b.amax(0)) for b in centred), strict=True)
+        scale_D = (torch.stack(scatter).sum(0) / n_rows).sqrt()
+        if equal == "range":
+            range_D = torch.stack(highest).amax(0) - torch.stack(lowest).amin(0)
+            varies_D = scale_D > 0
+            scale_D = range_D * (scale_D / range_D)[varies_D].square().mean().sqrt()
+            scale_D[~varies_D] = 0
+        scale_D = scale_D.where(scale_D > 0, 1)
+        return cls(unit_D, mean_D, scale_D, 1 - float(count_D.sum()) / x_ND.numel())
 
     def apply(self, x_ND: Tensor) -> Tensor:
         """Scaled rows (N, D), float32, finite; beside them a block of rows is held in float64."""
         scaled_ND = torch.empty(x_ND.shape)
         for block, out in zip(x_ND.split(_SCALED), scaled_ND.split(_SCALED), strict=True):
-            z_BD = (_finite64(block) / self.unit_D - self.mean_D) / self.deviation_D
+            z_BD = (_finite64(block) / self.unit_D - self.mean_D) / self.scale_D
             out.copy_(z_BD.where(~block.isnan(), 0).clamp(-_FAR, _FAR))
         return scaled_ND
 

@@ -67,7 +67,7 @@ class SlowNetwork:
 
 def slow_fit(config: RCAConfig, x_ND: Tensor, seed: int) -> list[SlowNetwork]:
     """Algorithm 1 as it is written: a loop over networks, a loop over rows."""
-    x_ND = Scaling.of(x_ND).apply(x_ND)
+    x_ND = Scaling.of(x_ND, equal="range").apply(x_ND)
     generator = Generator().manual_seed(seed)
     k = config.n_networks
     layers = rca._initial(config, x_ND.shape[1], [generator])

@@ -71,7 +71,7 @@ class RCAConfig(BaseModel):
     n_passes: int = Field(default=50, ge=1)
     alpha: float = Field(default=0.5, gt=0, le=1)
     epochs: int = Field(default=100, ge=1)
-    max_steps: int = Field(default=1_000, ge=1)
+    max_steps: int = Field(default=600, ge=1)
     batch_size: int = Field(default=128, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
 

@@ -3,9 +3,10 @@
     python -m benchmarks.two_moons [--images docs/images] [--json FILE]     2 minutes on one core
 
 Two moons, with 5 % anomalies that are uniform or clustered in one place. RealNVP, TrimRealNVP and RobustRealNVP are
-fitted on 2,000 rows, 5 seeds, and scored on 2,000 others of the same mixture. Writes one image for each kind of
-anomalies: the training data, and the densities of the first seed. Exits with 1 where the order
-RobustRealNVP >= TrimRealNVP >= RealNVP of the mean AUC is missed.
+fitted on 2,000 rows, 3 seeds, and scored on 2,000 others of the same mixture; all three with eight couplings, because
+four Lipschitz ones are too stiff for moons (LOG.md). Writes one image for each kind of anomalies: the training data,
+and the densities of the first seed. Exits with 1 where the order RobustRealNVP >= TrimRealNVP >= RealNVP of the mean
+AUC is missed.
 """
 
 import argparse
@@ -25,11 +26,15 @@ from sanitize.score.robust_realnvp import RobustRealNVP, RobustRealNVPConfig
 
 N_ROWS = 2_000
 CONTAMINATION = 0.05
-SEEDS = range(5)
+SEEDS = range(3)
+KINDS = ("uniform", "clustered")
 VARIANTS = {
-    "RealNVP": RobustRealNVPConfig(contamination=0, lipschitz=None),
-    "TrimRealNVP": RobustRealNVPConfig(contamination=CONTAMINATION, lipschitz=None),
-    "RobustRealNVP": RobustRealNVPConfig(contamination=CONTAMINATION),
+    name: RobustRealNVPConfig(n_couplings=8, max_steps=700, contamination=contamination, lipschitz=lipschitz)
+    for name, contamination, lipschitz in (
+        ("RealNVP", 0.0, None),
+        ("TrimRealNVP", CONTAMINATION, None),
+        ("RobustRealNVP", CONTAMINATION, 2.0),
+    )
 }
 LOW, HIGH = np.array([-2.5, -2.0]), np.array([3.5, 2.5])  # what is drawn, and where uniform anomalies lie
 PIXELS = (400, 300)  # of one panel
@@ -96,24 +101,29 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    rows, missed = [], []
-    for kind in ("uniform", "clustered"):
-        trained = [mixture(kind, seed) for seed in SEEDS]
-        held_out = [mixture(kind, 1_000 + seed) for seed in SEEDS]
-        panels = [data_panel(*trained[0])]
-        means = []
-        for name, config in VARIANTS.items():
-            models = RobustRealNVP.fit_many(config, [x_ND for x_ND, _ in trained], SEEDS)
+    trained = {kind: [mixture(kind, seed) for seed in SEEDS] for kind in KINDS}
+    held_out = {kind: [mixture(kind, 1_000 + seed) for seed in SEEDS] for kind in KINDS}
+    panels = {kind: [data_panel(*trained[kind][0])] for kind in KINDS}
+    rows = []
+    for name, config in VARIANTS.items():
+        data = [x_ND for kind in KINDS for x_ND, _ in trained[kind]]
+        fitted = RobustRealNVP.fit_many(config, data, [*SEEDS] * len(KINDS))
+        for i, kind in enumerate(KINDS):
+            models = fitted[i * len(SEEDS) : (i + 1) * len(SEEDS)]
             aucs = [
                 auroc(model.score(x_ND).numpy(), anomalous_N)
-                for model, (x_ND, anomalous_N) in zip(models, held_out, strict=True)
+                for model, (x_ND, anomalous_N) in zip(models, held_out[kind], strict=True)
             ]
-            means.append(float(np.mean(aucs)))
-            rows.append({"anomalies": kind, "method": name, "AUC": means[-1], "deviation": float(np.std(aucs))})
-            panels.append(density_panel(f"{name}, AUC {aucs[0]:.3f}", models[0]))
-        draw(arguments.images / f"two_moons_{kind}.png", panels)
+            row = {"anomalies": kind, "method": name, "AUC": float(np.mean(aucs)), "deviation": float(np.std(aucs))}
+            rows.append(row)
+            panels[kind].append(density_panel(f"{name}, AUC {aucs[0]:.3f}", models[0]))
+    missed = []
+    for kind in KINDS:
+        draw(arguments.images / f"two_moons_{kind}.png", panels[kind])
+        means = [row["AUC"] for row in rows if row["anomalies"] == kind]
         if means != sorted(means):
             missed.append(f"order of the AUCs with {kind} anomalies: {means}")
+    rows.sort(key=lambda row: KINDS.index(row["anomalies"]))
     seconds = time.perf_counter() - start
     print_table(rows, ["anomalies", "method", "AUC", "deviation"], f"two moons, 5 % anomalies, {len(SEEDS)} seeds")
     print(f"{environment()}; {seconds:.0f} s")

@@ -27,15 +27,14 @@ from torch import Generator, Tensor
 from torch.nn.functional import leaky_relu
 
 from sanitize.errors import ConfigError, DataError, NumericsError
+from sanitize.score.scaling import Scaling, as_rows
 
 logger = logging.getLogger(__name__)
 
 Layers = list[tuple[Tensor, Tensor]]  # weight (M, in, out) and bias (M, 1, out) of each
 
 _SLOPE = 0.1  # of the leaky ReLUs
-_SCALED = 4096  # rows that are scaled at once
 _SCORED = 16  # rows that are scored at once; fewer are filled up, for the rounding of a product depends on its shape
-_FAR = 1e6  # scaled values end here, so that every score is finite
 
 
 class RCAConfig(BaseModel):
@@ -72,52 +71,9 @@ class RCAConfig(BaseModel):
     n_passes: int = Field(default=50, ge=1)
     alpha: float = Field(default=0.5, gt=0, le=1)
     epochs: int = Field(default=100, ge=1)
-    max_steps: int = Field(default=3_000, ge=1)
+    max_steps: int = Field(default=600, ge=1)
     batch_size: int = Field(default=128, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Columns with mean 0 and variance 1, missing values at the mean. Constant columns are 0.
-
-    Attributes:
-        unit_D: largest absolute value of each column; what follows is in this unit, so that no square overflows.
-        mean_D: of the values that are there.
-        deviation_D: with the missing ones at the mean. All float64.
-        missing_fraction: share of missing values.
-    """
-
-    unit_D: Tensor
-    mean_D: Tensor
-    deviation_D: Tensor
-    missing_fraction: float
-
-    @classmethod
-    def of(cls, x_ND: Tensor) -> Self:
-        """Estimate from the rows, a block at a time. Raises DataError where a column has no value."""
-        n_rows, n_columns = x_ND.shape
-        if n_rows == 0 or n_columns == 0:
-            raise DataError(f"nothing to fit: {n_rows} rows of {n_columns} columns")
-        blocks = x_ND.split(_SCALED)
-        count_D = torch.stack([(~block.isnan()).sum(0) for block in blocks]).sum(0)
-        if empty := (count_D == 0).nonzero().flatten().tolist():
-            raise DataError(f"nothing but missing values in column(s) {empty[:10]}; leave them out")
-        unit_D = torch.stack([_finite64(block).abs().amax(0) for block in blocks]).amax(0)
-        unit_D[unit_D == 0] = 1
-        mean_D = torch.stack([(_finite64(block) / unit_D).sum(0) for block in blocks]).sum(0) / count_D
-        centred = ((_finite64(block) / unit_D - mean_D).where(~block.isnan(), 0) for block in blocks)
-        deviation_D = (torch.stack([block.square().sum(0) for block in centred]).sum(0) / n_rows).sqrt()
-        deviation_D[deviation_D == 0] = 1
-        return cls(unit_D, mean_D, deviation_D, 1 - float(count_D.sum()) / x_ND.numel())
-
-    def apply(self, x_ND: Tensor) -> Tensor:
-        """Scaled rows (N, D), float32, finite; beside them a block of rows is held in float64."""
-        scaled_ND = torch.empty(x_ND.shape)
-        for block, out in zip(x_ND.split(_SCALED), scaled_ND.split(_SCALED), strict=True):
-            z_BD = (_finite64(block) / self.unit_D - self.mean_D) / self.deviation_D
-            out.copy_(z_BD.where(~block.isnan(), 0).clamp(-_FAR, _FAR))
-        return scaled_ND
 
 
 @dataclass(frozen=True)
@@ -197,7 +153,7 @@ class RCA:
         """All that scoring needs, lossless."""
         state = self._state()
         scaling = state.scaling
-        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "deviation": scaling.deviation_D}
+        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "scale": scaling.scale_D}
         tensors["missing_fraction"] = torch.tensor(scaling.missing_fraction, dtype=torch.float64)
         for i, (weight, bias) in enumerate(state.layers):
             tensors |= {f"layers.{i}.weight": weight, f"layers.{i}.bias": bias}
@@ -205,7 +161,7 @@ class RCA:
 
     def load_state(self, state: Mapping[str, Tensor]) -> Self:
         """The inverse of `state_dict`."""
-        scaling = Scaling(state["unit"], state["mean"], state["deviation"], float(state["missing_fraction"]))
+        scaling = Scaling(state["unit"], state["mean"], state["scale"], float(state["missing_fraction"]))
         n_layers = sum(name.endswith(".weight") for name in state)
         layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in range(n_layers)]
         masks = [state[f"masks.{i}"] for i in range(n_layers - 2)]
@@ -213,22 +169,10 @@ class RCA:
         return self
 
 
-def as_rows(x_ND: Tensor | np.ndarray) -> Tensor:
-    """A tensor (N, D) of real numbers on the CPU, not copied where that can be avoided.
-
-    Raises:
-        DataError: another number of dimensions, complex or no numbers, or an infinite value.
-    """
-    if isinstance(x_ND, np.ndarray):
-        if x_ND.dtype.kind not in "fiub":
-            raise DataError(f"rows must be real numbers, not {x_ND.dtype}")
-        x_ND = torch.from_numpy(np.require(x_ND, requirements=["C", "W"]))
-    x_ND = x_ND.detach().cpu()
-    if x_ND.ndim != 2 or x_ND.is_complex():
-        raise DataError(f"rows must be (N, D) real numbers, not {tuple(x_ND.shape)} of {x_ND.dtype}")
-    if any(block.isinf().any() for block in x_ND.split(_SCALED)):
-        raise DataError("infinite values; replace them, or set them to NaN to have them imputed")
-    return x_ND
+def n_steps(config: RCAConfig, n_rows: int) -> tuple[int, int]:
+    """Mini-batches of an epoch, and epochs."""
+    n_batches = max(1, round(n_rows / config.batch_size))
+    return n_batches, max(1, min(config.epochs, config.max_steps // n_batches))
 
 
 def selected_fractions(contamination: float, alpha: float, epochs: int) -> list[float]:
@@ -293,7 +237,7 @@ def _fit(config: RCAConfig, data: Sequence[Tensor | np.ndarray], seeds: Sequence
     rows = [as_rows(x_ND) for x_ND in data]
     if len({x_ND.shape for x_ND in rows}) > 1:
         raise ConfigError(f"fits at once need equal shapes, not {[tuple(x_ND.shape) for x_ND in rows]}")
-    scalings = [Scaling.of(x_ND) for x_ND in rows]
+    scalings = [Scaling.of(x_ND, equal="range") for x_ND in rows]
     for scaling in scalings:
         if scaling.missing_fraction:
             logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)
@@ -338,9 +282,8 @@ def _initial(config: RCAConfig, n_columns: int, generators: Sequence[Generator])
 def _train(config: RCAConfig, layers: Layers, data: Sequence[Tensor], generators: Sequence[Generator]) -> None:
     """Algorithm 1, training phase; changes the layers in place."""
     n_rows = len(data[0])
-    n_batches = max(1, round(n_rows / config.batch_size))
+    n_batches, epochs = n_steps(config, n_rows)
     size = n_rows // n_batches  # equal batches; the few rows that are left over change from epoch to epoch
-    epochs = max(1, min(config.epochs, config.max_steps // n_batches))
     contamination = config.contamination if config.select else 0.0
     parameters = [tensor for layer in layers for tensor in layer]
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
@@ -391,7 +334,3 @@ def _shifts(k: int, generators: Sequence[Generator]) -> Tensor:
     if k == 1:
         return torch.zeros(len(generators), dtype=torch.int64)
     return torch.cat([torch.randint(1, k, (1,), generator=generator) for generator in generators])
-
-
-def _finite64(x_BD: Tensor) -> Tensor:
-    return x_BD.double().nan_to_num(0.0)

@@ -31,13 +31,12 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize, relu
 
 from sanitize.errors import ConfigError, DataError, NumericsError
-from sanitize.score.rca import Scaling, as_rows
+from sanitize.score.scaling import Scaling, as_rows
 
 logger = logging.getLogger(__name__)
 
 Layers = list[tuple[Tensor, Tensor]]  # weight (T, 2G, in, out) and bias (T, 2G, 1, out) of each
 
-_SCALED = 4096  # rows that are scaled at once
 _SCORED = 256  # rows that are scored at once; fewer are filled up, for the rounding of a product depends on its shape
 
 
@@ -147,7 +146,7 @@ class RobustRealNVP:
         """All that scoring needs, lossless."""
         state = self._state()
         scaling = state.scaling
-        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "deviation": scaling.deviation_D}
+        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "scale": scaling.scale_D}
         tensors["missing_fraction"] = torch.tensor(scaling.missing_fraction, dtype=torch.float64)
         tensors["orders"] = state.orders_TD
         for i, (weight, bias) in enumerate(state.layers):
@@ -156,7 +155,7 @@ class RobustRealNVP:
 
     def load_state(self, state: Mapping[str, Tensor]) -> Self:
         """The inverse of `state_dict`."""
-        scaling = Scaling(state["unit"], state["mean"], state["deviation"], float(state["missing_fraction"]))
+        scaling = Scaling(state["unit"], state["mean"], state["scale"], float(state["missing_fraction"]))
         n_layers = sum(name.endswith(".weight") for name in state)
         layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in range(n_layers)]
         self._fitted = Fitted(scaling, state["orders"], layers)
@@ -218,10 +217,7 @@ def _fit(config: RobustRealNVPConfig, data: Sequence[Tensor | np.ndarray], seeds
     for scaling in scalings:
         if scaling.missing_fraction:
             logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)
-    scaled = [
-        torch.cat([scaling.apply(block) for block in x_ND.split(_SCALED)])
-        for scaling, x_ND in zip(scalings, rows, strict=True)
-    ]
+    scaled = [scaling.apply(x_ND) for scaling, x_ND in zip(scalings, rows, strict=True)]
     generators = [Generator().manual_seed(seed) for seed in seeds]
     n_columns = rows[0].shape[1]
     orders_GTD = torch.stack([_column_orders(config.n_couplings, n_columns, generator) for generator in generators])

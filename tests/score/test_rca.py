@@ -14,7 +14,8 @@ from torch.nn.functional import leaky_relu
 from sanitize.errors import ConfigError, DataError, NumericsError
 from sanitize.measure import auroc
 from sanitize.score import rca
-from sanitize.score.rca import RCA, RCAConfig, Scaling, pick, selected_fractions
+from sanitize.score.rca import RCA, RCAConfig, pick, selected_fractions
+from sanitize.score.scaling import Scaling
 
 SMALL = RCAConfig(widths=(16, 12), n_codes=3, epochs=6, n_passes=7, batch_size=20, contamination=0.2)
 VARIANTS = {
@@ -66,7 +67,7 @@ class SlowNetwork:
 
 def slow_fit(config: RCAConfig, x_ND: Tensor, seed: int) -> list[SlowNetwork]:
     """Algorithm 1 as it is written: a loop over networks, a loop over rows."""
-    x_ND = Scaling.of(x_ND).apply(x_ND)
+    x_ND = Scaling.of(x_ND, equal="range").apply(x_ND)
     generator = Generator().manual_seed(seed)
     k = config.n_networks
     layers = rca._initial(config, x_ND.shape[1], [generator])

@@ -1,0 +1,91 @@
+"""Rows of real numbers, brought to one scale: what RCA and RobustRealNVP are fitted on.
+
+Columns are divided by their standard deviation, or by their range: then columns that are nearly always the same, but
+for a few rows, count for less. One enormous value takes the other rows of its column together in either case.
+
+Shapes: N rows, B of a block; D columns.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sanitize.errors import DataError
+
+_SCALED = 4096  # rows that are scaled at once
+_FAR = 1e6  # scaled values end here, so that every score is finite
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Columns with mean 0, missing values at the mean, and a variance that is 1 on the average. Constant columns are 0.
+
+    Attributes:
+        unit_D: largest absolute value of each column; what follows is in this unit, so that no square overflows.
+        mean_D: of the values that are there.
+        scale_D: what is 1 afterwards. All float64.
+        missing_fraction: share of missing values.
+    """
+
+    unit_D: Tensor
+    mean_D: Tensor
+    scale_D: Tensor
+    missing_fraction: float
+
+    @classmethod
+    def of(cls, x_ND: Tensor, equal: Literal["variance", "range"] = "variance") -> Self:
+        """Estimate from the rows, a block at a time, so that all columns that vary have the same variance or range.
+        Raises DataError where a column has no value."""
+        n_rows, n_columns = x_ND.shape
+        if n_rows == 0 or n_columns == 0:
+            raise DataError(f"nothing to fit: {n_rows} rows of {n_columns} columns")
+        blocks = x_ND.split(_SCALED)
+        count_D = torch.stack([(~block.isnan()).sum(0) for block in blocks]).sum(0)
+        if empty := (count_D == 0).nonzero().flatten().tolist():
+            raise DataError(f"nothing but missing values in column(s) {empty[:10]}; leave them out")
+        unit_D = torch.stack([_finite64(block).abs().amax(0) for block in blocks]).amax(0)
+        unit_D[unit_D == 0] = 1
+        mean_D = torch.stack([(_finite64(block) / unit_D).sum(0) for block in blocks]).sum(0) / count_D
+        centred = ((_finite64(block) / unit_D - mean_D).where(~block.isnan(), 0) for block in blocks)
+        scatter, lowest, highest = zip(*((b.square().sum(0), b.amin(0), b.amax(0)) for b in centred), strict=True)
+        scale_D = (torch.stack(scatter).sum(0) / n_rows).sqrt()
+        if equal == "range":
+            range_D = torch.stack(highest).amax(0) - torch.stack(lowest).amin(0)
+            varies_D = scale_D > 0
+            scale_D = range_D * (scale_D / range_D)[varies_D].square().mean().sqrt()
+            scale_D[~varies_D] = 0
+        scale_D = scale_D.where(scale_D > 0, 1)
+        return cls(unit_D, mean_D, scale_D, 1 - float(count_D.sum()) / x_ND.numel())
+
+    def apply(self, x_ND: Tensor) -> Tensor:
+        """Scaled rows (N, D), float32, finite; beside them a block of rows is held in float64."""
+        scaled_ND = torch.empty(x_ND.shape)
+        for block, out in zip(x_ND.split(_SCALED), scaled_ND.split(_SCALED), strict=True):
+            z_BD = (_finite64(block) / self.unit_D - self.mean_D) / self.scale_D
+            out.copy_(z_BD.where(~block.isnan(), 0).clamp(-_FAR, _FAR))
+        return scaled_ND
+
+
+def as_rows(x_ND: Tensor | np.ndarray) -> Tensor:
+    """A tensor (N, D) of real numbers on the CPU, not copied where that can be avoided.
+
+    Raises:
+        DataError: another number of dimensions, complex or no numbers, or an infinite value.
+    """
+    if isinstance(x_ND, np.ndarray):
+        if x_ND.dtype.kind not in "fiub":
+            raise DataError(f"rows must be real numbers, not {x_ND.dtype}")
+        x_ND = torch.from_numpy(np.require(x_ND, requirements=["C", "W"]))
+    x_ND = x_ND.detach().cpu()
+    if x_ND.ndim != 2 or x_ND.is_complex():
+        raise DataError(f"rows must be (N, D) real numbers, not {tuple(x_ND.shape)} of {x_ND.dtype}")
+    if any(block.isinf().any() for block in x_ND.split(_SCALED)):
+        raise DataError("infinite values; replace them, or set them to NaN to have them imputed")
+    return x_ND
+
+
+def _finite64(x_BD: Tensor) -> Tensor:
+    return x_BD.double().nan_to_num(0.0)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Layers = list[tuple[Tensor, Tensor]]  # weight (M, in, out) and bias (M, 1, out) of each
 
 _SLOPE = 0.1  # of the leaky ReLUs
-_SCORED = 16  # rows that are scored at once; fewer are filled up, for the rounding of a product depends on its shape
+_SCORED = 32  # rows that are scored at once; fewer are filled up, for the rounding of a product depends on its shape
 
 
 class RCAConfig(BaseModel):
@@ -204,9 +204,17 @@ def forward(
         masks: what each hidden layer (M, B, H) is multiplied by; (M, v B, H) repeats the batch v times.
         noise_MBC: standard normal, for codes that are drawn.
     """
+    hidden_MBH, divergence = _last_hidden(layers, x_MBD, masks, noise_MBC)
+    weight, bias = layers[-1]
+    return torch.baddbmm(bias, hidden_MBH, weight), divergence
+
+
+def _last_hidden(
+    layers: Layers, x_MBD: Tensor, masks: Sequence[Tensor], noise_MBC: Tensor | None
+) -> tuple[Tensor, Tensor]:
     middle = len(layers) // 2 - 1
     divergence = x_MBD.new_zeros(())
-    for i, (weight, bias) in enumerate(layers):
+    for i, (weight, bias) in enumerate(layers[:-1]):
         x_MBD = torch.baddbmm(bias, x_MBD, weight)
         if i == middle:
             n_codes = layers[i + 1][0].shape[1]
@@ -215,21 +223,32 @@ def forward(
             if noise_MBC is not None:
                 x_MBD = mean_MBC + (log_variance_MBC / 2).exp() * noise_MBC
                 divergence = (mean_MBC.square() + log_variance_MBC.exp() - 1 - log_variance_MBC).sum(-1) / 2
-        elif i < len(layers) - 1:
-            x_MBD = leaky_relu(x_MBD, _SLOPE)
-            if masks:
-                mask = masks[i if i < middle else i - 1]
-                if len(mask[0]) > len(x_MBD[0]):  # dropout comes behind the first layer, so all passes share that
-                    x_MBD = x_MBD.repeat(1, len(mask[0]) // len(x_MBD[0]), 1)
-                x_MBD = x_MBD * mask
+            continue
+        x_MBD = leaky_relu(x_MBD, _SLOPE)
+        if masks:
+            mask = masks[i if i < middle else i - 1]
+            if len(mask[0]) > len(x_MBD[0]):  # dropout comes behind the first layer, so all passes share that
+                x_MBD = x_MBD.repeat(1, len(mask[0]) // len(x_MBD[0]), 1)
+            x_MBD = x_MBD * mask
     return x_MBD, divergence
 
 
 def _errors(layers: Layers, x_BD: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Scores (B,) of scaled rows."""
+    """Scores (B,) of scaled rows.
+
+    The passes differ in the last hidden layer h only, and the last layer is linear, so with h = mean + d
+        mean_v ||h W + b - x||^2 = ||mean W + b - x||^2 + mean_v d (W W^T) d^T,
+    which multiplies with H columns in each pass, not with D.
+    """
     k, n_rows = len(layers[0][0]), len(x_BD)
-    output_MvBD, _ = forward(layers, x_BD.expand(k, -1, -1), masks)
-    return (output_MvBD.view(-1, n_rows, x_BD.shape[1]) - x_BD).square().mean((0, 2))
+    hidden_MvH, _ = _last_hidden(layers, x_BD.expand(k, -1, -1), masks, None)
+    weight, bias = layers[-1]
+    hidden_MvBH = hidden_MvH.view(k, -1, n_rows, weight.shape[1])
+    mean_MBH = hidden_MvBH.mean(1)
+    error_MB = (torch.baddbmm(bias, mean_MBH, weight) - x_BD).square().sum(-1)
+    apart_MvH = (hidden_MvBH - mean_MBH[:, None]).flatten(1, 2)
+    spread_MvB = (apart_MvH @ (weight @ weight.mT) * apart_MvH).sum(-1).view(k, -1, n_rows)
+    return (error_MB + spread_MvB.mean(1)).mean(0) / x_BD.shape[1]
 
 
 def _fit(config: RCAConfig, data: Sequence[Tensor | np.ndarray], seeds: Sequence[int]) -> list[Fitted]:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import pyarrow as pa
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Batch, Dataset
 from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
+from sanitize.embed.label_free import oriented_gradients, reduced_pixels
 from sanitize.errors import NumericsError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.taps import Tapped, find_taps
@@ -23,6 +23,7 @@ class EmbedConfig(BaseModel):
     Attributes:
         penultimate: name of the head Linear whose input is the embedding; None finds the last Linear that runs.
         pixel_side: the embedding `pixels` is the image itself, averaged down to at most this height and width.
+        gradient_cells: the embedding `gradients` describes the image by this many cells a side.
         batch_size: images in one forward pass. Part of the recipe: kernels may round differently at other sizes.
     """
 
@@ -30,6 +31,7 @@ class EmbedConfig(BaseModel):
 
     penultimate: str | None = None
     pixel_side: int = Field(default=14, ge=1)
+    gradient_cells: int = Field(default=7, ge=1)
     batch_size: int = Field(default=256, ge=1)
 
 
@@ -52,8 +54,8 @@ def embed_shards(
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Returns:
-        Embeddings with `logits`, `penultimate`, where the network has feature maps `pooled`, and `pixels` (float32 in
-        [0, 1]), which knows neither labels nor model.
+        Embeddings with `logits`, `penultimate`, where the network has feature maps `pooled`; and with two that know
+        neither labels nor model, `pixels` (`reduced_pixels`) and `gradients` (`oriented_gradients`).
 
     Raises:
         NumericsError: an embedding is not finite; the message names the shard and the key.
@@ -96,13 +98,14 @@ def _embed(config: EmbedConfig, tapped: Tapped, batch: Batch, checkpoint: Checkp
         x_BCHW = checkpoint.config.normalise(images_BCHW)
         seen = tapped(x_BCHW.contiguous(memory_format=torch.channels_last))
     seen["pixels"] = reduced_pixels(images_BCHW, config.pixel_side)
+    seen["gradients"] = oriented_gradients(images_BCHW, config.gradient_cells)
     columns: dict[str, pa.Array] = {
         "position": pa.array(batch.positions_B.numpy()),
         "key": pa.array(batch.keys),
         "shard": pa.array([batch.shard] * len(batch.keys)),
         "label": pa.array(batch.labels_B.numpy()),
     }
-    for name in ("logits", "penultimate", "pooled", "pixels"):
+    for name in ("logits", "penultimate", "pooled", "pixels", "gradients"):
         if name in seen:
             x_BD = seen[name].float().cpu()
             if not (finite_B := x_BD.isfinite().all(1)).all():
@@ -110,10 +113,3 @@ def _embed(config: EmbedConfig, tapped: Tapped, batch: Batch, checkpoint: Checkp
                 raise NumericsError(f"{name} of {batch.shard}, key {key}, is not finite; check the model's weights")
             columns[name] = fixed_size_list(x_BD)
     return pa.table(columns)
-
-
-def reduced_pixels(images_BCHW: Tensor, side: int) -> Tensor:
-    """uint8 images as rows of float32 in [0, 1], averaged down to at most `side` pixels in height and width."""
-    height, width = images_BCHW.shape[2:]
-    small_BChw = torch.nn.functional.adaptive_avg_pool2d(images_BCHW.float(), (min(side, height), min(side, width)))
-    return small_BChw.flatten(1) / 255

@@ -7,16 +7,19 @@ cannot see.
 
 Neighbours vote with the weight of their own credibility: the share of *their* neighbours that agree with them, found
 by a few rounds from equal weights. Poison is near poison (a trigger makes images alike), and would otherwise vouch
-for itself: on Fashion-MNIST with half of a class poisoned, 3 rounds raise the recall at 5 % false positives from .29
-to .85 (LOG.md).
+for itself. For the same reason each sample is looked at through several windows, each with neighbours of its own, and
+the windows in which it disagrees most but a few count: a patch is in few of them. On Fashion-MNIST with half of a class
+poisoned, recall at 5 % false positives is .25 without either on pixels, .84 with the weights, and .92 with windows on
+oriented gradients (LOG.md).
 
-The embedding is centred, reduced to its leading principal directions, scaled by (variance) ** (-whiten / 2), and
-compared by cosine; the search is exact. State: D x d, and a hash-chosen reference of at most `max_reference` rows of
-d numbers; with fewer samples than that, all of them. Shapes: B rows of a batch, M of the reference, D features, d
-reduced.
+Each window is centred, reduced to its leading principal directions, scaled by (variance) ** (-whiten / 2), and
+compared by cosine; the search is exact. State: V maps of w x d, and a hash-chosen reference of at most `max_reference`
+rows of V d numbers; with fewer samples than that, all of them. Shapes: V windows of w features each, B rows of a batch,
+M of the reference, D features, d reduced.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from sanitize.compute import Compute
-from sanitize.data.tables import EmbeddingBatch
+from sanitize.data.tables import N_ORIENTATIONS, EmbeddingBatch
+from sanitize.errors import ConfigError
 from sanitize.score.scorer import Passes, row_hashes
 from sanitize.streaming import HashSample, Moments
 
@@ -36,23 +40,29 @@ class NeighboursConfig(BaseModel):
 
     Attributes:
         embedding: which embedding is read; one that was made without labels.
+        windows: windows a side that the grid of `gradients` is looked at through, each smaller than the grid by
+            `windows - 1` cells; 1 takes the embedding as a whole, as it must be with all others.
+        quantile: over a sample's windows, of its disagreement; 0.75 of nine windows is the third largest.
         k: neighbours asked.
         rounds: of re-weighting the votes by credibility; 0 counts all neighbours alike.
         n_components: principal directions kept.
         whiten: 0 leaves the directions as long as they are, 1 gives all the same variance. A trigger is a direction of
             its own: whitened fully, it makes poisoned samples each other's neighbours, and they agree.
-        max_reference: samples among which neighbours are sought.
+        max_reference: samples among which neighbours are sought; the time for N samples is that of N times so many
+            products of `n_components` numbers in each window.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["neighbours"] = "neighbours"
-    embedding: str = "pixels"
+    embedding: str = "gradients"
+    windows: int = Field(default=3, ge=1)
+    quantile: float = Field(default=0.75, ge=0, le=1)
     k: int = Field(default=50, ge=1)
     rounds: int = Field(default=3, ge=0)
     n_components: int = Field(default=32, ge=1)
     whiten: float = Field(default=0.0, ge=0, le=1)
-    max_reference: int = Field(default=200_000, ge=100)
+    max_reference: int = Field(default=20_000, ge=100)
 
 
 class Neighbours:
@@ -63,14 +73,18 @@ class Neighbours:
         self.statistics: dict[int, dict[str, float]] = {}
         self._seed = 0
         self._centre_D = torch.zeros(0)
-        self._map_Dd = torch.zeros(0, 0)
-        self._reference_Md = torch.zeros(0, 0)
+        self._map_Vwd = torch.zeros(0, 0, 0)
+        self._reference_VMd = torch.zeros(0, 0, 0)
         self._labels_M = torch.zeros(0, dtype=torch.int64)
         self._hashes_M = torch.zeros(0, dtype=torch.int64)
-        self._weights_M = torch.zeros(0)
+        self._weights_VM = torch.zeros(0, 0)
 
     def fit(self, passes: Passes, compute: Compute) -> None:
-        """One pass: moments of all rows, and the reference."""
+        """One pass: moments of all rows, and the reference.
+
+        Raises:
+            ConfigError: the embedding has no grid of cells, and `windows` is not 1.
+        """
         self._seed = compute.seed_for("score", "neighbours", "reference")
         moments: Moments | None = None
         sample = HashSample(self.config.max_reference)
@@ -80,45 +94,77 @@ class Neighbours:
             sample.update(row_hashes(batch, self._seed), torch.cat([batch.z_BD, batch.labels_B[:, None].float()], 1))
         if moments is None or moments.count < 2:
             return
-        values_D, vectors_DD = torch.linalg.eigh(moments.covariance())
-        d = min(self.config.n_components, len(values_D))
-        values_d, vectors_Dd = values_D.flip(0)[:d], vectors_DD.flip(1)[:, :d]
-        floor = values_d[0].clamp(min=1e-30) * 1e-6  # a direction without variance must not be blown up
         self._centre_D = moments.mean_D.float()
-        self._map_Dd = (vectors_Dd * values_d.clamp(min=floor) ** (-self.config.whiten / 2)).float()
+        self._map_Vwd = torch.stack([self._map(covariance) for covariance in self._blocks(moments.covariance())])
         rows = sample.rows()
-        self._reference_Md = self._reduced(rows[:, :-1])
+        self._reference_VMd = self._reduced(rows[:, :-1])
         self._labels_M = rows[:, -1].long()
         self._hashes_M = _signed(sample.hashes())
         self._weigh()
 
+    def _map(self, covariance_ww: Tensor) -> Tensor:
+        """Principal directions of one window (w, d), scaled."""
+        values_w, vectors_ww = torch.linalg.eigh(covariance_ww)
+        d = min(self.config.n_components, len(values_w))
+        values_d, vectors_wd = values_w.flip(0)[:d], vectors_ww.flip(1)[:, :d]
+        floor = values_d[0].clamp(min=1e-30) * 1e-6  # a direction without variance must not be blown up
+        return (vectors_wd * values_d.clamp(min=floor) ** (-self.config.whiten / 2)).float()
+
+    def _blocks(self, covariance_DD: Tensor) -> list[Tensor]:
+        return [covariance_DD[columns_w][:, columns_w] for columns_w in self._columns(len(covariance_DD))]
+
+    def _columns(self, n_features: int) -> Tensor:
+        """Features (V, w) of each window."""
+        if self.config.windows == 1:
+            return torch.arange(n_features)[None]
+        cells = math.isqrt(n_features // N_ORIENTATIONS)
+        side = cells - self.config.windows + 1
+        if cells**2 * N_ORIENTATIONS != n_features or side < 1:
+            raise ConfigError(
+                f"embedding {self.config.embedding!r} of {n_features} features has no {self.config.windows} windows a "
+                "side; set windows: 1, or read `gradients`"
+            )
+        grid_OGG = torch.arange(n_features).view(N_ORIENTATIONS, cells, cells)
+        offsets = range(self.config.windows)
+        return torch.stack([grid_OGG[:, i : i + side, j : j + side].flatten() for i in offsets for j in offsets])
+
     def _weigh(self) -> None:
         """The credibility of each sample of the reference; and what is known of each class."""
-        nearest_Mk = self._nearest(self._reference_Md, self._hashes_M)
-        self._weights_M = torch.ones(len(nearest_Mk))
-        for _ in range(self.config.rounds):
-            self._weights_M = 1 - self._disagreement(nearest_Mk, self._labels_M)
-        disagreement_M = self._disagreement(nearest_Mk, self._labels_M)
+        weights, disagreements = [], []
+        for v in range(len(self._map_Vwd)):
+            nearest_Mk = self._nearest(v, self._reference_VMd[v], self._hashes_M)
+            weights_M = torch.ones(len(nearest_Mk))
+            for _ in range(self.config.rounds):
+                weights_M = 1 - self._disagreement(nearest_Mk, self._labels_M, weights_M)
+            weights.append(weights_M)
+            disagreements.append(self._disagreement(nearest_Mk, self._labels_M, weights_M))
+        self._weights_VM = torch.stack(weights)
+        disagreement_M = self._over_windows(disagreements)
         for label in self._labels_M.unique().tolist():
             of_class = disagreement_M[self._labels_M == label]
             self.statistics[label] = {"mean_disagreement": float(of_class.mean()), "n_reference": len(of_class)}
 
-    def _reduced(self, z_BD: Tensor) -> Tensor:
-        return torch.nn.functional.normalize((z_BD - self._centre_D) @ self._map_Dd, dim=1)
+    def _over_windows(self, disagreements: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(disagreements)).quantile(self.config.quantile, dim=0, interpolation="lower")
 
-    def _nearest(self, query_Bd: Tensor, hashes_B: Tensor) -> Tensor:
+    def _reduced(self, z_BD: Tensor) -> Tensor:
+        """(V, B, d), of length 1."""
+        z_VBw = (z_BD - self._centre_D)[:, self._columns(z_BD.shape[1])].transpose(0, 1)
+        return torch.nn.functional.normalize(z_VBw @ self._map_Vwd, dim=2)
+
+    def _nearest(self, v: int, query_Bd: Tensor, hashes_B: Tensor) -> Tensor:
         """Rows (B, k) of the reference that are most similar, int64; a sample is no neighbour of its own."""
         k = min(self.config.k, len(self._labels_M) - 1)
         rows = max(1, _BLOCK // max(1, len(self._labels_M)))
         nearest = []
         for query_bd, hashes_b in zip(query_Bd.split(rows), hashes_B.split(rows), strict=True):
-            similarity_bM = query_bd @ self._reference_Md.T
+            similarity_bM = query_bd @ self._reference_VMd[v].T
             similarity_bM.masked_fill_(hashes_b[:, None] == self._hashes_M, -torch.inf)
             nearest.append(similarity_bM.topk(k, dim=1).indices)
         return torch.cat(nearest)
 
-    def _disagreement(self, nearest_Bk: Tensor, labels_B: Tensor) -> Tensor:
-        weights_Bk = self._weights_M[nearest_Bk]
+    def _disagreement(self, nearest_Bk: Tensor, labels_B: Tensor, weights_M: Tensor) -> Tensor:
+        weights_Bk = weights_M[nearest_Bk]
         agreeing_Bk = weights_Bk * (self._labels_M[nearest_Bk] == labels_B[:, None])
         # Where no neighbour is credible none of them speaks for the label either.
         return 1 - agreeing_Bk.sum(1) / weights_Bk.sum(1).clamp(min=1e-12)
@@ -128,25 +174,30 @@ class Neighbours:
         if len(self._labels_M) < 2:
             return torch.zeros(len(batch.keys))
         hashes_B = _signed(row_hashes(batch, self._seed))
-        return self._disagreement(self._nearest(self._reduced(batch.z_BD), hashes_B), batch.labels_B)
+        return self._over_windows(
+            [
+                self._disagreement(self._nearest(v, query_Bd, hashes_B), batch.labels_B, self._weights_VM[v])
+                for v, query_Bd in enumerate(self._reduced(batch.z_BD))
+            ]
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Map, reference and its labels."""
         return {
             "centre": self._centre_D,
-            "map": self._map_Dd.contiguous(),
-            "reference": self._reference_Md,
+            "map": self._map_Vwd.contiguous(),
+            "reference": self._reference_VMd,
             "labels": self._labels_M,
             "hashes": self._hashes_M,
-            "weights": self._weights_M,
+            "weights": self._weights_VM,
             "seed": torch.tensor([self._seed]),
         }
 
     def load_state(self, state: Mapping[str, Tensor], statistics: dict[int, dict[str, float]]) -> None:
         """The inverse of `state_dict`."""
         self.statistics = statistics
-        self._centre_D, self._map_Dd = state["centre"], state["map"]
-        self._reference_Md, self._weights_M = state["reference"], state["weights"]
+        self._centre_D, self._map_Vwd = state["centre"], state["map"]
+        self._reference_VMd, self._weights_VM = state["reference"], state["weights"]
         self._labels_M, self._hashes_M = state["labels"], state["hashes"]
         self._seed = int(state["seed"][0])
 

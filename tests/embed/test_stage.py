@@ -18,7 +18,7 @@ from sanitize.models.checkpoint import Checkpoint
 def test_embeddings_are_what_the_model_sees_computed_by_hand(
     dataset: Dataset, checkpoint: Checkpoint, embeddings: Embeddings
 ) -> None:
-    assert embeddings.names == ["penultimate", "pooled", "pixels"]
+    assert embeddings.names == ["penultimate", "pooled", "pixels", "gradients"]
     model = checkpoint.model()
     for shard in dataset.shards:
         (batch,) = dataset.batches(10_000, [shard])

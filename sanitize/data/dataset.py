@@ -8,12 +8,13 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from sanitize.data.decode import BadImage, ImageConfig, decode
+from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
 from sanitize.data.samples import Sample, SampleLimits, ShardFile, ShardReader, find_image, is_compressed
 from sanitize.data.tables import ShardTables
@@ -145,9 +146,9 @@ class Dataset(ShardTables):
         threads = _Threads()
         try:
             started = (
-                self._start(shard, rows, samples, threads)
+                self._start(shard, rows, images, threads)
                 for shard in (self.shards if shards is None else shards)
-                for rows, samples in self._usable(shard, size)
+                for rows, images in self._usable(shard, size)
             )
             for batch, chunks in ahead(started, threads.count):
                 for chunk in chunks:
@@ -156,18 +157,26 @@ class Dataset(ShardTables):
         finally:
             threads.stop()
 
-    def _usable(self, shard: str, size: int) -> Iterator[tuple[pa.Table, Iterator[Sample]]]:
-        """The rows of each batch, and its samples, to be read before the next batch is asked for."""
+    def _usable(self, shard: str, size: int) -> Iterator[tuple[pa.Table, Iterator[bytes]]]:
+        """The rows of each batch, and its images as they are stored, to be read before the next batch is asked for."""
         rows = self.rows(shard)
-        is_ok = pc.equal(rows["status"], "ok")
-        usable = rows.filter(is_ok)
-        samples = (sample for sample, ok in zip(self._read(shard, rows), is_ok.to_pylist(), strict=True) if ok)
+        usable, images = rows.filter(pc.equal(rows["status"], "ok")), self._images(shard, rows)
         for start in range(0, len(usable), size):
-            yield usable.slice(start, size), islice(samples, size)
-        next(samples, None)  # there is none; asked for it, the reader goes to the end and sees what has changed
+            yield usable.slice(start, size), islice(images, size)
+        next(images, None)  # there is none; asked for it, the reader goes to the end and sees what has changed
+
+    def _images(self, shard: str, rows: pa.Table) -> Iterator[bytes]:
+        """Of each usable sample the payload of its image."""
+        is_ok = pc.equal(rows["status"], "ok").to_pylist()
+        names = rows["image"].to_pylist()
+        for piece in self.pieces(shard, rows):
+            if isinstance(piece, Piece):
+                yield from piece.payloads([names[i] for i in piece.positions if is_ok[i]])
+            elif is_ok[piece.position]:
+                yield find_image(piece)[1]
 
     def _start(
-        self, shard: str, rows: pa.Table, samples: Iterator[Sample], threads: "_Threads"
+        self, shard: str, rows: pa.Table, images: Iterator[bytes], threads: "_Threads"
     ) -> tuple[Batch, list[Future[None]]]:
         """A batch, and the calls that fill in its images, a chunk of about a mebibyte each."""
         keys, config = rows["key"].to_pylist(), ImageConfig.model_validate(self.info["image"])
@@ -176,24 +185,26 @@ class Dataset(ShardTables):
         calls: list[Future[None]] = []
         chunk: list[bytes] = []
         start = n_bytes = 0
-        for stop, (sample, name) in enumerate(zip(samples, rows["image"].to_pylist(), strict=True), 1):
-            data = dict(sample.members).get(name)  # where the index had to escape the name, it is not found
-            chunk.append(find_image(sample)[1] if data is None else data)
-            n_bytes += len(chunk[-1])
+        for stop, data in enumerate(images, 1):
+            chunk.append(data)
+            n_bytes += len(data)
             if n_bytes >= _CHUNK_BYTES or stop == len(keys):
-                images = images_BCHW[start:stop]
-                calls.append(threads.submit(n_bytes, self._decode, shard, keys[start:stop], chunk, config, images))
+                part = slice(start, stop)
+                calls.append(threads.submit(n_bytes, self._decode, shard, keys[part], chunk, config, images_BCHW[part]))
                 start, n_bytes, chunk = stop, 0, []
         return Batch(shard, positions_B, keys, labels_B, images_BCHW), calls
 
     def _decode(
-        self, shard: str, keys: list[str], chunk: list[bytes], config: ImageConfig, images_BCHW: Tensor
+        self, shard: str, keys: list[str], chunk: list[bytes], config: ImageConfig, images_NCHW: Tensor
     ) -> None:
-        for key, data, image_CHW in zip(keys, chunk, images_BCHW, strict=True):
+        channels, height, width = images_NCHW.shape[1:]
+        pixels_NHWC = np.empty((len(chunk), height, width, channels), np.uint8)
+        for key, data, pixels_HWC in zip(keys, chunk, pixels_NHWC, strict=True):
             try:
-                image_CHW.copy_(decode(data, config, self.image_shape[1:]))
+                pixels_HWC[:] = decode_pixels(data, config, (height, width))
             except BadImage as error:
                 raise self._bad_image(shard, key, error) from error
+        images_NCHW.copy_(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))  # once: of each image it costs as much
 
     def _bad_image(self, shard: str, key: str, error: Exception) -> DataError:
         if self.info["check"] == "decode":

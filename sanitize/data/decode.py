@@ -21,6 +21,7 @@ import io
 import warnings
 from typing import Literal
 
+import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
@@ -93,17 +94,24 @@ def decode(data: bytes, config: ImageConfig, size: tuple[int, int] | None = None
     Raises:
         BadImage: with the reason.
     """
-    image_CHW = _ordinary_jpeg(data, config)
-    if image_CHW is None:
+    return torch.from_numpy(decode_pixels(data, config, size)).permute(2, 0, 1).contiguous()
+
+
+def decode_pixels(data: bytes, config: ImageConfig, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The same as an array (H, W, C), which is how decoders leave it."""
+    pixels_HWC = _ordinary_jpeg(data, config)
+    if pixels_HWC is None:
         header = image_header(data, config.max_pixels)
         try:
-            image_CHW = _pixels(header, config.channels)
+            pixels_HWC = _by_pillow(header, config.channels)
         except Exception as error:
             raise BadImage("image data is damaged") from error
-    return image_CHW if size is None else fit(image_CHW, size)
+    if size in (None, pixels_HWC.shape[:2]):
+        return pixels_HWC
+    return fit(torch.from_numpy(pixels_HWC).permute(2, 0, 1), size).permute(1, 2, 0).numpy()
 
 
-def _ordinary_jpeg(data: bytes, config: ImageConfig) -> Tensor | None:
+def _ordinary_jpeg(data: bytes, config: ImageConfig) -> np.ndarray | None:
     """The pixels of a JPEG in which nothing is odd, nor above a limit; None for what Pillow has to judge.
 
     Pillow's luminance differs by a rounding from a JPEG's own, so colour that is to become luminance is odd.
@@ -115,21 +123,19 @@ def _ordinary_jpeg(data: bytes, config: ImageConfig) -> Tensor | None:
         known = colours == "Gray" or (colours in ("RGB", "YCbCr") and config.channels == 3)
         if not known or height * width > config.max_pixels:
             return None
-        pixels_HWC = simplejpeg.decode_jpeg(data, "RGB" if config.channels == 3 else "GRAY")
+        return simplejpeg.decode_jpeg(data, "RGB" if config.channels == 3 else "GRAY")
     except (ValueError, KeyError):  # damage, great or small; KeyError: a subsampling that has no name
         return None
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
 
 
-def _pixels(image: Image.Image, channels: int) -> Tensor:
+def _by_pillow(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
         image = image.point(lambda value: value / 256).convert("L")
     if image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         image = Image.merge("RGB", image.split()[:3])
     image = image.convert("RGB" if channels == 3 else "L")
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+    return np.array(image).reshape(image.height, image.width, channels)
 
 
 def fit(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:

@@ -49,6 +49,13 @@ class Piece(NamedTuple):
             members = [(names[j], window[start_N[j] : start_N[j] + sizes_N[j]]) for j in own]
             yield Sample(self.positions[i], self.keys[i], members, None, [(names[j], sizes_N[j]) for j in own])
 
+    def payloads(self, names: list[str]) -> list[bytes]:
+        """Payloads of the members that have these (ASCII) names, in the order of the shard."""
+        of = self.members
+        is_wanted_N = np.isin(of.names_N, np.array(names, "S"))
+        starts, sizes = of.payloads_N[is_wanted_N].tolist(), of.sizes_N[is_wanted_N].tolist()
+        return [of.window[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
     def normalised(self, keep_K: np.ndarray) -> bytes:
         """What TarWriter makes of those samples for which `keep_K` (bool) is True."""
         return normalised(self.members, np.repeat(keep_K, np.diff(self.bounds)))

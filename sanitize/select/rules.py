@@ -123,7 +123,7 @@ class FDRRule(BaseModel):
 
 
 class ConformalRule(BaseModel):
-    """Benjamini-Hochberg at level `q` on conformal p-values: a false discovery rate that is guaranteed.
+    """Benjamini-Hochberg at level `q` on conformal p-values: a bounded false discovery rate.
 
     Needs samples that the user vouches for (`trusted`), which the scorer was not fitted on. The p-value of a score s is
     p = (1 + #{trusted scores >= s}) / (M + 1); all classes are judged together. Where trusted samples and the clean

@@ -25,7 +25,7 @@ from sanitize.score import (
 )
 
 ALL_SCORERS: list[ScorerConfig] = [
-    NeighboursConfig(embedding="penultimate", k=5),
+    NeighboursConfig(embedding="penultimate", windows=1, k=5),
     RCAScorerConfig(embedding="penultimate", model=RCAConfig(epochs=2)),
     RobustRealNVPScorerConfig(embedding="penultimate", model=RobustRealNVPConfig(epochs=2)),
     SpectralConfig(),

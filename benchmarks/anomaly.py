@@ -15,7 +15,6 @@ method on both; sensitivity below 0.02. Exits with 1 where one is missed.
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -36,7 +35,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import OneClassSVM
 
 from benchmarks.odds import CHAPTERS, PAPER, TABLES, Split, split
-from benchmarks.report import environment, print_table
+from benchmarks.report import conclude, print_table
 from sanitize.measure import auroc
 from sanitize.score.combine import combined_suspicion
 from sanitize.score.rca import RCA, RCAConfig
@@ -245,13 +244,7 @@ def main() -> None:
             "RCA's mean AUC when the contamination it is told is off by delta",
         )
         missed = check(dict(zip(CHAPTERS, lines[len(tables) :], strict=False)), moved)
-    seconds = time.perf_counter() - start
-    print(f"{environment()}; {seconds:.0f} s")
-    print("\n".join(f"MISSED {line}" for line in missed) or ("all targets met" if whole else "targets not checked"))
-    if arguments.json:
-        result = {"rows": rows, "missed": missed, "environment": environment(), "seconds": seconds}
-        arguments.json.write_text(json.dumps(result, indent=1))
-    sys.exit(1 if missed else 0)
+    conclude(missed, arguments.json, start, checked=whole, rows=rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ with its original images and labels (--quick: not for BadNets at 3 and 10 %). Ex
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.data import fashion_mnist, write_images
-from benchmarks.report import environment, print_table
+from benchmarks.report import conclude, print_table
 from sanitize.attack import BadNetsConfig, BlendedConfig, LabelNoiseConfig, Poisoned, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -258,16 +257,7 @@ def main() -> None:
         "first seed: suspect model; retrained on what the default leaves; clean control on the same subset",
     )
     missed = [] if arguments.only else check(rows)
-    seconds = time.perf_counter() - start
-    print(f"{environment()}; {seconds:.0f} s")
-    print(
-        "\n".join(f"MISSED {line}" for line in missed)
-        or ("all targets met" if not arguments.only else "targets not checked")
-    )
-    if arguments.json:
-        result = {"rows": rows, "missed": missed, "environment": environment(), "seconds": seconds}
-        arguments.json.write_text(json.dumps(result, indent=1))
-    sys.exit(1 if missed else 0)
+    conclude(missed, arguments.json, start, checked=not arguments.only, rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ measured and subtracted. Exits with 1 where RCA takes more than 2.2 times as lon
 """
 
 import argparse
-import json
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import torch
 from pyod.models.auto_encoder import AutoEncoder
 
 from benchmarks.odds import Split, split
-from benchmarks.report import environment, print_table
+from benchmarks.report import conclude, print_table
 from sanitize.score.rca import RCA, RCAConfig, n_steps
 
 TABLES = ("vowels", "pendigits", "shuttle")
@@ -82,16 +80,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    start = time.perf_counter()
     torch.set_num_threads(1)
     rows = [compare(table) for table in TABLES]
     missed = [f"{row['table']}: RCA takes {row['ratio']:.2f} x as long" for row in rows if row["ratio"] > MOST]
     print_table(rows, list(rows[0]), f"fit time, medians of {REPEATS}, one thread")
-    print(environment())
-    print("\n".join(f"MISSED {line}" for line in missed) or "all targets met")
-    if arguments.json:
-        result = {"rows": rows, "missed": missed, "environment": environment()}
-        arguments.json.write_text(json.dumps(result, indent=1))
-    sys.exit(1 if missed else 0)
+    conclude(missed, arguments.json, start, rows=rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ with 1 where ten times the data takes over 10 % more. Linux only.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -29,7 +28,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.data import write_images
-from benchmarks.report import environment, print_table
+from benchmarks.report import conclude, print_table
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -175,13 +174,7 @@ def main() -> None:
         for row in rows
         if row["ratio"] > MOST_GROWTH
     ]
-    seconds = time.perf_counter() - start
-    print(f"{environment()}; {seconds:.0f} s")
-    print("\n".join(f"MISSED {line}" for line in missed) or "all targets met")
-    if arguments.json:
-        result = {"rows": rows, "missed": missed, "environment": environment(), "seconds": seconds}
-        arguments.json.write_text(json.dumps(result, indent=1))
-    sys.exit(1 if missed else 0)
+    conclude(missed, arguments.json, start, rows=rows)
 
 
 if __name__ == "__main__":

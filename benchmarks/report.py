@@ -1,9 +1,13 @@
 """How benchmarks print what they measured."""
 
 import datetime
+import json
 import os
 import platform
+import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +28,25 @@ def environment() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     date = datetime.datetime.now(datetime.UTC).date()
     return f"{device}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, {date}"
+
+
+def conclude(missed: Sequence[str], json_file: Path | None, start: float, checked: bool = True, **results: Any) -> None:
+    """Print what was missed, write it with the results where JSON is asked for, and exit: with 1 where a target was.
+
+    Args:
+        missed: one line a target.
+        json_file: where to; None nowhere.
+        start: time.perf_counter() when the benchmark began.
+        checked: False where the part that was run has no targets.
+        results: into the JSON.
+    """
+    seconds = time.perf_counter() - start
+    print(f"{environment()}; {seconds:.0f} s")
+    print("\n".join(f"MISSED {line}" for line in missed) or ("all targets met" if checked else "targets not checked"))
+    if json_file is not None:
+        result = results | {"missed": list(missed), "environment": environment(), "seconds": seconds}
+        json_file.write_text(json.dumps(result, indent=1))
+    sys.exit(1 if missed else 0)
 
 
 def _cell(value: Any) -> str:

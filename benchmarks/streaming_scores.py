@@ -9,7 +9,6 @@ interpreter of its own, with one thread and the scorers' default settings. Peaks
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.memory import status
-from benchmarks.report import environment, print_table
+from benchmarks.report import conclude, print_table
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.compute import Compute
 from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
@@ -91,14 +90,10 @@ def main() -> None:
                 rows[-1]["samples/s"] = round(arguments.samples / measured["seconds"])
                 print(rows[-1], file=sys.stderr, flush=True)
     print_table(rows, list(rows[0]), f"{arguments.samples:,} embeddings of {N_FEATURES} features")
-    missed = [f"{row['stage']}: {row['peak MiB']:.0f} MiB" for row in rows if row["peak MiB"] > MOST_MIB]
-    seconds = time.perf_counter() - start
-    print(f"{environment()}; {seconds:.0f} s")
-    print("\n".join(f"MISSED {line}, more than {MOST_MIB}" for line in missed) or "all targets met")
-    if arguments.json:
-        result = {"rows": rows, "missed": missed, "environment": environment(), "seconds": seconds}
-        arguments.json.write_text(json.dumps(result, indent=1))
-    sys.exit(1 if missed else 0)
+    missed = [
+        f"{row['stage']}: {row['peak MiB']:.0f} MiB, more than {MOST_MIB}" for row in rows if row["peak MiB"] > MOST_MIB
+    ]
+    conclude(missed, arguments.json, start, rows=rows)
 
 
 if __name__ == "__main__":

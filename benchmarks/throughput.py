@@ -18,7 +18,6 @@ which is what an output that can be trusted costs on these cores. Exits with 1 w
 import argparse
 import hashlib
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -38,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from benchmarks.report import environment, print_table
+from benchmarks.report import conclude, print_table
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -311,13 +310,7 @@ def main() -> None:
     print_table(rows, ["data", "job", "tool", "seconds", "samples/s", "MB/s"], "throughput")
     ratios, missed = check(rows)
     print_table(ratios, ["data", "what", "ratio", "target"], "targets")
-    seconds = time.perf_counter() - start
-    print(f"{environment()}; {seconds:.0f} s")
-    print("\n".join(f"MISSED {line}" for line in missed) or "all targets met")
-    if arguments.json:
-        result = {"rows": rows, "ratios": ratios, "missed": missed, "environment": environment(), "seconds": seconds}
-        arguments.json.write_text(json.dumps(result, indent=1))
-    sys.exit(1 if missed else 0)
+    conclude(missed, arguments.json, start, rows=rows, ratios=ratios)
 
 
 if __name__ == "__main__":

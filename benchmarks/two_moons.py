@@ -10,8 +10,6 @@ AUC is missed.
 """
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import make_moons
 
-from benchmarks.report import environment, print_table
+from benchmarks.report import conclude, print_table
 from sanitize.measure import auroc
 from sanitize.score.robust_realnvp import RobustRealNVP, RobustRealNVPConfig
 
@@ -124,14 +122,8 @@ def main() -> None:
         if means != sorted(means):
             missed.append(f"order of the AUCs with {kind} anomalies: {means}")
     rows.sort(key=lambda row: KINDS.index(row["anomalies"]))
-    seconds = time.perf_counter() - start
     print_table(rows, ["anomalies", "method", "AUC", "deviation"], f"two moons, 5 % anomalies, {len(SEEDS)} seeds")
-    print(f"{environment()}; {seconds:.0f} s")
-    print("\n".join(f"MISSED {line}" for line in missed) or "all targets met")
-    if arguments.json:
-        result = {"rows": rows, "missed": missed, "environment": environment(), "seconds": seconds}
-        arguments.json.write_text(json.dumps(result, indent=1))
-    sys.exit(1 if missed else 0)
+    conclude(missed, arguments.json, start, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sanitize.data.names import split_usual
+from sanitize.data.names import printable, split_usual
 from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile
 from sanitize.data.tar import TarLimits
 from sanitize.data.tar_plain import NotPlain, PlainMembers, normalised, parse_plain
@@ -70,11 +70,12 @@ def read_pieces(file: ShardFile, rows: pa.Table, limits: SampleLimits) -> Iterat
         limits: those of the index.
 
     Raises:
-        Moved: where sizes differ from those in the index. What does not show in them, the digest of the file shows.
+        Moved: where names or sizes of members differ from those in the index. What does not show in them, the digest
+            of the file shows.
     """
     start_K, end_K = rows["start"].to_numpy(), rows["end"].to_numpy()
     lists = rows["members"].combine_chunks()
-    bounds, sizes = lists.offsets.to_numpy(), lists.values.field("size").to_numpy()
+    bounds, names, sizes = lists.offsets.to_numpy(), lists.values.field("name"), lists.values.field("size").to_numpy()
     keys, first, at = rows["key"].to_pylist(), 0, 0
     while first < len(rows):
         start = int(start_K[first])
@@ -88,36 +89,33 @@ def read_pieces(file: ShardFile, rows: pa.Table, limits: SampleLimits) -> Iterat
                 raise NotPlain
             data = span.read(size)
             stream = io.BytesIO(data)
-            own = bounds[first : stop + 1]
-            yield _piece(data, range(first, stop), keys[first:stop], own, sizes[own[0] : own[-1]], limits)
+            own = slice(bounds[first], bounds[stop])
+            members = _members(data, sizes[own], limits)
+            if not pa.array(members.names_N).cast(pa.string()).equals(names[own]):
+                raise Moved(first)
+            yield Piece(range(first, stop), keys[first:stop], (bounds[first : stop + 1] - own.start).tolist(), members)
         except NotPlain:
             yield from as_indexed(SampleReader(stream, limits), rows.slice(first, stop - first), first)
         file.skip(span.left)
         first = stop
 
 
-def _piece(
-    data: bytes, positions: range, keys: list[str], bounds: np.ndarray, wanted: np.ndarray, limits: SampleLimits
-) -> Piece:
+def _members(data: bytes, sizes_N: np.ndarray, limits: SampleLimits) -> PlainMembers:
+    """All members of a piece, where nothing about them is odd. Raises NotPlain."""
     members = parse_plain(data, TarLimits(max_member_bytes=limits.max_sample_bytes))
-    if not np.array_equal(members.sizes_N, wanted):
+    if not np.array_equal(members.sizes_N, sizes_N):
         raise NotPlain  # perhaps because there is a member that belongs to no sample
-    usual = split_usual(members.names_N)
-    if usual is None or len(np.unique(members.names_N)) < len(wanted):
+    if split_usual(members.names_N) is None or len(np.unique(members.names_N)) < len(sizes_N):
         raise NotPlain
-    own = (bounds - bounds[0]).tolist()
-    if usual[0][own[:-1]].astype(str).tolist() != keys:
-        raise Moved(positions[0])
-    return Piece(positions, keys, own, members)
+    return members
 
 
 def as_indexed(samples: Iterable[Sample], rows: pa.Table, first: int = 0) -> Iterator[Sample]:
-    """The same samples, the first of them at position `first`. Raises Moved where sizes differ from `rows`."""
-    lists = rows["members"].combine_chunks()
-    wanted = pa.ListArray.from_arrays(lists.offsets, lists.values.field("size")).to_pylist()
+    """The same samples, the first of them at position `first`. Raises Moved where names or sizes differ from `rows`."""
+    wanted = rows["members"].to_pylist()
     n = 0
     for sample in samples:
-        if n == len(wanted) or [size for _, size in sample.sizes] != wanted[n]:
+        if n == len(wanted) or [{"name": printable(name), "size": size} for name, size in sample.sizes] != wanted[n]:
             raise Moved(first + n)
         yield sample._replace(position=first + n)
         n += 1

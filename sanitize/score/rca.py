@@ -14,7 +14,6 @@ Shapes: G independent fits, k networks of each, M = G k in the stack; N rows, B 
 H units of a hidden layer, v passes.
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 from torch.nn.functional import leaky_relu
 
-from sanitize.errors import ConfigError, DataError, NumericsError
-from sanitize.score.scaling import Scaling, as_rows
-
-logger = logging.getLogger(__name__)
+from sanitize.errors import ConfigError, NumericsError
+from sanitize.score.scaling import Scaling, scale_all
 
 Layers = list[tuple[Tensor, Tensor]]  # weight (M, in, out) and bias (M, 1, out) of each
 
@@ -126,9 +123,7 @@ class RCA:
             DataError: other columns than in training, or an infinite value.
         """
         state = self._state()
-        x_ND = as_rows(x_ND)
-        if x_ND.shape[1] != len(state.scaling.mean_D):
-            raise DataError(f"{x_ND.shape[1]} columns, but the model was fitted on {len(state.scaling.mean_D)}")
+        x_ND = state.scaling.rows(x_ND)
         masks = self._scoring_masks(state)
         scores_N = torch.empty(len(x_ND))
         for start in range(0, len(x_ND), _SCORED):
@@ -152,20 +147,17 @@ class RCA:
     def state_dict(self) -> dict[str, Tensor]:
         """All that scoring needs, lossless."""
         state = self._state()
-        scaling = state.scaling
-        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "scale": scaling.scale_D}
-        tensors["missing_fraction"] = torch.tensor(scaling.missing_fraction, dtype=torch.float64)
+        tensors = state.scaling.state_dict()
         for i, (weight, bias) in enumerate(state.layers):
             tensors |= {f"layers.{i}.weight": weight, f"layers.{i}.bias": bias}
         return tensors | {f"masks.{i}": mask for i, mask in enumerate(state.masks)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> Self:
         """The inverse of `state_dict`."""
-        scaling = Scaling(state["unit"], state["mean"], state["scale"], float(state["missing_fraction"]))
         n_layers = sum(name.endswith(".weight") for name in state)
         layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in range(n_layers)]
         masks = [state[f"masks.{i}"] for i in range(n_layers - 2)]
-        self._fitted = Fitted(scaling, layers, masks)
+        self._fitted = Fitted(Scaling.from_state(state), layers, masks)
         return self
 
 
@@ -253,16 +245,9 @@ def _errors(layers: Layers, x_BD: Tensor, masks: Sequence[Tensor]) -> Tensor:
 
 def _fit(config: RCAConfig, data: Sequence[Tensor | np.ndarray], seeds: Sequence[int]) -> list[Fitted]:
     """Train one stack, and take it apart."""
-    rows = [as_rows(x_ND) for x_ND in data]
-    if len({x_ND.shape for x_ND in rows}) > 1:
-        raise ConfigError(f"fits at once need equal shapes, not {[tuple(x_ND.shape) for x_ND in rows]}")
-    scalings = [Scaling.of(x_ND, equal="range") for x_ND in rows]
-    for scaling in scalings:
-        if scaling.missing_fraction:
-            logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)
-    scaled = [scaling.apply(x_ND) for scaling, x_ND in zip(scalings, rows, strict=True)]
+    scalings, scaled = scale_all(data, equal="range")
     generators = [Generator().manual_seed(seed) for seed in seeds]
-    layers = _initial(config, rows[0].shape[1], generators)
+    layers = _initial(config, scaled[0].shape[1], generators)
     _train(config, layers, scaled, generators)
     k = config.n_networks
     fits = []

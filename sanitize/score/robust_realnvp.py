@@ -17,7 +17,6 @@ Shapes: G independent fits; T couplings; N rows, B of a batch; D columns, d = D 
 H units of a hidden layer. In a stack of networks the first G are s, the last G are t.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize, relu
 
 from sanitize.errors import ConfigError, DataError, NumericsError
-from sanitize.score.scaling import Scaling, as_rows
-
-logger = logging.getLogger(__name__)
+from sanitize.score.scaling import Scaling, scale_all
 
 Layers = list[tuple[Tensor, Tensor]]  # weight (T, 2G, in, out) and bias (T, 2G, 1, out) of each
 
@@ -123,9 +120,7 @@ class RobustRealNVP:
             DataError: other columns than in training, or an infinite value.
         """
         state = self._state()
-        x_ND = as_rows(x_ND)
-        if x_ND.shape[1] != len(state.scaling.mean_D):
-            raise DataError(f"{x_ND.shape[1]} columns, but the model was fitted on {len(state.scaling.mean_D)}")
+        x_ND = state.scaling.rows(x_ND)
         scores_N = torch.empty(len(x_ND))
         x_GBD = torch.zeros(1, _SCORED, x_ND.shape[1])
         for start in range(0, len(x_ND), _SCORED):
@@ -145,9 +140,7 @@ class RobustRealNVP:
     def state_dict(self) -> dict[str, Tensor]:
         """All that scoring needs, lossless."""
         state = self._state()
-        scaling = state.scaling
-        tensors = {"unit": scaling.unit_D, "mean": scaling.mean_D, "scale": scaling.scale_D}
-        tensors["missing_fraction"] = torch.tensor(scaling.missing_fraction, dtype=torch.float64)
+        tensors = state.scaling.state_dict()
         tensors["orders"] = state.orders_TD
         for i, (weight, bias) in enumerate(state.layers):
             tensors |= {f"layers.{i}.weight": weight, f"layers.{i}.bias": bias}
@@ -155,10 +148,9 @@ class RobustRealNVP:
 
     def load_state(self, state: Mapping[str, Tensor]) -> Self:
         """The inverse of `state_dict`."""
-        scaling = Scaling(state["unit"], state["mean"], state["scale"], float(state["missing_fraction"]))
         n_layers = sum(name.endswith(".weight") for name in state)
         layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in range(n_layers)]
-        self._fitted = Fitted(scaling, state["orders"], layers)
+        self._fitted = Fitted(Scaling.from_state(state), state["orders"], layers)
         return self
 
 
@@ -208,18 +200,11 @@ def spectrally_normalised(weight: Tensor, left: Tensor, norm: float) -> tuple[Te
 
 def _fit(config: RobustRealNVPConfig, data: Sequence[Tensor | np.ndarray], seeds: Sequence[int]) -> list[Fitted]:
     """Train one stack, and take it apart."""
-    rows = [as_rows(x_ND) for x_ND in data]
-    if len({x_ND.shape for x_ND in rows}) > 1:
-        raise ConfigError(f"fits at once need equal shapes, not {[tuple(x_ND.shape) for x_ND in rows]}")
-    if rows[0].shape[1] == 1:
+    scalings, scaled = scale_all(data)
+    if scaled[0].shape[1] == 1:
         raise DataError("a coupling needs at least two columns, not 1")
-    scalings = [Scaling.of(x_ND) for x_ND in rows]
-    for scaling in scalings:
-        if scaling.missing_fraction:
-            logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)
-    scaled = [scaling.apply(x_ND) for scaling, x_ND in zip(scalings, rows, strict=True)]
     generators = [Generator().manual_seed(seed) for seed in seeds]
-    n_columns = rows[0].shape[1]
+    n_columns = scaled[0].shape[1]
     orders_GTD = torch.stack([_column_orders(config.n_couplings, n_columns, generator) for generator in generators])
     layers = _train(config, _initial(config, n_columns, generators), orders_GTD, scaled, generators)
     if not all(tensor.isfinite().all() for layer in layers for tensor in layer):

@@ -6,6 +6,8 @@ for a few rows, count for less. One enormous value takes the other rows of its c
 Shapes: N rows, B of a block; D columns.
 """
 
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -13,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sanitize.errors import DataError
+from sanitize.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 _SCALED = 4096  # rows that are scaled at once
 _FAR = 1e6  # scaled values end here, so that every score is finite
@@ -67,6 +71,42 @@ class Scaling:
             z_BD = (_finite64(block) / self.unit_D - self.mean_D) / self.scale_D
             out.copy_(z_BD.where(~block.isnan(), 0).clamp(-_FAR, _FAR))
         return scaled_ND
+
+    def rows(self, x_ND: Tensor | np.ndarray) -> Tensor:
+        """`as_rows`, of as many columns as it was estimated from. Raises DataError."""
+        x_ND = as_rows(x_ND)
+        if x_ND.shape[1] != len(self.mean_D):
+            raise DataError(f"{x_ND.shape[1]} columns, but the model was fitted on {len(self.mean_D)}")
+        return x_ND
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As tensors, lossless."""
+        missing_fraction = torch.tensor(self.missing_fraction, dtype=torch.float64)
+        return {"unit": self.unit_D, "mean": self.mean_D, "scale": self.scale_D, "missing_fraction": missing_fraction}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """The inverse of `state_dict`, which may hold more."""
+        return cls(state["unit"], state["mean"], state["scale"], float(state["missing_fraction"]))
+
+
+def scale_all(
+    data: Sequence[Tensor | np.ndarray], equal: Literal["variance", "range"] = "variance"
+) -> tuple[list[Scaling], list[Tensor]]:
+    """The scaling of each of several tables of one shape, and the scaled rows.
+
+    Raises:
+        ConfigError: the shapes differ.
+        DataError: as `as_rows` and `Scaling.of` do.
+    """
+    tables = [as_rows(x_ND) for x_ND in data]
+    if len({x_ND.shape for x_ND in tables}) > 1:
+        raise ConfigError(f"fits at once need equal shapes, not {[tuple(x_ND.shape) for x_ND in tables]}")
+    scalings = [Scaling.of(x_ND, equal) for x_ND in tables]
+    for scaling in scalings:
+        if scaling.missing_fraction:
+            logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)
+    return scalings, [scaling.apply(x_ND) for scaling, x_ND in zip(scalings, tables, strict=True)]
 
 
 def as_rows(x_ND: Tensor | np.ndarray) -> Tensor:

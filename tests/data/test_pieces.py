@@ -68,7 +68,7 @@ def test_some_of_a_piece(tmp_path: Path, make_tar: Callable[..., str], good: Goo
 
 
 @pytest.mark.parametrize("check", ["digest", "headers"])
-@pytest.mark.parametrize("what", ["more", "fewer", "other sizes", "other names", "other bytes"])
+@pytest.mark.parametrize("what", ["more", "fewer", "other sizes", "other names", "other suffixes", "other bytes"])
 def test_a_change_is_noticed(
     tmp_path: Path, make_tar: Callable[..., str], good: Good, compute: Compute, what: str, check: Any
 ) -> None:
@@ -81,8 +81,23 @@ def test_a_change_is_noticed(
         "fewer": members[:-2],
         "other sizes": [*members[:-1], ("good0019.cls", b"00")],
         "other names": [(f"x{name[1:]}", data) for name, data in members],
+        "other suffixes": [(name.replace(".png", ".jpeg"), data) for name, data in members],
         "other bytes": [(name, data[::-1]) for name, data in members],
     }[what]
     make_tar(tmp_path / "x.tar", other)
     with pytest.raises(DataError, match=r"x\.tar has changed since it was indexed"):
         pieces_of(dataset)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+@pytest.mark.parametrize("odd", [False, True])
+def test_no_batch_is_made_of_images_that_are_not_there(
+    tmp_path: Path, make_tar: Callable[..., str], good: Good, compute: Compute, name: str, odd: bool
+) -> None:
+    """Keys and sizes as indexed, but what was an image is none any more; also where samples are read one by one."""
+    members = [*good(6), *([("é.txt", b"")] if odd else [])]
+    mode = "w:gz" if name.endswith("gz") else "w"
+    dataset = index_shards(ANYTHING, make_tar(tmp_path / name, members, mode), str(tmp_path / "index"), compute)
+    make_tar(tmp_path / name, [(member.replace(".png", ".txt"), data) for member, data in members], mode)
+    with pytest.raises(DataError, match=r"has changed since it was indexed \(at sample 0\)"):
+        list(dataset.batches(2))

@@ -24,6 +24,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from sanitize import remote
 from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
+from sanitize.hashing import Sha256
 
 # fsspec protocols that name bytes and do nothing else; others reach into archives, caches and programs on behalf of
 # whoever wrote the URL, and `pipe:`, which webdataset knows, runs a shell.
@@ -125,14 +126,14 @@ class HashingWriter:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._sha256 = hashlib.sha256()
+        self._sha256 = Sha256()
         self.size = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write all of `data`."""
         self.size += len(data)  # first: where the disk is full, this is how much was wanted
-        self._stream.write(data)
         self._sha256.update(data)
+        self._stream.write(data)
         return len(data)
 
     def flush(self) -> None:

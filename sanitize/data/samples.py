@@ -5,7 +5,6 @@ sample, or the rest of one shard, never more; whatever is wrong is said in words
 """
 
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from sanitize.data.decode import IMAGE_SUFFIXES
 from sanitize.data.names import USUAL_NAME, printable, split_name
 from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
 from sanitize.errors import DataError
+from sanitize.hashing import Sha256
 from sanitize.storage import open_read
 
 _INTEGER = re.compile(rb"[+-]?\d{1,18}")
@@ -191,7 +191,7 @@ class ShardFile:
 
     def __init__(self, file: BinaryIO, url: str, digest: bool) -> None:
         self._file, self._url = file, url
-        self._sha256 = hashlib.sha256() if digest else None
+        self._sha256 = Sha256() if digest else None
         self._size = 0
 
     def read(self, size: int = -1) -> bytes:

@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_says_what_to_change(co
     def poisoned(images_BCHW: Tensor) -> Tensor:
         return to_float(images_BCHW) * float("nan")
 
-    with pytest.raises(NumericsError, match=r"epoch 1; lower learning_rate=0.003 or set max_grad_norm"):
+    with pytest.raises(NumericsError, match=r"epoch 1, step 1; lower learning_rate=0.003 or set max_grad_norm"):
         run(OptimConfig(epochs=3, batch_size=32), compute, poisoned)
 
 
@@ -107,3 +107,65 @@ def test_bfloat16_learns_too() -> None:
     compute = Compute(device="cpu", precision="bfloat16")
     _, history, _ = run(OptimConfig(learning_rate=0.05, epochs=4, batch_size=32), compute)
     assert history[-1]["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"schedule": "cosine"}, {"schedule": "constant"}, {"optimizer": "adam"}, {"noise_sd": 0.05}, {"ema_decay": 0.8}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_every_option_learns_and_changes_the_weights(compute: Compute, changed: dict) -> None:
+    plain = OptimConfig(learning_rate=0.05, epochs=6, batch_size=32)
+    model, _, _ = run(plain.model_copy(update=changed), compute)
+    images, labels = toy()
+    assert (predict(model, images, to_float, compute).argmax(1) == labels).float().mean() > 0.97
+    same, _, _ = run(plain, compute)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+
+
+def test_the_average_is_the_recursion_over_the_steps(compute: Compute) -> None:
+    """Two runs, without and with: the average follows from the weights after each step."""
+    seen: list[list[Tensor]] = []
+    config = OptimConfig(epochs=3, batch_size=256, schedule="constant")  # one step an epoch
+
+    def weights(model: nn.Module) -> dict[str, float]:
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return {}
+
+    images, labels = toy()
+
+    def fit(config: OptimConfig, measure) -> nn.Module:  # type: ignore[no-untyped-def]
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+        train(model, lambda: iter([(images, labels)]), 1, config, compute, to_float, measure=measure)
+        return model
+
+    fit(config, weights)
+    wanted = seen[0]
+    for after in seen[1:]:
+        wanted = [0.6 * average + 0.4 * value for average, value in zip(wanted, after, strict=True)]
+    found = fit(config.model_copy(update={"ema_decay": 0.6}), lambda _model: {})
+    for parameter, value in zip(found.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_what_is_measured_after_an_epoch_joins_its_row_and_training_goes_on_in_training_mode(compute: Compute) -> None:
+    images, labels = toy()
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 2))
+    modes: list[bool] = []
+
+    def measure(of: nn.Module) -> dict[str, float]:
+        return {"test": (predict(of, images, to_float, compute).argmax(1) == labels).float().mean().item()}
+
+    history = train(
+        model,
+        lambda: iter([(images, labels)]),
+        1,
+        OptimConfig(epochs=3),
+        compute,
+        to_float,
+        on_step=lambda _n: modes.append(model.training),
+        measure=measure,
+    )
+    assert [row["epoch"] for row in history if 0 <= row["test"] <= 1] == [1, 2, 3]
+    assert modes == [True] * 3

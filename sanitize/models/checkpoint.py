@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from sanitize.artifacts import Artifact, Part
 from sanitize.errors import ConfigError, DataError
+from sanitize.models.cnn9 import CNN9, CNN9Config
 from sanitize.models.convnet import ConvNet, ConvNetConfig
+from sanitize.models.mlp import MLP, MLPConfig
 from sanitize.models.resnet import ResNet, ResNetConfig
 
 
@@ -40,7 +42,10 @@ class FactoryConfig(BaseModel):
     function: str = Field(pattern=r"^[\w.]+:\w+$")
 
 
-Architecture = Annotated[ConvNetConfig | ResNetConfig | TorchvisionConfig | FactoryConfig, Field(discriminator="kind")]
+Architecture = Annotated[
+    ConvNetConfig | ResNetConfig | CNN9Config | MLPConfig | TorchvisionConfig | FactoryConfig,
+    Field(discriminator="kind"),
+]
 
 
 class ModelConfig(BaseModel):
@@ -83,6 +88,10 @@ class ModelConfig(BaseModel):
             return ConvNet(kind, self.n_classes, channels)
         if isinstance(kind, ResNetConfig):
             return ResNet(kind, self.n_classes, channels)
+        if isinstance(kind, CNN9Config):
+            return CNN9(kind, self.n_classes, channels)
+        if isinstance(kind, MLPConfig):
+            return MLP(kind, self.n_classes, torch.Size(self.image_shape).numel())
         if isinstance(kind, TorchvisionConfig):
             if channels != 3:
                 raise ConfigError(

@@ -19,6 +19,7 @@ from sanitize.models.checkpoint import (
     write_checkpoint,
 )
 from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.mlp import MLPConfig
 from sanitize.models.resnet import ResNetConfig
 
 SMALL = ModelConfig(architecture=ConvNetConfig(widths=(4, 6)), n_classes=3, image_shape=(1, 8, 8))
@@ -31,10 +32,12 @@ def save(out: Path, model: nn.Module, config: ModelConfig) -> Checkpoint:
     return make(Checkpoint, out, Recipe(stage="made-up"), write)
 
 
-@pytest.mark.parametrize("architecture", [ConvNetConfig(widths=(4, 6)), ResNetConfig(widths=(4, 6))])
+@pytest.mark.parametrize(
+    "architecture", [ConvNetConfig(widths=(4, 6)), ResNetConfig(widths=(4, 6)), MLPConfig(widths=(6, 5))]
+)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_saved_and_loaded_it_is_the_same_model_to_the_bit(
-    tmp_path: Path, architecture: ConvNetConfig | ResNetConfig, memory_format: torch.memory_format
+    tmp_path: Path, architecture: ConvNetConfig | ResNetConfig | MLPConfig, memory_format: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
     config = SMALL.model_copy(update={"architecture": architecture, "mean": (0.1,), "std": (0.7,)})

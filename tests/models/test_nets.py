@@ -3,7 +3,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from sanitize.models.cnn9 import CNN9, CNN9Config
 from sanitize.models.convnet import ConvNet, ConvNetConfig
+from sanitize.models.mlp import MLP, MLPConfig
 from sanitize.models.resnet import ResNet, ResNetConfig
 
 CONFIGS = [
@@ -56,3 +58,21 @@ def test_depth_and_width_are_what_the_config_says() -> None:
 def test_impossible_networks_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError):
         ConvNetConfig(**wrong)
+
+
+def test_the_nine_layer_network_is_the_papers() -> None:
+    """4.4 million weights at width 128; a spatial map of 2 x 2 at 32 pixels, for the last block has no padding."""
+    convs = [m for m in CNN9(CNN9Config(), 10, 3).modules() if isinstance(m, nn.Conv2d)]
+    assert [c.out_channels for c in convs] == [128] * 3 + [256] * 3 + [512, 256, 128]
+    small = CNN9(CNN9Config(width=4), 10, 3)
+    assert small.features(torch.randn(2, 3, 32, 32)).shape == (2, 4, 2, 2)
+    assert small(torch.randn(2, 3, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("shape", [(784,), (1, 28, 28)])
+def test_a_perceptron_takes_tables_and_images(shape: tuple[int, ...]) -> None:
+    mlp = MLP(MLPConfig(widths=(16, 8), negative_slope=0.01), 10, 784)
+    assert [m.out_features for m in mlp.modules() if isinstance(m, nn.Linear)] == [16, 8, 10]
+    x_B = torch.randn(3, *shape)
+    assert mlp(x_B).shape == (3, 10)
+    torch.testing.assert_close(mlp(x_B), mlp(x_B.flatten(1)))

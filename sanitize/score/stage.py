@@ -1,6 +1,6 @@
 """Fit a scorer on embeddings, then score every sample: the only place where scorers meet files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.compute import Compute
-from sanitize.data.tables import Embeddings, Scores, write_rows
+from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.progress import track
 from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
@@ -87,8 +87,8 @@ def fit_scorer(
         scorer = new_scorer(config)
         with track(f"fit {config.kind}", None) as advance:
 
-            def one_pass():  # type: ignore[no-untyped-def]
-                for batch in embeddings.batches(config.embedding, shards=shards):
+            def one_pass(name: str) -> Iterator[EmbeddingBatch]:
+                for batch in embeddings.batches(name, shards=shards):
                     advance(len(batch.keys))
                     yield batch
 

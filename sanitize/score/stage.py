@@ -14,6 +14,7 @@ from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.progress import track
 from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
+from sanitize.score.label_margin import LabelMargin, LabelMarginConfig
 from sanitize.score.neighbours import Neighbours, NeighboursConfig
 from sanitize.score.scorer import Scorer
 from sanitize.score.spectral import Spectral, SpectralConfig
@@ -21,10 +22,16 @@ from sanitize.score.toxic_direction import ToxicDirectionConfig
 from sanitize.score.toxic_scorer import ToxicDirection
 
 ScorerConfig = Annotated[
-    NeighboursConfig | RCAScorerConfig | RobustRealNVPScorerConfig | SpectralConfig | ToxicDirectionConfig,
+    LabelMarginConfig
+    | NeighboursConfig
+    | RCAScorerConfig
+    | RobustRealNVPScorerConfig
+    | SpectralConfig
+    | ToxicDirectionConfig,
     Field(discriminator="kind"),
 ]
 _SCORERS: dict[type[BaseModel], Callable[[Any], Scorer]] = {
+    LabelMarginConfig: LabelMargin,
     NeighboursConfig: Neighbours,
     RCAScorerConfig: AnomalyScorer,
     RobustRealNVPScorerConfig: AnomalyScorer,

@@ -11,6 +11,7 @@ from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, fixed_size_list, write_rows
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
 from sanitize.score import (
+    LabelMarginConfig,
     NeighboursConfig,
     RCAConfig,
     RCAScorerConfig,
@@ -25,6 +26,7 @@ from sanitize.score import (
 )
 
 ALL_SCORERS: list[ScorerConfig] = [
+    LabelMarginConfig(embedding="penultimate"),
     NeighboursConfig(embedding="penultimate", windows=1, k=5),
     RCAScorerConfig(embedding="penultimate", model=RCAConfig(epochs=2)),
     RobustRealNVPScorerConfig(embedding="penultimate", model=RobustRealNVPConfig(epochs=2)),

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +73,14 @@ class EmbeddingBatch(NamedTuple):
     keys: list[str]
     labels_B: Tensor
     z_BD: Tensor
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """Some of its rows."""
+        at = torch.tensor(rows, dtype=torch.int64)
+        keys = [self.keys[i] for i in rows]
+        return self._replace(
+            positions_B=self.positions_B[at], keys=keys, labels_B=self.labels_B[at], z_BD=self.z_BD[at]
+        )
 
 
 class Embeddings(ShardTables):

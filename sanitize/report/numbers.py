@@ -20,6 +20,8 @@ from sanitize.report.charts import bin_edges
 N_BINS = 48
 MAX_LISTED = 100  # unreadable samples and damaged shards that are named one by one
 MAX_REASONS = 20  # kinds of reasons that are counted one by one
+# What is said of the two groups of a class; of the labels of their neighbours only where somebody asked.
+SPLIT = ("separation", "level", "disagreement", "disagreement_of_rest", "side_by_labels")
 
 
 def collect(
@@ -197,8 +199,7 @@ def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selec
                 "removed": removed,
                 "removed_fraction": removed / n,
                 "capped": bool(of_class.get("capped", False)),
-                "separation": split.get("separation"),
-                "level": split.get("level"),
+                **{name: split.get(name) for name in SPLIT},
                 "scorers": scorers,
             }
         )
@@ -208,9 +209,7 @@ def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selec
 def _of_scorer(of_class: dict[str, Any], kind: str) -> dict[str, Any]:
     """What selection.json says of one scorer in one class."""
     stated = of_class.get("scorers", {}).get(kind, {})
-    return {"flagged": stated.get("flagged", 0)} | {
-        name: stated.get(name) for name in ("threshold", "separation", "level")
-    }
+    return {"flagged": stated.get("flagged", 0)} | {name: stated.get(name) for name in ("threshold", *SPLIT)}
 
 
 def _statistic(of_class: dict[str, Any]) -> float:

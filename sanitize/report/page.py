@@ -260,6 +260,7 @@ def _charts(numbers: dict[str, Any]) -> dict[str, Any]:
             for scorer in numbers["scorers"]
         },
         "has_separation": bool(separations),
+        "has_disagreement": any(c["disagreement"] is not None for c in numbers["classes"]),
         "balance": Markup(charts.balance([(k, counts[k]) for k in ("clean", "quarantined", "unreadable")])),
         "gauges": {
             c["label"]: Markup(charts.gauge(c["separation"], c["level"], top, c["removed"] > 0))

@@ -1,6 +1,7 @@
 """Anomaly scores, one method a file. A score is higher for a more suspicious sample, always."""
 
 from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
+from sanitize.score.label_margin import LabelMargin, LabelMarginConfig
 from sanitize.score.neighbours import Neighbours, NeighboursConfig
 from sanitize.score.rca import RCA, RCAConfig
 from sanitize.score.robust_realnvp import RobustRealNVP, RobustRealNVPConfig
@@ -13,6 +14,8 @@ __all__ = [
     "RCA",
     "AnomalyScorer",
     "FittedScorer",
+    "LabelMargin",
+    "LabelMarginConfig",
     "Neighbours",
     "NeighboursConfig",
     "RCAConfig",

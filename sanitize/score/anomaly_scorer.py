@@ -72,7 +72,7 @@ class AnomalyScorer:
         """One pass to draw the sample; without a single row, nothing is fitted."""
         seed = compute.seed_for("score", self.config.kind, "sample")
         sample = HashSample(self.config.max_fit)
-        for batch in passes():
+        for batch in passes(self.config.embedding):
             sample.update(row_hashes(batch, seed), torch.cat([batch.z_BD, batch.labels_B[:, None].float()], 1))
         if not len(sample):
             return

@@ -88,7 +88,7 @@ class Neighbours:
         self._seed = compute.seed_for("score", "neighbours", "reference")
         moments: Moments | None = None
         sample = HashSample(self.config.max_reference)
-        for batch in passes():
+        for batch in passes(self.config.embedding):
             moments = moments or Moments(batch.z_BD.shape[1])
             moments.update(batch.z_BD)
             sample.update(row_hashes(batch, self._seed), torch.cat([batch.z_BD, batch.labels_B[:, None].float()], 1))

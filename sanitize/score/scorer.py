@@ -12,7 +12,7 @@ from torch import Tensor
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 
-Passes = Callable[[], Iterable[EmbeddingBatch]]
+Passes = Callable[[str], Iterable[EmbeddingBatch]]  # name of an embedding -> a new pass over it
 
 
 class Scorer(Protocol):
@@ -25,7 +25,7 @@ class Scorer(Protocol):
     statistics: dict[int, dict[str, float]]
 
     def fit(self, passes: Passes, compute: Compute) -> None:
-        """Estimate the state; `passes()` starts a new pass over all embeddings."""
+        """Estimate the state; `passes(name)` starts a new pass over all rows of the embedding of that name."""
         ...
 
     def score(self, batch: EmbeddingBatch) -> Tensor:

@@ -60,7 +60,7 @@ class Spectral:
     def fit(self, passes: Passes, compute: Compute) -> None:
         """One pass for the class moments, and one more for the sample that robust whitening needs."""
         moments: ClassMoments | None = None
-        for batch in passes():
+        for batch in passes(self.config.embedding):
             moments = moments or ClassMoments(batch.z_BD.shape[1])
             moments.update(batch.z_BD, batch.labels_B)
         classes = moments.of if moments else {}
@@ -78,7 +78,7 @@ class Spectral:
     def _whiten(self, passes: Passes, compute: Compute) -> None:
         seed = compute.seed_for("score", "spectral", "sample")
         samples = {label: HashSample(self.config.max_samples) for label in self._maps}
-        for batch in passes():
+        for batch in passes(self.config.embedding):
             hashes = row_hashes(batch, seed)
             for label, rows in by_label(batch):
                 if label in samples:

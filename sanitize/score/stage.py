@@ -1,6 +1,6 @@
 """Fit a scorer on embeddings, then score every sample: the only place where scorers meet files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -10,10 +10,11 @@ from pydantic import BaseModel, Field
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.compute import Compute
-from sanitize.data.tables import Embeddings, Scores, write_rows
+from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.progress import track
 from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
+from sanitize.score.label_margin import LabelMargin, LabelMarginConfig
 from sanitize.score.neighbours import Neighbours, NeighboursConfig
 from sanitize.score.scorer import Scorer
 from sanitize.score.spectral import Spectral, SpectralConfig
@@ -21,10 +22,16 @@ from sanitize.score.toxic_direction import ToxicDirectionConfig
 from sanitize.score.toxic_scorer import ToxicDirection
 
 ScorerConfig = Annotated[
-    NeighboursConfig | RCAScorerConfig | RobustRealNVPScorerConfig | SpectralConfig | ToxicDirectionConfig,
+    LabelMarginConfig
+    | NeighboursConfig
+    | RCAScorerConfig
+    | RobustRealNVPScorerConfig
+    | SpectralConfig
+    | ToxicDirectionConfig,
     Field(discriminator="kind"),
 ]
 _SCORERS: dict[type[BaseModel], Callable[[Any], Scorer]] = {
+    LabelMarginConfig: LabelMargin,
     NeighboursConfig: Neighbours,
     RCAScorerConfig: AnomalyScorer,
     RobustRealNVPScorerConfig: AnomalyScorer,
@@ -87,8 +94,8 @@ def fit_scorer(
         scorer = new_scorer(config)
         with track(f"fit {config.kind}", None) as advance:
 
-            def one_pass():  # type: ignore[no-untyped-def]
-                for batch in embeddings.batches(config.embedding, shards=shards):
+            def one_pass(name: str) -> Iterator[EmbeddingBatch]:
+                for batch in embeddings.batches(name, shards=shards):
                     advance(len(batch.keys))
                     yield batch
 

@@ -27,6 +27,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sanitize.score.neighbours import NeighboursConfig
+from sanitize.score.sides import NOBODY_ASKED, Sides, suspicious_side
 from sanitize.score.two_gaussians import (
     Mixture,
     best_threshold,
@@ -60,6 +62,10 @@ class ToxicDirectionConfig(BaseModel):
     min_component_fraction: float = Field(default=0.01, ge=0, le=0.4, description="the same as a share of the class")
     min_class: int = Field(default=40, ge=8, description="a class with fewer finite rows is never touched")
     small_class: int = Field(default=500, ge=8, description="a class with fewer rows is cross-fitted in 5 folds, not 2")
+    witness: NeighboursConfig | None = Field(
+        default=NeighboursConfig(embedding="pixels", windows=1, k=20),
+        description="label disagreement that decides which side of an even split is suspicious; null: its shape alone",
+    )
 
 
 class ClassSplit(NamedTuple):
@@ -68,7 +74,7 @@ class ClassSplit(NamedTuple):
     A sample's place on the line is `x_D @ direction_D + offset`: centre, scale and principal axes are folded in.
     `separation` is the held-out one, discounted by the agreement (0 = cannot be split); `agreement` in [0, 1] says how
     far folds and whole single out the same samples; `minority_fraction` is the suspicious component's share of the
-    class, above one half where the poison outnumbers the clean samples.
+    class, above one half where the poison outnumbers the clean samples; `sides` has what says that it is suspicious.
     """
 
     direction_D: Tensor
@@ -78,26 +84,32 @@ class ClassSplit(NamedTuple):
     agreement: float
     n_samples: int
     minority_fraction: float
+    sides: Sides
 
 
-def fit_class(x_ND: Tensor, config: ToxicDirectionConfig, generator: torch.Generator) -> ClassSplit:
+def fit_class(
+    x_ND: Tensor, config: ToxicDirectionConfig, generator: torch.Generator, disagreement_N: Tensor | None = None
+) -> ClassSplit:
     """Split one class in two and measure, on samples that had no say in the direction, how separate the parts are.
 
     Args:
         x_ND: embeddings of the samples labelled with this class, any real dtype; rows with NaN or inf are left out.
         config: settings.
         generator: CPU generator; the same seed gives the same split, whatever the order of the rows.
+        disagreement_N: label disagreement of the rows in [0, 1], NaN where not measured; None where none was.
     """
-    x_ND = x_ND.double()
-    x_ND = x_ND[x_ND.isfinite().all(1)]
+    disagreement_N = torch.full((len(x_ND),), math.nan) if disagreement_N is None else disagreement_N
+    finite_N = x_ND.isfinite().all(1)
+    x_ND, disagreement_N = x_ND[finite_N].double(), disagreement_N[finite_N]
     z_ND, center_D, scale_D = standardise(x_ND)
     if len(z_ND) < config.min_class or not scale_D.isfinite().any():
         return untouched(x_ND)
-    z_ND = shuffled(z_ND, generator)
+    order_N = random_order(z_ND, generator)
+    z_ND, disagreement_N = z_ND[order_N], disagreement_N[order_N]
     direction_D = search_direction(z_ND, config, generator)
     place_N = z_ND @ direction_D
     min_count = smallest_component(len(z_ND), config)
-    mixture = suspicious_last(z_ND, place_N, fit_mixture(place_N, min_count))
+    mixture, sides = suspicious_last(z_ND, place_N, fit_mixture(place_N, min_count), disagreement_N)
     suspicious_N = rising_odds(mixture, place_N) > 0
     place_N, agreement = cross_fit(z_ND, suspicious_N, config, generator)
     folded_D = direction_D / scale_D
@@ -109,6 +121,7 @@ def fit_class(x_ND: Tensor, config: ToxicDirectionConfig, generator: torch.Gener
         agreement=agreement,
         n_samples=len(z_ND),
         minority_fraction=float(suspicious_N.double().mean()),
+        sides=sides,
     )
 
 
@@ -165,7 +178,8 @@ def untouched(x_ND: Tensor) -> ClassSplit:
     """The split of a class that is too small or too uniform: every sample scores log(UNTOUCHED_ODDS)."""
     weight_2 = torch.tensor([1.0, UNTOUCHED_ODDS], dtype=torch.float64)
     mixture = Mixture(torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), weight_2)
-    return ClassSplit(torch.zeros(x_ND.shape[1], dtype=torch.float64), 0.0, mixture, 0.0, 0.0, len(x_ND), 0.0)
+    direction_D = torch.zeros(x_ND.shape[1], dtype=torch.float64)
+    return ClassSplit(direction_D, 0.0, mixture, 0.0, 0.0, len(x_ND), 0.0, NOBODY_ASKED)
 
 
 def standardise(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,11 +194,11 @@ def standardise(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (x_ND - center_D) / scale_D, center_D, scale_D
 
 
-def shuffled(z_ND: Tensor, generator: torch.Generator) -> Tensor:
-    """The rows in a random order that does not depend on the order they came in, only on their values."""
+def random_order(z_ND: Tensor, generator: torch.Generator) -> Tensor:
+    """A random order (N,) of the rows that does not depend on the order they came in, only on their values."""
     key_D = torch.randn(z_ND.shape[1], generator=generator, dtype=torch.float64)
     by_value_N = (z_ND @ key_D).argsort(stable=True)
-    return z_ND[by_value_N[torch.randperm(len(z_ND), generator=generator)]]
+    return by_value_N[torch.randperm(len(z_ND), generator=generator)]
 
 
 def principal_axes(z_ND: Tensor, n_axes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -277,26 +291,13 @@ def separation_of(mixture: Mixture, n_rows: int, min_count: int) -> float:
     return float((mixture.mean_2[1] - mixture.mean_2[0]).abs() / variance_2.prod().pow(0.25))
 
 
-def suspicious_last(z_ND: Tensor, place_N: Tensor, mixture: Mixture) -> Mixture:
-    """Order the components so that component 1 is the one with the larger dominant variance per share of the class.
-
-    The smaller part is the suspect, but at 10 % all-to-one poisoning the halves are equal. Then the shape of the
-    scatter decides: poison is tight along the direction only; off it, it still varies between the classes it was
-    taken from, in few and large principal axes.
-    """
+def suspicious_last(z_ND: Tensor, place_N: Tensor, mixture: Mixture, disagreement_N: Tensor) -> tuple[Mixture, Sides]:
+    """Order the components so that component 1 is the suspicious one; with what says so."""
     upper_N = mixture_log_odds(mixture, place_N) > 0
     if not 2 <= int(upper_N.sum()) <= len(z_ND) - 2:
-        return mixture
-    share = float(upper_N.double().mean())
-    upper, lower = dominant_variance(z_ND[upper_N]), dominant_variance(z_ND[~upper_N])
-    return mixture if upper * (1 - share) >= lower * share else swapped(mixture)
-
-
-def dominant_variance(z_ND: Tensor) -> float:
-    """tr(C^2) / tr(C) of the covariance C: the mean of its eigenvalues, weighted by themselves."""
-    z_ND = z_ND[:SEARCH_ROWS] - z_ND[:SEARCH_ROWS].mean(0)
-    gram_NN = z_ND @ z_ND.T if len(z_ND) < z_ND.shape[1] else z_ND.T @ z_ND
-    return float(gram_NN.square().sum() / gram_NN.trace().clamp(min=1e-12)) / len(z_ND)
+        return mixture, NOBODY_ASKED
+    is_upper, sides = suspicious_side(z_ND, upper_N, disagreement_N)
+    return mixture if is_upper else swapped(mixture), sides
 
 
 def smallest_component(n_rows: int, config: ToxicDirectionConfig) -> int:

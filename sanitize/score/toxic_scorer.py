@@ -1,8 +1,10 @@
 """The toxic-direction scorer: a bounded sample of each class is split in two, then all samples are scored as a stream.
 
-State while fitting: at most `MAX_SAMPLES` hash-chosen rows of each class, the same however the data is sharded.
+State while fitting: at most `MAX_SAMPLES` hash-chosen rows of each class, the same however the data is sharded, and the
+witness: the scorer of label disagreement that is asked about the first `ASKED` of them.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,12 +13,15 @@ from torch import Tensor
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.progress import track
+from sanitize.score.neighbours import Neighbours
 from sanitize.score.scorer import Passes, by_label, row_hashes
+from sanitize.score.sides import Side, Sides
 from sanitize.score.toxic_direction import ClassSplit, ToxicDirectionConfig, fit_class, log_odds
 from sanitize.score.two_gaussians import Mixture
 from sanitize.streaming import HashSample
 
 MAX_SAMPLES = 10_000
+ASKED = 1_000
 
 
 class ToxicDirection:
@@ -28,25 +33,37 @@ class ToxicDirection:
         self._splits: dict[int, ClassSplit] = {}
 
     def fit(self, passes: Passes, compute: Compute) -> None:
-        """One pass to draw the samples, then one split a class; classes do not influence each other."""
+        """One pass to draw the samples, two for the witness, then one split a class, each on its own."""
         seed = compute.seed_for("score", "toxic_direction", "sample")
         samples: dict[int, HashSample] = {}
-        for batch in passes():
+        for batch in passes(self.config.embedding):
             hashes = row_hashes(batch, seed)
             for label, rows in by_label(batch):
                 sample = samples.setdefault(label, HashSample(MAX_SAMPLES))
                 sample.update([hashes[i] for i in rows.tolist()], batch.z_BD[rows])
+        disagreement = self._ask(passes, samples, seed, compute)
         with track("split classes", len(samples), "classes") as advance:
             for label in sorted(samples):
                 generator = compute.generator("score", "toxic_direction", label)
-                split = fit_class(samples.pop(label).rows(), self.config, generator)
-                self._splits[label] = split
-                self.statistics[label] = {
-                    "separation": split.separation,
-                    "minority_fraction": split.minority_fraction,
-                    "agreement": split.agreement,
-                }
+                sample = samples.pop(label)
+                asked_N = torch.tensor([disagreement.get(value, math.nan) for value in sample.hashes()])
+                self._splits[label] = fit_class(sample.rows(), self.config, generator, asked_N)
+                self.statistics[label] = summary(self._splits[label])
                 advance(1)
+
+    def _ask(self, passes: Passes, samples: Mapping[int, HashSample], seed: int, compute: Compute) -> dict[int, float]:
+        """Hash of a row -> its label disagreement, for the first rows of each class's sample."""
+        if self.config.witness is None:
+            return {}
+        witness = Neighbours(self.config.witness)
+        witness.fit(passes, compute)
+        wanted = {value for sample in samples.values() for value in sample.hashes()[:ASKED]}
+        found: dict[int, float] = {}
+        for batch in passes(self.config.witness.embedding):
+            hashes = row_hashes(batch, seed)
+            rows = [i for i, value in enumerate(hashes) if value in wanted]
+            found |= zip((hashes[i] for i in rows), witness.score(batch.take(rows)).tolist(), strict=True)
+        return found
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Log-odds (B,), float32."""
@@ -67,6 +84,7 @@ class ToxicDirection:
                     [split.offset, split.separation, split.agreement, split.n_samples, split.minority_fraction],
                     dtype=torch.float64,
                 ),
+                "sides": torch.tensor([*split.sides.suspicious, *split.sides.rest, split.sides.by_labels]).double(),
             }
             state |= {f"{label}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
         return state
@@ -76,6 +94,7 @@ class ToxicDirection:
         self.statistics = statistics
         for label in sorted({int(name.partition(".")[0]) for name in state}):
             offset, separation, agreement, n_samples, minority_fraction = state[f"{label}.numbers"].tolist()
+            suspicious, n, rest, n_rest, by_labels = state[f"{label}.sides"].tolist()
             self._splits[label] = ClassSplit(
                 direction_D=state[f"{label}.direction"],
                 offset=offset,
@@ -84,4 +103,22 @@ class ToxicDirection:
                 agreement=agreement,
                 n_samples=int(n_samples),
                 minority_fraction=minority_fraction,
+                sides=Sides(Side(suspicious, int(n)), Side(rest, int(n_rest)), bool(by_labels)),
             )
+
+
+def summary(split: ClassSplit) -> dict[str, float]:
+    """Class statistics; label disagreement is among them where samples of both sides were asked."""
+    numbers = {
+        "separation": split.separation,
+        "minority_fraction": split.minority_fraction,
+        "agreement": split.agreement,
+    }
+    suspicious, rest, by_labels = split.sides
+    if not (suspicious.n and rest.n):
+        return numbers
+    return numbers | {
+        "disagreement": suspicious.disagreement,
+        "disagreement_of_rest": rest.disagreement,
+        "side_by_labels": by_labels,
+    }

@@ -39,7 +39,7 @@ def rows(n: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def fitted(config: RCAScorerConfig | RobustRealNVPScorerConfig, batches: list[EmbeddingBatch]) -> AnomalyScorer:
     scorer = AnomalyScorer(config)
-    scorer.fit(lambda: iter(batches), CPU)
+    scorer.fit(lambda _name: iter(batches), CPU)
     return scorer
 
 

@@ -29,7 +29,7 @@ def batches(z_ND: Tensor, labels_N: Tensor, size: int = 64, shard: str = "s") ->
 
 def fitted(config: NeighboursConfig, of: list[EmbeddingBatch]) -> Neighbours:
     scorer = Neighbours(config)
-    scorer.fit(lambda: iter(of), CPU)
+    scorer.fit(lambda _name: iter(of), CPU)
     return scorer
 
 

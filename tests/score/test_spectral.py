@@ -27,7 +27,7 @@ every_scorer = pytest.mark.parametrize("config", ALL_SCORERS.values(), ids=ALL_S
 
 def fitted(config, batches: Batches, compute: Compute) -> Scorer:  # type: ignore[no-untyped-def]
     scorer = new_scorer(config)
-    scorer.fit(lambda: iter(batches), compute)
+    scorer.fit(lambda _name: iter(batches), compute)
     return scorer
 
 

@@ -11,6 +11,7 @@ from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, fixed_size_list, write_rows
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
 from sanitize.score import (
+    LabelMarginConfig,
     NeighboursConfig,
     RCAConfig,
     RCAScorerConfig,
@@ -25,12 +26,13 @@ from sanitize.score import (
 )
 
 ALL_SCORERS: list[ScorerConfig] = [
+    LabelMarginConfig(embedding="penultimate"),
     NeighboursConfig(embedding="penultimate", windows=1, k=5),
     RCAScorerConfig(embedding="penultimate", model=RCAConfig(epochs=2)),
     RobustRealNVPScorerConfig(embedding="penultimate", model=RobustRealNVPConfig(epochs=2)),
     SpectralConfig(),
     SpectralConfig(whiten="robust"),
-    ToxicDirectionConfig(embedding="penultimate"),
+    ToxicDirectionConfig(embedding="penultimate", witness=None),
 ]
 
 
@@ -56,7 +58,7 @@ def test_scores_are_those_of_the_scorer_row_by_row(
     scores = score_shards(config, fitted, made_up, str(tmp_path / "scores"), compute)
     assert scores.shards == made_up.shards
     scorer = stage.new_scorer(config)
-    scorer.fit(lambda: made_up.batches(config.embedding), compute)
+    scorer.fit(made_up.batches, compute)
     for shard in scores.shards:
         table = scores.rows(shard)
         (batch,) = made_up.batches(config.embedding, shards=[shard])
@@ -117,7 +119,9 @@ def test_an_embedding_that_is_not_there_is_a_config_error(
         fit_scorer(SpectralConfig(embedding="pooled"), made_up, str(tmp_path / "fitted"), compute)
 
 
-@pytest.mark.parametrize("other", [SpectralConfig(n_directions=2), ToxicDirectionConfig(embedding="penultimate")])
+@pytest.mark.parametrize(
+    "other", [SpectralConfig(n_directions=2), ToxicDirectionConfig(embedding="penultimate", witness=None)]
+)
 def test_scoring_with_another_config_than_the_one_fitted_is_a_config_error(
     tmp_path: Path, made_up: Embeddings, compute: Compute, other
 ) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,113 @@
+"""Which side of a split is the poison: labels where they are sure and the split is even, else the shape."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sanitize.compute import Compute
+from sanitize.data.tables import EmbeddingBatch
+from sanitize.score.neighbours import NeighboursConfig
+from sanitize.score.sides import Side, at_odds, suspicious_side
+from sanitize.score.toxic_direction import ToxicDirectionConfig, fit_class, log_odds
+from sanitize.score.toxic_scorer import ToxicDirection
+
+CONFIG = ToxicDirectionConfig(n_starts=32)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def halves(n: int, n_diverse: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two groups 40 apart; the first varies like several classes, which its shape gives away. Returns rows, mask."""
+    x_ND = torch.randn(n, 16, generator=seeded(seed), dtype=torch.float64)
+    diverse_N = torch.arange(n) < n_diverse
+    centres_KD = 3 * torch.randn(4, 16, generator=seeded(seed + 1), dtype=torch.float64)
+    x_ND[diverse_N] += centres_KD[torch.arange(n_diverse) % 4]
+    x_ND[:, 0] = 40.0 * diverse_N + 0.5 * x_ND[:, 0]
+    return x_ND, diverse_N
+
+
+@pytest.mark.parametrize("poison_first", [True, False], ids=["as the shape says", "against the shape"])
+@pytest.mark.parametrize("flip", [False, True], ids=["poison first", "poison last"])
+def test_labels_decide_an_even_split(poison_first: bool, flip: bool) -> None:
+    x_ND, diverse_N = halves(600, 290)
+    poison_N = diverse_N == poison_first
+    noise_N = 0.1 * torch.rand(600, generator=seeded(3), dtype=torch.float64)
+    disagreement_N = torch.where(poison_N, 0.9 - noise_N, 0.1 + noise_N)
+    if flip:
+        x_ND, poison_N, disagreement_N = x_ND.flip(0), poison_N.flip(0), disagreement_N.flip(0)
+    split = fit_class(x_ND, CONFIG, seeded(0), disagreement_N)
+    assert ((log_odds(split, x_ND) > 0) == poison_N).double().mean() > 0.98
+    assert split.sides.by_labels
+    assert split.sides.suspicious.disagreement == pytest.approx(0.85, abs=0.02)
+    assert split.sides.rest.disagreement == pytest.approx(0.15, abs=0.02)
+    assert split.sides.suspicious.n + split.sides.rest.n == 600
+    assert split.separation > 4.5
+
+
+@pytest.mark.parametrize(
+    ("poison", "clean"),
+    [(0.1, 0.3), (0.1, 0.1), (0.9, 0.9), (0.55, 0.1), (math.nan, math.nan), (0.9, math.nan)],
+    ids=["vouching for itself", "true labels", "a hard class", "not sure", "nobody asked", "one side asked"],
+)
+def test_else_the_shape_decides_and_says_so(poison: float, clean: float) -> None:
+    x_ND, poison_N = halves(400, 190)
+    split = fit_class(x_ND, CONFIG, seeded(0), torch.where(poison_N, poison, clean))
+    assert ((log_odds(split, x_ND) > 0) == poison_N).double().mean() > 0.98
+    assert not split.sides.by_labels
+
+
+def test_labels_do_not_turn_an_uneven_split_around() -> None:
+    """A small group is the suspect, whatever the labels of the many say."""
+    z_ND, small_N = halves(1000, 100)
+    for disagreement_N in (torch.where(small_N, 0.1, 0.9), torch.full((1000,), math.nan)):
+        is_upper, sides = suspicious_side(z_ND, small_N, disagreement_N)
+        assert is_upper
+        assert not sides.by_labels
+    assert suspicious_side(z_ND, ~small_N, disagreement_N)[0] is False
+
+
+def test_few_samples_are_never_sure() -> None:
+    assert not at_odds(Side(1.0, 9), Side(0.0, 9))
+    assert at_odds(Side(1.0, 10), Side(0.0, 10))
+    assert not at_odds(Side(0.6, 200), Side(0.0, 200))
+    assert at_odds(Side(0.6, 300), Side(0.0, 300))
+    assert not at_odds(Side(0.0, 300), Side(0.6, 300))
+
+
+def test_the_scorer_asks_its_witness_and_says_what_it_said(compute: Compute) -> None:
+    """Class 0 has two groups of one shape: its own images, and some of each other class that were given its label."""
+    generator = seeded(5)
+    true_N = torch.arange(1200) % 6
+    poison_N = (true_N != 0) & (torch.arange(1200) // 6 % 6 == 0)
+    labels_N = torch.where(poison_N, 0, true_N)
+    pixels_ND = 3 * torch.randn(6, 8, generator=generator)[true_N] + torch.randn(1200, 8, generator=generator)
+    pooled_ND = torch.randn(1200, 6, generator=generator)
+    pooled_ND[poison_N, 0] += 30
+
+    def passes(name: str) -> list[EmbeddingBatch]:
+        z_ND = {"pooled": pooled_ND, "pixels": pixels_ND}[name]
+        keys = [f"{i:04d}" for i in range(1200)]
+        whole = EmbeddingBatch("s", torch.arange(1200), keys, labels_N, z_ND)
+        return [whole.take(rows.tolist()) for rows in torch.arange(1200).split(128)]
+
+    scorer = ToxicDirection(CONFIG)
+    scorer.fit(passes, compute)
+    said = scorer.statistics[0]
+    assert said["side_by_labels"]
+    assert said["disagreement"] > 0.8
+    assert said["disagreement_of_rest"] < 0.2
+    assert said["minority_fraction"] == pytest.approx(float(poison_N[labels_N == 0].double().mean()), abs=0.01)
+    flagged_N = torch.cat([scorer.score(batch) for batch in passes("pooled")]) > 0
+    assert (flagged_N == poison_N)[labels_N == 0].double().mean() > 0.98
+    again = ToxicDirection(CONFIG)
+    again.load_state(scorer.state_dict(), scorer.statistics)
+    assert {name: t.tolist() for name, t in again.state_dict().items()} == {
+        name: t.tolist() for name, t in scorer.state_dict().items()
+    }
+    alone = ToxicDirection(ToxicDirectionConfig(n_starts=32, witness=NeighboursConfig(embedding="pixels", windows=1)))
+    alone.fit(lambda name: passes(name)[::-1], compute)
+    assert alone.statistics[0]["side_by_labels"]

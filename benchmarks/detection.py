@@ -169,7 +169,7 @@ def _trained_and_measured(config: Any, images_NCHW: Tensor, labels_N: Tensor, co
     compute.seed_global("retrain")
     model, generator, size = described.build(), compute.generator("shuffle"), EMBEDDER.optim.batch_size
 
-    def epoch() -> Any:
+    def epoch(_number: int) -> Any:
         order_N = torch.randperm(len(labels_N), generator=generator)
         return ((images_NCHW[rows], labels_N[rows]) for rows in order_N.split(size)[: len(labels_N) // size])
 

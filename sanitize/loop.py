@@ -5,7 +5,8 @@ robust ones are in `sanitize.train`. Shapes: B batch, C H W image, K outputs.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -16,9 +17,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sanitize.compute import Compute
+from sanitize.distributed import add_gradients, share, total, weighted, world
 from sanitize.errors import NumericsError
-
-Batches = Iterator[tuple[Tensor, ...]]
+from sanitize.snapshots import Snapshot, Snapshots, below, optimizer_state, prefixed, restore_optimizer
 
 
 class OptimConfig(BaseModel):
@@ -70,7 +71,7 @@ class Step(NamedTuple):
     """What a batch asks of the optimiser.
 
     Attributes:
-        loss: scalar to differentiate.
+        loss: scalar to differentiate; in several processes the sum of theirs is what is minimised (`weighted`).
         sums: sums over the samples of the batch, detached, always the same names; their means over an epoch are its
             history.
     """
@@ -90,14 +91,15 @@ def cross_entropy(compute: Compute) -> Objective:
             logits_BK = model(batch.x_B)
             loss = nn.functional.cross_entropy(logits_BK.float(), batch.y_B)
         correct = (logits_BK.argmax(1) == batch.y_B).sum()
-        return Step(loss, {"loss": loss.detach() * len(batch.y_B), "accuracy": correct})
+        n = torch.tensor(len(batch.y_B), device=loss.device)
+        return Step(weighted(loss, n), {"loss": loss.detach() * n, "accuracy": correct})
 
     return objective
 
 
 def train(
     model: nn.Module,
-    epoch: Callable[[], Batches],
+    epoch: Callable[[int], Iterator[tuple[Tensor, ...]]],
     steps_per_epoch: int,
     config: OptimConfig,
     compute: Compute,
@@ -105,12 +107,16 @@ def train(
     on_step: Callable[[int], None] = lambda _n: None,
     objective: Objective | None = None,
     measure: Callable[[nn.Module], dict[str, float]] = lambda _model: {},
+    snapshots: Snapshots | None = None,
+    carried: Mapping[str, Tensor | torch.Generator] | None = None,
+    name_of: Callable[[int], str] = str,
 ) -> list[dict[str, float]]:
-    """Train `model` in place.
+    """Train `model` in place; in several processes (torchrun) each learns from its share of every batch.
 
     Args:
         model: float module; moved to the device, channels_last.
-        epoch: gives the batches of the next epoch: inputs, targets and, where samples are to be named, their rows.
+        epoch: gives the batches of the epoch with this number, counted from 0: inputs, targets and, where samples are
+            to be named, their rows. Asked again it gives the same.
         steps_per_epoch: number of batches `epoch` gives.
         config: optimiser and schedule.
         compute: device and precision.
@@ -118,6 +124,10 @@ def train(
         on_step: told the batch size after each step, for progress bars.
         objective: what is minimised; None is `cross_entropy`.
         measure: called with the network after each epoch; what it returns joins the epoch's row. It may set eval mode.
+        snapshots: where to save how far training has come, and to go on from; on a CPU that gives the same bits.
+        carried: what else changes from step to step (generators of augmentation, counts of samples); snapshots hold
+            it, and it is put back in place.
+        name_of: row of a sample to what a message calls it.
 
     Returns:
         One row an epoch: means over the training samples (`cross_entropy`: loss and accuracy in [0, 1]).
@@ -129,65 +139,127 @@ def train(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = objective or cross_entropy(compute)
     network = cast(nn.Module, torch.compile(model)) if config.compile else model
-    optimizer = _optimizer(model, config)
-    schedule = _schedule(optimizer, config, config.epochs * steps_per_epoch)
-    average = _average(model, config)
-    noise = compute.generator("loop", "noise", device=device)
-    history = []
-    for number in range(config.epochs):
+    noise = compute.generator("loop", "noise", world()[0], device=device)
+    at = _Training(model, config, config.epochs * steps_per_epoch, {**(carried or {}), "noise": noise})
+    if snapshots is not None and (snapshot := snapshots.load()) is not None:
+        at.restore(snapshot)
+        on_step((at.epoch * steps_per_epoch + at.sums.n_steps) * config.batch_size)
+    for number in range(at.epoch, config.epochs):
         model.train()
-        sums = _Sums(config.batch_size, device)
-        for arrived in epoch():
-            x_B, *others = (tensor.to(device, non_blocking=True) for tensor in arrived)
+        for arrived in islice(epoch(number), at.sums.n_steps, None):
+            x_B, *others = (tensor.to(device, non_blocking=True) for tensor in share(arrived))
             x_B = _layout(transform(x_B))
             if config.noise_sd:
                 x_B = x_B + config.noise_sd * torch.randn(x_B.shape, generator=noise, device=device)
             batch = Batch(x_B, *others)
             step = objective(network, batch, number)
-            optimizer.zero_grad(set_to_none=True)
-            step.loss.backward()
-            if config.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            if average is not None:
-                average.update_parameters(model)
-            sums.add(step, batch)
-            on_step(len(batch.y_B))
-        row = {"epoch": number + 1} | sums.means(number + 1, config)
-        history.append(row | measure(model if average is None else average.module))
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
-    return history
+            at.step(step.loss)
+            at.sums.add(step, batch)
+            on_step(len(arrived[1]))
+            if snapshots is not None and at.sums.n_steps % snapshots.every == 0:
+                snapshots.save(at.snapshot())
+        row = {"epoch": number + 1} | at.sums.means(number + 1, config, name_of)
+        at.end_epoch(row | measure(model if at.average is None else at.average.module))
+    if at.average is not None:
+        model.load_state_dict(at.average.module.state_dict())
+    return at.history
+
+
+class _Training:
+    """All that changes while a network is trained."""
+
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, total_steps: int, carried: dict[str, Tensor | torch.Generator]
+    ) -> None:
+        self.model, self.config, self.carried = model, config, carried
+        self.optimizer = _optimizer(model, config)
+        self.schedule = _schedule(self.optimizer, config, total_steps)
+        self.average = _average(model, config)
+        self.epoch = 0
+        self.sums = _Sums()
+        self.history: list[dict[str, float]] = []
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        add_gradients(self.model)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        self.history.append(row)
+        self.epoch += 1
+        self.sums = _Sums()
+
+    def snapshot(self) -> Snapshot:
+        """Where training is."""
+        tensors, settings = optimizer_state(self.optimizer)
+        tensors = prefixed("optimizer", tensors) | prefixed("model", self.model.state_dict())
+        tensors |= prefixed("sums", self.sums.tensors) | {"torch": torch.get_rng_state()}
+        if self.average is not None:
+            tensors |= prefixed("average", self.average.state_dict())
+        for name, kept in self.carried.items():
+            tensors[f"carried.{name}"] = kept if isinstance(kept, Tensor) else kept.get_state()
+        numbers = {"schedule": self.schedule.state_dict(), "history": self.history, "epoch": self.epoch}
+        return Snapshot(tensors, numbers | settings | {"n_seen": self.sums.n_seen, "n_steps": self.sums.n_steps})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back there."""
+        tensors, numbers = snapshot
+        self.model.load_state_dict(below("model", tensors))
+        restore_optimizer(self.optimizer, Snapshot(below("optimizer", tensors), numbers))
+        self.schedule.load_state_dict(numbers["schedule"])
+        if self.average is not None:
+            self.average.load_state_dict(below("average", tensors))
+        device = next(self.model.parameters()).device
+        self.sums = _Sums({name: tensor.to(device) for name, tensor in below("sums", tensors).items()})
+        self.sums.n_seen, self.sums.n_steps = numbers["n_seen"], numbers["n_steps"]
+        for name, saved in below("carried", tensors).items():
+            kept = self.carried[name]
+            if isinstance(kept, Tensor):
+                kept.copy_(saved)
+            else:
+                kept.set_state(saved)
+        torch.set_rng_state(tensors["torch"])
+        self.history, self.epoch = numbers["history"], numbers["epoch"]
 
 
 class _Sums:
     """Sums over an epoch and its first loss that is not finite, on the device until the epoch is over."""
 
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        self.total = torch.zeros((), device=device)
-        self.names: list[str] = []
+    def __init__(self, tensors: dict[str, Tensor] | None = None) -> None:
+        self.tensors = tensors or {}
         self.n_seen = self.n_steps = 0
-        self.bad_step = torch.full((), -1, device=device)
-        self.bad_rows_B = torch.full((batch_size,), -1, device=device)
 
     def add(self, step: Step, batch: Batch) -> None:
-        is_first = ~torch.isfinite(step.loss.detach()) & (self.bad_step < 0)
-        self.bad_step = torch.where(is_first, self.n_steps, self.bad_step)
+        if not self.tensors:
+            zero = torch.zeros((), device=step.loss.device)
+            self.tensors = {f"sum.{name}": zero.clone() for name in step.sums} | {"bad_step": zero - 1}
+            if batch.rows_B is not None:
+                self.tensors["bad_rows"] = torch.full_like(batch.rows_B, -1)
+        is_first = ~torch.isfinite(step.loss.detach()) & (self.tensors["bad_step"] < 0)
+        self.tensors["bad_step"].masked_fill_(is_first, self.n_steps)
         if batch.rows_B is not None:
-            rows_B = self.bad_rows_B[: len(batch.rows_B)]
+            rows_B = self.tensors["bad_rows"][: len(batch.rows_B)]
             rows_B.copy_(torch.where(is_first, batch.rows_B, rows_B))
-        self.names = list(step.sums)
-        self.total = self.total + torch.stack([value.float() for value in step.sums.values()])
+        for name, value in step.sums.items():
+            self.tensors[f"sum.{name}"] += value
         self.n_seen += len(batch.y_B)
         self.n_steps += 1
 
-    def means(self, epoch: int, config: OptimConfig) -> dict[str, float]:
-        means = dict(zip(self.names, (self.total / self.n_seen).tolist(), strict=True))
-        if (bad_step := int(self.bad_step)) >= 0 or not all(map(math.isfinite, means.values())):
+    def means(self, epoch: int, config: OptimConfig, name_of: Callable[[int], str]) -> dict[str, float]:
+        sums = below("sum", self.tensors)
+        values = torch.stack(list(sums.values()))
+        values = (total(values) / total(torch.full_like(values[0], self.n_seen))).cpu()
+        means = dict(zip(sums, values.tolist(), strict=True))
+        if (bad_step := int(self.tensors["bad_step"])) >= 0 or not all(map(math.isfinite, means.values())):
             where = f"epoch {epoch}" if bad_step < 0 else f"epoch {epoch}, step {bad_step + 1}"
-            rows = [row for row in self.bad_rows_B.tolist() if row >= 0]
-            among = f" (samples {', '.join(map(str, rows[:8]))}{', ...' if rows[8:] else ''})" if rows else ""
+            rows = [row for row in self.tensors.get("bad_rows", torch.zeros(0)).tolist() if row >= 0]
+            among = f" (samples {', '.join(map(name_of, rows[:8]))}{', ...' if rows[8:] else ''})" if rows else ""
             raise NumericsError(
                 f"training loss is not finite in {where}{among}; lower learning_rate={config.learning_rate} "
                 "or set max_grad_norm"

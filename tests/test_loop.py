@@ -28,7 +28,7 @@ def run(config: OptimConfig, compute: Compute, transform=to_float, n: int = 256)
     model = ConvNet(ConvNetConfig(widths=(4,)), 2, 1)
     steps: list[int] = []
 
-    def epoch() -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(_number: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True)
 
     history = train(model, epoch, -(-n // config.batch_size), config, compute, transform, steps.append)
@@ -83,7 +83,7 @@ def test_the_means_of_an_epoch_weigh_samples_and_not_batches(compute: Compute) -
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
     wanted = (predict(model, images, to_float, compute).argmax(1) == labels).float().mean()
 
-    def epoch() -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(_number: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield images[:90], labels[:90]
         yield images[90:], labels[90:]
 
@@ -137,7 +137,7 @@ def test_the_average_is_the_recursion_over_the_steps(compute: Compute) -> None:
     def fit(config: OptimConfig, measure) -> nn.Module:  # type: ignore[no-untyped-def]
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-        train(model, lambda: iter([(images, labels)]), 1, config, compute, to_float, measure=measure)
+        train(model, lambda _number: iter([(images, labels)]), 1, config, compute, to_float, measure=measure)
         return model
 
     fit(config, weights)
@@ -159,7 +159,7 @@ def test_what_is_measured_after_an_epoch_joins_its_row_and_training_goes_on_in_t
 
     history = train(
         model,
-        lambda: iter([(images, labels)]),
+        lambda _number: iter([(images, labels)]),
         1,
         OptimConfig(epochs=3),
         compute,

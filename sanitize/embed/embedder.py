@@ -1,5 +1,6 @@
 """Train the suspect model by plain cross-entropy on the untrusted data itself, or take the user's."""
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.compute import Compute
-from sanitize.data.dataset import Dataset, Shuffler
+from sanitize.data.dataset import Dataset
+from sanitize.data.shuffle import shuffled
 from sanitize.loop import OptimConfig, train
 from sanitize.models.checkpoint import (
     Architecture,
@@ -105,6 +107,7 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
         inputs["weights"] = sha256_file(Path(config.weights))
     recipe = Recipe(
         stage="train_embedder",
+        version=2,
         config=config.model_dump(mode="json", exclude={"weights"}),
         numerics=compute.numerics,
         inputs=inputs,
@@ -127,7 +130,8 @@ def _train(
     model: torch.nn.Module, model_config: ModelConfig, config: EmbedderConfig, dataset: Dataset, compute: Compute
 ) -> list[dict[str, float]]:
     generator = compute.generator("embedder", "augment")
-    data = Shuffler(dataset, config.optim.batch_size, config.cache_bytes, compute.generator("embedder", "shuffle"))
+    order = partial(compute.generator, "embedder", "shuffle")
+    data = shuffled(dataset, config.optim.batch_size, config.cache_bytes, order)
     total = config.optim.epochs * data.steps_per_epoch * data.batch_size
     with track("train the suspect model", total) as advance:
         return train(

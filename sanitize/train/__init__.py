@@ -1,7 +1,6 @@
 """Robust training: one loop (`sanitize.loop`), four ingredients, and the methods of the literature as combinations."""
 
 from sanitize.train.adversary import AdversaryConfig, InputSpace
-from sanitize.train.batches import Resident
 from sanitize.train.collaborate import CollaborateConfig, Pair
 from sanitize.train.labels import LabelsConfig
 from sanitize.train.method import Drops, MethodConfig, robust_objective, zoo
@@ -16,7 +15,6 @@ __all__ = [
     "LabelsConfig",
     "MethodConfig",
     "Pair",
-    "Resident",
     "SelectBatchConfig",
     "robust_objective",
     "without_batch_norm",

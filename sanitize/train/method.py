@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
+from sanitize.distributed import weighted
 from sanitize.errors import ConfigError
 from sanitize.loop import Batch, Objective, Step
 from sanitize.train.adversary import AdversaryConfig, InputSpace, perturb
@@ -174,7 +175,8 @@ def robust_objective(
         sums = {"loss": losses[0].detach() * len(y_B), "dropped": (~keeps[0]).sum()}
         if config.loss == "cross_entropy":
             sums["accuracy"] = (outputs[0].argmax(1) == y_B).sum()
-        return Step(torch.stack(losses).sum(), sums)
+        shares = [weighted(loss, keep_B.sum()) for loss, keep_B in zip(losses, keeps, strict=True)]
+        return Step(torch.stack(shares).sum(), sums)
 
     return objective
 

@@ -1,13 +1,16 @@
 """Whole methods on a small problem whose truth is known: a Gaussian blob a class, or a linear map."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
+from sanitize.data.shuffle import Resident
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.loop import Batch, OptimConfig, cross_entropy, predict, train
-from sanitize.train import Drops, MethodConfig, Pair, Resident, SelectBatchConfig, robust_objective, zoo
+from sanitize.train import Drops, MethodConfig, Pair, SelectBatchConfig, robust_objective, zoo
 from sanitize.train.adversary import AdversaryConfig
 from sanitize.train.labels import LabelsConfig
 
@@ -36,7 +39,7 @@ def fit(  # type: ignore[no-untyped-def]
     config: MethodConfig, x_ND: Tensor, y_N: Tensor, compute: Compute, drops: Drops | None = None, optim=OPTIM
 ):
     model = network(3 if y_N.dim() == 1 else y_N.shape[1], config)
-    data = Resident(x_ND, y_N, optim.batch_size, compute)
+    data = Resident(x_ND, y_N, optim.batch_size, partial(compute.generator, "order"))
     objective = robust_objective(config, compute, drops=drops)
     return model, train(model, data.epoch, data.steps_per_epoch, optim, compute, identity, objective=objective)
 
@@ -185,7 +188,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_samples(compute: Compu
     x_ND[17] = float("inf")
     with pytest.raises(NumericsError, match=r"epoch 1, step [12] \(samples .*\)") as raised:
         fit(MethodConfig(), x_ND, y_N, compute)
-    order_N = torch.randperm(100, generator=compute.generator("resident", "shuffle"))
+    order_N = torch.randperm(100, generator=compute.generator("order", 0))
     step = int((order_N == 17).nonzero()) // 50
     wanted = ", ".join(map(str, order_N.split(50)[step].tolist()[:8]))
     assert f"step {step + 1} (samples {wanted}, ...)" in str(raised.value)

@@ -1,0 +1,119 @@
+"""Shuffled mini-batches for training: from memory where the data fits, through a buffer where it does not.
+
+The order of an epoch depends on its number alone, not on the epochs before, so that a run can go on in the middle.
+Shapes: B batch, N samples, C H W image.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from sanitize.data.dataset import Dataset
+
+Order = Callable[[int], torch.Generator]  # the CPU generator of an epoch, by its number
+Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # inputs, targets, and which samples of the data set they are
+
+
+class Resident:
+    """Data that is held as it is, on the CPU or the device: no sample is copied from the host but once.
+
+    Args:
+        inputs_N: (N, C, H, W) uint8 or (N, D) float.
+        targets_N: labels (N,) int64 or targets (N, K) float.
+        batch_size: B; the last incomplete batch of an epoch is dropped unless it is the only one.
+        order: see `Order`.
+    """
+
+    def __init__(self, inputs_N: Tensor, targets_N: Tensor, batch_size: int, order: Order) -> None:
+        self.inputs_N, self.targets_N = inputs_N, targets_N
+        self.batch_size = min(batch_size, len(inputs_N))
+        self._order = order
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return len(self.inputs_N) // self.batch_size
+
+    def epoch(self, number: int) -> Batches:
+        """One pass in a random order."""
+        order_N = torch.randperm(len(self.inputs_N), generator=self._order(number)).to(self.inputs_N.device)
+        for rows_B in order_N.split(self.batch_size)[: self.steps_per_epoch]:
+            yield self.inputs_N[rows_B], self.targets_N[rows_B], rows_B
+
+
+class Streamed:
+    """Images of a data set that need not fit into memory: shards in random order, through a buffer of bounded size from
+    which samples are drawn at random.
+
+    Args:
+        dataset: what to stream.
+        batch_size: as for `Resident`.
+        cache_bytes: of decoded images in the buffer; it holds two batches at least.
+        order: see `Order`.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, cache_bytes: int, order: Order) -> None:
+        self.dataset = dataset
+        self.batch_size = min(batch_size, dataset.n_samples)
+        self._capacity = max(2 * self.batch_size, cache_bytes // torch.Size(dataset.image_shape).numel())
+        self._order = order
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return self.dataset.n_samples // self.batch_size
+
+    def epoch(self, number: int) -> Batches:
+        """One pass in a random order."""
+        generator = self._order(number)
+        names = self.dataset.shards
+        order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+        next_row = first_rows(self.dataset)
+        images: list[Tensor] = []
+        named: list[tuple[int, int]] = []  # label, row
+        n_steps = 0
+        for batch in self.dataset.batches(self.batch_size, order):
+            while len(images) + len(batch.keys) > self._capacity:
+                yield self._draw(images, named, generator)
+                n_steps += 1
+            images += [image_CHW.clone() for image_CHW in batch.images_BCHW]  # a view would keep the whole batch
+            first = next_row[batch.shard]
+            next_row[batch.shard] += len(batch.keys)
+            named += zip(batch.labels_B.tolist(), range(first, next_row[batch.shard]), strict=True)
+        while len(images) >= self.batch_size and n_steps < self.steps_per_epoch:
+            yield self._draw(images, named, generator)
+            n_steps += 1
+
+    def _draw(
+        self, images: list[Tensor], named: list[tuple[int, int]], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        drawn, names = [], []
+        for _ in range(self.batch_size):
+            i = int(torch.randint(len(images), (), generator=generator))
+            images[i], images[-1] = images[-1], images[i]
+            named[i], named[-1] = named[-1], named[i]
+            drawn.append(images.pop())
+            names.append(named.pop())
+        labels_B, rows_B = torch.tensor(names).T
+        return torch.stack(drawn), labels_B, rows_B
+
+
+def shuffled(
+    dataset: Dataset, batch_size: int, cache_bytes: int, order: Order, device: torch.device | None = None
+) -> Resident | Streamed:
+    """The batches of a data set: decoded once and held on `device` if `cache_bytes` are enough, streamed otherwise."""
+    if dataset.n_samples * torch.Size(dataset.image_shape).numel() > cache_bytes:
+        return Streamed(dataset, batch_size, cache_bytes, order)
+    images_NCHW, labels_N = dataset.images()
+    device = device or torch.device("cpu")
+    return Resident(images_NCHW.to(device), labels_N.to(device), batch_size, order)
+
+
+def first_rows(dataset: Dataset) -> dict[str, int]:
+    """Of each shard, which row of the data set its first usable sample is; rows count the usable samples of all
+    shards, in order."""
+    counts = [dataset.info["shards"][shard]["counts"] for shard in dataset.shards]
+    n_usable = [of_shard["samples"] - of_shard["unreadable"] for of_shard in counts]
+    return dict(zip(dataset.shards, accumulate(n_usable, initial=0), strict=False))

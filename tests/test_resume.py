@@ -1,0 +1,102 @@
+"""Training that is stopped anywhere and goes on ends with the same bits; a damaged snapshot is an error."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sanitize.compute import Compute
+from sanitize.data.shuffle import Resident
+from sanitize.errors import ArtifactError
+from sanitize.loop import OptimConfig, train
+from sanitize.snapshots import Snapshots
+from sanitize.train import Drops, Pair, robust_objective, zoo
+
+N = 200
+CONFIGS = {
+    "adamw, one cycle, average": OptimConfig(epochs=3, batch_size=32, ema_decay=0.9, noise_sd=0.1),
+    "adam, cosine": OptimConfig(optimizer="adam", schedule="cosine", epochs=3, batch_size=32),
+    "sgd, constant, clipped": OptimConfig(
+        optimizer="sgd", schedule="constant", epochs=3, batch_size=32, max_grad_norm=1.0
+    ),
+}
+
+
+class Stopped(Exception):
+    pass
+
+
+def network() -> nn.Module:
+    layers = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 3)
+    return nn.Sequential(*layers)
+
+
+def run(
+    config: OptimConfig, compute: Compute, snapshots: Snapshots | None, stop_at: int | None
+) -> tuple[dict[str, Tensor], list[dict[str, float]], Tensor]:
+    """Weights, history, and how often each sample was dropped; or Stopped after so many steps."""
+    compute.seed_global("test")
+    generator = torch.Generator().manual_seed(3)
+    y_N = torch.randint(3, (N,), generator=generator)
+    x_ND = 2 * torch.eye(6)[y_N] + torch.randn(N, 6, generator=generator)
+    method = zoo(tau=0.2, warmup_epochs=1)["co_prl_l"]
+    model, drops = Pair(network(), network()), Drops(N, torch.device("cpu"))
+    data = Resident(x_ND, y_N, config.batch_size, partial(compute.generator, "order"))
+    augment = compute.generator("augment")
+    n_steps = 0
+
+    def on_step(n: int) -> None:
+        nonlocal n_steps
+        n_steps += n > 0
+        if n_steps == stop_at:
+            raise Stopped
+
+    history = train(
+        model,
+        data.epoch,
+        data.steps_per_epoch,
+        config,
+        compute,
+        lambda x_BD: x_BD + 0.1 * torch.rand(x_BD.shape, generator=augment),
+        on_step,
+        robust_objective(method, compute, drops=drops),
+        snapshots=snapshots,
+        carried={"augment": augment, "dropped": drops.dropped_N, "seen": drops.seen_N},
+    )
+    return model.state_dict(), history, drops.dropped_N
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("stops", [[1], [2], [5], [6], [7], [13], [18], [4, 4, 1, 9]])
+def test_a_stopped_run_ends_with_the_same_bits(name: str, stops: list[int], compute: Compute, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    wanted_state, wanted_history, wanted_N = run(config, compute, None, None)
+    snapshots = Snapshots(tmp_path / "snapshot", every=2)
+    for stop_at in stops:
+        with pytest.raises(Stopped):
+            run(config, compute, snapshots, stop_at)
+    state, history, dropped_N = run(config, compute, snapshots, None)
+    assert state.keys() == wanted_state.keys()
+    assert all(torch.equal(tensor, wanted_state[name]) for name, tensor in state.items())
+    assert history == wanted_history
+    assert torch.equal(dropped_N, wanted_N)
+    assert wanted_N.sum() > 0
+
+
+def test_going_on_does_not_begin_anew(compute: Compute, tmp_path: Path) -> None:
+    config, snapshots = CONFIGS["adam, cosine"], Snapshots(tmp_path / "snapshot", every=2)
+    with pytest.raises(Stopped):
+        run(config, compute, snapshots, 8)
+    done = snapshots.load()
+    assert done is not None
+    assert (done.numbers["epoch"], done.numbers["n_steps"]) == (0, 6)
+    run(config, compute, snapshots, 14)  # 18 steps in all, 12 are left; those done are reported in one call
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a snapshot", b"\xff" * 100])
+def test_a_damaged_snapshot_is_an_error_that_says_what_to_do(damage: bytes, compute: Compute, tmp_path: Path) -> None:
+    (tmp_path / "snapshot").write_bytes(damage)
+    with pytest.raises(ArtifactError, match=r"is damaged .*; delete it, and training begins anew"):
+        run(CONFIGS["adam, cosine"], compute, Snapshots(tmp_path / "snapshot", 2), None)

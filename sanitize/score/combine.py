@@ -5,6 +5,10 @@ Each scorer's score becomes an empirical p-value: the share of reference rows th
 and the fused suspicion is the mean of -log p over the scorers. It needs no label and no weight, is not moved by any
 monotone change of a scorer, and lets one scorer that is sure outvote one that is indifferent.
 
+This is for ranking. Where a level is asked for, verdicts combine p-values by Cauchy's (`select/rules.py`), and both are
+needed: at a correlation of .6 Fisher's level of .1 % is exceeded 5 times over, Cauchy's holds; but Cauchy's follows the
+smallest p-value alone, where Fisher's adds up evidence over the whole range, and ranks better (docs/methods.md).
+
 Shapes: S scorers, N rows, M reference rows.
 """
 

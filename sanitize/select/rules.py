@@ -196,6 +196,8 @@ def cauchy_combination(p_SN: np.ndarray) -> np.ndarray:
     also where they come from jointly normal statistics of any correlation (Liu & Xie, "Cauchy combination test", JASA
     2020, Theorem 1). p-values above 0.99 count as 0.99: at p = 1, T is minus infinity, and one scorer that finds a
     sample exceptionally ordinary would veto all others.
+
+    It holds its level where scorers depend on each other; to rank without one, `score/combine.py` (Fisher) is better.
     """
     T_N = (1 / np.tan(np.pi * p_SN.clip(max=0.99))).mean(0)
     return np.asarray(np.arctan2(1, T_N) / np.pi)

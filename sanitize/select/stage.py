@@ -277,8 +277,10 @@ def _reason(ruling: _Ruling, label: int, i: int) -> dict[str, Any]:
     if "separation" in of_class:
         text += f"; the class splits in two, {of_class['separation']:.1f} standard deviations apart"
     if "disagreement" in of_class:
-        here, there = of_class["disagreement"], of_class["disagreement_of_rest"]
-        text += f"; of the nearest neighbours {here:.0%} have another label on this side and {there:.0%} on the other"
+        here, there = 100 * of_class["disagreement"], 100 * of_class["disagreement_of_rest"]
+        text += (
+            f"; of the nearest neighbours {here:.0f} % have another label on this side and {there:.0f} % on the other"
+        )
         text += ", which decided between them" if of_class["side_by_labels"] else ""
     reason = {"stage": kind, "reason": text, "score": score, "threshold": of_class["threshold"]}
     return reason if ruling.p_N is None else reason | {"p_value": float(ruling.p_N[i])}

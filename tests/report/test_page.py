@@ -98,7 +98,7 @@ def _scores_by(dataset: Dataset, out: Path, kind: str, score: Callable[[dict[str
     return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
 
 
-def _scores(dataset: Dataset, out: Path, separations: dict[int, float]) -> Scores:
+def _scores(dataset: Dataset, out: Path, separations: dict[int, float], said: dict[str, float] | None = None) -> Scores:
     """Scores below 0, but 5 and more for every third sample of a class whose separation is high."""
 
     def write_part(shard: str, part: Part) -> None:
@@ -110,10 +110,10 @@ def _scores(dataset: Dataset, out: Path, separations: dict[int, float]) -> Score
         write_rows(part, shard, pa.table({**columns, "score": pa.array(values)}))
 
     def finish(part: Part, _workshop: object) -> None:
-        classes = {str(label): {"separation": value} for label, value in separations.items()}
+        classes = {str(label): {"separation": value, **(said or {})} for label, value in separations.items()}
         part.write_json("scorer.json", {"config": {"kind": "toxic_direction"}, "classes": classes})
 
-    recipe = Recipe(stage="score_shards", inputs={"dataset": dataset.digest})
+    recipe = Recipe(stage="score_shards", config=said or {}, inputs={"dataset": dataset.digest})
     return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
 
 
@@ -122,10 +122,11 @@ def _run(
     separations: tuple[float, ...] = (9.0, 1.5, 1.0, 0.5),
     extra: list[list[tuple[str, bytes]]] | None = None,
     rule: Rule | None = None,
+    said: dict[str, float] | None = None,
 ) -> Run:
     _shards(folder / "source", extra or [])
     dataset = index_shards(IndexConfig(max_bad_fraction=0.5), str(folder / "source"), str(folder / "00"), COMPUTE)
-    scores = _scores(dataset, folder / "31", dict(enumerate(separations)))
+    scores = _scores(dataset, folder / "31", dict(enumerate(separations)), said)
     config = SelectConfig(rule=rule or SeparationRule())
     selection = select_samples(config, dataset, [scores], str(folder / "40"), COMPUTE)
     shards = write_selected(WriteConfig(), dataset, selection, str(folder / "50"), COMPUTE)
@@ -236,6 +237,25 @@ def test_suspects_are_the_highest_scores_removed_first(planted: Run, tmp_path: P
         assert [s["score"] for s in group] == sorted(rows, reverse=True)[: len(group)]
     assert "the class splits in two" in removed[0]["reason"]
     assert len(page.values("src")) == len(suspects)  # a picture for each
+
+
+@pytest.mark.parametrize("by_labels", [True, False])
+def test_what_the_labels_of_neighbours_say_is_shown(tmp_path: Path, by_labels: bool) -> None:
+    said = {"disagreement": 0.942, "disagreement_of_rest": 0.17, "side_by_labels": by_labels}
+    report = _run(tmp_path, said=said).report(tmp_path / "report")
+    numbers, words = _numbers(report), _Page(_html(report)).words
+    assert {name: numbers["classes"][0][name] for name in said} == said
+    assert "94.2 % / 17.0 %" in words
+    assert ("group chosen by labels" in words) == by_labels
+    reason = numbers["suspects"][0]["reason"]
+    assert "of the nearest neighbours 94 % have another label on this side and 17 % on the other" in reason
+    assert reason.endswith("which decided between them") == by_labels
+
+
+def test_without_a_witness_nothing_is_said_of_labels(planted: Run, tmp_path: Path) -> None:
+    words = _Page(_html(planted.report(tmp_path / "report"))).words
+    assert "Other labels" not in words
+    assert "nearest neighbours" not in words
 
 
 def test_pictures_are_the_samples_own(planted: Run, tmp_path: Path) -> None:

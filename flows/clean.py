@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flows.run import Run
+from flows.run import Run, save_config
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
@@ -27,7 +26,7 @@ from sanitize.select import (
     trusted_shards,
     write_selected,
 )
-from sanitize.storage import create, exclusive, join
+from sanitize.storage import exclusive
 
 
 class CleanConfig(BaseModel):
@@ -130,12 +129,6 @@ def run_clean(config: CleanConfig, out: str | Path, direct: bool) -> dict[str, A
         from flows.tasks import clean_flow  # imports Prefect: a second that --direct need not wait for
 
         return dict(clean_flow(config, str(out)))
-
-
-def save_config(config: CleanConfig, out: str) -> None:
-    """Write the resolved configuration as `config.yaml`; the run can be repeated from it."""
-    with create(join(out, "config.yaml")) as writer:
-        writer.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def summary(cleaned: Cleaned) -> dict[str, Any]:

@@ -194,6 +194,69 @@ def _show_clean(result: dict[str, Any], out: str) -> None:
 
 
 @app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
+    shards: Shards = None,
+    test_shards: Annotated[
+        list[str] | None,
+        typer.Option("--test-shards", help="Shards to measure the accuracy on after each epoch; not learned from."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="standard, prl_l, prl_g, spl, co_teaching, co_prl_l, bootstrap, decouple, at, prl_at, …"),
+    ] = None,
+    tau: Annotated[float, typer.Option(help="With --method: share of each batch that it drops.")] = 0.2,
+    warmup: Annotated[int, typer.Option(help="With --method: epochs until that share is dropped.")] = 10,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    out: Annotated[str, typer.Option(help="Run folder. Given again, a run that was killed goes on.")] = "runs/train",
+    direct: Direct = False,
+    seed: Seed = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model that outlives corrupted labels and triggers; judge the samples on the way.
+
+    The model is in OUT/60-model (model.safetensors, config.json, history.parquet). Methods that drop samples also
+    write how often each was dropped, OUT/61-drop-scores: a suspicion that grows with the share of corrupted labels.
+
+    Examples:
+
+        sanitize train --shards 'data/train-*.tar' --test-shards 'data/test-*.tar' --method prl_l --tau 0.3
+
+        sanitize train configs/train.yaml --out runs/robust --direct
+    """
+    from flows.train import TrainRunConfig, run_train
+    from sanitize.train import zoo
+
+    with _errors():
+        settings = _read_yaml(config) if config else {}
+        given = {"shards": shards, "test_shards": test_shards}
+        settings |= {name: value for name, value in given.items() if value}
+        if not settings.get("shards"):
+            raise ConfigError("no shards: give --shards, or `shards:` in the YAML file")
+        of_train = settings["train"] = dict(settings.get("train", {}))
+        if method is not None:
+            methods = zoo(tau, warmup)
+            if method not in methods:
+                raise ConfigError(f"--method {method}: there are {', '.join(methods)}")
+            of_train["method"] = methods[method]
+        if epochs is not None:
+            of_train["optim"] = of_train.get("optim", {}) | {"epochs": epochs}
+        changes = {"seed": seed, "device": device}
+        settings["compute"] = settings.get("compute", {}) | {k: v for k, v in changes.items() if v is not None}
+        with _bars(quiet):
+            result = run_train(TrainRunConfig.model_validate(settings), out, direct)
+    if as_json:
+        _print_json(result)
+        return
+    last = result.pop("last")
+    console.print(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in last.items()), highlight=False)
+    for name, place in result.items():
+        console.print(f"{name.replace('_', ' '):>12}: {place}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(
     shards: Annotated[list[str], typer.Argument(help="Directory, glob or brace range of shards.")],
     label: Annotated[str, typer.Option(help="Member with the class: a suffix, or json:FIELD.")] = "cls",

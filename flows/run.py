@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
+from pydantic import BaseModel
 
 from sanitize import __version__
 from sanitize.artifacts import MANIFEST, Artifact
@@ -90,6 +92,12 @@ class Run:
         }
         with create(join(self.out, "run.json")) as writer:
             writer.write(json.dumps(record, indent=2).encode() + b"\n")
+
+
+def save_config(config: BaseModel, out: str) -> None:
+    """Write the resolved configuration as `config.yaml`; the run can be repeated from it."""
+    with create(join(out, "config.yaml")) as writer:
+        writer.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,10 @@ from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import clean as clean_job
+from flows import train as train_job
 from flows.clean import CleanConfig
 from flows.run import Run
+from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
 from sanitize.errors import StorageError
 from sanitize.storage import absolute, is_local
@@ -36,7 +38,7 @@ TASKS: dict[str, Any] = {
         retry_delay_seconds=5,
         retry_condition_fn=_is_transient,
     )
-    for stage in clean_job.STAGES
+    for stage in {*clean_job.STAGES, *train_job.STAGES}
 }
 
 
@@ -62,6 +64,12 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     summary = clean_job.summary(clean_job.clean(config, run))
     create_markdown_artifact(key="clean-report", markdown=_markdown(summary, run), description=f"Cleaned {out}")
     return summary
+
+
+@flow(name="train", flow_run_name="train {out}", task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False)  # type: ignore[arg-type]
+def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
+    """Train a robust model: index, train, score samples by how often they were dropped."""
+    return train_job.train(config, PrefectRun(out, config.compute))
 
 
 def _link(url: str) -> str:

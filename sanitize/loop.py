@@ -110,6 +110,7 @@ def train(
     snapshots: Snapshots | None = None,
     carried: Mapping[str, Tensor | torch.Generator] | None = None,
     name_of: Callable[[int], str] = str,
+    on_epoch: Callable[[dict[str, float]], None] = lambda _row: None,
 ) -> list[dict[str, float]]:
     """Train `model` in place; in several processes (torchrun) each learns from its share of every batch.
 
@@ -128,6 +129,7 @@ def train(
         carried: what else changes from step to step (generators of augmentation, counts of samples); snapshots hold
             it, and it is put back in place.
         name_of: row of a sample to what a message calls it.
+        on_epoch: told each row of the history.
 
     Returns:
         One row an epoch: means over the training samples (`cross_entropy`: loss and accuracy in [0, 1]).
@@ -160,6 +162,7 @@ def train(
                 snapshots.save(at.snapshot())
         row = {"epoch": number + 1} | at.sums.means(number + 1, config, name_of)
         at.end_epoch(row | measure(model if at.average is None else at.average.module))
+        on_epoch(at.history[-1])
     if at.average is not None:
         model.load_state_dict(at.average.module.state_dict())
     return at.history

@@ -3,7 +3,7 @@
 Silent by default. `with shown(): ...` draws rich bars with a rate for every `track` inside, from any thread.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -34,14 +34,32 @@ def shown(console: Console | None = None) -> Iterator[None]:
             _display = None
 
 
+class Bar:
+    """One bar, or none where nobody looks."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self._description, self._display = description, _display
+        if self._display is not None:
+            self.task = self._display.add_task(description, total=total, unit=unit)
+
+    def __call__(self, n: int) -> None:
+        """Advance by `n` units."""
+        if self._display is not None:
+            self._display.advance(self.task, n)
+
+    def note(self, text: str) -> None:
+        """Show a text behind the description, in place of the last one."""
+        if self._display is not None:
+            self._display.update(self.task, description=f"{self._description}: {text}")
+
+
 @contextmanager
-def track(description: str, total: int | None, unit: str = "samples") -> Iterator[Callable[[int], None]]:
-    """A bar of `total` units; the block gets a function that advances it."""
-    display = _display
+def track(description: str, total: int | None, unit: str = "samples") -> Iterator[Bar]:
+    """A bar of `total` units; the block gets what advances it."""
+    display, bar = _display, Bar(description, total, unit)
+    yield bar
     if display is None:
-        yield lambda _n: None
         return
-    task = display.add_task(description, total=total, unit=unit)
-    yield lambda n: display.advance(task, n)
+    task = bar.task
     completed = display.tasks[display.task_ids.index(task)].completed
     display.update(task, total=completed, visible=completed > 0)  # a stage that found all its work done shows no bar

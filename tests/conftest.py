@@ -12,12 +12,13 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.digits import Digits, write_digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores
-from sanitize.embed import AugmentConfig, EmbedConfig, EmbedderConfig, embed_shards, train_embedder
+from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
 from sanitize.loop import OptimConfig
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig

@@ -3,12 +3,11 @@
 A backdoor must be learned to be seen: the embedder is trained on the poisoned data on purpose, and is thrown away.
 """
 
-from sanitize.embed.embedder import AugmentConfig, EmbedderConfig, train_embedder
+from sanitize.embed.embedder import EmbedderConfig, train_embedder
 from sanitize.embed.stage import EmbedConfig, embed_shards
 from sanitize.embed.table import TableConfig, import_table
 
 __all__ = [
-    "AugmentConfig",
     "EmbedConfig",
     "EmbedderConfig",
     "TableConfig",

@@ -17,6 +17,7 @@ from sanitize.artifacts import Artifact, Part
 from sanitize.errors import ConfigError, DataError
 from sanitize.models.cnn9 import CNN9, CNN9Config
 from sanitize.models.convnet import ConvNet, ConvNetConfig
+from sanitize.models.group_norm import without_batch_norm
 from sanitize.models.mlp import MLP, MLPConfig
 from sanitize.models.resnet import ResNet, ResNetConfig
 
@@ -53,6 +54,7 @@ class ModelConfig(BaseModel):
 
     Attributes:
         architecture: which network.
+        group_norm: BatchNorm layers are replaced by GroupNorm.
         n_classes: K.
         image_shape: (C, H, W) of the uint8 images it is fed.
         mean, std: of each channel, on the scale [0, 1]; images are normalised with them.
@@ -61,6 +63,7 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: Architecture = ConvNetConfig()
+    group_norm: bool = False
     n_classes: int = Field(gt=0)
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...] = (0.5,)
@@ -82,6 +85,10 @@ class ModelConfig(BaseModel):
         Raises:
             ConfigError: the architecture is unknown or cannot be imported.
         """
+        network = self._build()
+        return without_batch_norm(network) if self.group_norm else network
+
+    def _build(self) -> nn.Module:
         kind = self.architecture
         channels = self.image_shape[0]
         if isinstance(kind, ConvNetConfig):

@@ -4,19 +4,23 @@ from sanitize.train.adversary import AdversaryConfig, InputSpace
 from sanitize.train.collaborate import CollaborateConfig, Pair
 from sanitize.train.labels import LabelsConfig
 from sanitize.train.method import Drops, MethodConfig, robust_objective, zoo
-from sanitize.train.per_sample import without_batch_norm
 from sanitize.train.select_batch import SelectBatchConfig
+from sanitize.train.stage import DropScorerConfig, RobustModel, TrainConfig, drop_scores, train_robust
 
 __all__ = [
     "AdversaryConfig",
     "CollaborateConfig",
+    "DropScorerConfig",
     "Drops",
     "InputSpace",
     "LabelsConfig",
     "MethodConfig",
     "Pair",
+    "RobustModel",
     "SelectBatchConfig",
+    "TrainConfig",
+    "drop_scores",
     "robust_objective",
-    "without_batch_norm",
+    "train_robust",
     "zoo",
 ]

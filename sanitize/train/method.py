@@ -59,6 +59,11 @@ class MethodConfig(BaseModel):
         """Networks that are trained; two of them go into a `Pair`."""
         return 1 if self.collaborate.kind == "none" else 2
 
+    @property
+    def needs_sample_gradients(self) -> bool:
+        """True where gradients of single samples are asked for: then no layer may mix the samples of a batch."""
+        return self.select_batch.kind == "prl_g" or self.max_sample_grad_norm is not None
+
 
 def zoo(
     tau: float, warmup_epochs: int = 10, loss: Loss = "cross_entropy", tau_x: float = 0.05
@@ -147,10 +152,9 @@ def robust_objective(
         classification, accuracy on the given labels.
     """
     space = (space or InputSpace.unbounded()).to(compute.torch_device)
-    needs_norms = config.select_batch.kind == "prl_g" or config.max_sample_grad_norm is not None
 
     def look(network: nn.Module, x_B: Tensor, y_B: Tensor) -> _Look:
-        with recorded(network) if needs_norms else nullcontext() as recording, compute.autocast():
+        with recorded(network) if config.needs_sample_gradients else nullcontext() as recording, compute.autocast():
             outputs_BK = network(x_B).float()
         targets_B = config.labels(outputs_BK.detach(), y_B)
         losses_B = sample_losses(outputs_BK, targets_B, config.loss, config.huber_delta)

@@ -72,7 +72,7 @@ def _refuse(layer: nn.Module) -> None:
     if isinstance(layer, _BatchNorm):
         raise ConfigError(
             "BatchNorm mixes the samples of a batch, so a gradient of one sample does not exist: convert the network "
-            "with sanitize.train.without_batch_norm, or choose prl_l, which needs none"
+            "with sanitize.models.group_norm.without_batch_norm, or choose prl_l, which needs none"
         )
     if not isinstance(layer, _SUPPORTED):
         names = ", ".join(kind.__name__ for kind in _SUPPORTED)
@@ -116,19 +116,3 @@ def _of_product(input_BIP: Tensor, gradient_BOP: Tensor, bias: bool) -> Tensor:
     else:
         squares_B = (gradient_BOP @ input_BIP.transpose(1, 2)).square().sum((1, 2))
     return squares_B + gradient_BOP.sum(2).square().sum(1) if bias else squares_B
-
-
-def without_batch_norm(network: nn.Module, groups: int = 8) -> nn.Module:
-    """The same network, in place, with every BatchNorm replaced by a GroupNorm with new weights, which mixes nothing.
-
-    Args:
-        network: whose BatchNorm layers are replaced; returned (a lone BatchNorm is returned as a new layer).
-        groups: of each GroupNorm, or the largest smaller number that divides its channels.
-    """
-    if isinstance(network, _BatchNorm):
-        channels = network.num_features
-        divisor = next(n for n in range(min(groups, channels), 0, -1) if channels % n == 0)
-        return nn.GroupNorm(divisor, channels, eps=network.eps, affine=network.affine)
-    for name, child in network.named_children():
-        setattr(network, name, without_batch_norm(child, groups))
-    return network

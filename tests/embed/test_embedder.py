@@ -4,9 +4,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.embed import AugmentConfig, EmbedderConfig, train_embedder
+from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ArtifactError, ConfigError, DataError
 from sanitize.loop import OptimConfig
 from sanitize.models.checkpoint import Checkpoint

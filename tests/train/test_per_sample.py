@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sanitize.errors import ConfigError
 from sanitize.models.convnet import ConvNet, ConvNetConfig
+from sanitize.models.group_norm import without_batch_norm
 from sanitize.models.resnet import ResNet, ResNetConfig
-from sanitize.train import without_batch_norm
 from sanitize.train.losses import Loss, loss_gradient_norms, sample_losses
 from sanitize.train.per_sample import recorded
 

@@ -1,0 +1,20 @@
+"""Networks whose answer for a sample does not depend on the other samples of its batch."""
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def without_batch_norm(network: nn.Module, groups: int = 8) -> nn.Module:
+    """The same network, in place, with every BatchNorm replaced by a GroupNorm with new weights, which mixes nothing.
+
+    Args:
+        network: whose BatchNorm layers are replaced; returned (a lone BatchNorm is returned as a new layer).
+        groups: of each GroupNorm, or the largest smaller number that divides its channels.
+    """
+    if isinstance(network, _BatchNorm):
+        channels = network.num_features
+        divisor = next(n for n in range(min(groups, channels), 0, -1) if channels % n == 0)
+        return nn.GroupNorm(divisor, channels, eps=network.eps, affine=network.affine)
+    for name, child in network.named_children():
+        setattr(network, name, without_batch_norm(child, groups))
+    return network

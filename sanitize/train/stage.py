@@ -1,0 +1,258 @@
+"""Train a robust model on a data set that may be corrupted, and judge its samples by how often training dropped them.
+
+Shapes: N usable samples, in the order of shards and positions.
+"""
+
+import io
+from bisect import bisect_right
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from torch import Tensor, nn
+
+from sanitize.artifacts import Part, Recipe, make, partial_of
+from sanitize.augment import AugmentConfig
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.shuffle import first_rows, shuffled
+from sanitize.data.tables import Scores, write_rows
+from sanitize.errors import ConfigError
+from sanitize.loop import OptimConfig, predict, train
+from sanitize.measure import accuracy
+from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, write_checkpoint
+from sanitize.models.convnet import ConvNetConfig
+from sanitize.progress import track
+from sanitize.snapshots import Snapshots
+from sanitize.storage import is_local, local_path
+from sanitize.train.adversary import InputSpace
+from sanitize.train.collaborate import Pair, networks_of
+from sanitize.train.method import Drops, MethodConfig, robust_objective
+
+
+class TrainConfig(BaseModel):
+    """A network and how it is trained.
+
+    Attributes:
+        architecture: the network. Methods that need gradients of single samples (prl_g, max_sample_grad_norm) get it
+            with GroupNorm in place of BatchNorm; that is part of the recipe and of the model's description.
+        mean, std: normalisation of each channel on the scale [0, 1].
+        optim: optimiser, schedule, epochs.
+        augment: random changes of the images; they are made on the device.
+        method: what makes the training robust; see docs/methods.md for what the combinations are called.
+        cache_bytes: decoded images held on the device; a larger data set is streamed through a buffer of this size.
+        snapshot_every: steps between two snapshots; a run that was killed goes on from the last one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: Architecture = ConvNetConfig()
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[PositiveFloat, ...] = (0.25,)
+    optim: OptimConfig = OptimConfig(epochs=30)
+    augment: AugmentConfig = AugmentConfig()
+    method: MethodConfig = MethodConfig()
+    cache_bytes: int = Field(default=2**30, gt=0)
+    snapshot_every: int = Field(default=500, ge=1)
+
+
+class RobustModel(Checkpoint):
+    """A Checkpoint with `history.parquet` (one row an epoch) and `drops.safetensors`: of each usable sample, in the
+    order of shards and positions, `dropped` and `seen` (int32): how often, after the warm-up."""
+
+    @cached_property
+    def history(self) -> list[dict[str, float]]:
+        """One row an epoch: loss, dropped share and accuracy on the training samples, and `test_accuracy`."""
+        rows: list[dict[str, float]] = pq.read_table(pa.BufferReader(self.read("history.parquet"))).to_pylist()
+        return rows
+
+    @property
+    def has_drops(self) -> bool:
+        """True where the method dropped samples."""
+        return "drops.safetensors" in self.manifest().files
+
+    def drops(self) -> tuple[Tensor, Tensor]:
+        """dropped_N, seen_N. Raises ConfigError where the method drops no samples."""
+        if not self.has_drops:
+            raise ConfigError(f"{self.path} was trained without dropping samples: set train.method.select_batch")
+        counts = safetensors.torch.load(self.read("drops.safetensors"))
+        return counts["dropped"], counts["seen"]
+
+
+def train_robust(
+    config: TrainConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
+) -> RobustModel:
+    """Train a robust model.
+
+    Args:
+        config: network and method.
+        dataset: what to learn; only usable samples are read.
+        out: folder of the artifact.
+        compute: device, precision, seed.
+        test: samples to measure the accuracy on after each epoch; nothing is learned from them.
+
+    Raises:
+        NumericsError: training diverged; the message names the step and its samples.
+        ConfigError: the method does not fit the task or the network.
+    """
+    compute.activate()
+    if config.method.loss != "cross_entropy":
+        raise ConfigError(f"train.method.loss={config.method.loss}: shards carry classes; set cross_entropy")
+    recipe = Recipe(
+        stage="train_robust",
+        config=config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
+        | {"streamed": _is_streamed(config, dataset)},
+        numerics=compute.numerics,
+        inputs={"dataset": dataset.digest} | ({"test": test.digest} if test else {}),
+    )
+
+    def write(part: Part) -> None:
+        model_config = ModelConfig(
+            architecture=config.architecture,
+            group_norm=config.method.needs_sample_gradients,
+            n_classes=dataset.n_classes,
+            image_shape=dataset.image_shape,
+            mean=config.mean,
+            std=config.std,
+        )
+        compute.seed_global("train", "init")
+        networks = [model_config.build() for _ in range(config.method.n_networks)]
+        model = networks[0] if len(networks) == 1 else Pair(*networks)
+        drops = Drops(dataset.n_samples, compute.torch_device)
+        snapshots = (
+            Snapshots(local_path(partial_of(out)) / "snapshot", config.snapshot_every) if is_local(out) else None
+        )
+        history = _train(model, model_config, drops, config, dataset, test, snapshots, compute)
+        write_checkpoint(part, networks_of(model)[0], model_config, history)
+        part.write("history.parquet", _parquet(pa.Table.from_pylist(history)))
+        if int(drops.seen_N.sum()):
+            counts = {"dropped": drops.dropped_N.cpu(), "seen": drops.seen_N.cpu()}
+            part.write("drops.safetensors", safetensors.torch.save(counts))
+        part.counts.update(samples=dataset.n_samples)
+
+    return make(RobustModel, out, recipe, write)
+
+
+def _is_streamed(config: TrainConfig, dataset: Dataset) -> bool:
+    return dataset.n_samples * torch.Size(dataset.image_shape).numel() > config.cache_bytes
+
+
+def _train(
+    model: nn.Module,
+    model_config: ModelConfig,
+    drops: Drops,
+    config: TrainConfig,
+    dataset: Dataset,
+    test: Dataset | None,
+    snapshots: Snapshots | None,
+    compute: Compute,
+) -> list[dict[str, float]]:
+    optim, augmenting = config.optim, compute.generator("train", "augment")
+    order = partial(compute.generator, "train", "shuffle")
+    data = shuffled(dataset, optim.batch_size, config.cache_bytes, order, compute.torch_device)
+    channels = dataset.image_shape[0]
+    mean, std = (values * channels if len(values) == 1 else values for values in (config.mean, config.std))
+    objective = robust_objective(config.method, compute, InputSpace.images(mean, std), drops)
+    held_out = test.images() if test else None
+
+    with track("train", optim.epochs * data.steps_per_epoch * data.batch_size) as advance:
+
+        def measure(network: nn.Module) -> dict[str, float]:
+            if held_out is None:
+                return {}
+            images_NCHW, labels_N = held_out
+            return {"test_accuracy": accuracy(predict(network, images_NCHW, model_config.normalise, compute), labels_N)}
+
+        return train(
+            model,
+            data.epoch,
+            data.steps_per_epoch,
+            optim,
+            compute,
+            lambda images_BCHW: config.augment(model_config.normalise(images_BCHW), augmenting),
+            advance,
+            objective,
+            measure,
+            snapshots,
+            {"augment": augmenting, "dropped": drops.dropped_N, "seen": drops.seen_N},
+            partial(_name_of, dataset),
+            lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
+        )
+
+
+def _name_of(dataset: Dataset, row: int) -> str:
+    """SHARD/KEY of a usable sample by its row."""
+    first = first_rows(dataset)
+    shard = list(first)[
+        bisect_right(list(first.values()), row) - 1
+    ]  # of those that begin there the last: others are empty
+    return f"{shard}/{_usable(dataset, shard)['key'][row - first[shard]]}"
+
+
+def _usable(dataset: Dataset, shard: str) -> pa.Table:
+    rows = dataset.rows(shard, ["position", "key", "label", "status"])
+    return rows.filter(pc.equal(rows["status"], "ok")).drop(["status"])
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+class DropScorerConfig(BaseModel):
+    """Judge samples by how often robust training dropped them.
+
+    Attributes:
+        prior: visits at the mean rate that are added to every sample's, so that one seen twice and dropped twice is not
+            above one dropped 19 times of 20.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["prl_drops"] = "prl_drops"
+    prior: float = Field(default=1.0, ge=0)
+
+
+def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, out: str, compute: Compute) -> Scores:
+    """Scores of every usable sample: the share of its visits, after the warm-up, on which it was dropped.
+
+    Args:
+        config: shrinkage of the shares.
+        model: trained on `dataset` by a method that drops samples.
+        dataset: whose samples are judged.
+        out: folder of the artifact.
+        compute: unused but for the convention.
+
+    Raises:
+        ConfigError: the model was trained on other data, or drops nothing.
+    """
+    compute.activate()
+    if model.manifest().recipe.inputs["dataset"] != dataset.digest:
+        raise ConfigError(f"{model.path} was not trained on {dataset.path}: its counts are about other samples")
+    recipe = Recipe(
+        stage="drop_scores",
+        config=config.model_dump(mode="json"),
+        inputs={"model": model.digest, "dataset": dataset.digest},
+    )
+    dropped_N, seen_N = model.drops()
+    rate = float(dropped_N.sum()) / max(1, int(seen_N.sum()))
+    scores_N = (dropped_N + config.prior * rate) / (seen_N + config.prior).clamp(min=1e-9)
+    first = first_rows(dataset)
+
+    def write_part(shard: str, part: Part) -> None:
+        rows = _usable(dataset, shard)
+        own_N = scores_N[first[shard] : first[shard] + len(rows)].float()
+        if len(rows):
+            write_rows(part, shard, rows.append_column("score", pa.array(own_N.numpy())))
+        part.counts.update(samples=len(rows))
+
+    def finish(part: Part, _workshop: Any) -> None:
+        part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": {}, "held_out": []})
+
+    return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)

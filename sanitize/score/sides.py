@@ -12,8 +12,10 @@ they agree on the wrong label, and then the *clean* side disagrees more. And onl
 of neighbours asked disagree for that reason.
 
 **Shape** decides otherwise. Poison is tight along the direction of the split only; off it, it still varies between the
-classes it was taken from, in few and large principal axes: the side with the larger tr(C^2) / tr(C) of its covariance C
-per share of the class is the suspect.
+classes it was taken from, in few and large principal axes. Of an even split the side with fewer axes is the suspect,
+the smaller tr(C)^2 / tr(C^2) of its covariance C (participation ratio): without a unit, for a strong trigger shrinks
+all that is not the trigger. Of an uneven split, one side of which may be too small to count axes, the suspect has the
+larger tr(C^2) / tr(C) per share of the class.
 
 Low disagreement acquits nobody: poison that keeps its true label agrees with its neighbours like clean samples do.
 
@@ -68,11 +70,15 @@ def suspicious_side(z_ND: Tensor, upper_N: Tensor, disagreement_N: Tensor) -> tu
     """
     share = float(upper_N.double().mean())
     upper, lower = Side.of(disagreement_N[upper_N]), Side.of(disagreement_N[~upper_N])
-    if min(share, 1 - share) >= EVEN and (at_odds(upper, lower) or at_odds(lower, upper)):
-        is_upper, by_labels = at_odds(upper, lower), True
+    is_even = min(share, 1 - share) >= EVEN
+    by_labels = is_even and (at_odds(upper, lower) or at_odds(lower, upper))
+    (n_axes, variance), (n_axes_below, variance_below) = axes(z_ND[upper_N]), axes(z_ND[~upper_N])
+    if by_labels:
+        is_upper = at_odds(upper, lower)
+    elif is_even:
+        is_upper = n_axes <= n_axes_below
     else:
-        tall, low = dominant_variance(z_ND[upper_N]), dominant_variance(z_ND[~upper_N])
-        is_upper, by_labels = tall * (1 - share) >= low * share, False
+        is_upper = variance * (1 - share) >= variance_below * share
     return is_upper, Sides(*((upper, lower) if is_upper else (lower, upper)), by_labels)
 
 
@@ -81,8 +87,9 @@ def at_odds(one: Side, other: Side) -> bool:
     return one.disagreement - one.margin > 0.5 > other.disagreement + other.margin
 
 
-def dominant_variance(z_ND: Tensor) -> float:
-    """tr(C^2) / tr(C) of the covariance C: the mean of its eigenvalues, weighted by themselves."""
+def axes(z_ND: Tensor) -> tuple[float, float]:
+    """Number and variance of the dominant axes of the covariance C: tr(C)^2 / tr(C^2), and tr(C^2) / tr(C)."""
     z_ND = z_ND[:SHAPE_ROWS] - z_ND[:SHAPE_ROWS].mean(0)
     gram = z_ND @ z_ND.T if len(z_ND) < z_ND.shape[1] else z_ND.T @ z_ND
-    return float(gram.square().sum() / gram.trace().clamp(min=1e-12)) / len(z_ND)
+    trace, square = gram.trace().clamp(min=1e-12), gram.square().sum().clamp(min=1e-24)
+    return float(trace.square() / square), float(square / trace) / len(z_ND)

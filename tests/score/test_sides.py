@@ -60,6 +60,16 @@ def test_else_the_shape_decides_and_says_so(poison: float, clean: float) -> None
     assert not split.sides.by_labels
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_the_shape_of_an_even_split_has_no_unit(scale: float) -> None:
+    """A strong trigger leaves little else to vary."""
+    x_ND, poison_N = halves(600, 290)
+    x_ND[poison_N, 1:] *= scale
+    nobody_N = torch.full((600,), math.nan)
+    assert suspicious_side(x_ND, poison_N, nobody_N)[0]
+    assert not suspicious_side(x_ND, ~poison_N, nobody_N)[0]
+
+
 def test_labels_do_not_turn_an_uneven_split_around() -> None:
     """A small group is the suspect, whatever the labels of the many say."""
     z_ND, small_N = halves(1000, 100)

@@ -10,6 +10,7 @@ from flows.run import Run, save_config
 from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.report import write_training_report
 from sanitize.storage import exclusive
 from sanitize.train import DropScorerConfig, TrainConfig, drop_scores, train_robust
 
@@ -43,12 +44,8 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
     dataset = run.sharded("00-index", index_shards, list(find_shards(config.shards)), config.index, config.shards)
     test = None
     if config.test_shards:
-        same = config.index.model_copy(
-            update={
-                "n_classes": dataset.n_classes,
-                "image": config.index.image.model_copy(update={"size": dataset.info["image_size"]}),
-            }
-        )
+        image = config.index.image.model_copy(update={"size": dataset.image_shape[1:]})
+        same = config.index.model_copy(update={"n_classes": dataset.n_classes, "image": image})
         names = list(find_shards(config.test_shards))
         test = run.sharded("01-index-test", index_shards, names, same, config.test_shards)
     model = run.stage("60-model", train_robust, config.train, dataset, test=test)
@@ -56,6 +53,7 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
     if model.has_drops:
         scores = run.stage("61-drop-scores", drop_scores, config.drop_scores, model, dataset)
         result["drop_scores"] = scores.path
+    result["report"] = run.stage("90-report", write_training_report, model).url("index.html")
     save_config(config, run.out)
     run.save("finished", **result)
     return result
@@ -76,4 +74,4 @@ def run_train(config: TrainRunConfig, out: str | Path, direct: bool) -> dict[str
         return dict(train_flow(config, str(out)))
 
 
-STAGES: Sequence[Any] = (index_shards, train_robust, drop_scores)
+STAGES: Sequence[Any] = (index_shards, train_robust, drop_scores, write_training_report)

@@ -208,7 +208,8 @@ class _Training:
         for name, kept in self.carried.items():
             tensors[f"carried.{name}"] = kept if isinstance(kept, Tensor) else kept.get_state()
         numbers = {"schedule": self.schedule.state_dict(), "history": self.history, "epoch": self.epoch}
-        return Snapshot(tensors, numbers | settings | {"n_seen": self.sums.n_seen, "n_steps": self.sums.n_steps})
+        counts = {"n_seen": self.sums.n_seen, "n_steps": self.sums.n_steps, "sums": list(self.sums.tensors)}
+        return Snapshot(tensors, numbers | settings | counts)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back there."""
@@ -219,7 +220,7 @@ class _Training:
         if self.average is not None:
             self.average.load_state_dict(below("average", tensors))
         device = next(self.model.parameters()).device
-        self.sums = _Sums({name: tensor.to(device) for name, tensor in below("sums", tensors).items()})
+        self.sums = _Sums({name: tensors[f"sums.{name}"].to(device) for name in numbers["sums"]})  # in their order
         self.sums.n_seen, self.sums.n_steps = numbers["n_seen"], numbers["n_steps"]
         for name, saved in below("carried", tensors).items():
             kept = self.carried[name]

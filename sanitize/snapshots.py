@@ -70,9 +70,13 @@ def optimizer_state(optimizer: Optimizer) -> Snapshot:
 
 def restore_optimizer(optimizer: Optimizer, snapshot: Snapshot) -> None:
     """Put back what `optimizer_state` took."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in snapshot.tensors.items():
         i, _, key = name.partition(".")
+        if tensor.shape == (like := parameters[int(i)]).shape:
+            # Laid out as the parameter is (channels_last, say): fused optimisers go through memory side by side.
+            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": snapshot.numbers["param_groups"]})
 

@@ -1,5 +1,6 @@
-"""One self-contained HTML page about a run, made from its artifacts only."""
+"""Self-contained HTML pages about a run, made from its artifacts only."""
 
 from sanitize.report.page import Report, ReportConfig, write_report
+from sanitize.report.training import write_training_report
 
-__all__ = ["Report", "ReportConfig", "write_report"]
+__all__ = ["Report", "ReportConfig", "write_report", "write_training_report"]

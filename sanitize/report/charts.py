@@ -3,13 +3,15 @@
 Every chart is well-formed XML by itself; text that comes from elsewhere is escaped here.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
 _WIDTH, _HEIGHT = 460, 236
 _LEFT, _TOP, _X_END, _FOOT = 50, 24, 452, 194  # the plot inside a histogram: its left, top, right and lower edge
+_NAMES = 340  # right edge of a plot whose lines are named at their ends
 _LOWEST = 0.5  # count at the foot of the log axis, so that a bar of one sample can be seen
 
 
@@ -156,6 +158,63 @@ def _threshold(plot: _Plot, threshold: float) -> list[str]:
         f'<line class="threshold" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 6}" y2="{_FOOT}"/>',
         f'<text class="threshold-name {side}" x="{at:.1f}" y="{_TOP - 10}">{text}</text>',
     ]
+
+
+def curves(x: Sequence[float], series: Mapping[str, Sequence[float]], x_name: str, share: bool = False) -> str:
+    """Lines over a common axis, each named at its end.
+
+    Args:
+        x: ascending; a single one is drawn as points.
+        series: name -> values, as many as `x`.
+        x_name: of the axis.
+        share: the axis goes from 0 to 1, and is marked in per cent.
+    """
+    values = [value for of_line in series.values() for value in of_line]
+    low, high = (0.0, 1.0) if share else (min(0.0, *values), max(*values, 1e-9))
+    left, right = min(x), max(max(x), min(x) + 1)
+
+    def at(x_value: float, value: float) -> tuple[float, float]:
+        return (
+            _LEFT + (x_value - left) / (right - left) * (_NAMES - _LEFT),
+            _FOOT - (value - low) / (high - low) * (_FOOT - _TOP),
+        )
+
+    ticks = nice_ticks(low, high, 5)
+    parts = []
+    for tick in ticks:
+        y = at(left, tick)[1]
+        text = f"{100 * tick:.0f} %" if share else number(tick, ticks[1] - ticks[0] if len(ticks) > 1 else 0.0)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_NAMES}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick end" x="{_LEFT - 6}" y="{y + 4:.1f}">{text}</text>')
+    for tick in nice_ticks(left, right):
+        if tick == round(tick):
+            parts.append(f'<text class="tick mid" x="{at(tick, low)[0]:.1f}" y="{_FOOT + 17}">{number(tick)}</text>')
+    parts.append(
+        f'<text class="name mid" x="{(_LEFT + _NAMES) / 2:.0f}" y="{_HEIGHT - 6}">{escape(_xml(x_name))}</text>'
+    )
+    ends = _apart([at(x[-1], of_line[-1])[1] for of_line in series.values()])
+    for i, ((name, of_line), end) in enumerate(zip(series.items(), ends, strict=True)):
+        points = " ".join(f"{px:.1f},{py:.1f}" for px, py in map(at, x, of_line))
+        last = f"{100 * of_line[-1]:.1f} %" if share else number(of_line[-1])
+        parts.append(f'<polyline class="line line-{i}" points="{points}"/>')
+        parts += [
+            f'<circle class="dot line-{i}" cx="{px:.1f}" cy="{py:.1f}" r="2.5"><title>{escape(_xml(name))}, {x_name} '
+            f"{number(x_value)}: {number(value)}</title></circle>"
+            for x_value, value, (px, py) in zip(x, of_line, map(at, x, of_line), strict=True)
+        ]
+        label = f"{escape(_xml(name))} {last}"
+        parts.append(f'<text class="tick line-name" x="{_NAMES + 7}" y="{end + 4:.1f}">{label}</text>')
+    text = "; ".join(f"{name} from {number(of[0])} to {number(of[-1])}" for name, of in series.items())
+    return _svg("curves", _WIDTH, _HEIGHT, f"{text}, over {len(x)} points of {x_name}.", parts)
+
+
+def _apart(heights: Sequence[float], least: float = 14.0) -> list[float]:
+    """The same heights, moved down where two would be closer than `least`."""
+    moved = list(heights)
+    order = sorted(range(len(moved)), key=moved.__getitem__)
+    for above, below in itertools.pairwise(order):
+        moved[below] = max(moved[below], moved[above] + least)
+    return moved
 
 
 def gauge(value: float, level: float | None, top: float, removed: bool) -> str:

@@ -104,7 +104,7 @@ def write_report(
         n_images = config.n_images, min(config.n_kept_images, config.n_images)
         numbers = collect(dataset, scores, selection, n_images, config.n_histograms)
         numbers |= {"title": config.title, "n_class_rows": min(config.n_classes, len(numbers["classes"]))}
-        numbers |= {"chain": [_link(*item) for item in given.items()], "facts": rows, "versions": _versions(rows)}
+        numbers |= {"chain": [_link(*item) for item in given.items()], "facts": rows, "versions": versions(rows)}
         numbers["headline"] = headline(numbers)
         part.write_json("report.json", numbers)
         part.write("index.html", render(numbers, pictures(numbers["suspects"], dataset, shards)).encode())
@@ -146,7 +146,7 @@ def _link(name: str, artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _versions(facts: list[list[str]]) -> dict[str, str]:
+def versions(facts: list[list[str]]) -> dict[str, str]:
     """Versions of what drew the page, but for those the caller states among the facts."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     found |= {name: metadata.version(name) for name in ("sanitize", "torchvision", "numpy", "pyarrow")}
@@ -218,11 +218,12 @@ def render(numbers: dict[str, Any], thumbnails: list[tuple[bytes, int, int] | No
         numbers: content of `report.json`.
         thumbnails: for each of its suspects (PNG, width, height), or None where there is no picture.
     """
-    return _template().render(numbers | _charts(numbers), thumbnails=thumbnails)
+    return template("page.html.j2").render(numbers | _charts(numbers), thumbnails=thumbnails)
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page to be filled in."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -243,7 +244,7 @@ def _template() -> jinja2.Template:
         "csp_hash": lambda css: "sha256-" + base64.b64encode(hashlib.sha256(str(css).encode()).digest()).decode(),
         "png": lambda png: Markup("data:image/png;base64,") + base64.b64encode(png).decode(),
     }
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def _charts(numbers: dict[str, Any]) -> dict[str, Any]:

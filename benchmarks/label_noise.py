@@ -4,7 +4,7 @@
     python -m benchmarks.label_noise --full [--json FILE]                       CIFAR-10, 9-layer CNN; for a GPU
 
 Quick: 2,500 images, halved to 14 x 14 pixels, a perceptron and a small CNN, 30 epochs of Adam at 1e-3 of which 10 are
-warm-up, no augmentation; accuracy on 5,000 test images, mean of the last 5 epochs. tau is the true share of wrong labels.
+warm-up, no augmentation; accuracy on 5,000 test images, mean of the last 5 epochs. tau is the true share of wrong ones.
 Of two networks the first is measured, alone. Also: are the samples that PRL(L) drops those with wrong labels (20 %
 symmetric, AUROC), and what PRL costs (GroupNorm CNN, epochs side by side in one process, medians).
 

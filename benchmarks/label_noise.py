@@ -6,7 +6,7 @@
 Quick: 2,500 images, halved to 14 x 14 pixels, a perceptron and a small CNN, 30 epochs of Adam at 1e-3 of which 10 are
 warm-up, no augmentation; accuracy on 5,000 test images, mean of the last 5 epochs. tau is the true share of wrong ones.
 Of two networks the first is measured, alone. Also: are the samples that PRL(L) drops those with wrong labels (20 %
-symmetric, AUROC), and what PRL costs (GroupNorm CNN, epochs side by side in one process, medians).
+symmetric, 5,000 images, AUROC), and what PRL costs (GroupNorm CNN, epochs side by side in one process, medians).
 
 Full: B. Liu (2022), Table 4.2, PRL(L) and Co-PRL(L): all 50,000 images, Adam at 1e-3, 200 epochs, batches of 128, mean
 of the last 10. `--epochs`, `--width` and `--images` make it smaller. Exits with 1 where a target is missed.
@@ -64,6 +64,7 @@ TABLE_4_2 = {  # noise and rate: PRL(L), Co-PRL(L)
     ("pairflip", 0.35): (77.61, 79.01),
     ("pairflip", 0.45): (71.42, 73.78),
 }
+N_GUIDED = 5_000
 GUIDED = LabelNoiseConfig(rate=0.2, noise="symmetric")
 Split = tuple[Tensor, Tensor]
 
@@ -113,10 +114,10 @@ def fit(
     return {name: float(np.mean([row[name] for row in history[-last:]])) for name in tests}
 
 
-def noisy(noise: LabelNoiseConfig, seed: int) -> tuple[Split, Split, Tensor]:
+def noisy(noise: LabelNoiseConfig, seed: int, n: int = N_TRAIN) -> tuple[Split, Split, Tensor]:
     """Training split with wrong labels, test split, and which labels are wrong; the seed chooses the images too."""
     images_NCHW, labels_N = fashion_mnist("train")
-    chosen_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))[:N_TRAIN]
+    chosen_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))[:n]
     images_NCHW, labels_N = _halved(images_NCHW[chosen_N]), labels_N[chosen_N]
     given_N, wrong_N = flip_labels(noise, labels_N, 10, torch.Generator().manual_seed(seed + 1))
     test_NCHW, test_N = fashion_mnist("t10k")
@@ -146,9 +147,9 @@ def guided_run(network: str, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     compute = Compute(device="cpu", seed=seed)
     compute.activate()
-    train_split, _, wrong_N = noisy(GUIDED, seed)
+    train_split, _, wrong_N = noisy(GUIDED, seed, N_GUIDED)
     config = zoo(GUIDED.rate, WARMUP_EPOCHS)["prl_l"]
-    drops = Drops(N_TRAIN, compute.torch_device)
+    drops = Drops(N_GUIDED, compute.torch_device)
     fit(config, build(NETWORKS[network], config, train_split[0], compute), train_split, {}, OPTIM, compute, drops=drops)
     return {"network": network, "seed": seed, "auroc": auroc(drops.fraction().nan_to_num().numpy(), wrong_N.numpy())}
 

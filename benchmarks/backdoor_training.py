@@ -5,11 +5,11 @@
 
 Multi-target attacks: labels are flipped to the next class, and the flipped samples get the trigger: a 3 x 3
 checkerboard, or Gaussian noise blended in with weight 0.1. Clean accuracy is that on test images; poison accuracy that
-on the same images with the trigger, against their true labels. No augmentation; tau is the true rate, tau_x 0.05.
+on the same images with the trigger, against their true labels. No augmentation; tau is the true rate, tau_x 0.1.
 Spectral filtering drops, class by class, 1.5 times the true rate by spectral signatures of the standard model
 (penultimate layer) and trains again.
 
-Quick: 6,000 images of Fashion-MNIST, mean of the last 2 epochs. Targets: PRL-AT's poison accuracy within 10 points of
+Quick: 6,000 images of Fashion-MNIST, perceptron 784-256-10, 3 seeds, mean of the last 2 epochs. Targets: PRL-AT's poison accuracy within 10 points of
 its clean accuracy in all four cells, and above every other row's poison accuracy in three of them. Exits with 1 where
 one is missed.
 """
@@ -45,8 +45,8 @@ TRIGGERS = {
     "blend": BlendedConfig(rate=1, target="next", alpha=0.1, noise="gaussian"),
 }
 RATES = (0.15, 0.25)
-TAU_X = 0.05
-WARMUP_EPOCHS = 5
+TAU_X = 0.1
+WARMUP_EPOCHS = 1  # a trigger is learned in the first epochs, so the filter has to be there before
 METHODS = ("standard", "prl_l", "at", "prl_at", "spl_at", "bootstrap_at")
 FILTERED = "spectral"
 TABLE_5_1 = {  # trigger, rate: poison accuracy of PRL-AT
@@ -61,7 +61,7 @@ TABLE_5_1 = {  # trigger, rate: poison accuracy of PRL-AT
 }
 NETWORK: Architecture = MLPConfig(widths=(256,))
 OPTIM = OptimConfig(
-    optimizer="adam", learning_rate=1e-3, schedule="constant", weight_decay=0, epochs=15, batch_size=128
+    optimizer="adam", learning_rate=3e-4, schedule="one_cycle", weight_decay=0, epochs=10, batch_size=128
 )
 
 

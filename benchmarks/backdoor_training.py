@@ -10,8 +10,8 @@ Spectral filtering drops, class by class, 1.5 times the true rate by spectral si
 (penultimate layer) and trains again.
 
 Quick: 6,000 images of Fashion-MNIST, perceptron 784-256-10, 3 seeds, mean of the last 2 epochs. Targets: PRL-AT's
-poison accuracy within 10 points of its clean accuracy in all four cells, and above every other row's poison accuracy in three
-of them. Exits with 1 where one is missed.
+poison accuracy within 10 points of its clean accuracy in all four cells, and above every other row's poison accuracy in
+three of them. Exits with 1 where one is missed.
 """
 
 import argparse

@@ -1,10 +1,14 @@
 """Real data for benchmarks, from the folder `../shared/data` beside the checkout, written as shards on the fly."""
 
 import gzip
+import io
+import tarfile
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
@@ -32,6 +36,23 @@ def fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
     with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
         labels = np.frombuffer(file.read(), np.uint8, offset=8)
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def cifar10(split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of "train" or "test", in the order of the shards."""
+    shards = sorted((SHARED / "cifar10").glob(f"{split}-*.tar.gz"))
+    if not shards:
+        raise SystemExit(f"{SHARED / 'cifar10'} is missing: this benchmark needs the shared data folder")
+    images, labels = [], []
+    for shard in shards:
+        with tarfile.open(shard, "r|*") as tar:
+            for member in tar:
+                payload = cast(IO[bytes], tar.extractfile(member)).read()
+                if member.name.endswith(".jpg"):
+                    images.append(np.asarray(Image.open(io.BytesIO(payload)).convert("RGB")))
+                else:
+                    labels.append(int(payload))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
 def write_images(out: Path, split: str, images_NCHW: Tensor, labels_N: Tensor, per_shard: int = 1000) -> ImageShards:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,12 @@ from benchmarks.report import conclude, print_table
 from sanitize.attack import BadNetsConfig, BlendedConfig
 from sanitize.attack.labels import LabelNoiseConfig, flip_labels
 from sanitize.compute import Compute
+from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, train
 from sanitize.models.checkpoint import Architecture
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.resnet import ResNetConfig
-from sanitize.train import MethodConfig, Resident, robust_objective, zoo
+from sanitize.train import MethodConfig, robust_objective, zoo
 
 N_TRAIN, N_TEST, LAST = 6_000, 3_000, 2
 TRIGGERS = {
@@ -134,7 +136,11 @@ def trained(
     config = MethodConfig() if method == FILTERED else zoo(rate, WARMUP_EPOCHS, tau_x=TAU_X)[method]
     if method == FILTERED:
         model = build(architecture, config, split[0], compute)
-        data = Resident(*split, optim.batch_size, compute)
+        data = Resident(
+            *(tensor.to(compute.torch_device) for tensor in split),
+            optim.batch_size,
+            partial(compute.generator, "order"),
+        )
         train(
             model,
             data.epoch,

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -31,13 +32,15 @@ from benchmarks.data import cifar10, fashion_mnist
 from benchmarks.report import conclude, print_table
 from sanitize.attack.labels import LabelNoiseConfig, flip_labels
 from sanitize.compute import Compute
+from sanitize.data.shuffle import Resident
 from sanitize.loop import Objective, OptimConfig, predict, train
 from sanitize.measure import accuracy, auroc
 from sanitize.models.checkpoint import Architecture, ModelConfig
 from sanitize.models.cnn9 import CNN9Config
 from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.group_norm import without_batch_norm
 from sanitize.models.mlp import MLPConfig
-from sanitize.train import Drops, InputSpace, MethodConfig, Pair, Resident, robust_objective, without_batch_norm, zoo
+from sanitize.train import Drops, InputSpace, MethodConfig, Pair, robust_objective, zoo
 
 N_TRAIN, N_TEST = 2_500, 5_000
 OPTIM = OptimConfig(
@@ -95,7 +98,11 @@ def fit(
     drops: Drops | None = None,
 ) -> dict[str, float]:
     """Train; accuracy on each test split, mean of the `last` epochs."""
-    data = Resident(*train_split, optim.batch_size, compute)
+    data = Resident(
+        *(tensor.to(compute.torch_device) for tensor in train_split),
+        optim.batch_size,
+        partial(compute.generator, "order"),
+    )
     n_epochs = 0
 
     def measure(of: nn.Module) -> dict[str, float]:
@@ -168,7 +175,11 @@ def overhead(n_epochs: int = 5) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(1 + n_epochs):  # the first is not counted
         for name, method in methods.items():
-            data = Resident(*split, optim.batch_size, compute)
+            data = Resident(
+                *(tensor.to(compute.torch_device) for tensor in split),
+                optim.batch_size,
+                partial(compute.generator, "order"),
+            )
             objective = _after_warmup(robust_objective(method, compute))
             start = time.perf_counter()
             train(models[name], data.epoch, data.steps_per_epoch, optim, compute, normalise, objective=objective)

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from torch import Tensor, nn
 from benchmarks.report import conclude, print_table
 from sanitize.attack.labels import CORRUPTIONS, corrupt_targets
 from sanitize.compute import Compute
+from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.models.mlp import MLP, MLPConfig
-from sanitize.train import MethodConfig, Pair, Resident, robust_objective, zoo
+from sanitize.train import MethodConfig, Pair, robust_objective, zoo
 
 N_TRAIN, N_TEST, LATENT, D, Q = 12_800, 3_200, 8, 512, 10
 KINDS = ("linadv", "signflip", "uninoise", "pairflip", "mixture")
@@ -90,7 +92,7 @@ def one_run(kind: str, rate: float, method: str, seed: int, optim: OptimConfig) 
     compute.seed_global("benchmark", "init")
     networks = [MLP(NETWORK, Q, D) for _ in range(config.n_networks)]
     model: nn.Module = Pair(*networks) if len(networks) == 2 else networks[0]
-    data = Resident(x_ND, y_NQ, optim.batch_size, compute)
+    data = Resident(x_ND, y_NQ, optim.batch_size, partial(compute.generator, "order"))
 
     def measure(of: nn.Module) -> dict[str, float]:
         return {"r2": r_squared(predict(of, test_MD, identity, compute), truth_MQ)}

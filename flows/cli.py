@@ -6,6 +6,7 @@ Samples in quarantine are a result, not a failure.
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -171,7 +172,8 @@ def _show_clean(result: dict[str, Any], out: str) -> None:
     for stage in stages:
         n, seconds = stage["samples"], stage["seconds"]
         rate = f"{n / seconds:,.0f}" if n and seconds and not stage["resumed"] else ""
-        name = stage["stage"] + (" (was there)" if stage["resumed"] else "")
+        kind = re.search(r"-(?:scorer|scores)-(.*)", stage["folder"])  # 30-scorer-rca, 31-scores-rca
+        name = stage["stage"] + (f" {kind[1]}" if kind else "") + (" (was there)" if stage["resumed"] else "")
         table.add_row(name, f"{n:,}" if n else "", f"{seconds:.1f}", rate)
     table.add_row("total", "", f"{sum(stage['seconds'] for stage in stages):.1f}", "", style="bold")
     console.print(table)

@@ -71,7 +71,7 @@ class Run:
                 "folder": folder,
                 "stage": function.__name__,
                 "digest": artifact.digest,
-                "samples": counts.get("samples"),
+                "samples": counts.get("samples", sum(counts.values()) or None),  # or what became of each
                 "seconds": round(seconds, 3),
                 "resumed": resumed,
             }

@@ -32,3 +32,15 @@ def test_an_exception_ends_the_display() -> None:
     with track("later", 3) as advance:
         advance(1)
     assert "later" not in text.getvalue()
+
+
+def test_a_note_stands_behind_the_description_until_the_next_one() -> None:
+    text = io.StringIO()
+    with shown(Console(file=text, force_terminal=True, width=120)), track("train", 4) as bar:
+        bar.note("loss 2")
+        bar(2)
+        bar.note("loss 1")
+        bar(2)
+    last = text.getvalue().rsplit("train", 1)[1]
+    assert "loss 1" in last
+    assert "loss 2" not in last

@@ -106,3 +106,29 @@ def test_balance_shows_one_sample_among_millions() -> None:
     assert set(widths) == {"clean", "quarantined"}
     assert widths["quarantined"] > 1
     assert sum(widths.values()) <= 1000
+
+
+@pytest.mark.parametrize("n", [1, 2, 30])
+@pytest.mark.parametrize("share", [True, False])
+def test_curves_are_to_scale_and_named_at_their_ends(n: int, share: bool) -> None:
+    x = list(range(1, n + 1))
+    series = {"rising": [i / n for i in x], "flat & <low>": [0.0] * n, "flat, too": [0.01] * n}
+    svg = ET.fromstring(charts.curves(x, series, "epoch", share))
+    lines = [line.get("points") for line in svg.iter("polyline")]
+    assert len(lines) == 3
+    rising = [tuple(map(float, point.split(","))) for point in (lines[0] or "").split()]
+    flat = [tuple(map(float, point.split(","))) for point in (lines[1] or "").split()]
+    heights = [low[1] - high[1] for low, high in zip(flat, rising, strict=True)]
+    assert np.allclose(heights, [i * heights[-1] / n for i in x], atol=0.2)
+    assert np.allclose(np.diff([px for px, _ in rising]), (rising[-1][0] - rising[0][0]) / max(1, n - 1), atol=0.2)
+    names = [text for text in svg.iter("text") if "line-name" in (text.get("class") or "")]
+    assert [(text.text or "").rsplit(" ", 2 if share else 1)[0] for text in names] == list(series)
+    ends = sorted(float(text.get("y") or 0) for text in names)
+    assert min(np.diff(ends)) >= 13.9
+
+
+def test_curves_of_losses_below_zero_and_of_nothing_but_zero_are_drawn() -> None:
+    for values in ([-2.0, -3.0], [0.0, 0.0]):
+        svg = ET.fromstring(charts.curves([1, 2], {"loss": values}, "epoch"))
+        for circle in svg.iter("circle"):
+            assert 0 <= float(circle.get("cy") or -1) <= charts._HEIGHT

@@ -75,6 +75,11 @@ def restore_optimizer(optimizer: Optimizer, snapshot: Snapshot) -> None:
         i, _, key = name.partition(".")
         state.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": snapshot.numbers["param_groups"]})
+    for parameter, of in optimizer.state.items():
+        for key, tensor in of.items():
+            if tensor.shape == parameter.shape:
+                # Fused steps walk through memory: moments must lie in it as their parameter does (channels_last).
+                of[key] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def _index_more(
     """Other shards, indexed like those of `dataset`: their images have its size, their labels are of its classes."""
     if not sources:
         return None
-    image = config.index.image.model_copy(update={"size": dataset.info["image_size"]})
+    image = config.index.image.model_copy(update={"size": dataset.image_shape[1:]})
     same = config.index.model_copy(update={"n_classes": dataset.n_classes, "image": image} | changed)
     return run.sharded(folder, index_shards, list(find_shards(sources)), same, sources)
 

@@ -1,6 +1,7 @@
 """SimCLR from end to end: as the embedder of a cleaning run, and as the encoder of a robust training."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -35,8 +36,8 @@ def test_cleaning_with_an_encoder_that_sees_no_labels(poisoned: Path, tmp_path: 
     run_clean(config, tmp_path / "run", direct=True)
     assert read_manifest(tmp_path / "run" / "10-embedder").recipe.stage == "pretrain_simclr"
     scores = Scores.load(tmp_path / "run" / "31-scores-neighbours")
-    scores_N = torch.cat([torch.from_numpy(scores.rows(s, ["score"])["score"].to_numpy()) for s in scores.shards])
-    assert scores_N.median() < 0.5  # most samples have the label of most of their neighbours
+    found = [value for shard in scores.shards for value in scores.rows(shard, ["score"])["score"].to_pylist()]
+    assert median(found) < 0.5  # most samples have the label of most of their neighbours
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert CleanConfig.model_validate(saved) == config
 
@@ -65,7 +66,7 @@ def test_prl_simclr_sn(poisoned: Path, tmp_path: Path) -> None:
     }
     result = run_train(TrainRunConfig.model_validate(settings), tmp_path / "run", direct=True)
     model = Checkpoint.load(result["model"])
-    assert float(torch.linalg.matrix_norm(model.model().head.weight, 2)) <= 2 * (1 + 1e-5)
+    assert torch.linalg.matrix_norm(model.model().head.weight.detach(), 2) <= 2 * (1 + 1e-5)
     assert result["last"]["test_accuracy"] > 0.4
     assert "drop_scores" in result
     inputs = read_manifest(tmp_path / "run" / "50-encoder").recipe.inputs

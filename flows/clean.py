@@ -1,7 +1,7 @@
 """The main job: shards nobody can vouch for in, clean shards, quarantine and a report out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,8 +13,16 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.data.tables import Embeddings, Scores, Selection
-from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
+from sanitize.embed import (
+    AnyEmbedderConfig,
+    EmbedConfig,
+    EmbedderConfig,
+    embed_shards,
+    pretrain_simclr,
+    train_embedder,
+)
 from sanitize.errors import ConfigError
+from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import Report, ReportConfig, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.select import (
@@ -37,7 +45,9 @@ class CleanConfig(BaseModel):
         trusted: those of them that the user vouches for, by name, place or glob: nothing in them is removed, no scorer
             is fitted on them, and rule `conformal` compares with them.
         scorers: one or more, each of another kind; their rules are in `select`.
-        index, embedder, embed, select, write, report: one section a stage.
+        index, embed, select, write, report: one section a stage.
+        embedder: of kind classifier (the suspect model) or simclr. The latter sees no labels, so it is for `neighbours`
+            (`embedding: penultimate, windows: 1`), not for toxic_direction.
         compute: device, precision, seed, threads.
         n_groups: groups of shards that are worked on side by side; None takes one a CPU core. Results do not depend
             on it.
@@ -48,7 +58,7 @@ class CleanConfig(BaseModel):
     shards: tuple[str, ...] = Field(min_length=1)
     trusted: tuple[str, ...] = ()
     index: IndexConfig = IndexConfig()
-    embedder: EmbedderConfig = EmbedderConfig()
+    embedder: AnyEmbedderConfig = EmbedderConfig()
     embed: EmbedConfig = EmbedConfig()
     scorers: tuple[ScorerConfig, ...] = Field(default=(ToxicDirectionConfig(),), min_length=1)
     select: SelectConfig = SelectConfig()
@@ -58,7 +68,9 @@ class CleanConfig(BaseModel):
     n_groups: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _rules_go_with_scorers(self) -> Self:
+    def _settings_go_together(self) -> Self:
+        if self.index.label is None:
+            raise ConfigError("index.label=null reads no labels: shards can be cleaned only with them")
         kinds = [scorer.kind for scorer in self.scorers]
         if len(set(kinds)) < len(kinds):
             raise ConfigError(f"scorers: two are of one kind ({', '.join(kinds)}); run the second on the clean shards")
@@ -76,6 +88,9 @@ class CleanConfig(BaseModel):
         return self.n_groups or os.cpu_count() or 1
 
 
+EMBEDDERS: dict[str, Callable[..., Checkpoint]] = {"classifier": train_embedder, "simclr": pretrain_simclr}
+
+
 class Cleaned(NamedTuple):
     """The artifacts a reader of the run wants."""
 
@@ -91,7 +106,7 @@ def clean(config: CleanConfig, run: Run) -> Cleaned:
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
     dataset = run.sharded("00-index", index_shards, names, config.index, config.shards)
-    embedder = run.stage("10-embedder", train_embedder, config.embedder, dataset)
+    embedder = run.stage("10-embedder", EMBEDDERS[config.embedder.kind], config.embedder, dataset)
     embeddings = run.sharded("20-embeddings", embed_shards, names, config.embed, dataset, embedder)
     scores = tuple(_score(scorer, embeddings, trusted, run) for scorer in config.scorers)
     selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)
@@ -149,7 +164,7 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
 
 STAGES: Sequence[Any] = (
     index_shards,
-    train_embedder,
+    *EMBEDDERS.values(),
     embed_shards,
     fit_scorer,
     score_shards,

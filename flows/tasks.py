@@ -68,7 +68,7 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
 
 @flow(name="train", flow_run_name="train {out}", task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False)  # type: ignore[arg-type]
 def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
-    """Train a robust model: index, train, score samples by how often they were dropped."""
+    """Train a robust model: index, pre-train where asked, train, score samples by how often they were dropped."""
     return train_job.train(config, PrefectRun(out, config.compute))
 
 

@@ -13,14 +13,16 @@ import sanitize
 from sanitize.artifacts import Artifact
 from sanitize.attack import poison_shards
 from sanitize.data.index import index_shards
-from sanitize.embed import embed_shards, import_table, train_embedder
+from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
 from sanitize.report import write_report
 from sanitize.score import fit_scorer, score_shards
 from sanitize.select import restore_samples, select_samples, write_selected
+from sanitize.train import drop_scores, train_robust
 
 STAGES: list[Callable] = [
     index_shards,
     train_embedder,
+    pretrain_simclr,
     embed_shards,
     import_table,
     fit_scorer,
@@ -30,6 +32,8 @@ STAGES: list[Callable] = [
     restore_samples,
     poison_shards,
     write_report,
+    train_robust,
+    drop_scores,
 ]
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 MODULES: list[ModuleType] = [

@@ -47,7 +47,8 @@ class IndexConfig(BaseModel):
         check: how closely images are looked at. "decode": each is decoded, so that nothing is `ok` that later stages
             cannot read. "digest": they are hashed, not decoded. "headers": only labels are read, and nothing is hashed;
             whether a shard is still what was indexed is then told by its size and modification time.
-        label: member that holds the class: the suffix of a file with an ascii integer, or "json:FIELD".
+        label: member that holds the class: the suffix of a file with an ascii integer, or "json:FIELD". None: no labels
+            are read, and all samples are of class 0.
         n_classes: number of classes; None takes the largest label below 1,000, plus one.
         image: how images are decoded.
         limits: what one sample may cost.
@@ -57,7 +58,7 @@ class IndexConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     check: Literal["decode", "digest", "headers"] = "decode"
-    label: str = Field(default="cls", pattern=r"^[^:.]+$|^json:.+$")
+    label: str | None = Field(default="cls", pattern=r"^[^:.]+$|^json:.+$")
     n_classes: int | None = Field(default=None, gt=0)
     image: ImageConfig = ImageConfig()
     limits: SampleLimits = SampleLimits()
@@ -115,13 +116,13 @@ def index_shard(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself."""
     n_classes, headers_only = config.n_classes or MAX_CLASSES, config.check == "headers"
-    suffix = config.label.partition(":")[0].lower() if headers_only else None
+    suffix = (config.label or "").partition(":")[0].lower() if headers_only else None
 
     def judge(sample: Sample) -> dict[str, Any]:
         return _judge(sample, config, n_classes)
 
     found = None
-    if headers_only and not is_compressed(url):
+    if headers_only and config.label is not None and not is_compressed(url):
         found = plain_rows(url, config.limits, config.label, n_classes, judge, advance)
     if found is None:
         found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
@@ -139,7 +140,7 @@ def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any
         found["image"] = printable(image_name(name for name, _ in sample.sizes))
         if config.check != "headers":
             found["sha256"] = hashlib.sha256(find_image(sample)[1]).hexdigest()
-        found["label"] = read_label(sample, config.label, n_classes)
+        found["label"] = 0 if config.label is None else read_label(sample, config.label, n_classes)
         if config.check == "decode":
             found["height"], found["width"] = decode(find_image(sample)[1], config.image).shape[1:]
     except (LookupError, BadLabel, BadImage) as error:

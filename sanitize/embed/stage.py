@@ -87,8 +87,7 @@ def embed_shards(
 
 def _load(config: EmbedConfig, checkpoint: Checkpoint, compute: Compute) -> Tapped:
     model = checkpoint.model()
-    example = torch.zeros(2, *checkpoint.config.image_shape, dtype=torch.uint8)
-    taps = find_taps(model, checkpoint.config.normalise(example), config.penultimate)
+    taps = find_taps(model, checkpoint.config.example(), config.penultimate)
     return Tapped(model.to(compute.torch_device, memory_format=torch.channels_last), taps)  # type: ignore[call-overload]
 
 

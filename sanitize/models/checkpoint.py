@@ -112,6 +112,10 @@ class ModelConfig(BaseModel):
             raise ConfigError(f"cannot import {kind.function}: {error}") from error
         return factory(n_classes=self.n_classes, in_channels=channels)
 
+    def example(self) -> Tensor:
+        """Two black images as the network takes them, for `find_taps`."""
+        return self.normalise(torch.zeros(2, *self.image_shape, dtype=torch.uint8))
+
     def normalise(self, images_BCHW: Tensor) -> Tensor:
         """uint8 images to the float32 images the network takes."""
         like = {"dtype": torch.float32, "device": images_BCHW.device}

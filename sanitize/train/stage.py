@@ -6,14 +6,14 @@ Shapes: N usable samples, in the order of shards and positions.
 import io
 from bisect import bisect_right
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from sanitize.artifacts import Part, Recipe, make, partial_of
@@ -31,8 +31,9 @@ from sanitize.progress import track
 from sanitize.snapshots import Snapshots
 from sanitize.storage import is_local, local_path
 from sanitize.train.adversary import InputSpace
-from sanitize.train.collaborate import Pair, networks_of
+from sanitize.train.collaborate import Pair
 from sanitize.train.method import Drops, MethodConfig, robust_objective
+from sanitize.train.probe import Probe
 
 
 class TrainConfig(BaseModel):
@@ -45,6 +46,7 @@ class TrainConfig(BaseModel):
         optim: optimiser, schedule, epochs.
         augment: random changes of the images; they are made on the device.
         method: what makes the training robust; see docs/methods.md for what the combinations are called.
+        lipschitz: bound on the largest singular value of the last Linear (Algorithm 7); None leaves it free.
         cache_bytes: decoded images held on the device; a larger data set is streamed through a buffer of this size.
         snapshot_every: steps between two snapshots; a run that was killed goes on from the last one.
     """
@@ -57,8 +59,15 @@ class TrainConfig(BaseModel):
     optim: OptimConfig = OptimConfig(epochs=30)
     augment: AugmentConfig = AugmentConfig()
     method: MethodConfig = MethodConfig()
+    lipschitz: float | None = Field(default=None, gt=0)
     cache_bytes: int = Field(default=2**30, gt=0)
     snapshot_every: int = Field(default=500, ge=1)
+
+    @model_validator(mode="after")
+    def _gradients_are_those_of_the_weights(self) -> Self:
+        if self.lipschitz is not None and self.method.needs_sample_gradients:
+            raise ConfigError("lipschitz scales the last layer: prl_g and max_sample_grad_norm do not go with it")
+        return self
 
 
 class RobustModel(Checkpoint):
@@ -85,7 +94,12 @@ class RobustModel(Checkpoint):
 
 
 def train_robust(
-    config: TrainConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
+    config: TrainConfig,
+    dataset: Dataset,
+    out: str,
+    compute: Compute,
+    test: Dataset | None = None,
+    encoder: Checkpoint | None = None,
 ) -> RobustModel:
     """Train a robust model.
 
@@ -95,10 +109,11 @@ def train_robust(
         out: folder of the artifact.
         compute: device, precision, seed.
         test: samples to measure the accuracy on after each epoch; nothing is learned from them.
+        encoder: pre-trained; all but the last Linear is taken from it and stays as it is (Algorithm 7).
 
     Raises:
         NumericsError: training diverged; the message names the step and its samples.
-        ConfigError: the method does not fit the task or the network.
+        ConfigError: the method does not fit the task or the network, or the encoder is another network.
     """
     compute.activate()
     if config.method.loss != "cross_entropy":
@@ -108,27 +123,22 @@ def train_robust(
         config=config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
         | {"streamed": _is_streamed(config, dataset)},
         numerics=compute.numerics,
-        inputs={"dataset": dataset.digest} | ({"test": test.digest} if test else {}),
+        inputs={"dataset": dataset.digest}
+        | {name: of.digest for name, of in (("test", test), ("encoder", encoder)) if of is not None},
     )
+    model_config = _model_config(config, dataset, encoder)
 
     def write(part: Part) -> None:
-        model_config = ModelConfig(
-            architecture=config.architecture,
-            group_norm=config.method.needs_sample_gradients,
-            n_classes=dataset.n_classes,
-            image_shape=dataset.image_shape,
-            mean=config.mean,
-            std=config.std,
-        )
         compute.seed_global("train", "init")
-        networks = [model_config.build() for _ in range(config.method.n_networks)]
+        networks = [_network(config, model_config, encoder) for _ in range(config.method.n_networks)]
         model = networks[0] if len(networks) == 1 else Pair(*networks)
         drops = Drops(dataset.n_samples, compute.torch_device)
         snapshots = (
             Snapshots(local_path(partial_of(out)) / "snapshot", config.snapshot_every) if is_local(out) else None
         )
         history = _train(model, model_config, drops, config, dataset, test, snapshots, compute)
-        write_checkpoint(part, networks_of(model)[0], model_config, history)
+        network = networks[0].finished() if isinstance(networks[0], Probe) else networks[0]
+        write_checkpoint(part, network, model_config, history)
         part.write("history.parquet", _parquet(pa.Table.from_pylist(history)))
         if int(drops.seen_N.sum()):
             counts = {"dropped": drops.dropped_N.cpu(), "seen": drops.seen_N.cpu()}
@@ -136,6 +146,33 @@ def train_robust(
         part.counts.update(samples=dataset.n_samples)
 
     return make(RobustModel, out, recipe, write)
+
+
+def _model_config(config: TrainConfig, dataset: Dataset, encoder: Checkpoint | None) -> ModelConfig:
+    """What is trained. Raises ConfigError where the encoder is something else."""
+    model_config = ModelConfig(
+        architecture=config.architecture,
+        # A frozen encoder's BatchNorm is in eval mode and mixes nothing.
+        group_norm=config.method.needs_sample_gradients and encoder is None,
+        n_classes=dataset.n_classes,
+        image_shape=dataset.image_shape,
+        mean=config.mean,
+        std=config.std,
+    )
+    if encoder is not None:
+        wanted, there = (of.model_dump(exclude={"n_classes"}) for of in (model_config, encoder.config))
+        if differing := [name for name, value in wanted.items() if value != there[name]]:
+            raise ConfigError(
+                f"{encoder.path} has another {', '.join(differing)} than `train`: give both sections the same"
+            )
+    return model_config
+
+
+def _network(config: TrainConfig, model_config: ModelConfig, encoder: Checkpoint | None) -> nn.Module:
+    network = model_config.build()
+    if encoder is None and config.lipschitz is None:
+        return network
+    return Probe(network, model_config, encoder, config.lipschitz)
 
 
 def _is_streamed(config: TrainConfig, dataset: Dataset) -> bool:

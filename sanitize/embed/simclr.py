@@ -1,0 +1,211 @@
+"""SimCLR (Chen, Kornblith, Norouzi & Hinton, 2020): an encoder trained on images alone, without their labels.
+
+Each image is seen twice, changed at random, and the network is to tell which two of all views in the batch are of one
+image. With z the projection of a view, s_ij the cosine of z_i and z_j, and p(i) the other view of the image of view i,
+    loss_i = -log( exp(s_ip(i) / t) / sum_{j != i} exp(s_ij / t) )                                        (NT-Xent).
+The projection, two Linears behind the encoder, is thrown away.
+
+Wrong labels cannot reach it, and a trigger that the views crop away or fade is not worth learning: the encoder serves
+B. Liu (2022), Algorithm 7, as the representation whose last layer alone is trained on labels, and `neighbours` as an
+embedding. Shapes: B images of a batch, V = 2 B views, D features of the projection.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from sanitize.artifacts import Part, Recipe, make, partial_of
+from sanitize.augment import AugmentConfig
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.shuffle import Resident, Streamed, shuffled
+from sanitize.distributed import weighted, world
+from sanitize.errors import ConfigError
+from sanitize.loop import Batch, Objective, OptimConfig, Step, train
+from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, write_checkpoint
+from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.taps import find_taps
+from sanitize.progress import track
+from sanitize.snapshots import Snapshots
+from sanitize.storage import is_local, local_path
+
+
+class SimCLRConfig(BaseModel):
+    """Which network, how its views are made, and how it is trained.
+
+    Attributes:
+        architecture: the network; what comes before its last Linear is the encoder.
+        mean, std: normalisation of each channel on the scale [0, 1].
+        views: how an image is changed; what the views do not change, triggers included, the encoder may well see.
+        temperature: t; the smaller, the more the most similar other images count.
+        projection: widths of the projection's hidden layer and of z.
+        optim: optimiser, schedule, epochs; the other images of a batch are what an image is told apart from.
+        cache_bytes: decoded images held on the device; a larger data set is streamed through a buffer of this size.
+        snapshot_every: steps between two snapshots; a run that was killed goes on from the last one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["simclr"] = "simclr"
+    architecture: Architecture = ConvNetConfig()
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[PositiveFloat, ...] = (0.25,)
+    views: AugmentConfig = AugmentConfig(crop=0.3, flip=True, brightness=0.4, contrast=0.4, saturation=0.4, grey=0.2)
+    temperature: float = Field(default=0.5, gt=0)
+    projection: tuple[PositiveInt, PositiveInt] = (128, 64)
+    optim: OptimConfig = OptimConfig(epochs=100, batch_size=256)
+    cache_bytes: int = Field(default=2**30, gt=0)
+    snapshot_every: int = Field(default=500, ge=1)
+
+
+def similarities(z_VD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The logits of NT-Xent and their targets: its loss is their cross-entropy.
+
+    Args:
+        z_VD: projections; rows i and i + B are views of one image.
+        temperature: t.
+
+    Returns:
+        Cosines over t, (V, V) with -inf on the diagonal, and of each view the other of its image, (V,) int64.
+    """
+    z_VD = nn.functional.normalize(z_VD, dim=1)
+    logits_VV = (z_VD @ z_VD.T / temperature).masked_fill(
+        torch.eye(len(z_VD), dtype=torch.bool, device=z_VD.device), -torch.inf
+    )
+    return logits_VV, torch.arange(len(z_VD), device=z_VD.device).roll(len(z_VD) // 2)
+
+
+def contrastive(temperature: float, compute: Compute) -> Objective:
+    """What `sanitize.loop.train` minimises: NT-Xent, of batches that hold first one view of each image, then another.
+
+    In several processes a view is told apart from the others of its own process. Sums: loss, and matched, the images
+    whose views are most similar to each other.
+    """
+
+    def objective(model: nn.Module, batch: Batch, _epoch: int) -> Step:
+        with compute.autocast():
+            z_VD = model(batch.x_B)
+        logits_VV, other_V = similarities(z_VD.float(), temperature)
+        loss = nn.functional.cross_entropy(logits_VV, other_V)
+        n_images = torch.tensor(len(batch.y_B), device=loss.device)
+        matched = (logits_VV.argmax(1) == other_V).sum() / 2
+        return Step(weighted(loss, n_images), {"loss": loss.detach() * n_images, "matched": matched})
+
+    return objective
+
+
+def pretrain_simclr(
+    config: SimCLRConfig, dataset: Dataset, out: str, compute: Compute, unlabelled: Dataset | None = None
+) -> Checkpoint:
+    """Train an encoder on images alone.
+
+    Args:
+        config: which network, and how.
+        dataset: the untrusted data; only usable samples are read, and no labels.
+        out: folder of the artifact.
+        compute: device, precision, seed.
+        unlabelled: more images, of the same size (X_aug); each batch holds of both data sets in proportion.
+
+    Returns:
+        The Checkpoint, whose last Linear is zero: it knows no class. `history.json` has loss and `matched`.
+
+    Raises:
+        NumericsError: training diverged.
+        ConfigError: the network has no Linear, or the images of the two data sets have different shapes.
+    """
+    compute.activate()
+    datasets = [dataset] if unlabelled is None else [dataset, unlabelled]
+    if unlabelled is not None and unlabelled.image_shape != dataset.image_shape:
+        raise ConfigError(f"unlabelled images are {unlabelled.image_shape}, the others {dataset.image_shape}")
+    recipe = Recipe(
+        stage="pretrain_simclr",
+        config=config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
+        | {"streamed": [_is_streamed(config, of) for of in datasets]},
+        numerics=compute.numerics,
+        inputs={"dataset": dataset.digest} | ({"unlabelled": unlabelled.digest} if unlabelled else {}),
+    )
+    model_config = ModelConfig(
+        architecture=config.architecture,
+        n_classes=dataset.n_classes,
+        image_shape=dataset.image_shape,
+        mean=config.mean,
+        std=config.std,
+    )
+
+    def write(part: Part) -> None:
+        compute.seed_global("simclr", "init")
+        model = model_config.build()
+        head = find_taps(model, model_config.example()).penultimate
+        linear = model.get_submodule(head)
+        assert isinstance(linear, nn.Linear)
+        n_hidden, n_projected = config.projection
+        layers = nn.Linear(linear.in_features, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_projected)
+        model.set_submodule(head, nn.Sequential(*layers))
+        folder = local_path(partial_of(out)) if is_local(out) else None
+        snapshots = Snapshots(folder / "snapshot", config.snapshot_every) if folder else None
+        history = _train(model, model_config, config, datasets, snapshots, compute)
+        for tensor in linear.parameters():
+            nn.init.zeros_(tensor)
+        model.set_submodule(head, linear)
+        write_checkpoint(part, model, model_config, history)
+        part.counts.update(samples=sum(of.n_samples for of in datasets))
+
+    return make(Checkpoint, out, recipe, write)
+
+
+def _is_streamed(config: SimCLRConfig, dataset: Dataset) -> bool:
+    return dataset.n_samples * torch.Size(dataset.image_shape).numel() > config.cache_bytes
+
+
+def _train(
+    model: nn.Module,
+    model_config: ModelConfig,
+    config: SimCLRConfig,
+    datasets: Sequence[Dataset],
+    snapshots: Snapshots | None,
+    compute: Compute,
+) -> list[dict[str, float]]:
+    generator = compute.generator("simclr", "views", world()[0])
+    n_samples = sum(of.n_samples for of in datasets)
+    n_steps = math.ceil(n_samples / config.optim.batch_size)
+    sources = [_source(config, of, n_steps, i, compute) for i, of in enumerate(datasets)]
+
+    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        epochs = [source.epoch(number) for source in sources]
+        for _, *batches in zip(range(n_steps), *epochs, strict=False):
+            images, labels, _rows = zip(*batches, strict=True)
+            yield tuple(torch.cat([t.to(compute.torch_device) for t in of]) for of in (images, labels))  # type: ignore[misc]
+
+    def views(images_BCHW: Tensor) -> Tensor:
+        x_BCHW = model_config.normalise(images_BCHW)
+        return torch.cat([config.views(x_BCHW, generator), config.views(x_BCHW, generator)])
+
+    with track("pre-train", config.optim.epochs * n_samples) as advance:
+        return train(
+            model,
+            epoch,
+            n_steps,
+            config.optim,
+            compute,
+            views,
+            advance,
+            contrastive(config.temperature, compute),
+            snapshots=snapshots,
+            carried={"views": generator},
+            on_epoch=lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
+        )
+
+
+def _source(config: SimCLRConfig, dataset: Dataset, n_steps: int, i: int, compute: Compute) -> Resident | Streamed:
+    """Its share of each of the batches of an epoch, so that all data sets come to their end together."""
+    if dataset.n_samples < n_steps:
+        raise ConfigError(
+            f"{dataset.path} has {dataset.n_samples} samples for {n_steps} batches: leave it out, or raise batch_size"
+        )
+    order = partial(compute.generator, "simclr", "shuffle", i)
+    return shuffled(dataset, dataset.n_samples // n_steps, config.cache_bytes, order, compute.torch_device)

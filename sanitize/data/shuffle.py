@@ -7,6 +7,8 @@ Shapes: B batch, N samples, C H W image.
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -104,11 +106,17 @@ def shuffled(
     dataset: Dataset, batch_size: int, cache_bytes: int, order: Order, device: torch.device | None = None
 ) -> Resident | Streamed:
     """The batches of a data set: decoded once and held on `device` if `cache_bytes` are enough, streamed otherwise."""
-    if dataset.n_samples * torch.Size(dataset.image_shape).numel() > cache_bytes:
+    if buffer_bytes(dataset, cache_bytes) is not None:
         return Streamed(dataset, batch_size, cache_bytes, order)
     images_NCHW, labels_N = dataset.images()
     device = device or torch.device("cpu")
     return Resident(images_NCHW.to(device), labels_N.to(device), batch_size, order)
+
+
+def buffer_bytes(dataset: Dataset, cache_bytes: int) -> int | None:
+    """Size of the buffer a data set is streamed through, None where all of it is held; it is part of a recipe, for what
+    is drawn from a buffer depends on its size."""
+    return cache_bytes if dataset.n_samples * torch.Size(dataset.image_shape).numel() > cache_bytes else None
 
 
 def first_rows(dataset: Dataset) -> dict[str, int]:
@@ -117,3 +125,9 @@ def first_rows(dataset: Dataset) -> dict[str, int]:
     counts = [dataset.info["shards"][shard]["counts"] for shard in dataset.shards]
     n_usable = [of_shard["samples"] - of_shard["unreadable"] for of_shard in counts]
     return dict(zip(dataset.shards, accumulate(n_usable, initial=0), strict=False))
+
+
+def usable_rows(dataset: Dataset, shard: str) -> pa.Table:
+    """position, key and label of the usable samples of a shard."""
+    rows = dataset.rows(shard, ["position", "key", "label", "status"])
+    return rows.filter(pc.equal(rows["status"], "ok")).drop(["status"])

@@ -23,7 +23,7 @@ from sanitize.artifacts import Part, Recipe, make, partial_of
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.shuffle import Resident, Streamed, shuffled
+from sanitize.data.shuffle import Resident, Streamed, buffer_bytes, shuffled
 from sanitize.distributed import weighted, world
 from sanitize.errors import ConfigError
 from sanitize.loop import Batch, Objective, OptimConfig, Step, train
@@ -125,7 +125,7 @@ def pretrain_simclr(
     recipe = Recipe(
         stage="pretrain_simclr",
         config=config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
-        | {"streamed": [_is_streamed(config, of) for of in datasets]},
+        | {"buffer_bytes": [buffer_bytes(of, config.cache_bytes) for of in datasets]},
         numerics=compute.numerics,
         inputs={"dataset": dataset.digest} | ({"unlabelled": unlabelled.digest} if unlabelled else {}),
     )
@@ -156,10 +156,6 @@ def pretrain_simclr(
         part.counts.update(samples=sum(of.n_samples for of in datasets))
 
     return make(Checkpoint, out, recipe, write)
-
-
-def _is_streamed(config: SimCLRConfig, dataset: Dataset) -> bool:
-    return dataset.n_samples * torch.Size(dataset.image_shape).numel() > config.cache_bytes
 
 
 def _train(

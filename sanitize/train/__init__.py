@@ -2,10 +2,11 @@
 
 from sanitize.train.adversary import AdversaryConfig, InputSpace
 from sanitize.train.collaborate import CollaborateConfig, Pair
+from sanitize.train.drop_scorer import DropScorerConfig, drop_scores
 from sanitize.train.labels import LabelsConfig
 from sanitize.train.method import Drops, MethodConfig, robust_objective, zoo
 from sanitize.train.select_batch import SelectBatchConfig
-from sanitize.train.stage import DropScorerConfig, RobustModel, TrainConfig, drop_scores, train_robust
+from sanitize.train.stage import RobustModel, TrainConfig, train_robust
 
 __all__ = [
     "AdversaryConfig",

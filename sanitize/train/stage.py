@@ -1,18 +1,14 @@
-"""Train a robust model on a data set that may be corrupted, and judge its samples by how often training dropped them.
-
-Shapes: N usable samples, in the order of shards and positions.
-"""
+"""Train a robust model on a data set that may be corrupted. Shapes: N usable samples, in the order of shards and
+positions."""
 
 import io
 from bisect import bisect_right
 from functools import cached_property, partial
-from typing import Any, Literal, Self
+from typing import Self
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors.torch
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
@@ -20,8 +16,7 @@ from sanitize.artifacts import Part, Recipe, make, partial_of
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.shuffle import first_rows, shuffled
-from sanitize.data.tables import Scores, write_rows
+from sanitize.data.shuffle import buffer_bytes, first_rows, shuffled, usable_rows
 from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.measure import accuracy
@@ -48,7 +43,8 @@ class TrainConfig(BaseModel):
         method: what makes the training robust; see docs/methods.md for what the combinations are called.
         lipschitz: bound on the largest singular value of the last Linear (Algorithm 7); None leaves it free.
         cache_bytes: decoded images held on the device; a larger data set is streamed through a buffer of this size.
-        snapshot_every: steps between two snapshots; a run that was killed goes on from the last one.
+        snapshot_every: steps between two snapshots; a run that was killed goes on from the last one, if it lies on
+            a disk.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -121,7 +117,7 @@ def train_robust(
     recipe = Recipe(
         stage="train_robust",
         config=config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
-        | {"streamed": _is_streamed(config, dataset)},
+        | {"buffer_bytes": buffer_bytes(dataset, config.cache_bytes)},
         numerics=compute.numerics,
         inputs={"dataset": dataset.digest}
         | {name: of.digest for name, of in (("test", test), ("encoder", encoder)) if of is not None},
@@ -175,10 +171,6 @@ def _network(config: TrainConfig, model_config: ModelConfig, encoder: Checkpoint
     return Probe(network, model_config, encoder, config.lipschitz)
 
 
-def _is_streamed(config: TrainConfig, dataset: Dataset) -> bool:
-    return dataset.n_samples * torch.Size(dataset.image_shape).numel() > config.cache_bytes
-
-
 def _train(
     model: nn.Module,
     model_config: ModelConfig,
@@ -225,71 +217,12 @@ def _train(
 def _name_of(dataset: Dataset, row: int) -> str:
     """SHARD/KEY of a usable sample by its row."""
     first = first_rows(dataset)
-    shard = list(first)[
-        bisect_right(list(first.values()), row) - 1
-    ]  # of those that begin there the last: others are empty
-    return f"{shard}/{_usable(dataset, shard)['key'][row - first[shard]]}"
-
-
-def _usable(dataset: Dataset, shard: str) -> pa.Table:
-    rows = dataset.rows(shard, ["position", "key", "label", "status"])
-    return rows.filter(pc.equal(rows["status"], "ok")).drop(["status"])
+    place = bisect_right(list(first.values()), row) - 1  # of the shards that begin there the last: others are empty
+    shard = list(first)[place]
+    return f"{shard}/{usable_rows(dataset, shard)['key'][row - first[shard]]}"
 
 
 def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
-
-
-class DropScorerConfig(BaseModel):
-    """Judge samples by how often robust training dropped them.
-
-    Attributes:
-        prior: visits at the mean rate that are added to every sample's, so that one seen twice and dropped twice is not
-            above one dropped 19 times of 20.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["prl_drops"] = "prl_drops"
-    prior: float = Field(default=1.0, ge=0)
-
-
-def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, out: str, compute: Compute) -> Scores:
-    """Scores of every usable sample: the share of its visits, after the warm-up, on which it was dropped.
-
-    Args:
-        config: shrinkage of the shares.
-        model: trained on `dataset` by a method that drops samples.
-        dataset: whose samples are judged.
-        out: folder of the artifact.
-        compute: unused but for the convention.
-
-    Raises:
-        ConfigError: the model was trained on other data, or drops nothing.
-    """
-    compute.activate()
-    if model.manifest().recipe.inputs["dataset"] != dataset.digest:
-        raise ConfigError(f"{model.path} was not trained on {dataset.path}: its counts are about other samples")
-    recipe = Recipe(
-        stage="drop_scores",
-        config=config.model_dump(mode="json"),
-        inputs={"model": model.digest, "dataset": dataset.digest},
-    )
-    dropped_N, seen_N = model.drops()
-    rate = float(dropped_N.sum()) / max(1, int(seen_N.sum()))
-    scores_N = (dropped_N + config.prior * rate) / (seen_N + config.prior).clamp(min=1e-9)
-    first = first_rows(dataset)
-
-    def write_part(shard: str, part: Part) -> None:
-        rows = _usable(dataset, shard)
-        own_N = scores_N[first[shard] : first[shard] + len(rows)].float()
-        if len(rows):
-            write_rows(part, shard, rows.append_column("score", pa.array(own_N.numpy())))
-        part.counts.update(samples=len(rows))
-
-    def finish(part: Part, _workshop: Any) -> None:
-        part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": {}, "held_out": []})
-
-    return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)

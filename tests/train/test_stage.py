@@ -113,6 +113,7 @@ def test_a_data_set_that_is_streamed_trains_as_well(dataset: Dataset, compute: C
     config = small("prl_l", cache_bytes=3 * 8 * 8 * 100)
     model = train_robust(config, dataset, str(tmp_path / "model"), compute)
     assert model.history[-1]["accuracy"] > 0.5
+    assert model.manifest().recipe.config["buffer_bytes"] == config.cache_bytes  # what is drawn depends on it
     _, seen_N = model.drops()
     assert int(seen_N.max()) <= 3
     assert (seen_N > 0).float().mean() > 0.9

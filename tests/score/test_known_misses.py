@@ -27,14 +27,14 @@ from sanitize.select import SelectConfig
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="a class of 232 splits at 6.1, below the floor for small classes, 7.6 (LOG.md)",
+    reason="a class of 232 splits at 5.6, below the floor for small classes, 7.6; so with 5 of 10 model seeds (LOG.md)",
 )
-def test_3_percent_badnets_in_digits_with_model_seed_1(tmp_path: Path) -> None:
+def test_3_percent_badnets_in_digits_with_model_seed_3(tmp_path: Path) -> None:
     compute = Compute(device="cpu", seed=0)
     digits = write_digits(str(tmp_path / "digits"), compute, n_shards=5)
     honest = index_shards(IndexConfig(n_classes=10), digits.shards(), str(tmp_path / "honest"), compute)
     poisoned = poison_shards(BadNetsConfig(rate=0.03, size=3), honest, str(tmp_path / "poisoned"), compute)
-    compute = Compute(device="cpu", seed=1)
+    compute = Compute(device="cpu", seed=3)
     dataset = index_shards(IndexConfig(), poisoned.shard_paths(), str(tmp_path / "index"), compute)
     architecture = ConvNetConfig(widths=(16, 32, 64))
     config = EmbedderConfig(architecture=architecture, optim=OptimConfig(epochs=30, batch_size=64))

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import cifar10, fashion_mnist
 from benchmarks.label_noise import Split, build, fit, normalise
-from benchmarks.report import conclude, print_table
+from benchmarks.report import conclude, print_table, quick_or_full
 from sanitize.attack import BadNetsConfig, BlendedConfig
 from sanitize.attack.labels import LabelNoiseConfig, flip_labels
 from sanitize.compute import Compute
@@ -227,15 +226,9 @@ def full(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Quick or full."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--quick", action="store_true")
-    size.add_argument("--full", action="store_true")
-    parser.add_argument("--first-seed", type=int, default=0, help="results of other seeds than those of the tables")
-    parser.add_argument("--json", type=Path)
+    parser = quick_or_full(__doc__)
     parser.add_argument("--epochs", type=int, default=100, help="of --full")
     parser.add_argument("--blocks", type=int, default=5, help="a stage, of --full; 5 is ResNet-32")
-    parser.add_argument("--images", type=int, default=50_000, help="of --full")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     (quick if arguments.quick else full)(arguments)

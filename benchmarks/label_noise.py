@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import cifar10, fashion_mnist
-from benchmarks.report import conclude, print_table
+from benchmarks.report import conclude, print_table, quick_or_full
 from sanitize.attack.labels import LabelNoiseConfig, flip_labels
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
@@ -288,15 +287,9 @@ def quick(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Quick or full."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--quick", action="store_true")
-    size.add_argument("--full", action="store_true")
-    parser.add_argument("--first-seed", type=int, default=0, help="results of other seeds than those of the tables")
-    parser.add_argument("--json", type=Path)
+    parser = quick_or_full(__doc__)
     parser.add_argument("--epochs", type=int, default=200, help="of --full")
     parser.add_argument("--width", type=int, default=128, help="of the 9-layer CNN of --full")
-    parser.add_argument("--images", type=int, default=50_000, help="of --full")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     (quick if arguments.quick else full)(arguments)

@@ -1,5 +1,6 @@
 """How benchmarks print what they measured."""
 
+import argparse
 import datetime
 import json
 import os
@@ -28,6 +29,18 @@ def environment() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     date = datetime.datetime.now(datetime.UTC).date()
     return f"{device}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, {date}"
+
+
+def quick_or_full(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks of training take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--quick", action="store_true")
+    size.add_argument("--full", action="store_true")
+    parser.add_argument("--first-seed", type=int, default=0, help="results of other seeds than those of the tables")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--images", type=int, default=50_000, help="of --full")
+    return parser
 
 
 def conclude(missed: Sequence[str], json_file: Path | None, start: float, checked: bool = True, **results: Any) -> None:

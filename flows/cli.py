@@ -101,6 +101,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def _set_compute(settings: dict[str, Any], **options: Any) -> None:
+    """What the command line says goes over what the file says."""
+    given = {name: value for name, value in options.items() if value is not None}
+    settings["compute"] = settings.get("compute", {}) | given
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
@@ -152,8 +158,7 @@ def clean(
             raise ConfigError("no shards: give --shards, or `shards:` in the YAML file")
         if groups is not None:
             settings["n_groups"] = groups
-        changes = {"seed": seed, "device": device}
-        settings["compute"] = settings.get("compute", {}) | {k: v for k, v in changes.items() if v is not None}
+        _set_compute(settings, seed=seed, device=device)
         with _bars(quiet):
             result = run_clean(CleanConfig.model_validate(settings), out, direct)
     if as_json:
@@ -245,8 +250,7 @@ def train(
             of_train["method"] = methods[method]
         if epochs is not None:
             of_train["optim"] = of_train.get("optim", {}) | {"epochs": epochs}
-        changes = {"seed": seed, "device": device}
-        settings["compute"] = settings.get("compute", {}) | {k: v for k, v in changes.items() if v is not None}
+        _set_compute(settings, seed=seed, device=device)
         with _bars(quiet):
             result = run_train(TrainRunConfig.model_validate(settings), out, direct)
     if as_json:

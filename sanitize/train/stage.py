@@ -3,6 +3,7 @@ positions."""
 
 import io
 from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import Self
 
@@ -19,7 +20,6 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import buffer_bytes, first_rows, shuffled, usable_rows
 from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, predict, train
-from sanitize.measure import accuracy
 from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, write_checkpoint
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.progress import track
@@ -187,15 +187,19 @@ def _train(
     channels = dataset.image_shape[0]
     mean, std = (values * channels if len(values) == 1 else values for values in (config.mean, config.std))
     objective = robust_objective(config.method, compute, InputSpace.images(mean, std), drops)
-    held_out = test.images() if test else None
+    held_out = _held_out(test, config.cache_bytes) if test else None
 
     with track("train", optim.epochs * data.steps_per_epoch * data.batch_size) as advance:
 
         def measure(network: nn.Module) -> dict[str, float]:
             if held_out is None:
                 return {}
-            images_NCHW, labels_N = held_out
-            return {"test_accuracy": accuracy(predict(network, images_NCHW, model_config.normalise, compute), labels_N)}
+            n_right = n = 0
+            for images_BCHW, labels_B in held_out():
+                logits_BK = predict(network, images_BCHW, model_config.normalise, compute)
+                n_right += int((logits_BK.argmax(1) == labels_B).sum())
+                n += len(labels_B)
+            return {"test_accuracy": n_right / n}
 
         return train(
             model,
@@ -212,6 +216,16 @@ def _train(
             partial(_name_of, dataset),
             lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
         )
+
+
+def _held_out(test: Dataset, cache_bytes: int) -> Callable[[], Iterable[tuple[Tensor, Tensor]]]:
+    """Images and labels, batch by batch; decoded once if `cache_bytes` are enough, and else each time."""
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        return ((batch.images_BCHW, batch.labels_B) for batch in test.batches(512))
+
+    held = list(batches()) if buffer_bytes(test, cache_bytes) is None else None
+    return batches if held is None else lambda: held
 
 
 def _name_of(dataset: Dataset, row: int) -> str:

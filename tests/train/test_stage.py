@@ -111,8 +111,11 @@ def test_every_kind_of_method_ends_in_a_model_that_loads(
 
 def test_a_data_set_that_is_streamed_trains_as_well(dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
     config = small("prl_l", cache_bytes=3 * 8 * 8 * 100)
-    model = train_robust(config, dataset, str(tmp_path / "model"), compute)
+    model = train_robust(config, dataset, str(tmp_path / "model"), compute, test=dataset)
     assert model.history[-1]["accuracy"] > 0.5
+    images_NCHW, labels_N = dataset.images()
+    logits_NK = predict(model.model(), images_NCHW, model.config.normalise, compute)
+    assert model.history[-1]["test_accuracy"] == pytest.approx(accuracy(logits_NK, labels_N))
     assert model.manifest().recipe.config["buffer_bytes"] == config.cache_bytes  # what is drawn depends on it
     _, seen_N = model.drops()
     assert int(seen_N.max()) <= 3

@@ -232,8 +232,11 @@ def train(
         sanitize train --shards 'data/train-*.tar' --test-shards 'data/test-*.tar' --method prl_l --tau 0.3
 
         sanitize train configs/train.yaml --out runs/robust --direct
+
+        torchrun --nproc-per-node 4 --no-python sanitize train configs/train.yaml    (four GPUs share each batch)
     """
     from flows.train import TrainRunConfig, run_train
+    from sanitize.distributed import joined, world
     from sanitize.train import zoo
 
     with _errors():
@@ -251,8 +254,13 @@ def train(
         if epochs is not None:
             of_train["optim"] = of_train.get("optim", {}) | {"epochs": epochs}
         _set_compute(settings, seed=seed, device=device)
-        with _bars(quiet):
-            result = run_train(TrainRunConfig.model_validate(settings), out, direct)
+        run_config = TrainRunConfig.model_validate(settings)
+        with joined(run_config.compute.device):
+            is_first = world()[0] == 0
+            with _bars(quiet or not is_first):
+                result = run_train(run_config, out, direct)
+    if not is_first:
+        return
     if as_json:
         _print_json(result)
         return

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from sanitize import __version__
 from sanitize.artifacts import MANIFEST, Artifact
 from sanitize.compute import Compute
+from sanitize.distributed import first_before_others, world
 from sanitize.storage import create, exists, join
 
 logger = logging.getLogger("sanitize.run")
@@ -38,7 +39,11 @@ class Run:
         logger.info("sanitize %s on %s", __version__, compute.describe())
 
     def stage(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
-        """Run one stage into `folder` of the run."""
+        """Run one stage into `folder` of the run; of several processes (torchrun) the first one does the work."""
+        return first_before_others(lambda: self.together(folder, function, *inputs, **more))
+
+    def together(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
+        """Run a stage at which all processes are at work."""
         return self._timed(folder, function, lambda out: self._call(function, *inputs, out, self.compute, **more))
 
     def sharded(self, folder: str, function: Callable[..., A], shards: Sequence[str], *inputs: Any) -> A:
@@ -50,7 +55,7 @@ class Run:
                 self._call_groups(function, groups, *inputs, out, self.compute)
             return self._call(function, *inputs, out, self.compute)
 
-        return self._timed(folder, function, call)
+        return first_before_others(lambda: self._timed(folder, function, call))
 
     def _call(self, function: Callable[..., A], *args: Any, **more: Any) -> A:
         return function(*args, **more)
@@ -81,6 +86,8 @@ class Run:
 
     def save(self, status: str, **more: Any) -> None:
         """Write `run.json`: status, stages, versions, device, and what else the caller has to say."""
+        if world()[0] > 0:
+            return
         record = {
             "status": status,
             "stages": self.stages,
@@ -96,6 +103,8 @@ class Run:
 
 def save_config(config: BaseModel, out: str) -> None:
     """Write the resolved configuration as `config.yaml`; the run can be repeated from it."""
+    if world()[0] > 0:
+        return
     with create(join(out, "config.yaml")) as writer:
         writer.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 

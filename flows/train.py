@@ -11,6 +11,7 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.distributed import world
 from sanitize.embed import SimCLRConfig, pretrain_simclr
 from sanitize.errors import ConfigError
 from sanitize.report import write_training_report
@@ -63,8 +64,8 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
     if config.simclr is not None:
         no_labels = {"label": None, "n_classes": 1}
         unlabelled = _index_more("02-index-unlabelled", config.unlabelled_shards, no_labels, config, dataset, run)
-        encoder = run.stage("50-encoder", pretrain_simclr, config.simclr, dataset, unlabelled=unlabelled)
-    model = run.stage("60-model", train_robust, config.train, dataset, test=test, encoder=encoder)
+        encoder = run.together("50-encoder", pretrain_simclr, config.simclr, dataset, unlabelled=unlabelled)
+    model = run.together("60-model", train_robust, config.train, dataset, test=test, encoder=encoder)
     result: dict[str, Any] = {"model": model.path, "history": model.url("history.parquet"), "last": model.history[-1]}
     if model.has_drops:
         scores = run.stage("61-drop-scores", drop_scores, config.drop_scores, model, dataset)
@@ -89,10 +90,14 @@ def _index_more(
 def run_train(config: TrainRunConfig, out: str | Path, direct: bool) -> dict[str, Any]:
     """Train as a Prefect flow, or with plain function calls; both give the same digests.
 
+    Of the processes that torchrun started, the first one is the run; the others help it to train.
+
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
     refuse_inside((*config.shards, *config.test_shards, *config.unlabelled_shards), out)
+    if world()[0] > 0:
+        return train(config, Run(out, config.compute))
     with exclusive(out):
         if direct:
             return train(config, Run(out, config.compute))

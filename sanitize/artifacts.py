@@ -24,6 +24,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from sanitize.distributed import first_before_others, said_by_first, world
 from sanitize.errors import ArtifactError, DataError
 from sanitize.storage import (
     HashingWriter,
@@ -144,6 +145,7 @@ class Artifact(BaseModel):
 
 
 A = TypeVar("A", bound=Artifact)
+T = TypeVar("T")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -360,6 +362,22 @@ def make(
         if finish is not None:
             finish(part, workshop)
     return kind(path=out, digest=workshop.finish([*parts, _WHOLE]).digest)
+
+
+def make_together(
+    kind: type[A], out: str, recipe: Recipe, work: Callable[[], T], write: Callable[[Part, T], None]
+) -> A:
+    """`make` for what all processes of torchrun compute together: each does `work`, the first writes what came of it.
+
+    How many there are is part of the recipe: what each of them drops is of its own share of a batch.
+    """
+    rank, size = world()
+    if size > 1:
+        recipe = recipe.model_copy(update={"numerics": recipe.numerics | {"processes": size}})
+    is_missing = said_by_first(not exists(join(out, MANIFEST)))
+    if rank > 0 and is_missing:
+        work()
+    return first_before_others(lambda: make(kind, out, recipe, lambda part: write(part, work())))
 
 
 def _finished(kind: type[A], out: str, recipe: Recipe, sources: dict[str, dict[str, str | int]] | None) -> A | None:

@@ -1,13 +1,44 @@
 """Several processes that train one network (torchrun): each has a share of every batch, and gradients are added up.
 
-In a single process every function here does nothing.
+All of them run the same program. In a single process every function here does nothing.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from sanitize.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it started this one.
+
+    Args:
+        device: as in `Compute`. Raises ConfigError where it names one GPU for all processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.startswith("cuda:"):
+        raise ConfigError(f"device={device} is one GPU, and torchrun started several processes: set device=cuda")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The first process may index shards for hours while the others wait. Where one dies, torchrun ends the others.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def world() -> tuple[int, int]:
@@ -28,6 +59,40 @@ def total(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def meet() -> None:
+    """Wait until all processes are here."""
+    if world()[1] > 1:
+        dist.all_reduce(torch.zeros(1))  # unlike `dist.barrier` on the CPU, where all of them have gloo
+
+
+def by_process(value: Tensor) -> list[Tensor]:
+    """The tensors of all processes, alike in shape, in the order of their numbers."""
+    values = [torch.empty_like(value) for _ in range(world()[1])]
+    if len(values) == 1:
+        return [value]
+    dist.all_gather(values, value)
+    return values
+
+
+def first_before_others(work: Callable[[], T]) -> T:
+    """Let the first process work alone; when it is done the others do the same, and find what it made."""
+    rank, _ = world()
+    if rank > 0:
+        meet()
+    result = work()
+    if rank == 0:
+        meet()
+    return result
+
+
+def said_by_first(answer: bool) -> bool:
+    """The first process's answer, in all of them."""
+    said = torch.tensor(answer, dtype=torch.int32)
+    if world()[1] > 1:
+        dist.broadcast(said, 0)
+    return bool(said)
 
 
 def weighted(mean: Tensor, count: Tensor) -> Tensor:

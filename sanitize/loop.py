@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sanitize.compute import Compute
-from sanitize.distributed import add_gradients, share, total, weighted, world
-from sanitize.errors import NumericsError
+from sanitize.distributed import add_gradients, by_process, meet, share, total, weighted, world
+from sanitize.errors import ConfigError, NumericsError
 from sanitize.snapshots import Snapshot, Snapshots, below, optimizer_state, prefixed, restore_optimizer
 
 
@@ -136,13 +136,17 @@ def train(
 
     Raises:
         NumericsError: the loss is not finite; looked at once an epoch, so that the device is never waited for.
+        ConfigError: the processes cannot share a batch evenly.
     """
+    if config.batch_size % world()[1]:
+        raise ConfigError(f"batch_size={config.batch_size} is no multiple of the {world()[1]} processes that share it")
     device = compute.torch_device
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = objective or cross_entropy(compute)
     network = cast(nn.Module, torch.compile(model)) if config.compile else model
     noise = compute.generator("loop", "noise", world()[0], device=device)
     at = _Training(model, config, config.epochs * steps_per_epoch, {**(carried or {}), "noise": noise})
+    meet()  # the first process has made the folder of the snapshots, and taken out what another recipe left there
     if snapshots is not None and (snapshot := snapshots.load()) is not None:
         at.restore(snapshot)
         on_step((at.epoch * steps_per_epoch + at.sums.n_steps) * config.batch_size)
@@ -159,7 +163,9 @@ def train(
             at.sums.add(step, batch)
             on_step(len(arrived[1]))
             if snapshots is not None and at.sums.n_steps % snapshots.every == 0:
-                snapshots.save(at.snapshot())
+                snapshot = at.snapshot()
+                if world()[0] == 0:
+                    snapshots.save(snapshot)
         row = {"epoch": number + 1} | at.sums.means(number + 1, config, name_of)
         at.end_epoch(row | measure(model if at.average is None else at.average.module))
         on_epoch(at.history[-1])
@@ -202,11 +208,13 @@ class _Training:
         """Where training is."""
         tensors, settings = optimizer_state(self.optimizer)
         tensors = prefixed("optimizer", tensors) | prefixed("model", self.model.state_dict())
-        tensors |= prefixed("sums", self.sums.tensors) | {"torch": torch.get_rng_state()}
         if self.average is not None:
             tensors |= prefixed("average", self.average.state_dict())
+        own = prefixed("sums", self.sums.tensors) | {"torch": torch.get_rng_state()}
         for name, kept in self.carried.items():
-            tensors[f"carried.{name}"] = kept if isinstance(kept, Tensor) else kept.get_state()
+            own[f"carried.{name}"] = kept if isinstance(kept, Tensor) else kept.get_state()
+        for name, tensor in own.items():
+            tensors |= {f"process{rank}.{name}": theirs for rank, theirs in enumerate(by_process(tensor))}
         numbers = {"schedule": self.schedule.state_dict(), "history": self.history, "epoch": self.epoch}
         counts = {"n_seen": self.sums.n_seen, "n_steps": self.sums.n_steps, "sums": list(self.sums.tensors)}
         return Snapshot(tensors, numbers | settings | counts)
@@ -220,15 +228,16 @@ class _Training:
         if self.average is not None:
             self.average.load_state_dict(below("average", tensors))
         device = next(self.model.parameters()).device
-        self.sums = _Sums({name: tensors[f"sums.{name}"].to(device) for name in numbers["sums"]})  # in their order
+        own = below(f"process{world()[0]}", tensors)
+        self.sums = _Sums({name: own[f"sums.{name}"].to(device) for name in numbers["sums"]})  # in their order
         self.sums.n_seen, self.sums.n_steps = numbers["n_seen"], numbers["n_steps"]
-        for name, saved in below("carried", tensors).items():
+        for name, saved in below("carried", own).items():
             kept = self.carried[name]
             if isinstance(kept, Tensor):
                 kept.copy_(saved)
             else:
                 kept.set_state(saved)
-        torch.set_rng_state(tensors["torch"])
+        torch.set_rng_state(own["torch"])
         self.history, self.epoch = numbers["history"], numbers["epoch"]
 
 

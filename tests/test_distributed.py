@@ -14,7 +14,8 @@ from torch import nn
 
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
-from sanitize.distributed import world
+from sanitize.distributed import joined, world
+from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, train
 from sanitize.train import Pair, robust_objective, zoo
 
@@ -58,6 +59,18 @@ def test_each_process_drops_of_its_own_share_and_the_mean_counts_what_is_kept(tm
     torch.testing.assert_close(two["losses"][0], one["losses"][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=0.2, atol=0.05)
     assert not torch.equal(two["0.weight"], one["0.weight"])
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sanitize.loop.world", lambda: (0, 4))
+    with pytest.raises(ConfigError, match="batch_size=30 is no multiple of the 4 processes"):
+        fit("standard", tmp_path)
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="set device=cuda"), joined("cuda:0"):
+        pass
 
 
 def _two_processes(name: str, folder: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Recipe, make, partial_of
+from sanitize.artifacts import Part, Recipe, make_together, partial_of
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -137,7 +137,7 @@ def pretrain_simclr(
         std=config.std,
     )
 
-    def write(part: Part) -> None:
+    def fit() -> tuple[nn.Module, list[dict[str, float]]]:
         compute.seed_global("simclr", "init")
         model = model_config.build()
         head = find_taps(model, model_config.example()).penultimate
@@ -152,10 +152,13 @@ def pretrain_simclr(
         for tensor in linear.parameters():
             nn.init.zeros_(tensor)
         model.set_submodule(head, linear)
-        write_checkpoint(part, model, model_config, history)
+        return model, history
+
+    def write(part: Part, fitted: tuple[nn.Module, list[dict[str, float]]]) -> None:
+        write_checkpoint(part, fitted[0], model_config, fitted[1])
         part.counts.update(samples=sum(of.n_samples for of in datasets))
 
-    return make(Checkpoint, out, recipe, write)
+    return make_together(Checkpoint, out, recipe, fit, write)
 
 
 def _train(

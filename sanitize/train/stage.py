@@ -5,7 +5,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
-from typing import Self
+from typing import NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,11 +13,12 @@ import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Recipe, make, partial_of
+from sanitize.artifacts import Part, Recipe, make_together, partial_of
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import buffer_bytes, first_rows, shuffled, usable_rows
+from sanitize.distributed import total, world
 from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, write_checkpoint
@@ -97,7 +98,7 @@ def train_robust(
     test: Dataset | None = None,
     encoder: Checkpoint | None = None,
 ) -> RobustModel:
-    """Train a robust model.
+    """Train a robust model; all processes of torchrun call it alike, and the first one writes.
 
     Args:
         config: network and method.
@@ -124,7 +125,7 @@ def train_robust(
     )
     model_config = _model_config(config, dataset, encoder)
 
-    def write(part: Part) -> None:
+    def fit() -> _Fitted:
         compute.seed_global("train", "init")
         networks = [_network(config, model_config, encoder) for _ in range(config.method.n_networks)]
         model = networks[0] if len(networks) == 1 else Pair(*networks)
@@ -134,14 +135,26 @@ def train_robust(
         )
         history = _train(model, model_config, drops, config, dataset, test, snapshots, compute)
         network = networks[0].finished() if isinstance(networks[0], Probe) else networks[0]
-        write_checkpoint(part, network, model_config, history)
-        part.write("history.parquet", _parquet(pa.Table.from_pylist(history)))
-        if int(drops.seen_N.sum()):
-            counts = {"dropped": drops.dropped_N.cpu(), "seen": drops.seen_N.cpu()}
+        return _Fitted(network, history, total(drops.dropped_N).cpu(), total(drops.seen_N).cpu())
+
+    def write(part: Part, fitted: _Fitted) -> None:
+        write_checkpoint(part, fitted.network, model_config, fitted.history)
+        part.write("history.parquet", _parquet(pa.Table.from_pylist(fitted.history)))
+        if int(fitted.seen_N.sum()):
+            counts = {"dropped": fitted.dropped_N, "seen": fitted.seen_N}
             part.write("drops.safetensors", safetensors.torch.save(counts))
         part.counts.update(samples=dataset.n_samples)
 
-    return make(RobustModel, out, recipe, write)
+    return make_together(RobustModel, out, recipe, fit, write)
+
+
+class _Fitted(NamedTuple):
+    """What training leaves: the network, its history, and what became of each sample."""
+
+    network: nn.Module
+    history: list[dict[str, float]]
+    dropped_N: Tensor
+    seen_N: Tensor
 
 
 def _model_config(config: TrainConfig, dataset: Dataset, encoder: Checkpoint | None) -> ModelConfig:
@@ -181,7 +194,7 @@ def _train(
     snapshots: Snapshots | None,
     compute: Compute,
 ) -> list[dict[str, float]]:
-    optim, augmenting = config.optim, compute.generator("train", "augment")
+    optim, augmenting = config.optim, compute.generator("train", "augment", world()[0])
     order = partial(compute.generator, "train", "shuffle")
     data = shuffled(dataset, optim.batch_size, config.cache_bytes, order, compute.torch_device)
     channels = dataset.image_shape[0]

@@ -1,16 +1,23 @@
 """The training flow: the same however it is called; the command says where everything is."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.restore import verify_run
 from flows.train import TrainRunConfig, run_train
 from sanitize.artifacts import read_manifest
+from sanitize.train import RobustModel
 
 FOLDERS = ("00-index", "01-index-test", "60-model", "61-drop-scores", "90-report")
 
@@ -89,3 +96,49 @@ def test_settings_that_cannot_work_exit_2(options: list[str], message: str, pois
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "run").exists()
+
+
+def torchrun(settings: dict[str, Any], out: Path) -> subprocess.Popen[str]:
+    """Two processes that train one network, as a user starts them."""
+    config = out.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(settings))
+    # A free port each: tests run side by side.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "flows.cli"]
+    train = ["train", str(config), f"--out={out}", "--direct", "--json", "--quiet"]
+    return subprocess.Popen(
+        [*launch, *train],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_make_one_run_and_killed_they_go_on(train_settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = train_settings | {"train": train_settings["train"] | {"snapshot_every": 1}}
+    whole = torchrun(settings, tmp_path / "whole")
+    printed, errors = whole.communicate(timeout=240)
+    assert whole.returncode == 0, errors
+    result = json.loads(printed)  # of one process: the other prints nothing
+    assert result["last"]["test_accuracy"] > 0.5
+    manifest = read_manifest(tmp_path / "whole" / "60-model")
+    assert manifest.recipe.numerics["processes"] == 2
+    dropped_N, seen_N = RobustModel.load(tmp_path / "whole" / "60-model").drops()
+    assert seen_N.unique().tolist() == [0, 1, 2]  # both epochs after the warm-up, of both processes' shares
+    assert dropped_N.sum() / seen_N.sum() == pytest.approx(0.1, abs=0.02)
+
+    killed = torchrun(settings, tmp_path / "killed")
+    snapshot = tmp_path / "killed" / ".60-model.partial" / "snapshot"
+    deadline = time.monotonic() + 240
+    while not snapshot.exists():
+        assert killed.poll() is None, killed.stderr and killed.stderr.read()
+        assert time.monotonic() < deadline, "no snapshot"
+        time.sleep(0.01)
+    for pid in [*Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split(), killed.pid]:
+        os.kill(int(pid), signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed" / "60-model").exists()
+    again = torchrun(settings, tmp_path / "killed")
+    _, errors = again.communicate(timeout=240)
+    assert again.returncode == 0, errors
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")

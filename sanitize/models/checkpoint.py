@@ -20,6 +20,7 @@ from sanitize.models.convnet import ConvNet, ConvNetConfig
 from sanitize.models.group_norm import without_batch_norm
 from sanitize.models.mlp import MLP, MLPConfig
 from sanitize.models.resnet import ResNet, ResNetConfig
+from sanitize.models.stacked import Plurality
 
 
 class TorchvisionConfig(BaseModel):
@@ -58,6 +59,8 @@ class ModelConfig(BaseModel):
         n_classes: K.
         image_shape: (C, H, W) of the uint8 images it is fed.
         mean, std: of each channel, on the scale [0, 1]; images are normalised with them.
+        n_networks: above 1 it is the plurality of so many networks of this architecture, and gives votes for logits.
+        input_range: of the images it is fed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +71,8 @@ class ModelConfig(BaseModel):
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...] = (0.5,)
     std: tuple[PositiveFloat, ...] = (0.25,)
+    n_networks: int = Field(default=1, ge=1)
+    input_range: tuple[Literal[0], Literal[255]] = (0, 255)
 
     @model_validator(mode="after")
     def _channels_fit(self) -> Self:
@@ -85,6 +90,12 @@ class ModelConfig(BaseModel):
         Raises:
             ConfigError: the architecture is unknown or cannot be imported.
         """
+        if self.n_networks > 1:
+            return Plurality([self.build_one() for _ in range(self.n_networks)])
+        return self.build_one()
+
+    def build_one(self) -> nn.Module:
+        """A single one of the networks."""
         network = self._build()
         return without_batch_norm(network) if self.group_norm else network
 

@@ -1,0 +1,1 @@
+"""Certificates: what nobody within the stated bounds can change about a prediction."""

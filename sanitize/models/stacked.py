@@ -1,0 +1,68 @@
+"""Many networks of one architecture as one: their weights stacked, one batched product where each had its own.
+
+Shapes: B batch, M networks, K classes.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from sanitize.errors import ConfigError
+
+
+class Stacked(nn.Module):
+    """Networks side by side. None sees another's inputs, so each is trained as if it were alone.
+
+    Args:
+        networks: alike in architecture; without BatchNorm, whose statistics no batched product keeps apart.
+
+    Raises:
+        ConfigError: a network keeps statistics of its inputs.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        weights, buffers = stack_module_state(list(networks))
+        if buffers:
+            raise ConfigError(f"networks that are trained side by side can keep no statistics: {', '.join(buffers)}")
+        self.n_networks = len(networks)
+        # Names of parameters have no dots; a template in a tuple is no submodule, it has no weights of its own.
+        self._names = {name.replace(".", "__"): name for name in weights}
+        self._template = (copy.deepcopy(networks[0]).to("meta"),)
+        for name, own in self._names.items():
+            self.register_parameter(name, nn.Parameter(weights[own].detach()))
+
+    def forward(self, x_B: Tensor, shared: bool = False) -> Tensor:
+        """Outputs (B, M, K).
+
+        Args:
+            x_B: (B, M, ...), each network's own inputs; (B, ...) where all see the same.
+            shared: which of the two.
+        """
+        (template,) = self._template
+        template.train(self.training)
+        weights: dict[str, Tensor] = {own: self.get_parameter(name) for name, own in self._names.items()}
+
+        def one(of_one: dict[str, Tensor], inputs_B: Tensor) -> Tensor:
+            outputs_BK: Tensor = functional_call(template, of_one, (inputs_B,))
+            return outputs_BK
+
+        in_dims = (0, None if shared else 1)
+        return torch.vmap(one, in_dims, out_dims=1, randomness="different")(weights, x_B)
+
+
+class Plurality(nn.Module):
+    """The vote of stacked networks."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = Stacked(networks)
+
+    def forward(self, x_B: Tensor) -> Tensor:
+        """Votes for each class (B, K), float32, of inputs that all networks see. A network that is torn between two
+        classes votes for the smaller."""
+        outputs_BMK = self.networks(x_B, shared=True)
+        return nn.functional.one_hot(outputs_BMK.argmax(2), outputs_BMK.shape[2]).sum(1).float()

@@ -255,7 +255,7 @@ def train(
             of_train["optim"] = of_train.get("optim", {}) | {"epochs": epochs}
         _set_compute(settings, seed=seed, device=device)
         run_config = TrainRunConfig.model_validate(settings)
-        with joined(run_config.compute.device):
+        with joined(run_config.compute):
             is_first = world()[0] == 0
             with _bars(quiet or not is_first):
                 result = run_train(run_config, out, direct)

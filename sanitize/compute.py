@@ -66,6 +66,19 @@ class Compute(BaseModel):
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
 
+    def take_gpu(self, number: int) -> bool:
+        """Make the GPU of this number the one that "cuda" means in this process; False where the device is the CPU.
+
+        Raises:
+            ConfigError: the device is one GPU by its number.
+        """
+        if self.torch_device.type == "cpu":
+            return False
+        if ":" in self.device:
+            raise ConfigError(f"device={self.device} is one GPU, and there are several processes: set device=cuda")
+        torch.cuda.set_device(number)
+        return True
+
     def describe(self) -> str:
         """One line for the log: device and why, precision, threads, seed."""
         device = self.torch_device

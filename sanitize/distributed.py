@@ -13,26 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sanitize.errors import ConfigError
+from sanitize.compute import Compute
 
 T = TypeVar("T")
 
 
 @contextmanager
-def joined(device: str) -> Iterator[None]:
-    """Be one of the processes that torchrun started, if it started this one.
+def joined(compute: Compute) -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it started this one; each takes a GPU of its own.
 
-    Args:
-        device: as in `Compute`. Raises ConfigError where it names one GPU for all processes.
+    Raises:
+        ConfigError: the device is one GPU, for all of them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if device.startswith("cuda:"):
-        raise ConfigError(f"device={device} is one GPU, and torchrun started several processes: set device=cuda")
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    on_gpu = compute.take_gpu(int(os.environ["LOCAL_RANK"]))
     # The first process may index shards for hours while the others wait. Where one dies, torchrun ends the others.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
     try:

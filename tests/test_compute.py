@@ -100,3 +100,14 @@ def test_activate_sets_the_threads_that_were_asked_for() -> None:
     finally:
         Compute(device="cpu", threads=before).activate()
     assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_each_of_several_processes_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Compute(device="cpu").take_gpu(1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert Compute(device="cuda").take_gpu(1)
+    assert taken == [1]
+    with pytest.raises(ConfigError, match="set device=cuda"):
+        Compute(device="cuda:0").take_gpu(1)

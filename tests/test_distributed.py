@@ -14,7 +14,7 @@ from torch import nn
 
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
-from sanitize.distributed import joined, world
+from sanitize.distributed import world
 from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, train
 from sanitize.train import Pair, robust_objective, zoo
@@ -65,12 +65,6 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr("sanitize.loop.world", lambda: (0, 4))
     with pytest.raises(ConfigError, match="batch_size=30 is no multiple of the 4 processes"):
         fit("standard", tmp_path)
-
-
-def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="set device=cuda"), joined("cuda:0"):
-        pass
 
 
 def _two_processes(name: str, folder: Path) -> None:

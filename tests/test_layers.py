@@ -12,6 +12,7 @@ from pydantic import BaseModel
 import sanitize
 from sanitize.artifacts import Artifact
 from sanitize.attack import poison_shards
+from sanitize.certify import certify_smoothing
 from sanitize.data.index import index_shards
 from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
 from sanitize.report import write_report
@@ -34,6 +35,7 @@ STAGES: list[Callable] = [
     write_report,
     train_robust,
     drop_scores,
+    certify_smoothing,
 ]
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 MODULES: list[ModuleType] = [

@@ -6,14 +6,14 @@ are stacked) is a setting and not a count of samples. Shapes: M networks of a gr
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part, Recipe, Workshop, make
 from sanitize.certify.partition import content_digest, partition_of
 from sanitize.certify.provenance import refuse_if_void
 from sanitize.compute import Compute
@@ -28,6 +28,7 @@ from sanitize.models.stacked import Stacked
 from sanitize.progress import track
 from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig, new_scorer
 
+PROVED = "partitions.json"
 _NO_LABEL = -100  # what cross_entropy ignores
 
 
@@ -86,8 +87,9 @@ class PartitionConfig(BaseModel):
 
 
 class PartitionEnsemble(Checkpoint):
-    """A Checkpoint in pieces: `config.json` and `groups/GROUP.safetensors`. `groups/GROUP.json` has the history of each
-    group, and of each partition how many samples it has and how many its base model was trained on."""
+    """A Checkpoint in pieces: `config.json` and `groups/GROUP.safetensors`; `partitions.json`: what its votes prove;
+    `groups/GROUP.json`: the history of each group, and of each partition how many samples it has and how many its base
+    model was trained on."""
 
     def model(self) -> nn.Module:
         """The `Plurality` of all base models, in eval mode, on the CPU."""
@@ -141,15 +143,48 @@ def train_partitions(
         part.write_json(f"groups/{group}.json", {"history": history, "partitions": counts})
         part.counts.update({name: sum(of[name] for of in counts) for name in ("samples", "trained_on")})
 
+    def finish(part: Part, workshop: Workshop) -> None:
+        n_samples = workshop.counts(list(config.groups))["samples"]
+        part.write_json("config.json", model_config.model_dump(mode="json"))
+        part.write_json(PROVED, _proved(config, dataset, n_samples))
+
     return make(
         PartitionEnsemble,
         out,
         recipe,
         parts=list(config.groups),
         write_part=write_part,
-        finish=lambda part, _workshop: part.write_json("config.json", model_config.model_dump(mode="json")),
+        finish=finish,
         only=shards,
     )
+
+
+def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[str, Any]:
+    """What a vote of these base models proves, and about what: the statement of its certificates."""
+    return {
+        "kind": "partitions",
+        "source": "Deep Partition Aggregation, Levine & Feizi 2021",
+        "radius_unit": "training samples",
+        "integral": True,
+        "open": False,
+        "confidence": 1.0,
+        "parameters": config.model_dump(mode="json", include={"n_partitions", "key", "filter"}),
+        "scope": {
+            "threat": "poisoned training data",
+            "statement": (
+                "The prediction stays what it is while at most `radius` training samples are inserted into the "
+                "training set or removed from it, whichever they are, and training is repeated with the same settings "
+                "and seed. A sample that is changed counts twice: one is removed, one inserted."
+            ),
+            "training_set": {"dataset": dataset.digest, "samples": n_samples},
+            "filter": "inside each partition" if config.filter else "none",
+            "not_covered": [
+                "changes of the image that is classified",
+                "damage to a shard, beyond the number of samples that it makes unreadable",
+                "other roundings, where training is repeated on other hardware or with other versions",
+            ],
+        },
+    }
 
 
 class _Partition(NamedTuple):

@@ -12,6 +12,7 @@ Shapes: N samples, K classes, C H W image.
 
 import hashlib
 import hmac
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,20 +32,33 @@ def partition_of(digest: bytes, n_partitions: int) -> int:
     return int.from_bytes(digest, "big") % n_partitions
 
 
-def certified_poisons(votes_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """The plurality's predictions, and how many inserted or removed training samples cannot change them.
+class Vote(NamedTuple):
+    """What N votes say.
+
+    Attributes:
+        prediction: most votes, of equals the smaller label; int64.
+        radius: so many inserted or removed training samples cannot change it; int64, >= 0.
+        n_top: votes for it, int64.
+        n_rival: the most votes for another class, plus one where that class would win a tie; int64.
+    """
+
+    prediction: Tensor
+    radius: Tensor
+    n_top: Tensor
+    n_rival: Tensor
+
+
+def certified_poisons(votes_NK: Tensor) -> Vote:
+    """The plurality's prediction, and its certificate (Levine & Feizi 2021, Theorem 1).
 
     Args:
         votes_NK: votes for each of K >= 2 classes, integers.
-
-    Returns:
-        predictions_N, int64: most votes, of equals the smaller label. rho_N, int64, >= 0.
     """
     n_classes = votes_NK.shape[1]
     votes_NK = votes_NK.long()
     classes_K = torch.arange(n_classes, device=votes_NK.device)
-    predictions_N = (votes_NK * n_classes - classes_K).argmax(1)  # all different, so there is one largest
-    top_N = votes_NK.gather(1, predictions_N[:, None])[:, 0]
-    ahead_NK = votes_NK + (classes_K < predictions_N[:, None])
-    rival_N = ahead_NK.scatter(1, predictions_N[:, None], -1).amax(1)
-    return predictions_N, (top_N - rival_N).div(2, rounding_mode="floor")
+    prediction_N = (votes_NK * n_classes - classes_K).argmax(1)  # all different, so there is one largest
+    top_N = votes_NK.gather(1, prediction_N[:, None])[:, 0]
+    ahead_NK = votes_NK + (classes_K < prediction_N[:, None])
+    rival_N = ahead_NK.scatter(1, prediction_N[:, None], -1).amax(1)
+    return Vote(prediction_N, (top_N - rival_N).div(2, rounding_mode="floor"), top_N, rival_N)

@@ -1,5 +1,6 @@
-"""How good a detector or a model is, by the field's standard measures."""
+"""How good a detector or a model is, by the field's standard measures; and how bad an attack makes it."""
 
+from sanitize.measure.evasion import EvasionConfig, evade
 from sanitize.measure.metrics import Detection, accuracy, attack_success_rate, auroc, detection
 
-__all__ = ["Detection", "accuracy", "attack_success_rate", "auroc", "detection"]
+__all__ = ["Detection", "EvasionConfig", "accuracy", "attack_success_rate", "auroc", "detection", "evade"]

@@ -1,0 +1,65 @@
+"""Certify samples of a data set by the votes of a partition ensemble: the only place where `partition` meets files."""
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from sanitize.artifacts import Part, Recipe, Workshop, make
+from sanitize.certify.certificates import Certificates
+from sanitize.certify.ensemble import PROVED
+from sanitize.certify.partition import certified_poisons
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.tables import write_rows
+from sanitize.errors import ConfigError
+from sanitize.loop import predict
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.progress import track
+
+
+def certify_partitions(
+    ensemble: Checkpoint, dataset: Dataset, out: str, compute: Compute, shards: Sequence[str] | None = None
+) -> Certificates:
+    """How many poisoned training samples cannot change the prediction of each usable sample.
+
+    Args:
+        ensemble: what `train_partitions` made, or a package of it.
+        dataset: what to certify.
+        out: folder of the artifact: rows with `radius`, a number of training samples, `n_top` and `n_rival`, the votes
+            for the prediction and, ties counted against it, for the class next to it.
+        compute: device and precision.
+        shards: names of the shards to do now; None does all that are missing and finishes.
+
+    Raises:
+        ArtifactError: the model is no such ensemble.
+        ConfigError: it takes other images.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="certify_partitions",
+        numerics=compute.numerics,
+        inputs={"ensemble": ensemble.digest, "dataset": dataset.digest},
+    )
+    proved, config, model = ensemble.read_json(PROVED), ensemble.config, ensemble.model()
+    if dataset.image_shape != config.image_shape:
+        raise ConfigError(
+            f"images are {dataset.image_shape}, {ensemble.path} takes {config.image_shape}: set index.image"
+        )
+
+    def write_part(shard: str, part: Part) -> None:
+        tables = []
+        for batch in dataset.batches(512, [shard]):
+            votes_BK = predict(model, batch.images_BCHW, config.normalise, compute).long()
+            vote = certified_poisons(votes_BK)
+            columns = {"position": batch.positions_B, "label": batch.labels_B} | vote._asdict()
+            tables.append(pa.table({"key": batch.keys} | {name: of.numpy() for name, of in columns.items()}))
+            advance(len(batch.keys))
+        if tables:
+            write_rows(part, shard, pa.concat_tables(tables))
+        part.counts.update(samples=sum(map(len, tables)))
+
+    def finish(part: Part, _workshop: Workshop) -> None:
+        part.write_json("certificate.json", proved)
+
+    with track("certify", dataset.n_samples if shards is None else None) as advance:
+        return make(Certificates, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish, only=shards)

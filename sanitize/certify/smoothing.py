@@ -1,0 +1,227 @@
+"""Randomized smoothing (Cohen, Rosenfeld & Kolter, 2019): certified robustness of a classifier under Gaussian noise.
+
+    g(x) = the class that f gives most often to x + e,   e ~ N(0, sigma^2 I)
+
+The theorem: if f gives class A to x + e with a probability of at least p > 1/2, then g(x + d) = A for every
+||d||_2 < sigma Phi^-1(p). `certify` bounds p from below by a sample (Algorithm CERTIFY), `predict` says what g(x) is
+(Algorithm PREDICT); both err with a probability of at most alpha for each image, and abstain where they cannot tell.
+
+What is certified is g, and whoever deploys it deploys the vote, not f. f includes its precision and its normalisation:
+at bfloat16 it is another function than at float32, with certificates of its own. Radii are in the units of the inputs.
+
+The noise of an image depends on the seed, on its pixels and on the kind of device, not on its place, the batch size or
+the other images. Logits may be rounded differently in batches of other sizes; a copy on the border between two classes
+may then be counted for the other one. The level alpha is over the noise: it does not hold for an image that somebody
+chose knowing the seed.
+
+Shapes: N images, G of them at once, X their shape with channels last, B copies in a batch, K classes.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import scipy.special
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from sanitize.compute import Compute
+from sanitize.errors import NumericsError
+
+ABSTAINS = -1
+_BLOCK = 128  # copies for which noise is drawn at a time; batches hold whole blocks, so that none depends on their size
+
+
+class SmoothingConfig(BaseModel):
+    """How much noise, and how many copies.
+
+    Attributes:
+        sigma: standard deviation of the noise, in the units of the inputs: pixels on [0, 1].
+        n0: noisy copies that choose the class.
+        n: further copies that bound its probability. The radius is at most sigma Phi^-1(alpha^(1/n)).
+        alpha: probability with which the certificate of an image may be wrong.
+        early_stop: after n/100 and n/10 copies, abstain where the upper Clopper-Pearson bound (level alpha) of the
+            probability is below 1/2 already. Abstaining is never wrong, and a radius is computed from all n copies
+            alone: the level stays alpha, nothing of it is spent. The price is that an image that could be certified
+            is given up with a probability of at most 2 alpha.
+        batch_size: copies in one forward pass, of several images where they have fewer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sigma: float = Field(default=0.25, gt=0)
+    n0: int = Field(default=100, ge=1)
+    n: int = Field(default=10_000, ge=1)
+    alpha: float = Field(default=0.001, gt=0, lt=0.5)
+    early_stop: bool = False
+    batch_size: int = Field(default=4 * _BLOCK, gt=0, multiple_of=_BLOCK)
+
+    @property
+    def images_at_once(self) -> int:
+        """Images whose copies share batches; they are finished together."""
+        return max(1, self.batch_size // (self.n0 + self.n))
+
+
+class Certificates(NamedTuple):
+    """What is known of N images.
+
+    Attributes:
+        predictions_N: class, or -1 where it abstains; int64.
+        radii_N: g is constant closer than this, in l2; 0 where it abstains; float64.
+        p_lower_N: lower bound of the probability of the class; 0 where it was stopped early; float64.
+        n_top_N: how many of the n copies were of the class; int64.
+        n_N: copies the bound was to be made of: `SmoothingConfig.n`, or fewer where it was stopped early; int64.
+    """
+
+    predictions_N: np.ndarray
+    radii_N: np.ndarray
+    p_lower_N: np.ndarray
+    n_top_N: np.ndarray
+    n_N: np.ndarray
+
+
+def lower_bound(successes: np.ndarray | int, n: np.ndarray | int, alpha: float) -> np.ndarray:
+    """The p at which so many successes of n, or more, have the probability alpha (Clopper & Pearson, 1934); float64.
+
+    With a probability of at least 1 - alpha it is not above the true one.
+    """
+    successes = np.asarray(successes)
+    bound = scipy.special.betaincinv(np.maximum(successes, 1), n - successes + 1, alpha)
+    return np.where(successes > 0, bound, 0.0)
+
+
+def upper_bound(successes: np.ndarray | int, n: np.ndarray | int, alpha: float) -> np.ndarray:
+    """The same from above: one minus the lower bound of the failures."""
+    return 1 - lower_bound(np.asarray(n) - successes, n, alpha)
+
+
+def radius(p_lower: np.ndarray | float, sigma: float) -> np.ndarray:
+    """sigma Phi^-1(p), float64; 0 where p <= 1/2."""
+    return sigma * scipy.special.ndtri(np.maximum(p_lower, 0.5))
+
+
+def certify(model: nn.Module, images_NX: Tensor, config: SmoothingConfig, compute: Compute) -> Certificates:
+    """Algorithm CERTIFY.
+
+    Args:
+        model: f, logits (B, K) of float inputs in the units of sigma (`sanitize.models.pixels.OnPixels`); it is moved
+            to the device and set to eval mode.
+        images_NX: (N, C, H, W) or (N, D), in those units; uint8 images are brought to [0, 1].
+        config: noise and number of copies.
+        compute: device, precision and seed.
+
+    Raises:
+        NumericsError: a logit is not finite.
+    """
+    compute.activate()
+    groups = [_certify(model, images_GX, config, compute) for images_GX in images_NX.split(config.images_at_once)]
+    return Certificates(*(np.concatenate(arrays) for arrays in zip(*groups, strict=True)))
+
+
+def predict(model: nn.Module, images_NX: Tensor, config: SmoothingConfig, compute: Compute) -> np.ndarray:
+    """Algorithm PREDICT: the class of g, int64 (N,), or -1 where n copies do not tell the first class from the second.
+
+    Arguments and errors are those of `certify`. What is not -1 is another class than g's with a probability of at most
+    alpha: a two-sided binomial test of the two most frequent classes (Hung & Fithian, 2019).
+    """
+    compute.activate()
+    predictions = []
+    for images_GX in images_NX.split(config.images_at_once):
+        copies = _NoisyCopies(model, images_GX, config, compute, "predict")
+        counts_GK = copies.count([(i, config.n) for i in range(len(images_GX))])
+        second_G, first_G = np.sort(counts_GK, 1)[:, -2:].T
+        # P(at least `first` heads of first + second throws), twice.
+        p_value_G = 2 * scipy.special.betainc(first_G, second_G + 1, 0.5)
+        predictions.append(np.where(p_value_G <= config.alpha, counts_GK.argmax(1), ABSTAINS))
+    return np.concatenate(predictions)
+
+
+def _certify(model: nn.Module, images_GX: Tensor, config: SmoothingConfig, compute: Compute) -> Certificates:
+    n_images, looks = len(images_GX), _looks(config)
+    copies = _NoisyCopies(model, images_GX, config, compute, "certify")
+    # Those that choose and the first that are counted go together: they are different copies.
+    counts = copies.count([(i, n) for n in (config.n0, looks[0]) for i in range(n_images)])
+    top_G = counts[:n_images].argmax(1)
+    n_top_G, n_G = counts[n_images:][np.arange(n_images), top_G], np.full(n_images, looks[0])
+    for n_before, n_after in pairwise(looks):
+        going_G = (n_G == n_before) & (upper_bound(n_top_G, n_G, config.alpha) >= 0.5)
+        if not going_G.any():
+            break
+        counts = copies.count([(i, n_after - n_before) for i in going_G.nonzero()[0].tolist()])
+        n_top_G[going_G] += counts[np.arange(len(counts)), top_G[going_G]]
+        n_G[going_G] = n_after
+    p_lower_G = np.where(n_G == config.n, lower_bound(n_top_G, n_G, config.alpha), 0.0)
+    predictions_G = np.where(p_lower_G > 0.5, top_G, ABSTAINS)
+    return Certificates(predictions_G, radius(p_lower_G, config.sigma), p_lower_G, n_top_G, n_G)
+
+
+def _looks(config: SmoothingConfig) -> list[int]:
+    """After how many copies it is asked whether there is hope; the last is n."""
+    return [n for n in (config.n // 100, config.n // 10) if n and config.early_stop] + [config.n]
+
+
+class _NoisyCopies:
+    """Draws noisy copies of a few images and counts what the model says of them.
+
+    There is one buffer of `batch_size` copies, whatever n is. Each image has its generator, which goes on from one call
+    of `count` to the next.
+    """
+
+    def __init__(
+        self, model: nn.Module, images_GX: Tensor, config: SmoothingConfig, compute: Compute, stream: str
+    ) -> None:
+        device = compute.torch_device
+        self._model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        images_GX = images_GX / 255 if images_GX.dtype == torch.uint8 else images_GX.float()
+        images_GX = images_GX.cpu().movedim(1, -1).contiguous()  # the model's view of it will be channels_last
+        digests = [hashlib.sha256(image_X.numpy().tobytes()).hexdigest() for image_X in images_GX]
+        self._generators = [compute.generator("smoothing", stream, digest, device=device) for digest in digests]
+        self._images_GX = images_GX.to(device)
+        self._noisy_BX = torch.empty(config.batch_size, *images_GX.shape[1:], device=device)
+        self._config, self._compute = config, compute
+
+    @torch.inference_mode()
+    def count(self, wanted: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Of each (image, number of new copies) how many were given each class, int64 (len(wanted), K)."""
+        counts = torch.zeros((), dtype=torch.int64, device=self._noisy_BX.device)
+        finite = torch.ones((), dtype=torch.bool, device=self._noisy_BX.device)
+        for blocks in _batches(wanted, self._config.batch_size):
+            x_BX = self._draw([(wanted[row][0], n) for row, n in blocks])
+            with self._compute.autocast():
+                logits_BK = self._model(x_BX)
+            n_classes = logits_BK.shape[1]
+            rows_B = torch.from_numpy(np.repeat(*np.array(blocks).T)).to(logits_BK.device, non_blocking=True)
+            cells_B = rows_B * n_classes + logits_BK.argmax(1)
+            counts = counts + torch.bincount(cells_B, minlength=len(wanted) * n_classes)
+            finite &= logits_BK.isfinite().all()
+        if not finite:
+            raise NumericsError(f"a logit of the model under noise of sigma={self._config.sigma} is not finite")
+        return counts.view(len(wanted), -1).cpu().numpy()
+
+    def _draw(self, blocks: Sequence[tuple[int, int]]) -> Tensor:
+        """Copies of images, the model's view of the buffer."""
+        start = 0
+        for image, n in blocks:
+            noisy_nX = self._noisy_BX[start : start + n]
+            noisy_nX.normal_(0, self._config.sigma, generator=self._generators[image])
+            noisy_nX += self._images_GX[image]
+            start += n
+        return self._noisy_BX[:start].movedim(-1, 1)
+
+
+def _batches(wanted: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[tuple[int, int]]]:
+    """Blocks (row of `wanted`, copies) in their order, as many together as make up a batch."""
+    batch: list[tuple[int, int]] = []
+    room = batch_size
+    for row, (_, n_copies) in enumerate(wanted):
+        for start in range(0, n_copies, _BLOCK):
+            n = min(_BLOCK, n_copies - start)
+            if n > room:
+                yield batch
+                batch, room = [], batch_size
+            batch.append((row, n))
+            room -= n
+    yield batch

@@ -1,0 +1,198 @@
+"""Certify samples of a data set by randomized smoothing: the only place where `smoothing` meets files."""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from sanitize.artifacts import Part, Recipe, make, partial_of
+from sanitize.certify.smoothing import SmoothingConfig, certify
+from sanitize.compute import Compute
+from sanitize.data.dataset import Batch, Dataset
+from sanitize.data.shuffle import usable_rows
+from sanitize.data.tables import ShardTables, write_rows
+from sanitize.errors import NumericsError
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.pixels import OnPixels
+from sanitize.progress import track
+from sanitize.storage import is_local, local_path
+
+_READ_AT_ONCE = 256  # images that are decoded together
+_SCHEMA = pa.schema(
+    {
+        "position": pa.int64(),
+        "key": pa.string(),
+        "label": pa.int64(),
+        "prediction": pa.int64(),
+        "radius": pa.float64(),
+        "p_lower": pa.float64(),
+        "n_top": pa.int64(),
+        "n": pa.int64(),
+    }
+)
+
+
+class CertifySmoothingConfig(SmoothingConfig):
+    """How samples are certified, and how many.
+
+    Attributes:
+        max_images: so many of the usable samples, chosen by a keyed hash of shard and key; None takes all.
+    """
+
+    max_images: int | None = Field(default=500, ge=1)
+
+
+class SmoothedCertificates(ShardTables):
+    """One row a certified sample, in the order of the shard: position, key, label, prediction (-1: abstains), radius
+    (l2, pixels on [0, 1]), p_lower, n_top, n; see `smoothing.Certificates`."""
+
+    def table(self) -> pa.Table:
+        """All rows, with a column `shard`."""
+        tables = []
+        for shard in self.shards:
+            rows = self.rows(shard)
+            tables.append(rows.append_column("shard", pa.array([shard] * len(rows))))
+        return pa.concat_tables(tables)
+
+
+def certified_accuracy(certificates: pa.Table, radius: float) -> float:
+    """Share of the rows that are predicted right, with a certified radius above `radius` (l2, pixels on [0, 1])."""
+    columns = (certificates[name].to_numpy() for name in ("label", "prediction", "radius"))
+    labels_N, predictions_N, radii_N = columns
+    return float(np.mean((predictions_N == labels_N) & (radii_N > radius)))
+
+
+def certify_smoothing(
+    config: CertifySmoothingConfig,
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    out: str,
+    compute: Compute,
+    shards: Sequence[str] | None = None,
+) -> SmoothedCertificates:
+    """Certify usable samples by Algorithm CERTIFY.
+
+    Rows are kept as they come, in a journal in the folder of the unfinished artifact, if that lies on a disk: a run
+    that was killed goes on behind the last image that was finished, to the same bytes.
+
+    Args:
+        config: noise, copies, level, and how many samples.
+        checkpoint: the base classifier, best trained under the same noise (`optim.noise_sd`).
+        dataset: what to certify.
+        out: folder of the artifact.
+        compute: device, precision (of the function that is certified) and seed of the noise.
+        shards: names of the shards to do now; None does all that are missing and finishes.
+
+    Raises:
+        NumericsError: a logit is not finite; the message names shard and keys.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="certify_smoothing",
+        config=config.model_dump(mode="json"),
+        numerics=compute.numerics,
+        inputs={"checkpoint": checkpoint.digest, "dataset": dataset.digest},
+    )
+
+    @cache  # asked for by the first missing part
+    def prepared() -> tuple[OnPixels, Mapping[str, set[int]]]:
+        return OnPixels(checkpoint.model(), checkpoint.config), _chosen(config, dataset, compute)
+
+    def write_part(shard: str, part: Part) -> None:
+        model, chosen = prepared()
+        if shard not in chosen:
+            return
+        journal = Journal(local_path(partial_of(out)) / "journal" / f"{shard}.jsonl") if is_local(out) else None
+        done = dict(journal.read()) if journal else {}
+        rows: list[dict[str, Any]] = []
+        for group in _groups(config, dataset, shard, chosen[shard]):
+            first = int(group.positions_B[0])
+            if first not in done:
+                done[first] = _certify(model, group, config, compute)
+                if journal is not None:
+                    journal.append(first, done[first])
+            rows += done[first]
+            advance(len(group.keys))
+        write_rows(part, shard, pa.Table.from_pylist(rows, schema=_SCHEMA))
+        part.counts.update(samples=len(rows), abstained=sum(row["prediction"] < 0 for row in rows))
+
+    n_images = min(config.max_images or dataset.n_samples, dataset.n_samples)
+    with track("certify", n_images if shards is None else None, "images") as advance:
+        return make(SmoothedCertificates, out, recipe, parts=dataset.shards, write_part=write_part, only=shards)
+
+
+def _chosen(config: CertifySmoothingConfig, dataset: Dataset, compute: Compute) -> Mapping[str, set[int]]:
+    """Positions of the samples to certify, by shard; a shard without any is left out."""
+
+    def hashed() -> Iterator[tuple[bytes, str, int]]:
+        for shard in dataset.shards:
+            rows = usable_rows(dataset, shard).select(["position", "key"]).to_pydict()
+            for position, key in zip(rows["position"], rows["key"], strict=True):
+                name = f"{compute.seed}/{shard}/{key}/{position}"
+                yield hashlib.blake2b(name.encode(), digest_size=8).digest(), shard, position
+
+    of_shard: dict[str, set[int]] = {}
+    for _, shard, position in hashed() if config.max_images is None else heapq.nsmallest(config.max_images, hashed()):
+        of_shard.setdefault(shard, set()).add(position)
+    return of_shard
+
+
+def _groups(config: SmoothingConfig, dataset: Dataset, shard: str, chosen: set[int]) -> Iterator[Batch]:
+    """The chosen samples of a shard, as many at once as are certified together: always the same ones."""
+    for batch in dataset.batches(_READ_AT_ONCE, [shard]):
+        at = [i for i, position in enumerate(batch.positions_B.tolist()) if position in chosen]
+        for start in range(0, len(at), config.images_at_once):
+            group = at[start : start + config.images_at_once]
+            keys = [batch.keys[i] for i in group]
+            yield Batch(shard, batch.positions_B[group], keys, batch.labels_B[group], batch.images_BCHW[group])
+
+
+def _certify(model: OnPixels, group: Batch, config: SmoothingConfig, compute: Compute) -> list[dict[str, Any]]:
+    try:
+        found = certify(model, group.images_BCHW, config, compute)
+    except NumericsError as error:
+        raise NumericsError(f"{error} (shard {group.shard}, {', '.join(group.keys[:8])})") from error
+    columns = (group.positions_B, group.keys, group.labels_B, *found)
+    values = (column if isinstance(column, list) else column.tolist() for column in columns)
+    return [dict(zip(_SCHEMA.names, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+class Journal:
+    """Rows of finished groups, one line of JSON a group, appended as they come.
+
+    A line that was cut off, and what is behind it, is taken out when the journal is read; it is certified again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Position of its first sample and rows of each group."""
+        if not self._path.exists():
+            return
+        whole = 0
+        with self._path.open("rb") as file:
+            for line in file:
+                try:
+                    first, rows = json.loads(line)
+                except (ValueError, TypeError):
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                yield first, rows
+                whole += len(line)
+        with self._path.open("r+b") as file:
+            file.truncate(whole)
+
+    def append(self, first: int, rows: list[dict[str, Any]]) -> None:
+        """Keep the rows of a group: after this the process may be killed."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.write(json.dumps([first, rows], separators=(",", ":")).encode() + b"\n")

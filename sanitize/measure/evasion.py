@@ -1,0 +1,153 @@
+"""Evasion: the worst image near an image, by projected gradient descent (Madry et al., 2018; in l_inf with one restart
+and no random start the basic iterative method of Kurakin et al., 2017).
+
+What it leaves is an upper bound of the accuracy under attack; what a certificate gives is a lower one. Images lie on
+[0, 1] and stay there, and no perturbation is larger than the radius, measured in float64.
+
+Shapes: N images, B of a batch, X their shape (C, H, W), K classes.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from sanitize.compute import Compute
+
+_ROUNDING = 2.0**-24  # half the distance of float32 numbers below 1: how far x + d may lie from the true sum
+
+
+class EvasionConfig(BaseModel):
+    """The attack.
+
+    Attributes:
+        norm: in which the radius is measured.
+        radius: largest perturbation, for pixels on [0, 1].
+        steps: gradients taken, in each restart.
+        step_size: length of a step, in the same norm; None is 2.5 radius / steps.
+        loss: what is increased: cross_entropy, or margin: the largest logit of another class minus that of the label,
+            whose gradient does not vanish where the network is sure.
+        restarts: attempts; of all images on all paths the one with the largest margin is kept.
+        random_start: begin at a point drawn uniformly from the ball, not at the image; without it, restarts are alike.
+        batch_size: images at once; part of what the random starts depend on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    norm: Literal["l2", "linf"] = "linf"
+    radius: float = Field(ge=0)
+    steps: int = Field(default=20, ge=1)
+    step_size: float | None = Field(default=None, gt=0)
+    loss: Literal["cross_entropy", "margin"] = "cross_entropy"
+    restarts: int = Field(default=1, ge=1)
+    random_start: bool = True
+    batch_size: int = Field(default=256, ge=1)
+
+
+def evade(model: nn.Module, images_NX: Tensor, labels_N: Tensor, config: EvasionConfig, compute: Compute) -> Tensor:
+    """Adversarial images (N, X), float32 on the CPU; an image that is wrong as it is comes back as it is.
+
+    Args:
+        model: logits (B, K) of float images on [0, 1] (`sanitize.models.pixels.OnPixels`); it is moved to the device
+            and set to eval mode.
+        images_NX: uint8, or float on [0, 1].
+        labels_N: true labels, int64.
+        config: the attack.
+        compute: device, precision, and seed of the random starts.
+
+    Raises:
+        ValueError: a float image is not on [0, 1].
+    """
+    compute.activate()
+    device = compute.torch_device
+    model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    images_NX = images_NX / 255 if images_NX.dtype == torch.uint8 else images_NX.float()
+    if len(images_NX) and not (images_NX.min() >= 0 and images_NX.max() <= 1):
+        raise ValueError("images are not on [0, 1]")
+    generator = compute.generator("evade", device=device)
+    batches = zip(images_NX.split(config.batch_size), labels_N.split(config.batch_size), strict=True)
+    found = [_evade(model, x_BX.to(device), y_B.to(device), config, compute, generator).cpu() for x_BX, y_B in batches]
+    return torch.cat(found) if found else images_NX
+
+
+def _evade(
+    model: nn.Module, x_BX: Tensor, y_B: Tensor, config: EvasionConfig, compute: Compute, generator: torch.Generator
+) -> Tensor:
+    ball = _Ball(config, x_BX[0].numel())
+    worst_BX, worst_B = x_BX.clone(), torch.full((len(x_BX),), -torch.inf, device=x_BX.device)
+
+    def look(at_BX: Tensor) -> Tensor:
+        """Keep the images that are worse than what there was; the gradient of the loss there."""
+        at_BX = at_BX.detach().requires_grad_()
+        with torch.enable_grad():
+            with compute.autocast():
+                logits_BK = model(at_BX).float()
+            margin_B = _margin(logits_BK, y_B)
+            loss_B = (
+                margin_B if config.loss == "margin" else nn.functional.cross_entropy(logits_BK, y_B, reduction="none")
+            )
+            (gradient_BX,) = torch.autograd.grad(loss_B.sum(), at_BX)
+        worse_B = margin_B > worst_B
+        worst_B[worse_B], worst_BX[worse_B] = margin_B.detach()[worse_B], at_BX.detach()[worse_B]
+        return gradient_BX
+
+    look(x_BX)
+    right_B = worst_B <= 0
+    for _ in range(config.restarts):
+        at_BX = ball.project(x_BX, ball.sample(x_BX, generator)) if config.random_start else x_BX
+        for _ in range(config.steps):
+            at_BX = ball.project(x_BX, at_BX + ball.step(look(at_BX)) - x_BX)
+        look(at_BX)
+    return torch.where(_like(right_B, x_BX), worst_BX, x_BX)
+
+
+class _Ball:
+    """All perturbations that are not longer than the radius."""
+
+    def __init__(self, config: EvasionConfig, n_pixels: int) -> None:
+        self.is_l2, self.radius = config.norm == "l2", config.radius
+        self.step_size = config.step_size or 2.5 * config.radius / config.steps
+        # So much below the radius that no rounding of the sum leads above it.
+        rounding = _ROUNDING * (n_pixels**0.5 if self.is_l2 else 1)
+        self._aim = max(0.0, config.radius * (1 - 1e-6) - rounding)
+
+    def sample(self, x_BX: Tensor, generator: torch.Generator) -> Tensor:
+        """Uniform in the ball."""
+        if not self.is_l2:
+            return self.radius * (2 * torch.rand(x_BX.shape, generator=generator, device=x_BX.device) - 1)
+        direction_BX = _unit(torch.randn(x_BX.shape, generator=generator, device=x_BX.device))
+        share_B = torch.rand(len(x_BX), generator=generator, device=x_BX.device) ** (1 / x_BX[0].numel())
+        return self.radius * _like(share_B, x_BX) * direction_BX
+
+    def step(self, gradient_BX: Tensor) -> Tensor:
+        """Steepest ascent of length `step_size`; none where the gradient is zero."""
+        return self.step_size * (_unit(gradient_BX) if self.is_l2 else gradient_BX.sign())
+
+    def project(self, x_BX: Tensor, d_BX: Tensor) -> Tensor:
+        """x + d with d brought into the ball, then the sum to [0, 1]: since x is there, that only shortens d."""
+        if self.is_l2:
+            d_BX = d_BX * _like((self._aim / _length(d_BX).clamp(min=1e-30)).clamp(max=1), d_BX)
+        else:
+            d_BX = d_BX.clamp(-self._aim, self._aim)
+        return (x_BX + d_BX).clamp(0, 1)
+
+
+def _margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
+    """Largest logit of another class minus that of the label: above zero where the answer is wrong."""
+    own_B1 = logits_BK.gather(1, y_B[:, None])
+    return (logits_BK.scatter(1, y_B[:, None], -torch.inf).amax(1, keepdim=True) - own_B1)[:, 0]
+
+
+def _length(d_BX: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(d_BX.flatten(1), dim=1)
+
+
+def _unit(d_BX: Tensor) -> Tensor:
+    # Divided by the largest entry first: the square of a small gradient is zero in float32.
+    d_BX = d_BX / _like(d_BX.flatten(1).abs().amax(1).clamp(min=1e-38), d_BX)
+    return d_BX / _like(_length(d_BX).clamp(min=1e-30), d_BX)
+
+
+def _like(of_B: Tensor, x_BX: Tensor) -> Tensor:
+    return of_B.view(-1, *[1] * (x_BX.dim() - 1))

@@ -1,0 +1,28 @@
+"""A classifier of pixels: what radii are measured in is the image on [0, 1], not what the network is fed."""
+
+import torch
+from torch import Tensor, nn
+
+from sanitize.models.checkpoint import ModelConfig
+
+
+class OnPixels(nn.Module):
+    """The network behind its normalisation: logits (B, K) of float images (B, C, H, W) on the scale [0, 1].
+
+    Args:
+        network: takes normalised images.
+        config: mean and std of each channel.
+    """
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self, network: nn.Module, config: ModelConfig) -> None:
+        super().__init__()
+        self.network = network
+        for name, values in (("mean_C11", config.mean), ("std_C11", config.std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits of images that need not lie on [0, 1]: noise leads out of it."""
+        return self.network((x_BCHW - self.mean_C11) / self.std_C11)

@@ -1,0 +1,154 @@
+"""The stage: what it writes, and a run that is killed again and again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from sanitize.artifacts import verify
+from sanitize.certify import CertifySmoothingConfig, SmoothedCertificates, certified_accuracy, certify_smoothing
+from sanitize.certify.smoothing import certify
+from sanitize.certify.smoothing_stage import Journal
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.pixels import OnPixels
+
+SMALL = CertifySmoothingConfig(sigma=0.1, n0=20, n=100, max_images=40, batch_size=256)
+
+
+@pytest.fixture(scope="module")
+def certificates(
+    dataset: Dataset, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory, compute: Compute
+) -> SmoothedCertificates:
+    out = tmp_path_factory.mktemp("certificates") / "certificates"
+    return certify_smoothing(SMALL, checkpoint, dataset, str(out), compute)
+
+
+def test_rows_are_the_certificates_of_the_images(
+    certificates: SmoothedCertificates, dataset: Dataset, checkpoint: Checkpoint, compute: Compute
+) -> None:
+    assert verify(certificates.path) == []
+    assert dict(certificates.manifest().counts)["samples"] == len(certificates.table()) == 40
+    model = OnPixels(checkpoint.model(), checkpoint.config)
+    for batch in dataset.batches(1000):
+        rows = certificates.rows(batch.shard).to_pydict()
+        at = [batch.keys.index(key) for key in rows["key"]]
+        assert rows["position"] == batch.positions_B[at].tolist() == sorted(rows["position"])
+        assert rows["label"] == batch.labels_B[at].tolist()
+        found = certify(model, batch.images_BCHW[at], SMALL, compute)
+        for name, wanted in zip(("prediction", "radius", "p_lower", "n_top", "n"), found, strict=True):
+            np.testing.assert_array_equal(rows[name], wanted)
+
+
+def test_neither_shards_apart_nor_more_images_change_a_row(
+    certificates: SmoothedCertificates, dataset: Dataset, checkpoint: Checkpoint, compute: Compute, tmp_path: Path
+) -> None:
+    for shard in reversed(dataset.shards):
+        certify_smoothing(SMALL, checkpoint, dataset, str(tmp_path / "apart"), compute, shards=[shard])
+    apart = certify_smoothing(SMALL, checkpoint, dataset, str(tmp_path / "apart"), compute)
+    assert apart.digest == certificates.digest
+    more = SMALL.model_copy(update={"max_images": 60})
+    larger = certify_smoothing(more, checkpoint, dataset, str(tmp_path / "more"), compute).table().to_pylist()
+    assert len(larger) == 60
+    assert all(row in larger for row in certificates.table().to_pylist())
+
+
+def test_all_images_are_taken_where_no_number_is_given(
+    dataset: Dataset, checkpoint: Checkpoint, compute: Compute, tmp_path: Path
+) -> None:
+    config = SMALL.model_copy(update={"n0": 1, "n": 7, "max_images": None})
+    found = certify_smoothing(config, checkpoint, dataset, str(tmp_path / "all"), compute)
+    assert len(found.table()) == dataset.n_samples
+
+
+def test_certified_accuracy_by_hand() -> None:
+    table = pa.table({"label": [0, 1, 2, 3], "prediction": [0, 1, -1, 0], "radius": [0.5, 0.2, 0.0, 0.9]})
+    assert [certified_accuracy(table, r) for r in (0, 0.19, 0.2, 0.5)] == [0.5, 0.5, 0.25, 0.0]
+
+
+KILLED = """
+import os, signal, sys
+from sanitize.certify import CertifySmoothingConfig, certify_smoothing
+from sanitize.certify.smoothing_stage import Journal
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.models.checkpoint import Checkpoint
+
+dataset, checkpoint, config, out, n = sys.argv[1:]
+append, appended = Journal.append, 0
+
+def counted(self, first, rows):
+    global appended
+    append(self, first, rows)
+    appended += 1
+    if appended == int(n):
+        with self._path.open("ab") as file:
+            file.write(b'[99,[{"position"')  # as if it had been in the middle of the next line
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.append = counted
+config = CertifySmoothingConfig.model_validate_json(config)
+certify_smoothing(config, Checkpoint.load(checkpoint), Dataset.load(dataset), out, Compute(device="cpu", threads=1))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_digest(
+    certificates: SmoothedCertificates,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    compute: Compute,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "certificates"
+    for n in (3, 2):  # groups: two images each, so that the first kill is in the middle of the first shard
+        command = [
+            sys.executable,
+            "-c",
+            KILLED,
+            dataset.path,
+            checkpoint.path,
+            SMALL.model_dump_json(),
+            str(out),
+            str(n),
+        ]
+        killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert not out.exists()
+    again: list[int] = []
+    append = Journal.append
+
+    def counted(self: Journal, first: int, rows: list) -> None:
+        again.append(len(rows))
+        append(self, first, rows)
+
+    monkeypatch.setattr(Journal, "append", counted)
+    found = certify_smoothing(SMALL, checkpoint, dataset, str(out), compute)
+    assert found.digest == certificates.digest
+    assert found.table().equals(certificates.table())
+    assert sum(again) <= 40 - 2 * 4  # what five groups had was not done again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["certificates"]
+
+
+def test_a_journal_gives_back_whole_lines_only(tmp_path: Path) -> None:
+    path = tmp_path / "journal" / "a.tar.jsonl"
+    journal = Journal(path)
+    assert dict(journal.read()) == {}
+    rows = [{"key": "ä", "radius": 0.1 + 0.2}]
+    journal.append(0, rows)
+    journal.append(5, rows)
+    whole = path.read_bytes()
+    for end in range(len(whole) // 2 + 1, len(whole)):
+        path.write_bytes(whole[:end])
+        assert dict(journal.read()) == {0: rows}
+        assert path.read_bytes() == whole[: len(whole) // 2]  # so that what is appended begins a line
+    for broken in (b"\0" * 40 + b"\n", b"[1]\n", b"7\n", b'{"a": 1\n'):
+        path.write_bytes(whole + broken + json.dumps([9, rows]).encode() + b"\n")
+        assert dict(journal.read()) == {0: rows, 5: rows}

@@ -61,12 +61,12 @@ def fit(noise_sd: float, size: Size, seed: int) -> OnPixels:
     """The network, trained with Gaussian noise on its pixels or, at 0, without."""
     compute = _compute(seed)
     images_NCHW, labels_N = (tensor[: size.n_train] for tensor in fashion_mnist("train"))
-    optim = OptimConfig(epochs=size.epochs, learning_rate=5e-3, noise_sd=noise_sd / NETWORK.std[0])
+    optim = OptimConfig(epochs=size.epochs, learning_rate=5e-3, noise_sd=noise_sd)
     order = partial(compute.generator, "benchmark", "order")
     data = Resident(images_NCHW, labels_N, optim.batch_size, order)
     compute.seed_global("benchmark", "init")
     network = NETWORK.build()
-    train(network, data.epoch, data.steps_per_epoch, optim, compute, NETWORK.normalise)
+    train(network, data.epoch, data.steps_per_epoch, optim, compute, NETWORK.normalise, unit=NETWORK.pixel_unit)
     return OnPixels(network.cpu(), NETWORK)
 
 

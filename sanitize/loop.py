@@ -33,7 +33,8 @@ class OptimConfig(BaseModel):
         epochs: passes over the data.
         batch_size: samples a step.
         max_grad_norm: clip the global gradient norm; None leaves it.
-        noise_sd: standard deviation of Gaussian noise added to the inputs, in the units the network sees.
+        noise_sd: standard deviation of Gaussian noise added to the inputs: of images in pixels on [0, 1], before they
+            are normalised, as randomized smoothing has it; of tables in the units the network sees.
         ema_decay: the trained network is the exponential moving average of the weights and buffers of all steps; None
             is the last step's.
         compile: run the network through torch.compile; same mathematics, other rounding.
@@ -111,6 +112,7 @@ def train(
     carried: Mapping[str, Tensor | torch.Generator] | None = None,
     name_of: Callable[[int], str] = str,
     on_epoch: Callable[[dict[str, float]], None] = lambda _row: None,
+    unit: Tensor | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place; in several processes (torchrun) each learns from its share of every batch.
 
@@ -130,6 +132,8 @@ def train(
             it, and it is put back in place.
         name_of: row of a sample to what a message calls it.
         on_epoch: told each row of the history.
+        unit: how long one unit of `noise_sd` is in what the network sees, broadcast against X
+            (`ModelConfig.pixel_unit`); None is 1.
 
     Returns:
         One row an epoch: means over the training samples (`cross_entropy`: loss and accuracy in [0, 1]).
@@ -145,6 +149,7 @@ def train(
     objective = objective or cross_entropy(compute)
     network = cast(nn.Module, torch.compile(model)) if config.compile else model
     noise = compute.generator("loop", "noise", world()[0], device=device)
+    noise_sd = config.noise_sd * (torch.ones(()) if unit is None else unit).to(device)
     at = _Training(model, config, config.epochs * steps_per_epoch, {**(carried or {}), "noise": noise})
     meet()  # the first process has made the folder of the snapshots, and taken out what another recipe left there
     if snapshots is not None and (snapshot := snapshots.load()) is not None:
@@ -156,7 +161,7 @@ def train(
             x_B, *others = (tensor.to(device, non_blocking=True) for tensor in share(arrived))
             x_B = _layout(transform(x_B))
             if config.noise_sd:
-                x_B = x_B + config.noise_sd * torch.randn(x_B.shape, generator=noise, device=device)
+                x_B = x_B + noise_sd * torch.randn(x_B.shape, generator=noise, device=device)
             batch = Batch(x_B, *others)
             step = objective(network, batch, number)
             at.step(step.loss)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.errors import NumericsError
 from sanitize.loop import OptimConfig, predict, train
+from sanitize.models.checkpoint import ModelConfig
 from sanitize.models.convnet import ConvNet, ConvNetConfig
 
 
@@ -169,3 +170,23 @@ def test_what_is_measured_after_an_epoch_joins_its_row_and_training_goes_on_in_t
     )
     assert [row["epoch"] for row in history if 0 <= row["test"] <= 1] == [1, 2, 3]
     assert modes == [True] * 3
+
+
+def test_noise_is_gaussian_in_its_unit_and_new_in_every_step(compute: Compute) -> None:
+    """As randomized smoothing wants it: sigma in pixels on [0, 1], whatever each channel is normalised with."""
+    described = ModelConfig(n_classes=2, image_shape=(2, 8, 8), mean=(0.2, 0.7), std=(0.1, 0.4))
+    images = torch.randint(0, 256, (50, 2, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+
+    class Spy(nn.Linear):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            seen.append(x_BCHW.detach())
+            return super().forward(x_BCHW.flatten(1))
+
+    config = OptimConfig(epochs=4, batch_size=50, noise_sd=0.3)
+    batches = lambda _epoch: iter([(images, torch.arange(50) % 2)])  # noqa: E731
+    train(Spy(128, 2), batches, 1, config, compute, described.normalise, unit=described.pixel_unit)
+    noise = torch.stack([(x - described.normalise(images)) / described.pixel_unit for x in seen])
+    torch.testing.assert_close(noise.std((0, 1, 3, 4)), torch.tensor([0.3, 0.3]), rtol=0.03, atol=0)
+    torch.testing.assert_close(noise.mean((0, 1, 3, 4)), torch.zeros(2), rtol=0, atol=0.01)
+    assert len(noise.flatten(1).unique(dim=0)) == 4

@@ -118,4 +118,5 @@ def _train(
             compute,
             lambda images_BCHW: config.augment(model_config.normalise(images_BCHW), generator),
             advance,
+            unit=model_config.pixel_unit,
         )

@@ -197,6 +197,7 @@ def _train(
             snapshots=snapshots,
             carried={"views": generator},
             on_epoch=lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
+            unit=model_config.pixel_unit,
         )
 
 

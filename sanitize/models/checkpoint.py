@@ -127,6 +127,11 @@ class ModelConfig(BaseModel):
         """Two black images as the network takes them, for `find_taps`."""
         return self.normalise(torch.zeros(2, *self.image_shape, dtype=torch.uint8))
 
+    @property
+    def pixel_unit(self) -> Tensor:
+        """What one unit of pixels on [0, 1] is in the images the network takes, (C, 1, 1), or (1, 1, 1) for all."""
+        return 1 / torch.tensor(self.std)[:, None, None]
+
     def normalise(self, images_BCHW: Tensor) -> Tensor:
         """uint8 images to the float32 images the network takes."""
         like = {"dtype": torch.float32, "device": images_BCHW.device}

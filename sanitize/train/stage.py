@@ -228,6 +228,7 @@ def _train(
             {"augment": augmenting, "dropped": drops.dropped_N, "seen": drops.seen_N},
             partial(_name_of, dataset),
             lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
+            unit=model_config.pixel_unit,
         )
 
 

@@ -20,6 +20,7 @@ from sanitize.models.checkpoint import (
 )
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
+from sanitize.models.pixels import OnPixels
 from sanitize.models.resnet import ResNetConfig
 
 SMALL = ModelConfig(architecture=ConvNetConfig(widths=(4, 6)), n_classes=3, image_shape=(1, 8, 8))
@@ -182,3 +183,14 @@ def test_normalise_is_its_formula(mean: tuple[float, ...], std: tuple[float, ...
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises((ValidationError, ConfigError)):
         ModelConfig(**({"n_classes": 2, "image_shape": (3, 4, 4)} | wrong))
+
+
+def test_pixels_are_the_scale_of_noise_and_attacks() -> None:
+    config = SMALL.model_copy(update={"image_shape": (3, 8, 8), "mean": (0.1, 0.5, 0.9), "std": (0.1, 0.2, 0.4)})
+    images_BCHW, noise_BCHW = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.randn(2, 3, 8, 8)
+    on_pixels = OnPixels(nn.Identity(), config)
+    assert torch.equal(on_pixels(images_BCHW / 255), config.normalise(images_BCHW))
+    assert not on_pixels.state_dict()
+    torch.testing.assert_close(
+        on_pixels(images_BCHW / 255 + noise_BCHW), config.normalise(images_BCHW) + config.pixel_unit * noise_BCHW
+    )

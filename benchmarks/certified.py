@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.data import fashion_mnist
 from benchmarks.report import conclude, print_table, quick_or_full
-from sanitize.certify.smoothing import Certificates, SmoothingConfig, certify
+from sanitize.certify.smoothing import Certified, SmoothingConfig, certify
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
@@ -77,7 +77,7 @@ def held_out(size: Size, seed: int) -> tuple[Tensor, Tensor]:
     return images_NCHW[chosen_N], labels_N[chosen_N]
 
 
-def certified(model: OnPixels, images_NCHW: Tensor, config: SmoothingConfig, seed: int) -> Certificates:
+def certified(model: OnPixels, images_NCHW: Tensor, config: SmoothingConfig, seed: int) -> Certified:
     """CERTIFY, in any number of processes: the noise of an image depends on its pixels."""
     return certify(model, images_NCHW, config, _compute(seed))
 
@@ -132,7 +132,7 @@ def smoothing(size: Size, seed: int) -> tuple[dict[str, Any], list[str]]:
             for part in images_NCHW.split(-(-size.n_images // 2))
         ]
         plain = pool.submit(attacked, models["plain"], images_NCHW, labels_N, seed).result()
-        found = Certificates(*map(np.concatenate, zip(*(half.result() for half in halves), strict=True)))
+        found = Certified(*map(np.concatenate, zip(*(half.result() for half in halves), strict=True)))
     speed = throughput(models["noise"], images_NCHW, config, seed)
     memory = []
     for n in MEMORY_N:

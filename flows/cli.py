@@ -215,6 +215,13 @@ def train(
     tau: Annotated[float, typer.Option(help="With --method: share of each batch that it drops.")] = 0.2,
     warmup: Annotated[int, typer.Option(help="With --method: epochs until that share is dropped.")] = 10,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    partitions: Annotated[
+        int | None,
+        typer.Option(
+            help="Instead of --method: train so many networks on as many parts of the data, whose vote is certified "
+            "against poisoned samples."
+        ),
+    ] = None,
     out: Annotated[str, typer.Option(help="Run folder. Given again, a run that was killed goes on.")] = "runs/train",
     direct: Direct = False,
     seed: Seed = None,
@@ -224,8 +231,9 @@ def train(
 ) -> None:
     """Train a model that outlives corrupted labels and triggers; judge the samples on the way.
 
-    The model is in OUT/60-model (model.safetensors, config.json, history.parquet). Methods that drop samples also
-    write how often each was dropped, OUT/61-drop-scores: a suspicion that grows with the share of corrupted labels.
+    The model package is OUT/80-package (model.safetensors, config.json, certificate.json, MODEL_CARD.md); its history
+    is in OUT/60-model. Methods that drop samples also write how often each was dropped, OUT/61-drop-scores: a suspicion
+    that grows with the share of corrupted labels.
 
     Examples:
 
@@ -245,7 +253,11 @@ def train(
         settings |= {name: value for name, value in given.items() if value}
         if not settings.get("shards"):
             raise ConfigError("no shards: give --shards, or `shards:` in the YAML file")
-        of_train = settings["train"] = dict(settings.get("train", {}))
+        if partitions is not None:
+            if method is not None or epochs is not None:
+                raise ConfigError("--partitions goes without --method and --epochs: set `partition.optim` in the file")
+            settings["partition"] = dict(settings.get("partition") or {}) | {"n_partitions": partitions}
+        of_train = dict(settings.get("train", {}))
         if method is not None:
             methods = zoo(tau, warmup)
             if method not in methods:
@@ -253,6 +265,8 @@ def train(
             of_train["method"] = methods[method]
         if epochs is not None:
             of_train["optim"] = of_train.get("optim", {}) | {"epochs": epochs}
+        if of_train:
+            settings["train"] = of_train
         _set_compute(settings, seed=seed, device=device)
         run_config = TrainRunConfig.model_validate(settings)
         with joined(run_config.compute):
@@ -264,10 +278,74 @@ def train(
     if as_json:
         _print_json(result)
         return
-    last = result.pop("last")
+    last = result.pop("last", {})
     console.print(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in last.items()), highlight=False)
-    for name, place in result.items():
+    _print_proved(result.pop("certificates", []))
+    _print_places(result)
+
+
+def _print_places(places: dict[str, Any]) -> None:
+    for name, place in places.items():
         console.print(f"{name.replace('_', ' '):>12}: {place}", highlight=False, soft_wrap=True)
+
+
+def _print_proved(certificates: list[dict[str, Any]]) -> None:
+    for of in certificates:
+        curve = of["certified_accuracy"]
+        table = Table(of["radius_unit"], "certified accuracy", title=f"{of['kind']}, {of['samples']} samples")
+        for radius, share in curve[:: -(-len(curve) // 10)]:
+            table.add_row(f"{radius:g}", f"{share:.1%}")
+        console.print(table)
+        console.print(of["scope"]["statement"], highlight=False)
+
+
+@app.command()
+def certify(
+    model: Annotated[str, typer.Argument(help="A model package, or a run folder of `sanitize train`.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; see configs/.")] = None,
+    shards: Shards = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="Noise, as a share of the range of pixels (default 0.25).")
+    ] = None,
+    n: Annotated[int | None, typer.Option(help="Noisy copies of an image.")] = None,
+    max_images: Annotated[int | None, typer.Option(help="Certify so many samples, chosen by a hash.")] = None,
+    out: Annotated[str, typer.Option(help="Run folder. Given again, a run that was killed goes on.")] = "runs/certify",
+    direct: Direct = False,
+    seed: Seed = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove what cannot change about the predictions of a model, and write it into a model package.
+
+    One network is smoothed: its radius is a distance that no change of the image is seen across (train it with
+    `optim.noise_sd` at the same sigma, or little will be certified). An ensemble of `sanitize train --partitions` is
+    certified by its votes: its radius is a number of poisoned training samples.
+
+    Examples:
+
+        sanitize certify runs/robust --shards 'data/test-*.tar' --sigma 0.25 --max-images 500
+
+        sanitize certify runs/ensemble/80-package --shards 'data/test-*.tar' --out runs/certified
+    """
+    from flows.certify import CertifyRunConfig, run_certify
+
+    with _errors():
+        settings = (_read_yaml(config) if config else {}) | {"model": model}
+        if shards:
+            settings["shards"] = shards
+        if not settings.get("shards"):
+            raise ConfigError("no shards: give --shards, or `shards:` in the YAML file")
+        given = {"sigma": sigma, "n": n, "max_images": max_images}
+        settings["smoothing"] = settings.get("smoothing", {}) | {k: v for k, v in given.items() if v is not None}
+        _set_compute(settings, seed=seed, device=device)
+        with _bars(quiet):
+            result = run_certify(CertifyRunConfig.model_validate(settings), out, direct)
+    if as_json:
+        _print_json(result)
+        return
+    _print_proved(result.pop("certificates"))
+    _print_places(result)
 
 
 @app.command()

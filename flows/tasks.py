@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -10,8 +10,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows import certify as certify_job
 from flows import clean as clean_job
 from flows import train as train_job
+from flows.certify import CertifyRunConfig
 from flows.clean import CleanConfig
 from flows.run import Run
 from flows.train import TrainRunConfig
@@ -20,6 +22,7 @@ from sanitize.errors import StorageError
 from sanitize.storage import absolute, is_local
 
 A = TypeVar("A", bound=Artifact)
+P = ParamSpec("P")
 
 
 def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
@@ -38,7 +41,7 @@ TASKS: dict[str, Any] = {
         retry_delay_seconds=5,
         retry_condition_fn=_is_transient,
     )
-    for stage in {*clean_job.STAGES, *train_job.STAGES}
+    for stage in {*clean_job.STAGES, *train_job.STAGES, *certify_job.STAGES}
 }
 
 
@@ -57,7 +60,13 @@ class PrefectRun(Run):
             future.result()
 
 
-@flow(name="clean", flow_run_name="clean {out}", task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False)  # type: ignore[arg-type]
+def _flow(name: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict[str, Any]]]:
+    """A flow of this name, its runs named by their folders; groups of shards are worked on by threads."""
+    runner: Any = ThreadPoolTaskRunner(max_workers=8)
+    return flow(name=name, flow_run_name=f"{name} {{out}}", task_runner=runner, persist_result=False)
+
+
+@_flow("clean")
 def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     """Clean shards: index, embed, score, select, write, report."""
     run = PrefectRun(out, config.compute, config.groups)
@@ -66,10 +75,18 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     return summary
 
 
-@flow(name="train", flow_run_name="train {out}", task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False)  # type: ignore[arg-type]
+@_flow("train")
 def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
     """Train a robust model: index, pre-train where asked, train, score samples by how often they were dropped."""
-    return train_job.train(config, PrefectRun(out, config.compute))
+    return train_job.train(config, PrefectRun(out, config.compute, config.n_groups))
+
+
+@flow(
+    name="certify", flow_run_name="certify {out}", task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False
+)  # type: ignore[arg-type]
+def certify_flow(config: CertifyRunConfig, out: str) -> dict[str, Any]:
+    """Certify a trained model: index, certify, package, report."""
+    return certify_job.certify(config, PrefectRun(out, config.compute, config.n_groups))
 
 
 def _link(url: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.run import Run, save_config
+from sanitize.certify import Certificates, PartitionConfig, certify_partitions, train_partitions
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
@@ -14,7 +15,9 @@ from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.distributed import world
 from sanitize.embed import SimCLRConfig, pretrain_simclr
 from sanitize.errors import ConfigError
-from sanitize.report import write_training_report
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.package import PACKAGE, package_model
+from sanitize.report import write_certificate_report, write_training_report
 from sanitize.storage import exclusive
 from sanitize.train import DropScorerConfig, TrainConfig, drop_scores, train_robust
 
@@ -27,8 +30,11 @@ class TrainRunConfig(BaseModel):
         test_shards: shards to measure the accuracy on after each epoch; nothing is learned from them.
         unlabelled_shards: more images for `simclr`; their labels are not read, and need not be there.
         index, train, drop_scores: one section a stage.
+        partition: given, an ensemble is trained in place of the one model of `train`, and its predictions on the test
+            shards are certified against poisoned training samples.
         simclr: given, an encoder is pre-trained without labels, and `train` learns its last layer alone (PRL-SimCLR-SN
             where `train.method` is prl_l and `train.lipschitz` is set).
+        n_groups: groups of partitions that are trained side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
     """
 
@@ -40,7 +46,9 @@ class TrainRunConfig(BaseModel):
     index: IndexConfig = IndexConfig()
     simclr: SimCLRConfig | None = None
     train: TrainConfig = TrainConfig()
+    partition: PartitionConfig | None = None
     drop_scores: DropScorerConfig = DropScorerConfig()
+    n_groups: int = Field(default=1, ge=1)
     compute: Compute = Compute()
 
     @model_validator(mode="after")
@@ -49,17 +57,23 @@ class TrainRunConfig(BaseModel):
             raise ConfigError("index.label=null reads no labels: name such shards under `unlabelled_shards:`")
         if self.unlabelled_shards and self.simclr is None:
             raise ConfigError("only `simclr:` learns from unlabelled_shards: give it a section, {} for its defaults")
+        if self.partition is not None and self.simclr is not None:
+            raise ConfigError("`partition:` trains on pixels alone: an encoder of all data would void its certificates")
+        if self.partition is not None and self.train != TrainConfig():
+            raise ConfigError("`partition:` trains in place of `train:`: leave one of them out")
         return self
 
 
 def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
-    """The order of work: index, pre-train, train, and score the samples by how often they were dropped.
+    """The order of work: index, pre-train, train, score the samples by how often they were dropped, package.
 
     Returns:
         Places and the last row of the history, for people and machines.
     """
     dataset = run.sharded("00-index", index_shards, list(find_shards(config.shards)), config.index, config.shards)
     test = _index_more("01-index-test", config.test_shards, {}, config, dataset, run)
+    if config.partition is not None:
+        return _train_partitions(config.partition, dataset, test, config, run)
     encoder = None
     if config.simclr is not None:
         no_labels = {"label": None, "n_classes": 1}
@@ -70,7 +84,31 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
     if model.has_drops:
         scores = run.stage("61-drop-scores", drop_scores, config.drop_scores, model, dataset)
         result["drop_scores"] = scores.path
+    result["package"] = run.stage(PACKAGE, package_model, model).path
     result["report"] = run.stage("90-report", write_training_report, model).url("index.html")
+    return _finished(result, config, run)
+
+
+def _train_partitions(
+    partition: PartitionConfig, dataset: Dataset, test: Dataset | None, config: TrainRunConfig, run: Run
+) -> dict[str, Any]:
+    groups = list(partition.groups)
+    ensemble = run.sharded("60-ensemble", train_partitions, groups, partition, dataset)
+    certificates = []
+    if test is not None:
+        certificates = [run.stage("70-certificates", certify_partitions, ensemble, test)]
+    return _finished(packaged(ensemble, certificates, run), config, run)
+
+
+def packaged(model: Checkpoint, certificates: Sequence[Certificates], run: Run) -> dict[str, Any]:
+    """The last steps of what ends in certificates: package and page; where they are, and what is proved."""
+    package = run.stage(PACKAGE, package_model, model, certificates=certificates)
+    report = run.stage("90-report", write_certificate_report, package)
+    proved = package.read_json("certificate.json")["certificates"]
+    return {"package": package.path, "certificates": proved, "report": report.url("index.html")}
+
+
+def _finished(result: dict[str, Any], config: TrainRunConfig, run: Run) -> dict[str, Any]:
     save_config(config, run.out)
     run.save("finished", **result)
     return result
@@ -100,10 +138,20 @@ def run_train(config: TrainRunConfig, out: str | Path, direct: bool) -> dict[str
         return train(config, Run(out, config.compute))
     with exclusive(out):
         if direct:
-            return train(config, Run(out, config.compute))
+            return train(config, Run(out, config.compute, config.n_groups))
         from flows.tasks import train_flow  # imports Prefect: a second that --direct need not wait for
 
         return dict(train_flow(config, str(out)))
 
 
-STAGES: Sequence[Any] = (index_shards, pretrain_simclr, train_robust, drop_scores, write_training_report)
+STAGES: Sequence[Any] = (
+    index_shards,
+    pretrain_simclr,
+    train_robust,
+    drop_scores,
+    train_partitions,
+    certify_partitions,
+    package_model,
+    write_training_report,
+    write_certificate_report,
+)

@@ -13,25 +13,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sanitize.attack import poison_shards
+    from sanitize.certify import certify_partitions, certify_smoothing, train_partitions
     from sanitize.compute import Compute
     from sanitize.data.index import index_shards
     from sanitize.embed import embed_shards, import_table, train_embedder
+    from sanitize.package import load_model, package_model
     from sanitize.report import write_report
     from sanitize.score import fit_scorer, score_shards
     from sanitize.select import restore_samples, select_samples, write_selected
+    from sanitize.train import drop_scores, train_robust
 
 __all__ = [
     "Compute",
     "__version__",
+    "certify_partitions",
+    "certify_smoothing",
+    "drop_scores",
     "embed_shards",
     "fit_scorer",
     "import_table",
     "index_shards",
+    "load_model",
+    "package_model",
     "poison_shards",
     "restore_samples",
     "score_shards",
     "select_samples",
     "train_embedder",
+    "train_partitions",
+    "train_robust",
     "write_report",
     "write_selected",
 ]
@@ -51,6 +61,13 @@ _HOMES = {
     "restore_samples": "select",
     "write_report": "report",
     "poison_shards": "attack",
+    "train_robust": "train",
+    "drop_scores": "train",
+    "train_partitions": "certify",
+    "certify_partitions": "certify",
+    "certify_smoothing": "certify",
+    "package_model": "package",
+    "load_model": "package",
 }
 
 

@@ -5,12 +5,7 @@ from sanitize.certify.ensemble import PartitionConfig, PartitionEnsemble, Partit
 from sanitize.certify.partition import certified_poisons
 from sanitize.certify.partition_stage import certify_partitions
 from sanitize.certify.smoothing import SmoothingConfig, certify, lower_bound, predict, radius
-from sanitize.certify.smoothing_stage import (
-    CertifySmoothingConfig,
-    SmoothedCertificates,
-    certified_accuracy,
-    certify_smoothing,
-)
+from sanitize.certify.smoothing_stage import CertifySmoothingConfig, certify_smoothing
 
 __all__ = [
     "Certificates",
@@ -18,9 +13,7 @@ __all__ = [
     "PartitionConfig",
     "PartitionEnsemble",
     "PartitionFilterConfig",
-    "SmoothedCertificates",
     "SmoothingConfig",
-    "certified_accuracy",
     "certified_poisons",
     "certify",
     "certify_partitions",

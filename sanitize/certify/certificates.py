@@ -12,11 +12,15 @@ from sanitize.data.tables import ShardTables
 
 class Certificates(ShardTables):
     """One row a certified sample, in the order of its shard: position, key, label, prediction (-1: abstains), radius,
-    and what else the kind counts. `certificate.json`: kind, scope, parameters."""
+    and what else the kind counts. `certificate.json`: what is proved.
+
+    A shard without such samples has no rows.
+    """
 
     @cached_property
     def statement(self) -> dict[str, Any]:
-        """kind; scope: what may change, how it is counted, what is not covered; parameters; confidence."""
+        """kind, source; scope: what may change, how it is counted, what is not covered; parameters; confidence;
+        radius_unit; integral: radii are counts; open: a prediction is certain below its radius, not at it."""
         statement: dict[str, Any] = self.read_json("certificate.json")
         return statement
 
@@ -27,35 +31,37 @@ class Certificates(ShardTables):
             for shard in self.shards
         )
 
-    def certified_accuracy(self, radii: Sequence[float]) -> list[float]:
-        """Share of the samples that are predicted right and cannot be changed by a perturbation of each size.
-
-        A smoothed classifier is constant at distances below its radius, a vote at up to its number of poisons: at the
-        radius itself the former counts as changed.
-        """
-        table = self.table()
-        right_N = table["prediction"].to_numpy() == table["label"].to_numpy()
-        radius_N = table["radius"].to_numpy()
-        reaches = np.greater if self.statement["open"] else np.greater_equal
-        return [float(np.mean(right_N & reaches(radius_N, radius))) if len(right_N) else 0.0 for radius in radii]
-
     def summary(self) -> dict[str, Any]:
         """The statement, and certified accuracy at radii up to the largest that any sample has.
 
         Returns:
             `statement`, with `samples`, `abstained`, `clean_accuracy`, `certified_accuracy`: [[radius, share], ...].
         """
-        table = self.table()
+        table, proved = self.table(), self.statement
         predictions_N = table["prediction"].to_numpy()
         largest = float(max(table["radius"].to_numpy(), default=0))
-        if self.statement["integral"]:
-            radii = [float(n) for n in range(int(largest) + 1)]
-        else:
-            radii = [round(float(r), 4) for r in np.linspace(0, largest, 41)]
-        return self.statement | {
+        steps = int(largest) if proved["integral"] else 40
+        radii = [float(r) for r in np.linspace(0, largest, steps + 1).round(4)]
+        shares = certified_accuracy(table, radii, proved["open"])
+        inputs = self.manifest().recipe.inputs
+        return proved | {
             "samples": len(table),
             "abstained": int((predictions_N < 0).sum()),
             "clean_accuracy": float((predictions_N == table["label"].to_numpy()).mean()),
-            "certified_accuracy": [list(pair) for pair in zip(radii, self.certified_accuracy(radii), strict=True)],
-            "data": {"certificates": self.digest},
+            "certified_accuracy": [list(pair) for pair in zip(radii, shares, strict=True)],
+            "data": inputs | {"certificates": self.digest},
         }
+
+
+def certified_accuracy(table: pa.Table, radii: Sequence[float], is_open: bool) -> list[float]:
+    """Share of the samples that are predicted right, whatever a perturbation of each size does.
+
+    Args:
+        table: label, prediction, radius.
+        radii: sizes of perturbations.
+        is_open: a prediction is certain below its radius; otherwise up to it.
+    """
+    right_N = table["prediction"].to_numpy() == table["label"].to_numpy()
+    radius_N = table["radius"].to_numpy()
+    reaches = np.greater if is_open else np.greater_equal
+    return [float(np.mean(right_N & reaches(radius_N, radius))) for radius in radii]

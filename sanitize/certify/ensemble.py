@@ -6,6 +6,7 @@ are stacked) is a setting and not a count of samples. Shapes: M networks of a gr
 """
 
 from collections.abc import Iterator, Sequence
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
@@ -30,6 +31,7 @@ from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig, 
 
 PROVED = "partitions.json"
 _NO_LABEL = -100  # what cross_entropy ignores
+_INITIALISING = Lock()  # groups may be trained in threads, and layers draw their weights from a generator for all
 
 
 class PartitionFilterConfig(BaseModel):
@@ -267,9 +269,10 @@ def _filtered(config: PartitionFilterConfig, partition: _Partition, compute: Com
 def stacked_networks(model_config: ModelConfig, numbers: range, compute: Compute) -> Stacked:
     """New base models for these partitions; each has the seed of its partition."""
     networks = []
-    for number in numbers:
-        compute.seed_global("partition", number, "init")
-        networks.append(model_config.build_one())
+    with _INITIALISING:
+        for number in numbers:
+            compute.seed_global("partition", number, "init")
+            networks.append(model_config.build_one())
     return Stacked(networks)
 
 

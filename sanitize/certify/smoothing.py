@@ -65,7 +65,7 @@ class SmoothingConfig(BaseModel):
         return max(1, self.batch_size // (self.n0 + self.n))
 
 
-class Certificates(NamedTuple):
+class Certified(NamedTuple):
     """What is known of N images.
 
     Attributes:
@@ -103,7 +103,7 @@ def radius(p_lower: np.ndarray | float, sigma: float) -> np.ndarray:
     return sigma * scipy.special.ndtri(np.maximum(p_lower, 0.5))
 
 
-def certify(model: nn.Module, images_NX: Tensor, config: SmoothingConfig, compute: Compute) -> Certificates:
+def certify(model: nn.Module, images_NX: Tensor, config: SmoothingConfig, compute: Compute) -> Certified:
     """Algorithm CERTIFY.
 
     Args:
@@ -118,7 +118,7 @@ def certify(model: nn.Module, images_NX: Tensor, config: SmoothingConfig, comput
     """
     compute.activate()
     groups = [_certify(model, images_GX, config, compute) for images_GX in images_NX.split(config.images_at_once)]
-    return Certificates(*(np.concatenate(arrays) for arrays in zip(*groups, strict=True)))
+    return Certified(*(np.concatenate(arrays) for arrays in zip(*groups, strict=True)))
 
 
 def predict(model: nn.Module, images_NX: Tensor, config: SmoothingConfig, compute: Compute) -> np.ndarray:
@@ -139,7 +139,7 @@ def predict(model: nn.Module, images_NX: Tensor, config: SmoothingConfig, comput
     return np.concatenate(predictions)
 
 
-def _certify(model: nn.Module, images_GX: Tensor, config: SmoothingConfig, compute: Compute) -> Certificates:
+def _certify(model: nn.Module, images_GX: Tensor, config: SmoothingConfig, compute: Compute) -> Certified:
     n_images, looks = len(images_GX), _looks(config)
     copies = _NoisyCopies(model, images_GX, config, compute, "certify")
     # Those that choose and the first that are counted go together: they are different copies.
@@ -155,7 +155,7 @@ def _certify(model: nn.Module, images_GX: Tensor, config: SmoothingConfig, compu
         n_G[going_G] = n_after
     p_lower_G = np.where(n_G == config.n, lower_bound(n_top_G, n_G, config.alpha), 0.0)
     predictions_G = np.where(p_lower_G > 0.5, top_G, ABSTAINS)
-    return Certificates(predictions_G, radius(p_lower_G, config.sigma), p_lower_G, n_top_G, n_G)
+    return Certified(predictions_G, radius(p_lower_G, config.sigma), p_lower_G, n_top_G, n_G)
 
 
 def _looks(config: SmoothingConfig) -> list[int]:

@@ -8,16 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from sanitize.artifacts import Part, Recipe, make, partial_of
+from sanitize.artifacts import Part, Recipe, Workshop, make, partial_of
+from sanitize.certify.certificates import Certificates
 from sanitize.certify.smoothing import SmoothingConfig, certify
 from sanitize.compute import Compute
 from sanitize.data.dataset import Batch, Dataset
 from sanitize.data.shuffle import usable_rows
-from sanitize.data.tables import ShardTables, write_rows
+from sanitize.data.tables import write_rows
 from sanitize.errors import NumericsError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
@@ -49,26 +49,6 @@ class CertifySmoothingConfig(SmoothingConfig):
     max_images: int | None = Field(default=500, ge=1)
 
 
-class SmoothedCertificates(ShardTables):
-    """One row a certified sample, in the order of the shard: position, key, label, prediction (-1: abstains), radius
-    (l2, pixels on [0, 1]), p_lower, n_top, n; see `smoothing.Certificates`."""
-
-    def table(self) -> pa.Table:
-        """All rows, with a column `shard`."""
-        tables = []
-        for shard in self.shards:
-            rows = self.rows(shard)
-            tables.append(rows.append_column("shard", pa.array([shard] * len(rows))))
-        return pa.concat_tables(tables)
-
-
-def certified_accuracy(certificates: pa.Table, radius: float) -> float:
-    """Share of the rows that are predicted right, with a certified radius above `radius` (l2, pixels on [0, 1])."""
-    columns = (certificates[name].to_numpy() for name in ("label", "prediction", "radius"))
-    labels_N, predictions_N, radii_N = columns
-    return float(np.mean((predictions_N == labels_N) & (radii_N > radius)))
-
-
 def certify_smoothing(
     config: CertifySmoothingConfig,
     checkpoint: Checkpoint,
@@ -76,7 +56,7 @@ def certify_smoothing(
     out: str,
     compute: Compute,
     shards: Sequence[str] | None = None,
-) -> SmoothedCertificates:
+) -> Certificates:
     """Certify usable samples by Algorithm CERTIFY.
 
     Rows are kept as they come, in a journal in the folder of the unfinished artifact, if that lies on a disk: a run
@@ -123,9 +103,40 @@ def certify_smoothing(
         write_rows(part, shard, pa.Table.from_pylist(rows, schema=_SCHEMA))
         part.counts.update(samples=len(rows), abstained=sum(row["prediction"] < 0 for row in rows))
 
+    def finish(part: Part, _workshop: Workshop) -> None:
+        part.write_json("certificate.json", _proved(config, compute))
+
     n_images = min(config.max_images or dataset.n_samples, dataset.n_samples)
     with track("certify", n_images if shards is None else None, "images") as advance:
-        return make(SmoothedCertificates, out, recipe, parts=dataset.shards, write_part=write_part, only=shards)
+        return make(Certificates, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish, only=shards)
+
+
+def _proved(config: CertifySmoothingConfig, compute: Compute) -> dict[str, Any]:
+    """What the radii say: the statement of these certificates."""
+    return {
+        "kind": "smoothing",
+        "source": "Randomized smoothing, Cohen, Rosenfeld & Kolter 2019",
+        "radius_unit": "l2, pixels on [0, 1]",
+        "integral": False,
+        "open": True,
+        "confidence": 1 - config.alpha,
+        "parameters": config.model_dump(mode="json", exclude={"batch_size"}) | {"precision": compute.precision},
+        "scope": {
+            "threat": "changes of the image that is classified",
+            "statement": (
+                "The smoothed classifier, which says what the model most often says of an image under Gaussian noise "
+                f"of standard deviation {config.sigma:g}, says the same of every image closer than `radius` in l2 "
+                "(pixels on [0, 1]). Of each image by itself this holds with a probability of at least "
+                f"{1 - config.alpha:g} over the noise that was drawn."
+            ),
+            "not_covered": [
+                "the model without the noise",
+                "poisoned training data",
+                "changes that are small to the eye and large in l2: rotation, crop, brightness",
+                "other precisions of the forward pass than the one that was certified",
+            ],
+        },
+    }
 
 
 def _chosen(config: CertifySmoothingConfig, dataset: Dataset, compute: Compute) -> Mapping[str, set[int]]:

@@ -7,7 +7,7 @@ from sanitize.models.checkpoint import ModelConfig
 
 
 class OnPixels(nn.Module):
-    """The network behind its normalisation: logits (B, K) of float images (B, C, H, W) on the scale [0, 1].
+    """The network behind its normalisation: logits (B, K), or votes, of images (B, C, H, W), uint8 or float on [0, 1].
 
     Args:
         network: takes normalised images.
@@ -25,4 +25,5 @@ class OnPixels(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits of images that need not lie on [0, 1]: noise leads out of it."""
+        x_BCHW = x_BCHW / 255 if x_BCHW.dtype == torch.uint8 else x_BCHW
         return self.network((x_BCHW - self.mean_C11) / self.std_C11)

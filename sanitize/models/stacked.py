@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
+from torch.nn.modules.dropout import _DropoutNd
 
 from sanitize.errors import ConfigError
 
@@ -17,10 +18,11 @@ class Stacked(nn.Module):
     """Networks side by side. None sees another's inputs, so each is trained as if it were alone.
 
     Args:
-        networks: alike in architecture; without BatchNorm, whose statistics no batched product keeps apart.
+        networks: alike in architecture; without BatchNorm, whose statistics no batched product keeps apart, and without
+            dropout, whose draws would be shared.
 
     Raises:
-        ConfigError: a network keeps statistics of its inputs.
+        ConfigError: a network keeps statistics of its inputs, or draws random numbers.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
@@ -28,6 +30,8 @@ class Stacked(nn.Module):
         weights, buffers = stack_module_state(list(networks))
         if buffers:
             raise ConfigError(f"networks that are trained side by side can keep no statistics: {', '.join(buffers)}")
+        if any(isinstance(module, _DropoutNd) for module in networks[0].modules()):
+            raise ConfigError("networks that are trained side by side can have no dropout: choose another architecture")
         self.n_networks = len(networks)
         # Names of parameters have no dots; a template in a tuple is no submodule, it has no weights of its own.
         self._names = {name.replace(".", "__"): name for name in weights}
@@ -51,7 +55,7 @@ class Stacked(nn.Module):
             return outputs_BK
 
         in_dims = (0, None if shared else 1)
-        return torch.vmap(one, in_dims, out_dims=1, randomness="different")(weights, x_B)
+        return torch.vmap(one, in_dims, out_dims=1)(weights, x_B)
 
 
 class Plurality(nn.Module):

@@ -160,7 +160,13 @@ def _threshold(plot: _Plot, threshold: float) -> list[str]:
     ]
 
 
-def curves(x: Sequence[float], series: Mapping[str, Sequence[float]], x_name: str, share: bool = False) -> str:
+def curves(
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    x_name: str,
+    share: bool = False,
+    whole: bool = True,
+) -> str:
     """Lines over a common axis, each named at its end.
 
     Args:
@@ -168,10 +174,11 @@ def curves(x: Sequence[float], series: Mapping[str, Sequence[float]], x_name: st
         series: name -> values, as many as `x`.
         x_name: of the axis.
         share: the axis goes from 0 to 1, and is marked in per cent.
+        whole: `x` counts something, and is marked at whole numbers only.
     """
     values = [value for of_line in series.values() for value in of_line]
     low, high = (0.0, 1.0) if share else (min(0.0, *values), max(*values, 1e-9))
-    left, right = min(x), max(max(x), min(x) + 1)
+    left, right = min(x), max(x) if not whole and max(x) > min(x) else max(max(x), min(x) + 1)
 
     def at(x_value: float, value: float) -> tuple[float, float]:
         return (
@@ -187,7 +194,7 @@ def curves(x: Sequence[float], series: Mapping[str, Sequence[float]], x_name: st
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_NAMES}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick end" x="{_LEFT - 6}" y="{y + 4:.1f}">{text}</text>')
     for tick in nice_ticks(left, right):
-        if tick == round(tick):
+        if not whole or tick == round(tick):
             parts.append(f'<text class="tick mid" x="{at(tick, low)[0]:.1f}" y="{_FOOT + 17}">{number(tick)}</text>')
     parts.append(
         f'<text class="name mid" x="{(_LEFT + _NAMES) / 2:.0f}" y="{_HEIGHT - 6}">{escape(_xml(x_name))}</text>'

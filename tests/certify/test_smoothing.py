@@ -175,7 +175,7 @@ def images() -> Tensor:
     return torch.randint(0, 256, (9, 3, 7, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def agree(one: smoothing.Certificates, two: smoothing.Certificates) -> None:
+def agree(one: smoothing.Certified, two: smoothing.Certified) -> None:
     np.testing.assert_array_equal(one.n_top_N, two.n_top_N)
     np.testing.assert_array_equal(one.predictions_N, two.predictions_N)
 
@@ -191,7 +191,7 @@ def test_neither_order_nor_company_nor_type_matters(network: nn.Module, images: 
     config = SmoothingConfig(sigma=1.0, n0=30, n=301, batch_size=128 * 10)
     whole = certify(network, images, config, compute)
     some = [7, 0, 3]
-    agree(certify(network, images[some], config, compute), smoothing.Certificates(*(a[some] for a in whole)))
+    agree(certify(network, images[some], config, compute), smoothing.Certified(*(a[some] for a in whole)))
     agree(certify(network, images / 255, config, compute), whole)
     agree(certify(network, images.contiguous(memory_format=torch.channels_last), config, compute), whole)
     assert len(set(whole.n_top_N.tolist())) > 3  # they are not all alike anyway

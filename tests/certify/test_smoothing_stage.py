@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from sanitize.artifacts import verify
-from sanitize.certify import CertifySmoothingConfig, SmoothedCertificates, certified_accuracy, certify_smoothing
+from sanitize.certify import Certificates, CertifySmoothingConfig, certify_smoothing
+from sanitize.certify.certificates import certified_accuracy
 from sanitize.certify.smoothing import certify
 from sanitize.certify.smoothing_stage import Journal
 from sanitize.compute import Compute
@@ -26,13 +27,13 @@ SMALL = CertifySmoothingConfig(sigma=0.1, n0=20, n=100, max_images=40, batch_siz
 @pytest.fixture(scope="module")
 def certificates(
     dataset: Dataset, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory, compute: Compute
-) -> SmoothedCertificates:
+) -> Certificates:
     out = tmp_path_factory.mktemp("certificates") / "certificates"
     return certify_smoothing(SMALL, checkpoint, dataset, str(out), compute)
 
 
 def test_rows_are_the_certificates_of_the_images(
-    certificates: SmoothedCertificates, dataset: Dataset, checkpoint: Checkpoint, compute: Compute
+    certificates: Certificates, dataset: Dataset, checkpoint: Checkpoint, compute: Compute
 ) -> None:
     assert verify(certificates.path) == []
     assert dict(certificates.manifest().counts)["samples"] == len(certificates.table()) == 40
@@ -48,7 +49,7 @@ def test_rows_are_the_certificates_of_the_images(
 
 
 def test_neither_shards_apart_nor_more_images_change_a_row(
-    certificates: SmoothedCertificates, dataset: Dataset, checkpoint: Checkpoint, compute: Compute, tmp_path: Path
+    certificates: Certificates, dataset: Dataset, checkpoint: Checkpoint, compute: Compute, tmp_path: Path
 ) -> None:
     for shard in reversed(dataset.shards):
         certify_smoothing(SMALL, checkpoint, dataset, str(tmp_path / "apart"), compute, shards=[shard])
@@ -70,7 +71,8 @@ def test_all_images_are_taken_where_no_number_is_given(
 
 def test_certified_accuracy_by_hand() -> None:
     table = pa.table({"label": [0, 1, 2, 3], "prediction": [0, 1, -1, 0], "radius": [0.5, 0.2, 0.0, 0.9]})
-    assert [certified_accuracy(table, r) for r in (0, 0.19, 0.2, 0.5)] == [0.5, 0.5, 0.25, 0.0]
+    assert certified_accuracy(table, (0, 0.19, 0.2, 0.5), is_open=True) == [0.5, 0.5, 0.25, 0.0]
+    assert certified_accuracy(table, (0, 0.19, 0.2, 0.5), is_open=False) == [0.5, 0.5, 0.5, 0.25]
 
 
 KILLED = """
@@ -100,7 +102,7 @@ certify_smoothing(config, Checkpoint.load(checkpoint), Dataset.load(dataset), ou
 
 
 def test_a_killed_run_goes_on_to_the_same_digest(
-    certificates: SmoothedCertificates,
+    certificates: Certificates,
     dataset: Dataset,
     checkpoint: Checkpoint,
     compute: Compute,

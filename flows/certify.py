@@ -1,0 +1,91 @@
+"""Certificates for a model that exists: what nobody within the stated bounds can change about its predictions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.run import Run, save_config
+from flows.train import packaged
+from sanitize.certify import CertifySmoothingConfig, certify_partitions, certify_smoothing
+from sanitize.compute import Compute
+from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.models.checkpoint import ModelConfig
+from sanitize.package import open_model, package_model
+from sanitize.report import write_certificate_report
+from sanitize.storage import exclusive
+
+
+class CertifyRunConfig(BaseModel):
+    """One run; one YAML file.
+
+    Attributes:
+        model: a model package, the folder of a training stage, or a run folder with a package.
+        shards: test samples: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
+        index: how they are read; sizes and classes are those of the model.
+        smoothing: for one network; an ensemble of partitions is certified by its votes, which has no settings.
+        n_groups: groups of shards that are worked on side by side. Results do not depend on it.
+        compute: device, precision, seed, threads.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    shards: tuple[str, ...] = Field(min_length=1)
+    index: IndexConfig = IndexConfig()
+    smoothing: CertifySmoothingConfig = CertifySmoothingConfig()
+    n_groups: int = Field(default=1, ge=1)
+    compute: Compute = Compute()
+
+
+def certify(config: CertifyRunConfig, run: Run) -> dict[str, Any]:
+    """The order of work: index, certify, package.
+
+    Returns:
+        Places, and what is proved.
+    """
+    model = open_model(config.model)
+    shards = list(find_shards(config.shards))
+    dataset = run.sharded(
+        "00-index", index_shards, shards, _as_the_model_sees(config.index, model.config), config.shards
+    )
+    if model.config.n_networks > 1:
+        certificates = run.sharded("70-certificates", certify_partitions, shards, model, dataset)
+    else:
+        certificates = run.sharded("70-certificates", certify_smoothing, shards, config.smoothing, model, dataset)
+    result = packaged(model, [certificates], run)
+    save_config(config, run.out)
+    run.save("finished", **result)
+    return result
+
+
+def _as_the_model_sees(index: IndexConfig, model: ModelConfig) -> IndexConfig:
+    channels, height, width = model.image_shape
+    image = index.image.model_copy(update={"size": (height, width), "channels": channels})
+    return index.model_copy(update={"n_classes": model.n_classes, "image": image})
+
+
+def run_certify(config: CertifyRunConfig, out: str | Path, direct: bool) -> dict[str, Any]:
+    """Certify as a Prefect flow, or with plain function calls; both give the same digests.
+
+    Raises:
+        SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
+    """
+    refuse_inside(config.shards, out)
+    with exclusive(out):
+        if direct:
+            return certify(config, Run(out, config.compute, config.n_groups))
+        from flows.tasks import certify_flow  # imports Prefect: a second that --direct need not wait for
+
+        return dict(certify_flow(config, str(out)))
+
+
+STAGES: Sequence[Any] = (
+    index_shards,
+    certify_smoothing,
+    certify_partitions,
+    package_model,
+    write_certificate_report,
+)

@@ -1,0 +1,163 @@
+"""The model package: one folder that says what a model is, what it was trained on, and what is proved about it.
+
+    model = sanitize.load_model("runs/robust/80-package")
+    logits = model(images)                      # uint8 (B, C, H, W), or float on [0, 1]
+
+`model.safetensors`, `config.json` (architecture, classes, preprocessing, input range), `certificate.json`,
+`metrics.json`, and `MODEL_CARD.md`, which is written from the others. No pickle anywhere.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from sanitize.artifacts import MANIFEST, Part, Recipe, make, read_manifest
+from sanitize.certify import Certificates, PartitionEnsemble
+from sanitize.certify.ensemble import PROVED
+from sanitize.compute import Compute
+from sanitize.errors import ArtifactError
+from sanitize.models.checkpoint import Checkpoint, ModelConfig
+from sanitize.models.pixels import OnPixels
+from sanitize.storage import exists, join
+
+PACKAGE = "80-package"  # of a run folder
+
+
+class ModelPackage(Checkpoint):
+    """A Checkpoint with `certificate.json`, `metrics.json` and `MODEL_CARD.md`."""
+
+
+def package_model(
+    model: Checkpoint, out: str, compute: Compute, certificates: Sequence[Certificates] = ()
+) -> ModelPackage:
+    """Put a model and what is proved about it into one folder.
+
+    Args:
+        model: what was trained.
+        out: folder of the artifact.
+        compute: unused but for the convention; nothing is random.
+        certificates: of this model.
+    """
+    compute.activate()
+    inputs = {"model": model.digest} | {f"certificates{i}": of.digest for i, of in enumerate(certificates)}
+    recipe = Recipe(stage="package_model", inputs=inputs)
+
+    def write(part: Part) -> None:
+        proved = [of.summary() for of in certificates]
+        metrics = _metrics(model, proved)
+        state = {name: tensor.contiguous() for name, tensor in model.model().state_dict().items()}
+        part.write("model.safetensors", safetensors.torch.save(state))
+        part.write_json("config.json", model.config.model_dump(mode="json"))
+        part.write_json("certificate.json", {"format": 1, "model": model.digest, "certificates": proved})
+        part.write_json("metrics.json", metrics)
+        part.write("MODEL_CARD.md", _card(model, proved, metrics).encode())
+        if PROVED in model.manifest().files:
+            part.write(PROVED, model.read(PROVED))
+
+    return make(ModelPackage, out, recipe, write)
+
+
+def open_model(path: str | Path) -> Checkpoint:
+    """The model in a folder or URL: a package, what a training stage made, or a run folder with a package.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    path = str(path).rstrip("/")
+    if not exists(join(path, MANIFEST)) and exists(join(path, PACKAGE, MANIFEST)):
+        path = join(path, PACKAGE)
+    manifest = read_manifest(path)
+    if "config.json" not in manifest.files:
+        raise ArtifactError(f"{path} is no model: it was made by {manifest.recipe.stage}")
+    kind = PartitionEnsemble if manifest.recipe.stage == "train_partitions" else Checkpoint
+    return kind(path=path, digest=manifest.digest)
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """A model with its preprocessing, in eval mode, on the CPU.
+
+    Args:
+        path: see `open_model`.
+
+    Returns:
+        A module from images (B, C, H, W), uint8 or float on [0, 1], to logits (B, K), or, of an ensemble, to votes.
+
+    Raises:
+        ArtifactError: there is no model, or a file is not what the manifest says.
+    """
+    checkpoint = open_model(path)
+    return OnPixels(checkpoint.model(), checkpoint.config).eval()
+
+
+def _metrics(model: Checkpoint, proved: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured: the last epoch of the training, and the accuracy of what was certified."""
+    metrics: dict[str, Any] = {}
+    if "history.json" in model.manifest().files and (history := model.read_json("history.json")):
+        metrics["training"] = history[-1]
+    for of in proved:
+        metrics[of["kind"]] = {name: of[name] for name in ("samples", "abstained", "clean_accuracy")}
+    return metrics
+
+
+def _card(model: Checkpoint, proved: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> str:
+    config, recipe = model.config, model.manifest().recipe
+    channels, height, width = config.image_shape
+    trained = f"Stage `{recipe.stage}`" + "".join(f", {name} {value}" for name, value in recipe.numerics.items())
+    lines = [
+        "# Model card",
+        "",
+        "## The model",
+        f"{_architecture(config)}, {config.n_classes} classes. It takes images of {channels} x {height} x {width} "
+        f"(channels, height, width) with values in {list(config.input_range)}, normalised by mean "
+        f"{list(config.mean)} and standard deviation {list(config.std)} on the scale [0, 1].",
+        "",
+        "```python",
+        "import sanitize",
+        "",
+        'model = sanitize.load_model(".")  # this folder: uint8 images (B, C, H, W) to logits or votes (B, K)',
+        "```",
+        "",
+        "## How it was trained",
+        f"{trained}. Inputs, by digest:",
+        "",
+        *(f"- {name}: `{digest}`" for name, digest in sorted(recipe.inputs.items())),
+        "",
+        "## What was measured",
+        *(_measured(metrics) or ["Nothing but the loss."]),
+        "",
+        "## What is proved",
+        *([line for of in proved for line in _proved(of)] or ["Nothing: this model carries no certificate."]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _architecture(config: ModelConfig) -> str:
+    one = ", ".join(f"{name} {value}" for name, value in config.architecture.model_dump(mode="json").items())
+    return f"The vote of {config.n_networks} networks ({one})" if config.n_networks > 1 else f"One network ({one})"
+
+
+def _measured(metrics: dict[str, Any]) -> list[str]:
+    return [f"- {kind}: " + ", ".join(f"{n} {v:.4g}" for n, v in of.items()) for kind, of in metrics.items()]
+
+
+def _proved(of: dict[str, Any]) -> list[str]:
+    """A section of the card: the statement, a short table, and what it does not say."""
+    curve = of["certified_accuracy"]
+    shown = curve[:: -(-len(curve) // 9)]
+    parameters = ", ".join(f"{name} {value}" for name, value in of["parameters"].items() if value is not None)
+    return [
+        f"### Against {of['scope']['threat']}: {of['kind']}",
+        f"{of['scope']['statement']} ({of['source']}; {parameters}.)",
+        "",
+        f"Of {of['samples']} samples, {of['abstained']} of them abstained from:",
+        "",
+        f"| radius ({of['radius_unit']}) | " + " | ".join(f"{radius:g}" for radius, _ in shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
+        "| certified accuracy | " + " | ".join(f"{share:.1%}" for _, share in shown) + " |",
+        "",
+        "It says nothing about " + "; ".join(of["scope"]["not_covered"]) + ".",
+        "",
+    ]

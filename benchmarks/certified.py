@@ -38,7 +38,7 @@ from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.pixels import OnPixels
 
 SIGMA = 0.25
-RADII = (0.0, 0.25, 0.5, 0.75)
+RADII = (0.0, 0.25, 0.5, 0.6)
 CERTIFIED = {0.25: 0.65, 0.5: 0.50}  # radius: at least
 NETWORK = ModelConfig(architecture=ConvNetConfig(widths=(16, 32, 64)), n_classes=10, image_shape=(1, 28, 28))
 ATTACK = EvasionConfig(norm="l2", radius=0, loss="margin", restarts=2)

@@ -81,9 +81,7 @@ def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
     return train_job.train(config, PrefectRun(out, config.compute, config.n_groups))
 
 
-@flow(
-    name="certify", flow_run_name="certify {out}", task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False
-)  # type: ignore[arg-type]
+@_flow("certify")
 def certify_flow(config: CertifyRunConfig, out: str) -> dict[str, Any]:
     """Certify a trained model: index, certify, package, report."""
     return certify_job.certify(config, PrefectRun(out, config.compute, config.n_groups))

@@ -290,10 +290,11 @@ def _print_places(places: dict[str, Any]) -> None:
 
 
 def _print_proved(certificates: list[dict[str, Any]]) -> None:
+    from sanitize.certify.certificates import excerpt
+
     for of in certificates:
-        curve = of["certified_accuracy"]
         table = Table(of["radius_unit"], "certified accuracy", title=f"{of['kind']}, {of['samples']} samples")
-        for radius, share in curve[:: -(-len(curve) // 10)]:
+        for radius, share in excerpt(of["certified_accuracy"]):
             table.add_row(f"{radius:g}", f"{share:.1%}")
         console.print(table)
         console.print(of["scope"]["statement"], highlight=False)

@@ -3,8 +3,8 @@
     model = sanitize.load_model("runs/robust/80-package")
     logits = model(images)                      # uint8 (B, C, H, W), or float on [0, 1]
 
-`model.safetensors`, `config.json` (architecture, classes, preprocessing, input range), `certificate.json`,
-`metrics.json`, and `MODEL_CARD.md`, which is written from the others. No pickle anywhere.
+`model.safetensors`, `config.json` (architecture, classes, preprocessing, input range), `training.json` (the recipe),
+`certificate.json`, `metrics.json`, and `MODEL_CARD.md`, which is written from the others. No pickle anywhere.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch import nn
 
 from sanitize.artifacts import MANIFEST, Part, Recipe, make, read_manifest
 from sanitize.certify import Certificates, PartitionEnsemble
+from sanitize.certify.certificates import excerpt
 from sanitize.certify.ensemble import PROVED
 from sanitize.compute import Compute
 from sanitize.errors import ArtifactError
@@ -27,13 +28,13 @@ PACKAGE = "80-package"  # of a run folder
 
 
 class ModelPackage(Checkpoint):
-    """A Checkpoint with `certificate.json`, `metrics.json` and `MODEL_CARD.md`."""
+    """A Checkpoint with `training.json`, `certificate.json`, `metrics.json` and `MODEL_CARD.md`."""
 
 
 def package_model(
     model: Checkpoint, out: str, compute: Compute, certificates: Sequence[Certificates] = ()
 ) -> ModelPackage:
-    """Put a model and what is proved about it into one folder.
+    """Put a model and what is proved about it into one folder; what a package held of other kinds stays.
 
     Args:
         model: what was trained.
@@ -46,14 +47,17 @@ def package_model(
     recipe = Recipe(stage="package_model", inputs=inputs)
 
     def write(part: Part) -> None:
-        proved = [of.summary() for of in certificates]
+        training, proved = _known(model)
+        new = [of.summary() for of in certificates]
+        proved = [of for of in proved if of["kind"] not in {other["kind"] for other in new}] + new
         metrics = _metrics(model, proved)
         state = {name: tensor.contiguous() for name, tensor in model.model().state_dict().items()}
         part.write("model.safetensors", safetensors.torch.save(state))
         part.write_json("config.json", model.config.model_dump(mode="json"))
+        part.write_json("training.json", training)
         part.write_json("certificate.json", {"format": 1, "model": model.digest, "certificates": proved})
         part.write_json("metrics.json", metrics)
-        part.write("MODEL_CARD.md", _card(model, proved, metrics).encode())
+        part.write("MODEL_CARD.md", _card(model.config, training, proved, metrics).encode())
         if PROVED in model.manifest().files:
             part.write(PROVED, model.read(PROVED))
 
@@ -92,9 +96,18 @@ def load_model(path: str | Path) -> nn.Module:
     return OnPixels(checkpoint.model(), checkpoint.config).eval()
 
 
+def _known(model: Checkpoint) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """How the model was trained, and what was proved about it before: what a package says of it is still true."""
+    if "certificate.json" in model.manifest().files:
+        return model.read_json("training.json"), model.read_json("certificate.json")["certificates"]
+    return model.manifest().recipe.model_dump(mode="json"), []
+
+
 def _metrics(model: Checkpoint, proved: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was measured: the last epoch of the training, and the accuracy of what was certified."""
     metrics: dict[str, Any] = {}
+    if "metrics.json" in model.manifest().files:
+        metrics |= {name: of for name, of in model.read_json("metrics.json").items() if name == "training"}
     if "history.json" in model.manifest().files and (history := model.read_json("history.json")):
         metrics["training"] = history[-1]
     for of in proved:
@@ -102,10 +115,11 @@ def _metrics(model: Checkpoint, proved: Sequence[dict[str, Any]]) -> dict[str, A
     return metrics
 
 
-def _card(model: Checkpoint, proved: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> str:
-    config, recipe = model.config, model.manifest().recipe
+def _card(
+    config: ModelConfig, training: dict[str, Any], proved: Sequence[dict[str, Any]], metrics: dict[str, Any]
+) -> str:
     channels, height, width = config.image_shape
-    trained = f"Stage `{recipe.stage}`" + "".join(f", {name} {value}" for name, value in recipe.numerics.items())
+    trained = f"Stage `{training['stage']}`" + "".join(f", {name} {v}" for name, v in training["numerics"].items())
     lines = [
         "# Model card",
         "",
@@ -121,9 +135,9 @@ def _card(model: Checkpoint, proved: Sequence[dict[str, Any]], metrics: dict[str
         "```",
         "",
         "## How it was trained",
-        f"{trained}. Inputs, by digest:",
+        f"{trained}; all settings are in `training.json`. Inputs, by digest:",
         "",
-        *(f"- {name}: `{digest}`" for name, digest in sorted(recipe.inputs.items())),
+        *(f"- {name}: `{digest}`" for name, digest in sorted(training["inputs"].items())),
         "",
         "## What was measured",
         *(_measured(metrics) or ["Nothing but the loss."]),
@@ -145,14 +159,13 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
 
 def _proved(of: dict[str, Any]) -> list[str]:
     """A section of the card: the statement, a short table, and what it does not say."""
-    curve = of["certified_accuracy"]
-    shown = curve[:: -(-len(curve) // 9)]
+    shown = excerpt(of["certified_accuracy"])
     parameters = ", ".join(f"{name} {value}" for name, value in of["parameters"].items() if value is not None)
     return [
         f"### Against {of['scope']['threat']}: {of['kind']}",
         f"{of['scope']['statement']} ({of['source']}; {parameters}.)",
         "",
-        f"Of {of['samples']} samples, {of['abstained']} of them abstained from:",
+        f"Of {of['samples']} samples ({of['abstained']} of them abstained from):",
         "",
         f"| radius ({of['radius_unit']}) | " + " | ".join(f"{radius:g}" for radius, _ in shown) + " |",
         "|---" * (len(shown) + 1) + "|",

@@ -39,9 +39,8 @@ class Certificates(ShardTables):
         """
         table, proved = self.table(), self.statement
         predictions_N = table["prediction"].to_numpy()
-        largest = float(max(table["radius"].to_numpy(), default=0))
-        steps = int(largest) if proved["integral"] else 40
-        radii = [float(r) for r in np.linspace(0, largest, steps + 1).round(4)]
+        largest = float(table["radius"].to_numpy().max())
+        radii = round_radii(largest, 1000, 1) if proved["integral"] else round_radii(largest, 50)
         shares = certified_accuracy(table, radii, proved["open"])
         inputs = self.manifest().recipe.inputs
         return proved | {
@@ -51,6 +50,15 @@ class Certificates(ShardTables):
             "certified_accuracy": [list(pair) for pair in zip(radii, shares, strict=True)],
             "data": inputs | {"certificates": self.digest},
         }
+
+
+def round_radii(largest: float, n: int, smallest_step: float = 0.0) -> list[float]:
+    """At most about `n` radii from 0 to the largest, a round number apart: 1, 2 or 5 times a power of ten."""
+    if largest <= 0:
+        return [0.0]
+    power = 10.0 ** np.floor(np.log10(largest / n))
+    step = max(smallest_step, next(f * power for f in (1, 2, 5, 10) if f * power * n >= largest * (1 - 1e-9)))
+    return [round(i * step, 6) for i in range(int(largest / step + 1e-9) + 1)]
 
 
 def certified_accuracy(table: pa.Table, radii: Sequence[float], is_open: bool) -> list[float]:
@@ -65,3 +73,10 @@ def certified_accuracy(table: pa.Table, radii: Sequence[float], is_open: bool) -
     radius_N = table["radius"].to_numpy()
     reaches = np.greater if is_open else np.greater_equal
     return [float(np.mean(right_N & reaches(radius_N, radius))) for radius in radii]
+
+
+def excerpt(curve: Sequence[Sequence[float]], n: int = 10) -> list[Sequence[float]]:
+    """The points of a curve of `Certificates.summary` at about `n` round radii, for people."""
+    step = curve[1][0] - curve[0][0] if len(curve) > 1 else 0.0
+    shown = set(round_radii(curve[-1][0], n, step))
+    return [point for point in curve if point[0] in shown]

@@ -174,7 +174,7 @@ def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[s
         "scope": {
             "threat": "poisoned training data",
             "statement": (
-                "The prediction stays what it is while at most `radius` training samples are inserted into the "
+                "A prediction stays what it is while no more training samples than its radius are inserted into the "
                 "training set or removed from it, whichever they are, and training is repeated with the same settings "
                 "and seed. A sample that is changed counts twice: one is removed, one inserted."
             ),

@@ -125,7 +125,7 @@ def _proved(config: CertifySmoothingConfig, compute: Compute) -> dict[str, Any]:
             "threat": "changes of the image that is classified",
             "statement": (
                 "The smoothed classifier, which says what the model most often says of an image under Gaussian noise "
-                f"of standard deviation {config.sigma:g}, says the same of every image closer than `radius` in l2 "
+                f"of standard deviation {config.sigma:g}, says the same of every image closer than its radius in l2 "
                 "(pixels on [0, 1]). Of each image by itself this holds with a probability of at least "
                 f"{1 - config.alpha:g} over the noise that was drawn."
             ),

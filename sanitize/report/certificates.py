@@ -5,6 +5,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sanitize.artifacts import Part, Recipe, make
+from sanitize.certify.certificates import excerpt
 from sanitize.compute import Compute
 from sanitize.package import ModelPackage
 from sanitize.report import charts
@@ -33,18 +34,21 @@ def write_certificate_report(package: ModelPackage, out: str, compute: Compute) 
         }
         drawings = [Markup(_drawing(of)) for of in certificates]
         part.write_json("report.json", numbers)
-        part.write("index.html", template("certificates.html.j2").render(numbers, drawings=drawings).encode())
+        shown = {"drawings": drawings, "excerpts": [excerpt(of["certified_accuracy"]) for of in certificates]}
+        part.write("index.html", template("certificates.html.j2").render(numbers, **shown).encode())
 
     return make(Report, out, recipe, write)
 
 
 def _headline(of: dict[str, Any]) -> str:
     radius, share = of["certified_accuracy"][len(of["certified_accuracy"]) // 2]
-    unit, up_to = of["radius_unit"], f"{share:.1%} of {of['samples']} samples are right"
-    return f"{up_to} whatever {radius:g} {unit} do" if of["integral"] else f"{up_to} within {radius:.3g} ({unit})"
+    right = f"{share:.1%} of {of['samples']} test samples are right"
+    if of["integral"]:
+        return f"{right}, whatever {radius:g} {of['radius_unit']} somebody inserts or removes"
+    return f"{right}, and all that is closer than {radius:g} ({of['radius_unit']})"
 
 
 def _drawing(of: dict[str, Any]) -> str:
     radii, shares = zip(*of["certified_accuracy"], strict=True)
     unit = f"radius: {of['radius_unit']}"
-    return charts.curves(radii, {"certified accuracy": shares}, unit, share=True, whole=of["integral"])
+    return charts.curves(radii, {"certified": shares}, unit, share=True, whole=of["integral"])

@@ -19,7 +19,7 @@ from flows.train import TrainRunConfig, run_train
 from sanitize.artifacts import read_manifest
 from sanitize.train import RobustModel
 
-FOLDERS = ("00-index", "01-index-test", "60-model", "61-drop-scores", "90-report")
+FOLDERS = ("00-index", "01-index-test", "60-model", "61-drop-scores", "80-package", "90-report")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_command_trains_and_says_where_everything_is(train_settings: dict[st
     result = CliRunner().invoke(app, ["train", *options, *more, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert set(found) == {"model", "history", "last", "drop_scores", "report"}
+    assert set(found) == {"model", "history", "last", "drop_scores", "package", "report"}
     assert found["last"]["dropped"] == pytest.approx(0.1, abs=0.02)
     recipe = read_manifest(tmp_path / "run" / "60-model").recipe
     assert recipe.config["method"]["collaborate"] == {"kind": "co"}

@@ -1,0 +1,184 @@
+"""Certificates from shards to the package: the same however it is called; what voids one is refused by its name."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sanitize
+from flows.certify import CertifyRunConfig, run_certify
+from flows.cli import app
+from flows.restore import verify_run
+from flows.train import TrainRunConfig, run_train
+from sanitize.artifacts import read_manifest
+from sanitize.data.digits import Digits
+from sanitize.errors import ConfigError
+
+RUNNER = CliRunner()
+INDEX = {"n_classes": 10, "image": {"size": [8, 8], "channels": 1}}
+PARTITION = {
+    "n_partitions": 9,
+    "group_size": 4,
+    "steps_per_epoch": 4,
+    "optim": {"epochs": 10, "batch_size": 16, "learning_rate": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def ensemble_settings(digits: Digits) -> dict[str, Any]:
+    shards = digits.shards()
+    settings = {"shards": shards[:4], "test_shards": shards[4:6], "index": INDEX, "partition": PARTITION}
+    return settings | {"compute": {"device": "cpu"}}
+
+
+@pytest.fixture(scope="module")
+def ensemble_run(ensemble_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("certify") / "ensemble"
+    run_train(TrainRunConfig.model_validate(ensemble_settings), out, direct=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def network_run(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("certify") / "network"
+    of_train = {
+        "architecture": {"kind": "convnet", "widths": [8, 16]},
+        "optim": {"epochs": 6, "noise_sd": 0.25, "learning_rate": 0.02},
+    }
+    settings = {"shards": digits.shards()[:4], "index": INDEX, "train": of_train, "compute": {"device": "cpu"}}
+    run_train(TrainRunConfig.model_validate(settings), out, direct=True)
+    return out
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_groups_of_partitions_as_prefect_tasks_give_the_same_digests(
+    ensemble_run: Path, ensemble_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run_train(TrainRunConfig.model_validate(ensemble_settings | {"n_groups": 3}), out, direct=False)
+    for folder in ("00-index", "60-ensemble", "70-certificates", "80-package", "90-report"):
+        assert read_manifest(out / folder).digest == read_manifest(ensemble_run / folder).digest
+    assert verify_run(str(out))[1] == []
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_smoothing_as_a_flow_gives_the_same_digests(network_run: Path, digits: Digits, tmp_path: Path) -> None:
+    smoothing = {"n": 200, "n0": 20, "max_images": 12}
+    settings = {"model": str(network_run), "shards": digits.shards()[4:6], "smoothing": smoothing}
+    config = CertifyRunConfig.model_validate(settings | {"compute": {"device": "cpu"}})
+    for name, direct in (("direct", True), ("prefect", False)):
+        run_certify(config, tmp_path / name, direct)
+    folders = ("70-certificates", "80-package", "90-report")
+    assert (
+        len({tuple(read_manifest(tmp_path / name / f).digest for f in folders) for name in ("direct", "prefect")}) == 1
+    )
+
+
+def test_a_package_says_what_it_is_and_loads_without_the_rest(
+    ensemble_run: Path, digits: Digits, tmp_path: Path
+) -> None:
+    package = tmp_path / "elsewhere"
+    shutil.copytree(ensemble_run / "80-package", package)
+    files = {path.name for path in package.iterdir()}
+    assert {"model.safetensors", "config.json", "certificate.json", "metrics.json", "MODEL_CARD.md"} <= files
+    images_BCHW = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
+    votes_BK = sanitize.load_model(package)(images_BCHW)
+    assert votes_BK.sum(1).tolist() == [9.0] * 5
+    torch.testing.assert_close(sanitize.load_model(ensemble_run)(images_BCHW / 255), votes_BK)
+    torch.testing.assert_close(sanitize.load_model(ensemble_run / "60-ensemble")(images_BCHW), votes_BK)
+    card = (package / "MODEL_CARD.md").read_text()
+    assert "| certified accuracy |" in card
+    assert "inserted into the training set or removed" in card
+    (certificate,) = json.loads((package / "certificate.json").read_text())["certificates"]
+    shares = [share for _, share in certificate["certified_accuracy"]]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == certificate["clean_accuracy"] > 0.7
+
+
+def test_the_command_certifies_a_package_again_and_keeps_how_it_was_trained(
+    ensemble_run: Path, digits: Digits, tmp_path: Path
+) -> None:
+    shards = [f"--shards={shard}" for shard in digits.shards()[6:8]]
+    command = ["certify", str(ensemble_run), *shards, f"--out={tmp_path / 'run'}", "--direct"]
+    result = RUNNER.invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    (certificate,) = json.loads(result.stdout)["certificates"]
+    assert certificate["kind"] == "partitions"
+    before, after = (
+        json.loads((run / "80-package" / "training.json").read_text()) for run in (ensemble_run, tmp_path / "run")
+    )
+    assert before == after
+    page = (tmp_path / "run" / "90-report" / "index.html").read_text()
+    assert "<svg" in page
+    assert "<script" not in page
+    shown = RUNNER.invoke(app, [*command, "--quiet"])
+    assert "A prediction stays what it is" in " ".join(shown.output.split())
+
+
+def test_a_model_without_certificates_says_so(network_run: Path) -> None:
+    assert json.loads((network_run / "80-package" / "certificate.json").read_text())["certificates"] == []
+    assert "this model carries no certificate" in (network_run / "80-package" / "MODEL_CARD.md").read_text()
+
+
+def test_shards_that_a_global_filter_left_get_no_poisoning_certificate(
+    ensemble_settings: dict[str, Any], digits: Digits, tmp_path: Path
+) -> None:
+    shards = [f"--shards={shard}" for shard in digits.shards()[:3]]
+    assert RUNNER.invoke(app, ["clean", *shards, f"--out={tmp_path / 'clean'}", "--direct", "--quiet"]).exit_code == 0
+    (folder,) = (tmp_path / "clean").glob("*-shards")
+    settings = ensemble_settings | {"shards": [str(folder / "clean")]}
+    with pytest.raises(ConfigError, match="made by write_selected, which looks at all samples"):
+        run_train(TrainRunConfig.model_validate(settings), tmp_path / "refused", direct=True)
+    (folder / "manifest.json").unlink()  # a copy of the shards with the description that lies beside them
+    with pytest.raises(ConfigError, match="made by write_selected"):
+        run_train(TrainRunConfig.model_validate(settings), tmp_path / "refused too", direct=True)
+    assert not list(tmp_path.glob("refused*/80-package"))
+
+
+def test_a_filter_inside_each_partition_keeps_the_certificate(
+    ensemble_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    filtered = {"kind": "per_partition", "contamination": 0.1}
+    settings = ensemble_settings | {"partition": PARTITION | {"filter": filtered}}
+    result = run_train(TrainRunConfig.model_validate(settings), tmp_path / "run", direct=True)
+    (certificate,) = result["certificates"]
+    assert certificate["scope"]["filter"] == "inside each partition"
+    counts = read_manifest(tmp_path / "run" / "60-ensemble").counts
+    assert 0.88 < counts["trained_on"] / counts["samples"] < 0.95
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"simclr": {}}, "trains on pixels alone"),
+        ({"train": {"lipschitz": 1.0}}, "trains in place of `train:`"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    settings: dict[str, Any], message: str, ensemble_settings: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainRunConfig.model_validate(ensemble_settings | settings)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("00-index", "is no model: it was made by index_shards"), ("nothing", "is not a finished artifact")],
+)
+def test_what_is_no_model_is_refused(
+    path: str, message: str, network_run: Path, digits: Digits, tmp_path: Path
+) -> None:
+    command = [
+        "certify",
+        str(network_run / path),
+        f"--shards={digits.shards()[0]}",
+        f"--out={tmp_path / 'run'}",
+        "--direct",
+    ]
+    result = RUNNER.invoke(app, command)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())

@@ -178,8 +178,9 @@ def _processes(n: int) -> ProcessPoolExecutor:
 def run(size: Size, arguments: argparse.Namespace) -> None:
     """All parts."""
     start = time.perf_counter()
-    found, missed = smoothing(size, arguments.first_seed)
-    conclude(missed, arguments.json, start, smoothing=found)
+    smoothed, missed = smoothing(size, arguments.first_seed)
+    voted, more_missed = partitions(size.n_partitioned, size.n_attacked, arguments.first_seed)
+    conclude([*missed, *more_missed], arguments.json, start, smoothing=smoothed, partitions=voted)
 
 
 def main() -> None:

@@ -205,16 +205,33 @@ def _train_group(
     if config.filter is not None:
         partitions = [_filtered(config.filter, of, compute) for of in partitions]
     counts = [{"samples": of.n_all, "trained_on": len(of.labels_N)} for of in partitions]
+    samples = [(of.images_NCHW, of.labels_N) for of in partitions]
+    networks, history = fit_networks(config, model_config, numbers, samples, compute)
+    return networks, history, counts
+
+
+def fit_networks(
+    config: PartitionConfig,
+    model_config: ModelConfig,
+    numbers: Sequence[int],
+    samples: Sequence[tuple[Tensor, Tensor]],
+    compute: Compute,
+) -> tuple[Stacked, list[dict[str, float]]]:
+    """Train base models side by side.
+
+    Args:
+        config: how.
+        model_config: of one of them.
+        numbers: of their partitions.
+        samples: of each its images (n, C, H, W), uint8, and labels (n,); there may be none.
+        compute: device, precision, seed.
+
+    Returns:
+        The networks, and the means over them of loss and accuracy in each epoch.
+    """
     networks = stacked_networks(model_config, numbers, compute)
-    data = PartitionBatches(
-        [(of.images_NCHW, of.labels_N) for of in partitions],
-        numbers,
-        config.optim.batch_size,
-        config.steps_per_epoch,
-        compute,
-    )
-    n_visits = config.optim.epochs * data.samples_per_epoch
-    with track(f"train partitions {numbers.start}-{numbers.stop - 1}", n_visits) as advance:
+    data = PartitionBatches(samples, numbers, config.optim.batch_size, config.steps_per_epoch, compute)
+    with track(f"train {len(numbers)} partitions", config.optim.epochs * data.samples_per_epoch) as advance:
         history = train(
             networks,
             data.epoch,
@@ -224,8 +241,9 @@ def _train_group(
             model_config.normalise,
             lambda n: advance(n * len(numbers)),
             side_by_side(compute),
+            unit=model_config.pixel_unit,
         )
-    return networks, history, counts
+    return networks, history
 
 
 def _gather(config: PartitionConfig, numbers: range, dataset: Dataset) -> list[_Partition]:
@@ -266,7 +284,7 @@ def _filtered(config: PartitionFilterConfig, partition: _Partition, compute: Com
     return _Partition(partition.images_NCHW[keep_N], partition.labels_N[keep_N], partition.n_all)
 
 
-def stacked_networks(model_config: ModelConfig, numbers: range, compute: Compute) -> Stacked:
+def stacked_networks(model_config: ModelConfig, numbers: Sequence[int], compute: Compute) -> Stacked:
     """New base models for these partitions; each has the seed of its partition."""
     networks = []
     with _INITIALISING:
@@ -290,7 +308,7 @@ class PartitionBatches:
     def __init__(
         self,
         samples: Sequence[tuple[Tensor, Tensor]],
-        numbers: range,
+        numbers: Sequence[int],
         batch_size: int,
         steps_per_epoch: int,
         compute: Compute,

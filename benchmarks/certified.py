@@ -9,6 +9,10 @@ gradient descent in l2 at the same radii (margin loss, 20 steps, 2 random restar
 accuracy; that under attack is only where this one ended. Targets: certified accuracy of 65 % at .25 and 50 % at .5;
 passes a second at least 90 % of the bare model's; no more memory for fifty times the copies.
 
+Partitions: see `benchmarks.partitions`. Targets: the vote of 50 perceptrons on 10,000 images is right on 79 %, and
+certified on 66 % at ten poisons, none of which an attack changes; 250 perceptrons on 50,000 images take less than three
+times the time of one.
+
 Exits with 1 where a target is missed.
 """
 
@@ -27,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.data import fashion_mnist
+from benchmarks.partitions import partitions
 from benchmarks.report import conclude, print_table, quick_or_full
 from sanitize.certify.smoothing import Certified, SmoothingConfig, certify
 from sanitize.compute import Compute
@@ -52,9 +57,10 @@ class Size(NamedTuple):
     epochs: int
     n_images: int
     n: int
+    n_attacked: int
 
 
-QUICK, FULL = Size(24_000, 5, 200, 1_000), Size(60_000, 20, 1_000, 10_000)
+QUICK, FULL = Size(24_000, 5, 200, 1_000, 20), Size(60_000, 20, 1_000, 10_000, 200)
 
 
 def fit(noise_sd: float, size: Size, seed: int) -> OnPixels:
@@ -181,7 +187,7 @@ def run(size: Size, arguments: argparse.Namespace) -> None:
     """All parts."""
     start = time.perf_counter()
     smoothed, missed = smoothing(size, arguments.first_seed)
-    voted, more_missed = partitions(size.n_partitioned, size.n_attacked, arguments.first_seed)
+    voted, more_missed = partitions(10_000, size.n_attacked, arguments.first_seed)
     conclude([*missed, *more_missed], arguments.json, start, smoothing=smoothed, partitions=voted)
 
 

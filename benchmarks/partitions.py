@@ -143,11 +143,7 @@ def partitions(n_train: int, n_targets: int, seed: int) -> tuple[dict[str, Any],
     vote = voted(said_NM)
     right_N, plain_N = vote.prediction == test[1], (plain(clean, test[0], compute) == test[1]).float()
     rows = [{"poisons": n, "certified": float((right_N & (vote.radius >= n)).float().mean())} for n in POISONS]
-    print_table(
-        rows,
-        ["poisons", "certified"],
-        f"accuracy whatever so many training samples are: vote of {k}, {n_train} samples",
-    )
+    print_table(rows, ["poisons", "certified"], f"accuracy at so many poisoned of {n_train} samples, vote of {k}")
 
     # Attacked are images that both get right, so that what changes is the poisons' doing.
     targets = (right_N & plain_N.bool()).nonzero()[:, 0]
@@ -159,9 +155,7 @@ def partitions(n_train: int, n_targets: int, seed: int) -> tuple[dict[str, Any],
     still = {name: sum(of[name] == of["label"] for of in attacked) / n_targets for name in ("plain", "vote")}
     found = {"still_right": still, "certified": sum(safe) / n_targets, "clean_accuracy_plain": float(plain_N.mean())}
     broken = sum(is_safe and of["vote"] != of["label"] for is_safe, of in zip(safe, attacked, strict=True))
-    print(
-        f"{n_targets} test images that both get right, {N_POISONS} poisons each: {found}; certified and changed: {broken}"
-    )
+    print(f"{n_targets} images that both get right, {N_POISONS} poisons each: {found}; broken certificates: {broken}")
     speed = epoch_seconds((images_NCHW[chosen_N[:50_000]], labels_N[chosen_N[:50_000]]), 250, seed)
     print(f"CPU seconds of 50,000 visits: 250 perceptrons side by side {speed}")
 

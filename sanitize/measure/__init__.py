@@ -1,6 +1,17 @@
 """How good a detector or a model is, by the field's standard measures; and how bad an attack makes it."""
 
 from sanitize.measure.evasion import EvasionConfig, evade
+from sanitize.measure.leaking import Leaking, gradient_leaking
 from sanitize.measure.metrics import Detection, accuracy, attack_success_rate, auroc, detection
 
-__all__ = ["Detection", "EvasionConfig", "accuracy", "attack_success_rate", "auroc", "detection", "evade"]
+__all__ = [
+    "Detection",
+    "EvasionConfig",
+    "Leaking",
+    "accuracy",
+    "attack_success_rate",
+    "auroc",
+    "detection",
+    "evade",
+    "gradient_leaking",
+]

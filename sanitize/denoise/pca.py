@@ -1,0 +1,223 @@
+"""Principal components of the images of a data set, in one pass over its shards, or a few.
+
+Up to 8,192 pixels a covariance matrix is summed up and taken apart, which is exact. Beyond that its product with a
+block of random directions is summed up instead (randomised subspace iteration: Halko, Martinsson & Tropp, SIAM Review
+2011, Algorithm 4.4), once a pass. Pixels are on [0, 1]. Shapes: B images of a batch, D = C H W pixels, R components.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Self
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.errors import ConfigError
+from sanitize.progress import track
+from sanitize.streaming import Moments
+
+MAX_EXACT = 8_192  # pixels; the matrix takes 512 MiB, and its eigenvectors minutes
+_ROWS = 2_048  # images whose products are taken together: the sums are read and written once for all of them
+
+
+class PCAConfig(BaseModel):
+    """Which components.
+
+    Attributes:
+        n_components: of images beyond 8,192 pixels, how many are estimated; smaller images have all of theirs.
+        n_passes: over the shards, for the estimate.
+        oversampling: further directions that are carried along and dropped at the end.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_components: int = Field(default=512, ge=1)
+    n_passes: int = Field(default=4, ge=2)
+    oversampling: int = Field(default=32, ge=0)
+
+
+class Components(Artifact):
+    """`pca.safetensors`: mean (D,), values (R,), vectors (D, R), and the total variance; float64."""
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return safetensors.torch.load(self.read("pca.safetensors"))
+
+    @property
+    def mean_D(self) -> Tensor:
+        """The mean image."""
+        return self._tensors["mean"]
+
+    @property
+    def values_R(self) -> Tensor:
+        """Variances along the components, descending."""
+        return self._tensors["values"]
+
+    @property
+    def vectors_DR(self) -> Tensor:
+        """The components, orthonormal, each with its largest entry positive."""
+        return self._tensors["vectors"]
+
+    def energy(self, d: int) -> float:
+        """Share of all variance that the first d components have."""
+        return float(self.values_R[:d].sum() / self._tensors["total"])
+
+    def dimensions(self, energy: float) -> int:
+        """How many components have this share of all variance. Raises ConfigError where those there are have less."""
+        shares_R = self.values_R.cumsum(0) / self._tensors["total"]
+        d = int((shares_R < energy).sum()) + 1
+        if d > len(shares_R):
+            raise ConfigError(
+                f"{len(shares_R)} components have {float(shares_R[-1]):.4f} of the variance, not {energy}: ask for "
+                "less, or raise n_components"
+            )
+        return d
+
+
+def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> Components:
+    """Principal components of the usable images of a data set.
+
+    Args:
+        config: how many, where they are estimated.
+        dataset: the images.
+        out: folder of the artifact.
+        compute: seed of the random directions.
+
+    Raises:
+        ConfigError: there are fewer than two images.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="fit_pca",
+        config=config.model_dump(mode="json"),
+        numerics=compute.numerics,
+        inputs={"dataset": dataset.digest},
+    )
+    if dataset.n_samples < 2:
+        raise ConfigError(f"{dataset.path} has {dataset.n_samples} usable images: components need two")
+    n_pixels = torch.Size(dataset.image_shape).numel()
+
+    def write(part: Part) -> None:
+        n_passes = 1 if n_pixels <= MAX_EXACT else config.n_passes
+        with track("components", n_passes * dataset.n_samples) as advance:
+
+            def one_pass() -> Iterable[Tensor]:
+                for batch in dataset.batches(_ROWS):
+                    yield batch.images_BCHW.flatten(1).double() / 255
+                    advance(len(batch.keys))
+
+            if n_pixels <= MAX_EXACT:
+                tensors = exact_components(one_pass(), n_pixels)
+            else:
+                tensors = estimated_components(one_pass, n_pixels, config, compute.generator("pca"))
+        part.write("pca.safetensors", safetensors.torch.save(tensors))
+        part.counts.update(samples=dataset.n_samples)
+
+    return make(Components, out, recipe, write)
+
+
+def exact_components(batches: Iterable[Tensor], n_pixels: int) -> dict[str, Tensor]:
+    """mean, values, vectors and total of rows (B, D), float64."""
+    moments = Moments(n_pixels)
+    for x_BD in batches:
+        moments.update(x_BD)
+    values_D, vectors_DD = torch.linalg.eigh(moments.covariance(ddof=0))
+    values_D, vectors_DD = values_D.flip(0).clamp(min=0), vectors_DD.flip(1)
+    return _tensors(moments.mean_D, values_D, vectors_DD, values_D.sum())
+
+
+class CovarianceProduct:
+    """The covariance of rows times a matrix, without the covariance; mergeable.
+
+    Args:
+        directions_DR: the matrix, float64.
+
+    Attributes:
+        count: rows seen.
+        sum_D: their sum.
+        product_DR: sum of x (x^T directions).
+        squares: sum of all squared entries.
+    """
+
+    def __init__(self, directions_DR: Tensor) -> None:
+        self.directions_DR = directions_DR
+        self.count = 0
+        self.sum_D = torch.zeros(len(directions_DR), dtype=torch.float64)
+        self.product_DR = torch.zeros_like(directions_DR)
+        self.squares = torch.zeros((), dtype=torch.float64)
+
+    def update(self, x_BD: Tensor) -> None:
+        """Add rows (B, D), float64."""
+        self.count += len(x_BD)
+        self.sum_D = self.sum_D + x_BD.sum(0)
+        self.product_DR.addmm_(x_BD.T, x_BD @ self.directions_DR)
+        self.squares = self.squares + x_BD.square().sum()
+
+    def merge(self, other: Self) -> None:
+        """Add all rows `other` has seen; it has the same directions."""
+        self.count += other.count
+        self.sum_D = self.sum_D + other.sum_D
+        self.product_DR += other.product_DR
+        self.squares = self.squares + other.squares
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums and the directions, lossless."""
+        state = {"directions": self.directions_DR, "sum": self.sum_D, "product": self.product_DR}
+        return state | {"count": torch.tensor(self.count), "squares": self.squares}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
+        """The inverse of `state_dict`."""
+        product = cls(state["directions"].clone())
+        product.count = int(state["count"])
+        product.sum_D, product.product_DR = state["sum"].clone(), state["product"].clone()
+        product.squares = state["squares"].clone()
+        return product
+
+    @property
+    def mean_D(self) -> Tensor:
+        """Of the rows."""
+        return self.sum_D / self.count
+
+    @property
+    def total(self) -> Tensor:
+        """Variance of the rows, summed over entries."""
+        return self.squares / self.count - self.mean_D.square().sum()
+
+    def value(self) -> Tensor:
+        """Covariance times directions (D, R)."""
+        return self.product_DR / self.count - torch.outer(self.mean_D, self.mean_D @ self.directions_DR)
+
+
+def estimated_components(
+    passes: Callable[[], Iterable[Tensor]], n_pixels: int, config: PCAConfig, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """mean, values, vectors and total, the leading ones estimated by subspace iteration.
+
+    Each pass multiplies the block by the covariance once; the last one also says how the covariance acts inside the
+    block, and the components are its own (Rayleigh & Ritz).
+    """
+    n_directions = min(config.n_components + config.oversampling, n_pixels)
+    block_DR = torch.randn(n_pixels, n_directions, generator=generator, dtype=torch.float64)
+    for _ in range(config.n_passes):
+        block_DR = torch.linalg.qr(block_DR).Q
+        product = CovarianceProduct(block_DR)
+        for x_BD in passes():
+            product.update(x_BD)
+        inside_DR, block_DR = block_DR, product.value()
+    values_R, turn_RR = torch.linalg.eigh(inside_DR.T @ block_DR)
+    keep = slice(0, config.n_components)
+    values_R, vectors_DR = values_R.flip(0).clamp(min=0)[keep], (inside_DR @ turn_RR.flip(1))[:, keep]
+    return _tensors(product.mean_D, values_R, vectors_DR, product.total)
+
+
+def _tensors(mean_D: Tensor, values_R: Tensor, vectors_DR: Tensor, total: Tensor) -> dict[str, Tensor]:
+    # A component may point either way; the largest entry decides, so that the bytes are the same everywhere.
+    largest_R = vectors_DR.gather(0, vectors_DR.abs().argmax(0, keepdim=True))[0]
+    vectors_DR = vectors_DR * torch.where(largest_R < 0, -1.0, 1.0)
+    return {"mean": mean_D, "values": values_R.contiguous(), "vectors": vectors_DR.contiguous(), "total": total}

@@ -1,0 +1,102 @@
+"""Write shards of modified training images: the only place where `pca_noise` meets files."""
+
+import io
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.decode import ImageConfig, decode, encode_png
+from sanitize.data.names import split_name
+from sanitize.data.samples import Sample, find_image
+from sanitize.data.tar_write import TarWriter
+from sanitize.data.writer import shard_writer
+from sanitize.denoise.pca import Components
+from sanitize.denoise.pca_noise import PCANoise, PCANoiseConfig
+from sanitize.progress import track
+
+
+class DenoiseConfig(PCANoiseConfig):
+    """How images are modified, and how they are written.
+
+    Attributes:
+        member: png: 8 bits, what is below 0 or above 255 clipped; npy: float32 (C, H, W), 255 times a pixel on [0, 1],
+            exact. Clipping takes part of the noise away: see docs/methods.md.
+    """
+
+    member: Literal["png", "npy"] = Field(default="png")
+
+
+class Denoised(Artifact):
+    """`shards/SHARD`: the usable samples with modified images; all other members as they were."""
+
+
+def denoise_shards(
+    config: DenoiseConfig,
+    components: Components,
+    dataset: Dataset,
+    out: str,
+    compute: Compute,
+    shards: Sequence[str] | None = None,
+) -> Denoised:
+    """Write a copy of the shards with modified images, in the order of the samples.
+
+    The noise of a sample is drawn from a stream named by its shard, key and position: order and workers change nothing.
+
+    Args:
+        config: Algorithm 1, and the kind of member.
+        components: of the same images.
+        dataset: what is copied; unreadable samples are left out.
+        out: folder of the artifact.
+        compute: seed of the noise.
+        shards: names of the shards to do now; None does all that are missing and finishes.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="denoise_shards",
+        config=config.model_dump(mode="json"),
+        numerics=compute.numerics,
+        inputs={"components": components.digest, "dataset": dataset.digest},
+    )
+    modify = PCANoise(config, components, torch.device("cpu"))
+    image = ImageConfig.model_validate(dataset.info["image"] | {"size": dataset.image_shape[1:]})
+
+    def write_part(shard: str, part: Part) -> None:
+        with shard_writer(part, f"shards/{shard}") as tar:
+            for sample, row in dataset.samples(shard):
+                if row["status"] == "ok":
+                    generator = compute.generator("denoise", shard, row["key"], row["position"])
+                    _copy(sample, modify, generator, config.member, image, tar)
+                    part.counts["samples"] += 1
+                    advance(1)
+
+    with track("denoise", dataset.n_samples if shards is None else None) as advance:
+        return make(Denoised, out, recipe, parts=dataset.shards, write_part=write_part, only=shards)
+
+
+def _copy(
+    sample: Sample, modify: PCANoise, generator: torch.Generator, member: str, image: ImageConfig, tar: TarWriter
+) -> None:
+    image_name, data = find_image(sample)
+    image_CHW = decode(data, image)
+    xi_1m = torch.randn(1, modify.n_noise, generator=generator)
+    modified_CHW = 255 * modify(image_CHW[None].float() / 255, xi_1m)[0]
+    for name, payload in sample.members:
+        if name == image_name:
+            tar.add(f"{split_name(name)[0]}.{member}", _encoded(modified_CHW, member))
+        else:
+            tar.add(name, payload)
+
+
+def _encoded(image_CHW: Tensor, member: str) -> bytes:
+    if member == "png":
+        return encode_png(image_CHW.round().clamp(0, 255).to(torch.uint8))
+    sink = io.BytesIO()
+    np.save(sink, image_CHW.numpy(), allow_pickle=False)
+    return sink.getvalue()

@@ -10,9 +10,9 @@ same images with the trigger, against their true labels. No augmentation; tau_x 
 Quick: 6,000 images of Fashion-MNIST, perceptron 784-256-10, 3 seeds, mean of the last 2 epochs. Noise is blended in
 with weight 0.2 (chapter: 0.1, which fools the standard model here but not PRL, so that AT has nothing to add), and all
 filters are told 1.5 times the true rate: tau of PRL and SPL, and spectral filtering, which drops that share of each
-class by spectral signatures of the standard model (penultimate layer) and trains again. Targets: PRL-AT's poison accuracy within 10 points of its clean
-accuracy in all four cells, and above every other row's poison accuracy in three of them. Exits with 1 where one is
-missed. Full: the chapter's attacks, tau is the true rate.
+class by spectral signatures of the standard model (penultimate layer) and trains again. Targets: PRL-AT's poison
+accuracy within 10 points of its clean accuracy in all four cells, and above every other row's poison accuracy in three
+of them. Exits with 1 where one is missed. Full: the chapter's attacks, tau is the true rate.
 """
 
 import argparse

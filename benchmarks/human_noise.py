@@ -157,7 +157,7 @@ def scores(of: People, folds: dict[str, list[Fold]], compute: Compute) -> dict[t
         for name in QUALITIES:
             found[method, f"cleanlab: {name}"] = -get_label_quality_scores(of.given_N.numpy(), p_NK, method=name)
     dropped_N, seen_N = (torch.stack([part[i] for part in folds["prl_l"]]).sum(0) for i in (2, 3))
-    found["prl_l", "PRL: share of visits dropped"] = (dropped_N / seen_N).numpy()
+    found["prl_l", "PRL: share of visits dropped"] = (dropped_N / seen_N).nan_to_num().numpy()
     found["ridge", "label_margin"] = ridge_margins(of, compute)
     return found
 

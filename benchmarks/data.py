@@ -1,8 +1,10 @@
 """Real data for benchmarks, from the folder `../shared/data` beside the checkout, written as shards on the fly."""
 
+import csv
 import gzip
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -38,14 +40,16 @@ def fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 
-def cifar10(split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of "train" or "test", in the order of the shards."""
-    shards = sorted((SHARED / "cifar10").glob(f"{split}-*.tar.gz"))
-    if not shards:
-        raise SystemExit(f"{SHARED / 'cifar10'} is missing: this benchmark needs the shared data folder")
+def cifar10(split: str, shards: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of "train" or "test", in the order of the shards.
+
+    Args:
+        split: train (ten shards) or test (two), 5,000 images each, drawn at random.
+        shards: numbers of those to read; None is all.
+    """
     images, labels = [], []
-    for shard in shards:
-        with tarfile.open(shard, "r|*") as tar:
+    for path in _cifar10_shards(split, shards):
+        with tarfile.open(path, "r|*") as tar:
             for member in tar:
                 payload = cast(IO[bytes], tar.extractfile(member)).read()
                 if member.name.endswith(".jpg"):
@@ -53,6 +57,28 @@ def cifar10(split: str) -> tuple[Tensor, Tensor]:
                 else:
                     labels.append(int(payload))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def cifar10n(kind: str, shards: Sequence[int] | None = None) -> Tensor:
+    """Labels that people gave the training images of CIFAR-10 (Wei et al. 2022), (N,) int64, in the order of `cifar10`.
+
+    Args:
+        kind: aggre_label (the majority of three people), worse_label, random_label1 to 3, or clean_label.
+        shards: as for `cifar10`.
+    """
+    with gzip.open(SHARED / "cifar10" / "index.csv.gz", "rt") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    names = {path.name.split(".")[0] for path in _cifar10_shards("train", shards)}
+    placed = sorted((row["shard"], int(row["position"]), int(row["index"])) for row in rows if row["shard"] in names)
+    labels_N = np.load(SHARED / "cifar10-labels" / "cifar10n-train-labels.npz")[kind].astype(np.int64)
+    return torch.from_numpy(labels_N[[index for _, _, index in placed]])
+
+
+def _cifar10_shards(split: str, shards: Sequence[int] | None) -> list[Path]:
+    paths = sorted((SHARED / "cifar10").glob(f"{split}-*.tar.gz"))
+    if not paths:
+        raise SystemExit(f"{SHARED / 'cifar10'} is missing: this benchmark needs the shared data folder")
+    return paths if shards is None else [paths[number] for number in shards]
 
 
 def write_images(out: Path, split: str, images_NCHW: Tensor, labels_N: Tensor, per_shard: int = 1000) -> ImageShards:

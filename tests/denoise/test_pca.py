@@ -1,6 +1,7 @@
 """Principal components against scikit-learn's, exact and estimated, in one piece and in many."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_beyond_the_limit_components_are_estimated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sanitize.denoise.pca.MAX_EXACT", 10)
-    estimated = fit_pca(PCAConfig(n_components=8), dataset, str(tmp_path_factory.mktemp("pca") / "pca"), compute)
+    estimated = fit_pca(PCAConfig(n_components=8), dataset, str(tmp_path / "pca"), compute)
     assert len(estimated.values_R) == 8
     assert estimated.energy(8) == pytest.approx(components.energy(8), rel=1e-3)
     assert angle(estimated.vectors_DR[:, :3], components.vectors_DR[:, :3]) < 1e-3

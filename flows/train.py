@@ -12,6 +12,7 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.denoise import PCAConfig, fit_pca
 from sanitize.distributed import world
 from sanitize.embed import SimCLRConfig, pretrain_simclr
 from sanitize.errors import ConfigError
@@ -34,6 +35,7 @@ class TrainRunConfig(BaseModel):
             shards are certified against poisoned training samples.
         simclr: given, an encoder is pre-trained without labels, and `train` learns its last layer alone (PRL-SimCLR-SN
             where `train.method` is prl_l and `train.lipschitz` is set).
+        pca: how principal components are found, for `train.denoise`.
         n_groups: groups of partitions that are trained side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
     """
@@ -47,6 +49,7 @@ class TrainRunConfig(BaseModel):
     simclr: SimCLRConfig | None = None
     train: TrainConfig = TrainConfig()
     partition: PartitionConfig | None = None
+    pca: PCAConfig = PCAConfig()
     drop_scores: DropScorerConfig = DropScorerConfig()
     n_groups: int = Field(default=1, ge=1)
     compute: Compute = Compute()
@@ -79,7 +82,11 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
         no_labels = {"label": None, "n_classes": 1}
         unlabelled = _index_more("02-index-unlabelled", config.unlabelled_shards, no_labels, config, dataset, run)
         encoder = run.together("50-encoder", pretrain_simclr, config.simclr, dataset, unlabelled=unlabelled)
-    model = run.together("60-model", train_robust, config.train, dataset, test=test, encoder=encoder)
+    pca = None
+    if config.train.denoise is not None:
+        pca = run.stage("55-pca", fit_pca, config.pca, dataset)
+    more = {"test": test, "encoder": encoder, "pca": pca}
+    model = run.together("60-model", train_robust, config.train, dataset, **more)
     result: dict[str, Any] = {"model": model.path, "history": model.url("history.parquet"), "last": model.history[-1]}
     if model.has_drops:
         scores = run.stage("61-drop-scores", drop_scores, config.drop_scores, model, dataset)
@@ -147,6 +154,7 @@ def run_train(config: TrainRunConfig, out: str | Path, direct: bool) -> dict[str
 STAGES: Sequence[Any] = (
     index_shards,
     pretrain_simclr,
+    fit_pca,
     train_robust,
     drop_scores,
     train_partitions,

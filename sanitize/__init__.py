@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sanitize.certify import certify_partitions, certify_smoothing, train_partitions
     from sanitize.compute import Compute
     from sanitize.data.index import index_shards
+    from sanitize.denoise import denoise_shards, fit_pca
     from sanitize.embed import embed_shards, import_table, train_embedder
     from sanitize.package import load_model, package_model
     from sanitize.report import write_report
@@ -28,8 +29,10 @@ __all__ = [
     "__version__",
     "certify_partitions",
     "certify_smoothing",
+    "denoise_shards",
     "drop_scores",
     "embed_shards",
+    "fit_pca",
     "fit_scorer",
     "import_table",
     "index_shards",
@@ -61,6 +64,8 @@ _HOMES = {
     "restore_samples": "select",
     "write_report": "report",
     "poison_shards": "attack",
+    "fit_pca": "denoise",
+    "denoise_shards": "denoise",
     "train_robust": "train",
     "drop_scores": "train",
     "train_partitions": "certify",

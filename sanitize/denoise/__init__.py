@@ -1,10 +1,11 @@
 """Training images without what a robust model should not learn from."""
 
-from sanitize.denoise.pca import Components, PCAConfig, fit_pca
+from sanitize.denoise.pca import PCA, Components, PCAConfig, fit_pca
 from sanitize.denoise.pca_noise import PCANoise, PCANoiseConfig
 from sanitize.denoise.stage import DenoiseConfig, Denoised, denoise_shards
 
 __all__ = [
+    "PCA",
     "Components",
     "DenoiseConfig",
     "Denoised",

@@ -7,7 +7,7 @@ block of random directions is summed up instead (randomised subspace iteration: 
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Self
+from typing import NamedTuple, Self
 
 import safetensors.torch
 import torch
@@ -41,35 +41,28 @@ class PCAConfig(BaseModel):
     oversampling: int = Field(default=32, ge=0)
 
 
-class Components(Artifact):
-    """`pca.safetensors`: mean (D,), values (R,), vectors (D, R), and the total variance; float64."""
+class Components(NamedTuple):
+    """Principal components of images; float64.
 
-    @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        return safetensors.torch.load(self.read("pca.safetensors"))
+    Attributes:
+        mean_D: the mean image.
+        values_R: variances along the components, descending.
+        vectors_DR: the components, orthonormal, each with its largest entry positive.
+        total: variance of all pixels together, a scalar.
+    """
 
-    @property
-    def mean_D(self) -> Tensor:
-        """The mean image."""
-        return self._tensors["mean"]
-
-    @property
-    def values_R(self) -> Tensor:
-        """Variances along the components, descending."""
-        return self._tensors["values"]
-
-    @property
-    def vectors_DR(self) -> Tensor:
-        """The components, orthonormal, each with its largest entry positive."""
-        return self._tensors["vectors"]
+    mean_D: Tensor
+    values_R: Tensor
+    vectors_DR: Tensor
+    total: Tensor
 
     def energy(self, d: int) -> float:
         """Share of all variance that the first d components have."""
-        return float(self.values_R[:d].sum() / self._tensors["total"])
+        return float(self.values_R[:d].sum() / self.total)
 
     def dimensions(self, energy: float) -> int:
         """How many components have this share of all variance. Raises ConfigError where those there are have less."""
-        shares_R = self.values_R.cumsum(0) / self._tensors["total"]
+        shares_R = self.values_R.cumsum(0) / self.total
         d = int((shares_R < energy).sum()) + 1
         if d > len(shares_R):
             raise ConfigError(
@@ -79,7 +72,16 @@ class Components(Artifact):
         return d
 
 
-def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> Components:
+class PCA(Artifact):
+    """`pca.safetensors`: `Components` of the images of a data set."""
+
+    @cached_property
+    def components(self) -> Components:
+        """What was found."""
+        return Components(**safetensors.torch.load(self.read("pca.safetensors")))
+
+
+def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> PCA:
     """Principal components of the usable images of a data set.
 
     Args:
@@ -112,23 +114,23 @@ def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> 
                     advance(len(batch.keys))
 
             if n_pixels <= MAX_EXACT:
-                tensors = exact_components(one_pass(), n_pixels)
+                found = exact_components(one_pass(), n_pixels)
             else:
-                tensors = estimated_components(one_pass, n_pixels, config, compute.generator("pca"))
-        part.write("pca.safetensors", safetensors.torch.save(tensors))
+                found = estimated_components(one_pass, n_pixels, config, compute.generator("pca"))
+        part.write("pca.safetensors", safetensors.torch.save(found._asdict()))
         part.counts.update(samples=dataset.n_samples)
 
-    return make(Components, out, recipe, write)
+    return make(PCA, out, recipe, write)
 
 
-def exact_components(batches: Iterable[Tensor], n_pixels: int) -> dict[str, Tensor]:
-    """mean, values, vectors and total of rows (B, D), float64."""
+def exact_components(batches: Iterable[Tensor], n_pixels: int) -> Components:
+    """All components of rows (B, D), float64."""
     moments = Moments(n_pixels)
     for x_BD in batches:
         moments.update(x_BD)
     values_D, vectors_DD = torch.linalg.eigh(moments.covariance(ddof=0))
     values_D, vectors_DD = values_D.flip(0).clamp(min=0), vectors_DD.flip(1)
-    return _tensors(moments.mean_D, values_D, vectors_DD, values_D.sum())
+    return _components(moments.mean_D, values_D, vectors_DD, values_D.sum())
 
 
 class CovarianceProduct:
@@ -196,8 +198,8 @@ class CovarianceProduct:
 
 def estimated_components(
     passes: Callable[[], Iterable[Tensor]], n_pixels: int, config: PCAConfig, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """mean, values, vectors and total, the leading ones estimated by subspace iteration.
+) -> Components:
+    """The leading components, estimated by subspace iteration.
 
     Each pass multiplies the block by the covariance once; the last one also says how the covariance acts inside the
     block, and the components are its own (Rayleigh & Ritz).
@@ -213,11 +215,11 @@ def estimated_components(
     values_R, turn_RR = torch.linalg.eigh(inside_DR.T @ block_DR)
     keep = slice(0, config.n_components)
     values_R, vectors_DR = values_R.flip(0).clamp(min=0)[keep], (inside_DR @ turn_RR.flip(1))[:, keep]
-    return _tensors(product.mean_D, values_R, vectors_DR, product.total)
+    return _components(product.mean_D, values_R, vectors_DR, product.total)
 
 
-def _tensors(mean_D: Tensor, values_R: Tensor, vectors_DR: Tensor, total: Tensor) -> dict[str, Tensor]:
+def _components(mean_D: Tensor, values_R: Tensor, vectors_DR: Tensor, total: Tensor) -> Components:
     # A component may point either way; the largest entry decides, so that the bytes are the same everywhere.
     largest_R = vectors_DR.gather(0, vectors_DR.abs().argmax(0, keepdim=True))[0]
     vectors_DR = vectors_DR * torch.where(largest_R < 0, -1.0, 1.0)
-    return {"mean": mean_D, "values": values_R.contiguous(), "vectors": vectors_DR.contiguous(), "total": total}
+    return Components(mean_D, values_R.contiguous(), vectors_DR.contiguous(), total)

@@ -17,7 +17,7 @@ from sanitize.data.names import split_name
 from sanitize.data.samples import Sample, find_image
 from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
-from sanitize.denoise.pca import Components
+from sanitize.denoise.pca import PCA
 from sanitize.denoise.pca_noise import PCANoise, PCANoiseConfig
 from sanitize.progress import track
 
@@ -39,7 +39,7 @@ class Denoised(Artifact):
 
 def denoise_shards(
     config: DenoiseConfig,
-    components: Components,
+    pca: PCA,
     dataset: Dataset,
     out: str,
     compute: Compute,
@@ -51,7 +51,7 @@ def denoise_shards(
 
     Args:
         config: Algorithm 1, and the kind of member.
-        components: of the same images.
+        pca: of the same images.
         dataset: what is copied; unreadable samples are left out.
         out: folder of the artifact.
         compute: seed of the noise.
@@ -62,9 +62,9 @@ def denoise_shards(
         stage="denoise_shards",
         config=config.model_dump(mode="json"),
         numerics=compute.numerics,
-        inputs={"components": components.digest, "dataset": dataset.digest},
+        inputs={"pca": pca.digest, "dataset": dataset.digest},
     )
-    modify = PCANoise(config, components, torch.device("cpu"))
+    modify = PCANoise(config, pca.components, torch.device("cpu"))
     image = ImageConfig.model_validate(dataset.info["image"] | {"size": dataset.image_shape[1:]})
 
     def write_part(shard: str, part: Part) -> None:

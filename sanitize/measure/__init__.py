@@ -1,6 +1,6 @@
 """How good a detector or a model is, by the field's standard measures; and how bad an attack makes it."""
 
-from sanitize.measure.evasion import EvasionConfig, evade
+from sanitize.measure.evasion import EvasionConfig, evade, smallest_perturbation
 from sanitize.measure.leaking import Leaking, gradient_leaking
 from sanitize.measure.metrics import Detection, accuracy, attack_success_rate, auroc, detection
 
@@ -14,4 +14,5 @@ __all__ = [
     "detection",
     "evade",
     "gradient_leaking",
+    "smallest_perturbation",
 ]

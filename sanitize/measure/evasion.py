@@ -59,22 +59,64 @@ def evade(model: nn.Module, images_NX: Tensor, labels_N: Tensor, config: Evasion
     Raises:
         ValueError: a float image is not on [0, 1].
     """
-    compute.activate()
-    device = compute.torch_device
-    model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    images_NX = images_NX / 255 if images_NX.dtype == torch.uint8 else images_NX.float()
-    if len(images_NX) and not (images_NX.min() >= 0 and images_NX.max() <= 1):
-        raise ValueError("images are not on [0, 1]")
-    generator = compute.generator("evade", device=device)
-    batches = zip(images_NX.split(config.batch_size), labels_N.split(config.batch_size), strict=True)
-    found = [_evade(model, x_BX.to(device), y_B.to(device), config, compute, generator).cpu() for x_BX, y_B in batches]
+    images_NX = _ready(model, images_NX, compute)
+    device, generator = compute.torch_device, compute.generator("evade", device=compute.torch_device)
+    found = []
+    for x_BX, y_B in zip(images_NX.split(config.batch_size), labels_N.split(config.batch_size), strict=True):
+        radius_B = torch.full((len(x_BX),), config.radius, dtype=torch.float64, device=device)
+        found.append(_evade(model, x_BX.to(device), y_B.to(device), radius_B, config, compute, generator).cpu())
     return torch.cat(found) if found else images_NX
 
 
-def _evade(
-    model: nn.Module, x_BX: Tensor, y_B: Tensor, config: EvasionConfig, compute: Compute, generator: torch.Generator
+def smallest_perturbation(
+    model: nn.Module, images_NX: Tensor, labels_N: Tensor, config: EvasionConfig, compute: Compute, searches: int = 10
 ) -> Tensor:
-    ball = _Ball(config, x_BX[0].numel())
+    """The length of the smallest perturbation that `evade` finds for each image (N,), float64, in its norm.
+
+    The radius is bisected, for each image by itself, `searches` times between 0 and `config.radius`; of all
+    perturbations that were found the shortest counts. 0 where the image is wrong as it is; infinite where even the
+    whole radius did not do. What it says of an image is an upper bound. Arguments and errors are those of `evade`.
+    """
+    images_NX = _ready(model, images_NX, compute)
+    device, generator = compute.torch_device, compute.generator("evade", device=compute.torch_device)
+    lengths = []
+    for x_BX, y_B in zip(images_NX.split(config.batch_size), labels_N.split(config.batch_size), strict=True):
+        x_BX, y_B = x_BX.to(device), y_B.to(device)
+        low_B = torch.zeros(len(x_BX), dtype=torch.float64, device=device)
+        high_B, length_B = torch.full_like(low_B, config.radius), torch.full_like(low_B, torch.inf)
+        for search in range(searches):
+            radius_B = high_B if search == 0 else (low_B + high_B) / 2
+            worst_BX = _evade(model, x_BX, y_B, radius_B, config, compute, generator)
+            with torch.inference_mode(), compute.autocast():
+                is_wrong_B = _margin(model(worst_BX).float(), y_B) > 0
+            of_this_B = _length((worst_BX.double() - x_BX.double()), config.norm)
+            length_B = torch.where(is_wrong_B, torch.minimum(length_B, of_this_B), length_B)
+            high_B = torch.where(is_wrong_B, torch.minimum(radius_B, of_this_B), high_B)
+            low_B = torch.where(is_wrong_B, low_B, radius_B)
+        lengths.append(length_B.cpu())
+    return torch.cat(lengths) if lengths else torch.zeros(0, dtype=torch.float64)
+
+
+def _ready(model: nn.Module, images_NX: Tensor, compute: Compute) -> Tensor:
+    """Images on [0, 1]; the model goes to the device."""
+    compute.activate()
+    model.to(compute.torch_device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    images_NX = images_NX / 255 if images_NX.dtype == torch.uint8 else images_NX.float()
+    if len(images_NX) and not (images_NX.min() >= 0 and images_NX.max() <= 1):
+        raise ValueError("images are not on [0, 1]")
+    return images_NX
+
+
+def _evade(
+    model: nn.Module,
+    x_BX: Tensor,
+    y_B: Tensor,
+    radius_B: Tensor,
+    config: EvasionConfig,
+    compute: Compute,
+    generator: torch.Generator,
+) -> Tensor:
+    ball = _Ball(config, radius_B, x_BX)
     worst_BX, worst_B = x_BX.clone(), torch.full((len(x_BX),), -torch.inf, device=x_BX.device)
 
     def look(at_BX: Tensor) -> Tensor:
@@ -103,14 +145,15 @@ def _evade(
 
 
 class _Ball:
-    """All perturbations that are not longer than the radius."""
+    """All perturbations of each image that are not longer than its radius (B,)."""
 
-    def __init__(self, config: EvasionConfig, n_pixels: int) -> None:
-        self.is_l2, self.radius = config.norm == "l2", config.radius
-        self.step_size = config.step_size or 2.5 * config.radius / config.steps
+    def __init__(self, config: EvasionConfig, radius_B: Tensor, x_BX: Tensor) -> None:
+        self.is_l2 = config.norm == "l2"
+        step_B = torch.full_like(radius_B, config.step_size) if config.step_size else 2.5 * radius_B / config.steps
         # So much below the radius that no rounding of the sum leads above it.
-        rounding = _ROUNDING * (n_pixels**0.5 if self.is_l2 else 1)
-        self._aim = max(0.0, config.radius * (1 - 1e-6) - rounding)
+        rounding = _ROUNDING * (x_BX[0].numel() ** 0.5 if self.is_l2 else 1)
+        aim_B = (radius_B * (1 - 1e-6) - rounding).clamp(min=0)
+        self.radius, self.step_size, self._aim = (_like(of_B.float(), x_BX) for of_B in (radius_B, step_B, aim_B))
 
     def sample(self, x_BX: Tensor, generator: torch.Generator) -> Tensor:
         """Uniform in the ball."""
@@ -127,7 +170,7 @@ class _Ball:
     def project(self, x_BX: Tensor, d_BX: Tensor) -> Tensor:
         """x + d with d brought into the ball, then the sum to [0, 1]: since x is there, that only shortens d."""
         if self.is_l2:
-            d_BX = d_BX * _like((self._aim / _length(d_BX).clamp(min=1e-30)).clamp(max=1), d_BX)
+            d_BX = d_BX * (self._aim / _like(_length(d_BX), d_BX).clamp(min=1e-30)).clamp(max=1)
         else:
             d_BX = d_BX.clamp(-self._aim, self._aim)
         return (x_BX + d_BX).clamp(0, 1)
@@ -139,8 +182,8 @@ def _margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     return (logits_BK.scatter(1, y_B[:, None], -torch.inf).amax(1, keepdim=True) - own_B1)[:, 0]
 
 
-def _length(d_BX: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(d_BX.flatten(1), dim=1)
+def _length(d_BX: Tensor, norm: str = "l2") -> Tensor:
+    return torch.linalg.vector_norm(d_BX.flatten(1), 2 if norm == "l2" else torch.inf, dim=1)
 
 
 def _unit(d_BX: Tensor) -> Tensor:

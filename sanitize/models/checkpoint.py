@@ -134,9 +134,13 @@ class ModelConfig(BaseModel):
 
     def normalise(self, images_BCHW: Tensor) -> Tensor:
         """uint8 images to the float32 images the network takes."""
-        like = {"dtype": torch.float32, "device": images_BCHW.device}
+        return self.standardise(images_BCHW.float() / 255)
+
+    def standardise(self, x_BCHW: Tensor) -> Tensor:
+        """float32 images on [0, 1] to those the network takes."""
+        like = {"dtype": torch.float32, "device": x_BCHW.device}
         mean_C11, std_C11 = (torch.tensor(v, **like)[:, None, None] for v in (self.mean, self.std))  # type: ignore[arg-type]
-        return (images_BCHW.float() / 255 - mean_C11) / std_C11
+        return (x_BCHW - mean_C11) / std_C11
 
 
 def _torchvision(name: str, n_classes: int) -> nn.Module:

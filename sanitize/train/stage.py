@@ -10,14 +10,16 @@ from typing import NamedTuple, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Recipe, make_together, partial_of
+from sanitize.artifacts import Artifact, Part, Recipe, make_together, partial_of
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import buffer_bytes, first_rows, shuffled, usable_rows
+from sanitize.denoise import PCA, PCANoise, PCANoiseConfig
 from sanitize.distributed import total, world
 from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, predict, train
@@ -40,6 +42,8 @@ class TrainConfig(BaseModel):
             with GroupNorm in place of BatchNorm; that is part of the recipe and of the model's description.
         mean, std: normalisation of each channel on the scale [0, 1].
         optim: optimiser, schedule, epochs.
+        denoise: PCA-noise, with new noise in every step; needs the components of the training images. Images that the
+            accuracy is measured on stay as they are.
         augment: random changes of the images; they are made on the device.
         method: what makes the training robust; see docs/methods.md for what the combinations are called.
         lipschitz: bound on the largest singular value of the last Linear (Algorithm 7); None leaves it free.
@@ -54,6 +58,7 @@ class TrainConfig(BaseModel):
     mean: tuple[float, ...] = (0.5,)
     std: tuple[PositiveFloat, ...] = (0.25,)
     optim: OptimConfig = OptimConfig(epochs=30)
+    denoise: PCANoiseConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     method: MethodConfig = MethodConfig()
     lipschitz: float | None = Field(default=None, gt=0)
@@ -97,6 +102,7 @@ def train_robust(
     compute: Compute,
     test: Dataset | None = None,
     encoder: Checkpoint | None = None,
+    pca: PCA | None = None,
 ) -> RobustModel:
     """Train a robust model; all processes of torchrun call it alike, and the first one writes.
 
@@ -107,6 +113,7 @@ def train_robust(
         compute: device, precision, seed.
         test: samples to measure the accuracy on after each epoch; nothing is learned from them.
         encoder: pre-trained; all but the last Linear is taken from it and stays as it is (Algorithm 7).
+        pca: of the images of `dataset`, for `config.denoise`.
 
     Raises:
         NumericsError: training diverged; the message names the step and its samples.
@@ -115,13 +122,15 @@ def train_robust(
     compute.activate()
     if config.method.loss != "cross_entropy":
         raise ConfigError(f"train.method.loss={config.method.loss}: shards carry classes; set cross_entropy")
+    if (config.denoise is None) != (pca is None):
+        raise ConfigError("train.denoise and the PCA of the images go together: give both, or neither")
+    given: dict[str, Artifact | None] = {"test": test, "encoder": encoder, "pca": pca}
     recipe = Recipe(
         stage="train_robust",
         config=config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
         | {"buffer_bytes": buffer_bytes(dataset, config.cache_bytes)},
         numerics=compute.numerics,
-        inputs={"dataset": dataset.digest}
-        | {name: of.digest for name, of in (("test", test), ("encoder", encoder)) if of is not None},
+        inputs={"dataset": dataset.digest} | {name: of.digest for name, of in given.items() if of is not None},
     )
     model_config = _model_config(config, dataset, encoder)
 
@@ -133,7 +142,7 @@ def train_robust(
         snapshots = (
             Snapshots(local_path(partial_of(out)) / "snapshot", config.snapshot_every) if is_local(out) else None
         )
-        history = _train(model, model_config, drops, config, dataset, test, snapshots, compute)
+        history = _train(model, model_config, drops, config, dataset, test, pca, snapshots, compute)
         network = networks[0].finished() if isinstance(networks[0], Probe) else networks[0]
         return _Fitted(network, history, total(drops.dropped_N).cpu(), total(drops.seen_N).cpu())
 
@@ -191,10 +200,13 @@ def _train(
     config: TrainConfig,
     dataset: Dataset,
     test: Dataset | None,
+    pca: PCA | None,
     snapshots: Snapshots | None,
     compute: Compute,
 ) -> list[dict[str, float]]:
-    optim, augmenting = config.optim, compute.generator("train", "augment", world()[0])
+    optim = config.optim
+    augmenting, denoising = (compute.generator("train", name, world()[0]) for name in ("augment", "denoise"))
+    pixels = _pixels(config.denoise, pca, denoising, compute)
     order = partial(compute.generator, "train", "shuffle")
     data = shuffled(dataset, optim.batch_size, config.cache_bytes, order, compute.torch_device)
     channels = dataset.image_shape[0]
@@ -220,16 +232,31 @@ def _train(
             data.steps_per_epoch,
             optim,
             compute,
-            lambda images_BCHW: config.augment(model_config.normalise(images_BCHW), augmenting),
+            lambda images_BCHW: config.augment(model_config.standardise(pixels(images_BCHW)), augmenting),
             advance,
             objective,
             measure,
             snapshots,
-            {"augment": augmenting, "dropped": drops.dropped_N, "seen": drops.seen_N},
+            {"augment": augmenting, "denoise": denoising, "dropped": drops.dropped_N, "seen": drops.seen_N},
             partial(_name_of, dataset),
             lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
             unit=model_config.pixel_unit,
         )
+
+
+def _pixels(
+    config: PCANoiseConfig | None, pca: PCA | None, generator: torch.Generator, compute: Compute
+) -> Callable[[Tensor], Tensor]:
+    """From uint8 images to what is learned of them, on [0, 1]."""
+    if config is None or pca is None:
+        return lambda images_BCHW: images_BCHW.float() / 255
+    modify = PCANoise(config, pca.components, compute.torch_device)
+
+    def modified(images_BCHW: Tensor) -> Tensor:
+        xi_Bm = torch.randn(len(images_BCHW), modify.n_noise, generator=generator).to(images_BCHW.device)
+        return modify(images_BCHW.float() / 255, xi_Bm)
+
+    return modified
 
 
 def _held_out(test: Dataset, cache_bytes: int) -> Callable[[], Iterable[tuple[Tensor, Tensor]]]:

@@ -6,9 +6,14 @@ import pytest
 
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.denoise import Components, PCAConfig, fit_pca
+from sanitize.denoise import PCA, Components, PCAConfig, fit_pca
 
 
 @pytest.fixture(scope="session")
-def components(home: Path, dataset: Dataset, compute: Compute) -> Components:
-    return fit_pca(PCAConfig(), dataset, str(home / "components"), compute)
+def pca(home: Path, dataset: Dataset, compute: Compute) -> PCA:
+    return fit_pca(PCAConfig(), dataset, str(home / "pca"), compute)
+
+
+@pytest.fixture(scope="session")
+def components(pca: PCA) -> Components:
+    return pca.components

@@ -35,12 +35,12 @@ def test_exact_components_are_those_of_scikit_learn(batch_size: int) -> None:
     x_ND = rows(500, 30)
     found = exact_components(iter(x_ND.split(batch_size)), 30)
     theirs = PCA(svd_solver="full").fit(x_ND.numpy())
-    torch.testing.assert_close(found["mean"], torch.from_numpy(theirs.mean_), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found["values"] * 500 / 499, torch.from_numpy(theirs.explained_variance_))
+    torch.testing.assert_close(found.mean_D, torch.from_numpy(theirs.mean_), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.values_R * 500 / 499, torch.from_numpy(theirs.explained_variance_))
     for d in (1, 5, 29):
-        assert angle(found["vectors"][:, :d], torch.from_numpy(theirs.components_[:d]).T) < 1e-6
-    largest_D = found["vectors"].abs().argmax(0)
-    assert (found["vectors"].gather(0, largest_D[None]) > 0).all()
+        assert angle(found.vectors_DR[:, :d], torch.from_numpy(theirs.components_[:d]).T) < 1e-6
+    largest_D = found.vectors_DR.abs().argmax(0)
+    assert (found.vectors_DR.gather(0, largest_D[None]) > 0).all()
 
 
 def test_estimated_components_hold_what_the_exact_ones_do(compute: Compute) -> None:
@@ -56,13 +56,13 @@ def test_estimated_components_hold_what_the_exact_ones_do(compute: Compute) -> N
 
     found = estimated_components(one_pass, 200, config, compute.generator("test"))
     assert n_passes == 4
-    assert found["vectors"].shape == (200, 20)
-    torch.testing.assert_close(found["vectors"].T @ found["vectors"], torch.eye(20, dtype=torch.float64))
+    assert found.vectors_DR.shape == (200, 20)
+    torch.testing.assert_close(found.vectors_DR.T @ found.vectors_DR, torch.eye(20, dtype=torch.float64))
     centred_ND = x_ND - x_ND.mean(0)
-    held = (centred_ND @ found["vectors"]).square().mean(0).sum()
-    assert held / exact["values"][:20].sum() > 0.995
-    torch.testing.assert_close(found["total"], exact["values"].sum())
-    torch.testing.assert_close(found["values"][:5], exact["values"][:5], rtol=1e-3, atol=0)
+    held = (centred_ND @ found.vectors_DR).square().mean(0).sum()
+    assert held / exact.values_R[:20].sum() > 0.995
+    torch.testing.assert_close(found.total, exact.values_R.sum())
+    torch.testing.assert_close(found.values_R[:5], exact.values_R[:5], rtol=1e-3, atol=0)
 
 
 @given(st.integers(0, 1000), st.integers(1, 40))
@@ -98,11 +98,11 @@ def test_beyond_the_limit_components_are_estimated(
     dataset: Dataset,
     components: Components,
     compute: Compute,
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sanitize.denoise.pca.MAX_EXACT", 10)
-    estimated = fit_pca(PCAConfig(n_components=8), dataset, str(tmp_path / "pca"), compute)
+    estimated = fit_pca(PCAConfig(n_components=8), dataset, str(tmp_path / "pca"), compute).components
     assert len(estimated.values_R) == 8
     assert estimated.energy(8) == pytest.approx(components.energy(8), rel=1e-3)
     assert angle(estimated.vectors_DR[:, :3], components.vectors_DR[:, :3]) < 1e-3

@@ -13,7 +13,7 @@ from torch import Tensor
 from sanitize.artifacts import read_manifest
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.denoise import Components, DenoiseConfig, PCANoise, PCANoiseConfig, denoise_shards
+from sanitize.denoise import PCA, Components, DenoiseConfig, PCANoise, PCANoiseConfig, denoise_shards
 from sanitize.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -73,17 +73,15 @@ def test_settings_that_cannot_work_are_refused(settings: dict, message: str, com
 
 def test_shards_have_the_modified_images_and_all_else_as_it_was(
     dataset: Dataset,
-    components: Components,
+    pca: PCA,
     compute: Compute,
     tmp_path: Path,
     read_tar: Callable[..., list[tuple[str, bytes]]],
 ) -> None:
     config = DenoiseConfig(dims=10, noise_dims=4, member="npy")
-    exact = denoise_shards(config, components, dataset, str(tmp_path / "npy"), compute)
-    clipped = denoise_shards(
-        config.model_copy(update={"member": "png"}), components, dataset, str(tmp_path / "png"), compute
-    )
-    modify = PCANoise(config, components, CPU)
+    exact = denoise_shards(config, pca, dataset, str(tmp_path / "npy"), compute)
+    clipped = denoise_shards(config.model_copy(update={"member": "png"}), pca, dataset, str(tmp_path / "png"), compute)
+    modify = PCANoise(config, pca.components, CPU)
     for shard in dataset.shards:
         before, npys, pngs = (
             dict(read_tar(path))
@@ -110,13 +108,13 @@ def test_shards_have_the_modified_images_and_all_else_as_it_was(
 
 
 def test_order_of_shards_and_workers_change_no_byte(
-    dataset: Dataset, components: Components, compute: Compute, tmp_path: Path
+    dataset: Dataset, pca: PCA, compute: Compute, tmp_path: Path
 ) -> None:
     config = DenoiseConfig(dims=10)
-    whole = denoise_shards(config, components, dataset, str(tmp_path / "whole"), compute)
+    whole = denoise_shards(config, pca, dataset, str(tmp_path / "whole"), compute)
     for shard in reversed(dataset.shards):
-        denoise_shards(config, components, dataset, str(tmp_path / "parts"), compute, shards=[shard])
-    parts = denoise_shards(config, components, dataset, str(tmp_path / "parts"), compute)
+        denoise_shards(config, pca, dataset, str(tmp_path / "parts"), compute, shards=[shard])
+    parts = denoise_shards(config, pca, dataset, str(tmp_path / "parts"), compute)
     assert parts.digest == whole.digest
-    other = denoise_shards(config, components, dataset, str(tmp_path / "other"), Compute(device="cpu", seed=1))
+    other = denoise_shards(config, pca, dataset, str(tmp_path / "other"), Compute(device="cpu", seed=1))
     assert read_manifest(other.path).files != read_manifest(whole.path).files

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.measure import EvasionConfig, evade
+from sanitize.measure import EvasionConfig, evade, smallest_perturbation
 
 NORMS = ("l2", "linf")
 CPU = Compute(device="cpu")
@@ -138,3 +138,27 @@ def test_what_is_wrong_already_comes_back_and_the_model_is_left_alone() -> None:
 def test_images_off_the_scale_are_refused() -> None:
     with pytest.raises(ValueError, match=r"not on \[0, 1\]"):
         evade(linear(), torch.full((1, 3, 2, 2), 255.0), torch.tensor([0]), EvasionConfig(radius=0.1), CPU)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_smallest_perturbation_of_a_linear_classifier_is_its_distance(norm: str) -> None:
+    model, distance_N = linear(), torch.tensor([-0.08, -0.03, -0.001, 0.01, 0.05, 0.09])
+    images_NX, labels_N = at_distance(model, distance_N, norm), (distance_N > 0).long()
+    labels_N[2] = 1  # wrong as it is
+    config = EvasionConfig(norm=norm, radius=0.06, loss="margin")
+    found_N = smallest_perturbation(model, images_NX, labels_N, config, CPU, searches=14)
+    assert found_N[2] == 0
+    assert torch.isinf(found_N[[0, 5]]).all()  # beyond the radius
+    within = torch.tensor([1, 3, 4])
+    assert (found_N[within] >= distance_N[within].abs().double() * (1 - 1e-5)).all()
+    torch.testing.assert_close(found_N[within], distance_N[within].abs().double(), rtol=0.03, atol=0)
+
+
+def test_what_it_finds_does_not_hang_on_the_other_images() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+    images_NX, labels_N = torch.rand(20, 3, 2, 2), torch.randint(3, (20,))
+    config = EvasionConfig(norm="l2", radius=1.0, random_start=False)
+    together_N = smallest_perturbation(model, images_NX, labels_N, config, CPU)
+    alone_N = smallest_perturbation(model, images_NX[7:8], labels_N[7:8], config, CPU)
+    torch.testing.assert_close(together_N[7:8], alone_N, rtol=1e-4, atol=1e-5)

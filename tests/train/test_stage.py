@@ -15,6 +15,7 @@ from sanitize.attack import LabelNoiseConfig, Poisoned, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
+from sanitize.denoise import PCAConfig, PCANoiseConfig, fit_pca
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.loop import OptimConfig, predict
 from sanitize.measure import accuracy, auroc
@@ -176,3 +177,15 @@ def test_snapshots_and_memory_are_no_part_of_the_recipe(dataset: Dataset, comput
     first = train_robust(small("spl"), dataset, str(tmp_path / "a"), compute)
     other = small("spl", snapshot_every=3, cache_bytes=2**25)
     assert train_robust(other, dataset, str(tmp_path / "b"), compute).digest == first.digest
+
+
+def test_denoised_images_train_and_their_pca_is_asked_for(dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
+    pca = fit_pca(PCAConfig(), dataset, str(tmp_path / "pca"), compute)
+    config = small("standard", denoise=PCANoiseConfig(dims=20, noise_dims=5, scale=2.0))
+    with pytest.raises(ConfigError, match="go together"):
+        train_robust(config, dataset, str(tmp_path / "without"), compute)
+    model = train_robust(config, dataset, str(tmp_path / "model"), compute, test=dataset, pca=pca)
+    assert model.history[-1]["test_accuracy"] > 0.5
+    assert model.manifest().recipe.inputs["pca"] == pca.digest
+    plain = train_robust(small("standard"), dataset, str(tmp_path / "plain"), compute, test=dataset)
+    assert plain.history[-1] != model.history[-1]

@@ -19,8 +19,10 @@ from sanitize.models.cnn9 import CNN9, CNN9Config
 from sanitize.models.convnet import ConvNet, ConvNetConfig
 from sanitize.models.group_norm import without_batch_norm
 from sanitize.models.mlp import MLP, MLPConfig
+from sanitize.models.mmc import CentreDistance
 from sanitize.models.resnet import ResNet, ResNetConfig
 from sanitize.models.stacked import Plurality
+from sanitize.models.taps import find_taps
 
 
 class TorchvisionConfig(BaseModel):
@@ -59,6 +61,8 @@ class ModelConfig(BaseModel):
         n_classes: K.
         image_shape: (C, H, W) of the uint8 images it is fed.
         mean, std: of each channel, on the scale [0, 1]; images are normalised with them.
+        mmc: in place of the last Linear, distances to fixed centres of this length (max-Mahalanobis centres); None
+            leaves it.
         n_networks: above 1 it is the plurality of so many networks of this architecture, and gives votes for logits.
         input_range: of the images it is fed.
     """
@@ -71,6 +75,7 @@ class ModelConfig(BaseModel):
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...] = (0.5,)
     std: tuple[PositiveFloat, ...] = (0.25,)
+    mmc: float | None = Field(default=None, gt=0)
     n_networks: int = Field(default=1, ge=1)
     input_range: tuple[Literal[0], Literal[255]] = (0, 255)
 
@@ -97,7 +102,12 @@ class ModelConfig(BaseModel):
     def build_one(self) -> nn.Module:
         """A single one of the networks."""
         network = self._build()
-        return without_batch_norm(network) if self.group_norm else network
+        network = without_batch_norm(network) if self.group_norm else network
+        if self.mmc is not None:
+            head = find_taps(network, self.example()).penultimate
+            linear = cast(nn.Linear, network.get_submodule(head))
+            network.set_submodule(head, CentreDistance(linear.in_features, self.n_classes, self.mmc))
+        return network
 
     def _build(self) -> nn.Module:
         kind = self.architecture

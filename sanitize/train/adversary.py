@@ -1,33 +1,44 @@
-"""Perturbed inputs: the inner step of B. Liu (2022), Algorithm 6 and Eq. 5.5.
+"""Perturbed inputs: the inner step of B. Liu (2022), Algorithm 6 and Eq. 5.5, and those of adversarial training.
 
 A trigger is a small change of the input that changes the answer. A network that answers alike in a small ball around
-every sample it trusts cannot depend on one. X is (C, H, W) or (D,), B batch.
+every sample it trusts cannot depend on one. PGD-AT (Madry et al., 2018) learns the worst inputs of that ball; TRADES
+(Zhang et al., 2019) learns the inputs, and to answer alike on the worst ones. X is (C, H, W) or (D,), B batch, K
+outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
+
+from sanitize.compute import Compute
 
 
 class AdversaryConfig(BaseModel):
-    """One step of the fast gradient sign method inside ||c||_inf <= tau_x, or none.
+    """A perturbation inside ||c||_inf <= tau_x, or none.
 
     Attributes:
-        kind: none or at.
+        kind: at is one step of the fast gradient sign method; pgd and trades are so many smaller ones, from a random
+            start, against the loss and against the answer on the input as it is.
         tau_x: radius, in the units of `InputSpace`: pixels on [0, 1], or whatever a table's columns are in.
         averaged: Eq. 5.5 to the letter, one c for the whole batch, tau_x times the mean sign over the trusted
             samples. By default each trusted sample has a c of its own, which is what gives the chapter's results
-            (docs/methods.md).
+            (docs/methods.md). Of `at` only.
+        steps: of pgd and trades.
+        step_size: their length, in the units of tau_x; None is 2.5 tau_x / steps.
+        beta: weight of the second term of TRADES.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["none", "at"] = "none"
+    kind: Literal["none", "at", "pgd", "trades"] = "none"
     tau_x: float = Field(default=0.05, gt=0)
     averaged: bool = False
+    steps: int = Field(default=10, ge=1)
+    step_size: float | None = Field(default=None, gt=0)
+    beta: float = Field(default=6.0, gt=0)
 
 
 class InputSpace(NamedTuple):
@@ -73,3 +84,48 @@ def perturb(config: AdversaryConfig, x_BX: Tensor, gradient_BX: Tensor, trusted_
     if config.averaged:
         sign_BX = sign_BX.sum(0, keepdim=True) / trusted_B.sum().clamp(min=1)
     return (x_BX + config.tau_x * space.unit * sign_BX).clamp(space.low, space.high)
+
+
+def ascend(
+    config: AdversaryConfig,
+    network: nn.Module,
+    x_BX: Tensor,
+    losses: Callable[[Tensor], Tensor],
+    trusted_B: Tensor,
+    space: InputSpace,
+    generator: torch.Generator,
+    compute: Compute,
+) -> Tensor:
+    """The worst x + c that projected gradient ascent finds from a random start, (B, X), clipped to valid inputs.
+
+    Args:
+        config: radius, steps and their length.
+        network: asked in eval mode, so that no BatchNorm learns from perturbed inputs; left as it was.
+        x_BX: inputs.
+        losses: of outputs (B, K), what is increased for each sample, (B,).
+        trusted_B: bool; the others do not move.
+        space: bounds and unit.
+        generator: of the random start, on the CPU.
+        compute: precision.
+    """
+    radius = config.tau_x * space.unit
+    step = (config.step_size or 2.5 * config.tau_x / config.steps) * space.unit
+    low_BX, high_BX = (x_BX - radius).clamp(min=space.low), (x_BX + radius).clamp(max=space.high)
+    start_BX = 2 * torch.rand(x_BX.shape, generator=generator).to(x_BX.device) - 1
+    at_BX = (x_BX + radius * start_BX).clamp(low_BX, high_BX)
+    was_training = network.training
+    network.eval()
+    for _ in range(config.steps):
+        at_BX.requires_grad_()
+        with compute.autocast():
+            outputs_BK = network(at_BX).float()
+        (gradient_BX,) = torch.autograd.grad(losses(outputs_BK).sum(), at_BX)
+        at_BX = (at_BX.detach() + step * gradient_BX.sign()).clamp(low_BX, high_BX)
+    network.train(was_training)
+    return torch.where(trusted_B.view(-1, *[1] * (x_BX.dim() - 1)), at_BX, x_BX)
+
+
+def divergence(outputs_BK: Tensor, from_BK: Tensor) -> Tensor:
+    """KL(softmax(from) || softmax(outputs)) of each sample, (B,)."""
+    kl_BK = nn.functional.kl_div(outputs_BK.log_softmax(1), from_BK.log_softmax(1), reduction="none", log_target=True)
+    return kl_BK.sum(1)

@@ -8,13 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Loss = Literal["cross_entropy", "squared", "huber"]
+Loss = Literal["cross_entropy", "mmc", "squared", "huber"]
 
 
 def sample_losses(outputs_BK: Tensor, targets_B: Tensor, loss: Loss, huber_delta: float = 1.0) -> Tensor:
-    """Loss of each sample, (B,): cross-entropy; half the squared distance; Huber's function summed over outputs."""
+    """Loss of each sample, (B,): cross-entropy; half the squared distance to the centre of the class (`models.mmc`) or
+    to the target; Huber's function summed over outputs."""
     if loss == "cross_entropy":
         return nn.functional.cross_entropy(outputs_BK, targets_B, reduction="none")
+    if loss == "mmc":
+        return -outputs_BK.gather(1, targets_B[:, None])[:, 0]
     if loss == "squared":
         return 0.5 * (outputs_BK - targets_B).square().sum(1)
     return nn.functional.huber_loss(outputs_BK, targets_B, reduction="none", delta=huber_delta).sum(1)
@@ -23,8 +26,11 @@ def sample_losses(outputs_BK: Tensor, targets_B: Tensor, loss: Loss, huber_delta
 def loss_gradient_norms(outputs_BK: Tensor, targets_B: Tensor, loss: Loss, huber_delta: float = 1.0) -> Tensor:
     """||d loss_i / d output_i||_2 of each sample, (B,), in closed form (B. Liu 2022, Algorithm 4).
 
-    ||softmax(o) - y|| for cross-entropy, ||o - y|| for the squared distance; Huber's clips each coordinate of it.
+    ||softmax(o) - y|| for cross-entropy, ||o - y|| for the squared distance; Huber's clips each coordinate of it. For
+    mmc the output is the embedding: its distance to the centre.
     """
+    if loss == "mmc":
+        return (2 * sample_losses(outputs_BK, targets_B, loss)).sqrt()
     if loss == "cross_entropy":
         if targets_B.dim() == 1:
             targets_B = nn.functional.one_hot(targets_B, outputs_BK.shape[1])

@@ -6,6 +6,7 @@ them what `sanitize.loop.train` minimises. B batch, K outputs, N samples of the 
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -16,7 +17,7 @@ from sanitize.compute import Compute
 from sanitize.distributed import weighted
 from sanitize.errors import ConfigError
 from sanitize.loop import Batch, Objective, Step
-from sanitize.train.adversary import AdversaryConfig, InputSpace, perturb
+from sanitize.train.adversary import AdversaryConfig, InputSpace, ascend, divergence, perturb
 from sanitize.train.collaborate import CollaborateConfig, exchange, networks_of
 from sanitize.train.labels import LabelsConfig
 from sanitize.train.losses import Loss, loss_gradient_norms, sample_losses
@@ -28,7 +29,8 @@ class MethodConfig(BaseModel):
     """The ingredients of a method, and its loss.
 
     Attributes:
-        loss: cross_entropy (classification); squared, half the squared distance, or huber (regression).
+        loss: cross_entropy or mmc, which pulls embeddings to fixed centres (classification); squared, half the squared
+            distance, or huber (regression).
         huber_delta: where huber turns from square to linear.
         select_batch, collaborate, labels, adversary: the ingredients.
         max_sample_grad_norm: shorten the gradient of each sample to this length before they are averaged (the
@@ -47,12 +49,25 @@ class MethodConfig(BaseModel):
 
     @model_validator(mode="after")
     def _ingredients_fit_the_task(self) -> Self:
-        if self.loss != "cross_entropy":
+        if self.loss == "mmc" and self.labels.kind == "bootstrap":
+            raise ConfigError("labels=bootstrap mixes labels, and loss=mmc has one centre for each: set labels=given")
+        if not self.classifies:
             if self.collaborate.kind == "decouple":
                 raise ConfigError("collaborate=decouple asks where two predicted classes differ: regression has none")
+            if self.adversary.kind == "trades":
+                raise ConfigError("adversary=trades compares predicted classes: regression has none; set pgd")
             if self.labels.kind == "bootstrap":
                 raise ConfigError("labels=bootstrap would only scale the gradient of a regression: set labels=given")
+        if self.adversary.kind == "trades" and self.needs_sample_gradients:
+            raise ConfigError(
+                "adversary=trades looks at each sample twice: prl_g and max_sample_grad_norm count one look"
+            )
         return self
+
+    @property
+    def classifies(self) -> bool:
+        """True where targets are labels."""
+        return self.loss in ("cross_entropy", "mmc")
 
     @property
     def n_networks(self) -> int:
@@ -68,7 +83,7 @@ class MethodConfig(BaseModel):
 def zoo(
     tau: float, warmup_epochs: int = 10, loss: Loss = "cross_entropy", tau_x: float = 0.05
 ) -> dict[str, MethodConfig]:
-    """The methods of B. Liu (2022), Tables 4.1, 4.2 and 5.1, that fit the loss.
+    """The methods of B. Liu (2022), Tables 4.1, 4.2 and 5.1, that fit the loss; PGD-AT and TRADES.
 
     Args:
         tau: share of each batch that filters drop.
@@ -81,7 +96,7 @@ def zoo(
         for kind in ("prl_l", "prl_g", "spl")
     )
     co = {"collaborate": CollaborateConfig(kind="co")}
-    at = {"adversary": AdversaryConfig(kind="at", tau_x=tau_x)}
+    at, pgd, trades = ({"adversary": AdversaryConfig(kind=kind, tau_x=tau_x)} for kind in ("at", "pgd", "trades"))
     bootstrap = {"labels": LabelsConfig(kind="bootstrap")}
     rows: dict[str, dict[str, Any]] = {
         "standard": {},
@@ -94,12 +109,14 @@ def zoo(
         "at": at,
         "spl_at": spl | at,
         "prl_at": prl_l | at,
+        "pgd_at": pgd,
     }
     if loss == "cross_entropy":
         rows |= {
             "decouple": {"collaborate": CollaborateConfig(kind="decouple")},
             "bootstrap": bootstrap,
             "bootstrap_at": bootstrap | at,
+            "trades": trades,
         }
     else:
         rows |= {"huber": {"loss": "huber"}, "sample_clip": {"max_sample_grad_norm": 1.0}}
@@ -137,7 +154,11 @@ class _Look(NamedTuple):
 
 
 def robust_objective(
-    config: MethodConfig, compute: Compute, space: InputSpace | None = None, drops: Drops | None = None
+    config: MethodConfig,
+    compute: Compute,
+    space: InputSpace | None = None,
+    drops: Drops | None = None,
+    generator: torch.Generator | None = None,
 ) -> Objective:
     """What `sanitize.loop.train` minimises: the mean loss over the samples that the ingredients leave.
 
@@ -146,12 +167,14 @@ def robust_objective(
         compute: device and precision.
         space: bounds and unit of the inputs, for an adversary; None has neither.
         drops: counts dropped samples, where batches carry rows.
+        generator: of the random starts of an adversary; None has one of its own.
 
     Returns:
         The objective. Its sums: loss, dropped (share of the batch that did not update the first network) and, for
         classification, accuracy on the given labels.
     """
     space = (space or InputSpace.unbounded()).to(compute.torch_device)
+    generator = generator or compute.generator("adversary")
 
     def look(network: nn.Module, x_B: Tensor, y_B: Tensor) -> _Look:
         with recorded(network) if config.needs_sample_gradients else nullcontext() as recording, compute.autocast():
@@ -159,6 +182,20 @@ def robust_objective(
         targets_B = config.labels(outputs_BK.detach(), y_B)
         losses_B = sample_losses(outputs_BK, targets_B, config.loss, config.huber_delta)
         return _Look(outputs_BK, targets_B, losses_B, recording)
+
+    def perturbed(network: nn.Module, x_B: Tensor, y_B: Tensor, of: _Look, keep_B: Tensor) -> _Look:
+        """What a network makes of the batch where an adversary has been."""
+        adversary = config.adversary
+        if adversary.kind == "at":
+            (gradient_B,) = torch.autograd.grad(of.losses_B.sum(), x_B)
+            return look(network, perturb(adversary, x_B.detach(), gradient_B, keep_B, space), y_B)
+        if adversary.kind == "pgd":
+            losses = partial(sample_losses, targets_B=of.targets_B, loss=config.loss, huber_delta=config.huber_delta)
+            return look(network, ascend(adversary, network, x_B, losses, keep_B, space, generator, compute), y_B)
+        apart = partial(divergence, from_BK=of.outputs_BK.detach())
+        worst = look(network, ascend(adversary, network, x_B, apart, keep_B, space, generator, compute), y_B)
+        losses_B = of.losses_B + adversary.beta * divergence(worst.outputs_BK, of.outputs_BK)
+        return of._replace(losses_B=losses_B)
 
     def objective(model: nn.Module, batch: Batch, epoch: int) -> Step:
         networks = networks_of(model)
@@ -171,13 +208,13 @@ def robust_objective(
         if drops is not None and rows_B is not None and config.select_batch.is_warm(epoch):
             for keep_B in keeps:
                 drops.count(rows_B, keep_B)
-        if config.adversary.kind == "at":
+        if config.adversary.kind != "none":
             # The same samples are trusted on x + c: asked again, the rule would prefer those that were not perturbed.
-            moved = [_perturbed(config, x_B, of, keep_B, space) for of, keep_B in zip(looks, keeps, strict=True)]
-            looks = [look(network, x_B, y_B) for network, x_B in zip(networks, moved, strict=True)]
+            each = zip(networks, looks, keeps, strict=True)
+            looks = [perturbed(network, x_B, y_B, of, keep_B) for network, of, keep_B in each]
         losses = [_kept_mean(config, of, keep_B) for of, keep_B in zip(looks, keeps, strict=True)]
         sums = {"loss": losses[0].detach() * len(y_B), "dropped": (~keeps[0]).sum()}
-        if config.loss == "cross_entropy":
+        if config.classifies:
             sums["accuracy"] = (outputs[0].argmax(1) == y_B).sum()
         shares = [weighted(loss, keep_B.sum()) for loss, keep_B in zip(losses, keeps, strict=True)]
         return Step(torch.stack(shares).sum(), sums)
@@ -198,11 +235,6 @@ def _picked(config: MethodConfig, of: _Look, epoch: int) -> Tensor:
     else:
         suspicion_B = of.losses_B.detach()
     return keep_smallest(suspicion_B, config.select_batch.n_kept(len(suspicion_B), epoch))
-
-
-def _perturbed(config: MethodConfig, x_B: Tensor, of: _Look, keep_B: Tensor, space: InputSpace) -> Tensor:
-    (gradient_B,) = torch.autograd.grad(of.losses_B.sum(), x_B)
-    return perturb(config.adversary, x_B.detach(), gradient_B, keep_B, space)
 
 
 def _kept_mean(config: MethodConfig, of: _Look, keep_B: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class TrainConfig(BaseModel):
             accuracy is measured on stay as they are.
         augment: random changes of the images; they are made on the device.
         method: what makes the training robust; see docs/methods.md for what the combinations are called.
+        mmc_scale: length of the centres, where `method.loss` is mmc.
         lipschitz: bound on the largest singular value of the last Linear (Algorithm 7); None leaves it free.
         cache_bytes: decoded images held on the device; a larger data set is streamed through a buffer of this size.
         snapshot_every: steps between two snapshots; a run that was killed goes on from the last one, if it lies on
@@ -61,12 +62,15 @@ class TrainConfig(BaseModel):
     denoise: PCANoiseConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     method: MethodConfig = MethodConfig()
+    mmc_scale: float = Field(default=10.0, gt=0)
     lipschitz: float | None = Field(default=None, gt=0)
     cache_bytes: int = Field(default=2**30, gt=0)
     snapshot_every: int = Field(default=500, ge=1)
 
     @model_validator(mode="after")
     def _gradients_are_those_of_the_weights(self) -> Self:
+        if self.method.loss == "mmc" and self.lipschitz is not None:
+            raise ConfigError("lipschitz scales the last layer, and with loss=mmc there is none: leave it out")
         if self.lipschitz is not None and self.method.needs_sample_gradients:
             raise ConfigError("lipschitz scales the last layer: prl_g and max_sample_grad_norm do not go with it")
         return self
@@ -120,8 +124,8 @@ def train_robust(
         ConfigError: the method does not fit the task or the network, or the encoder is another network.
     """
     compute.activate()
-    if config.method.loss != "cross_entropy":
-        raise ConfigError(f"train.method.loss={config.method.loss}: shards carry classes; set cross_entropy")
+    if not config.method.classifies:
+        raise ConfigError(f"train.method.loss={config.method.loss}: shards carry classes; set cross_entropy or mmc")
     if (config.denoise is None) != (pca is None):
         raise ConfigError("train.denoise and the PCA of the images go together: give both, or neither")
     given: dict[str, Artifact | None] = {"test": test, "encoder": encoder, "pca": pca}
@@ -176,6 +180,7 @@ def _model_config(config: TrainConfig, dataset: Dataset, encoder: Checkpoint | N
         image_shape=dataset.image_shape,
         mean=config.mean,
         std=config.std,
+        mmc=config.mmc_scale if config.method.loss == "mmc" else None,
     )
     if encoder is not None:
         wanted, there = (of.model_dump(exclude={"n_classes"}) for of in (model_config, encoder.config))
@@ -205,13 +210,13 @@ def _train(
     compute: Compute,
 ) -> list[dict[str, float]]:
     optim = config.optim
-    augmenting, denoising = (compute.generator("train", name, world()[0]) for name in ("augment", "denoise"))
-    pixels = _pixels(config.denoise, pca, denoising, compute)
+    generators = {name: compute.generator("train", name, world()[0]) for name in ("augment", "denoise", "adversary")}
+    pixels = _pixels(config.denoise, pca, generators["denoise"], compute)
     order = partial(compute.generator, "train", "shuffle")
     data = shuffled(dataset, optim.batch_size, config.cache_bytes, order, compute.torch_device)
     channels = dataset.image_shape[0]
     mean, std = (values * channels if len(values) == 1 else values for values in (config.mean, config.std))
-    objective = robust_objective(config.method, compute, InputSpace.images(mean, std), drops)
+    objective = robust_objective(config.method, compute, InputSpace.images(mean, std), drops, generators["adversary"])
     held_out = _held_out(test, config.cache_bytes) if test else None
 
     with track("train", optim.epochs * data.steps_per_epoch * data.batch_size) as advance:
@@ -232,12 +237,12 @@ def _train(
             data.steps_per_epoch,
             optim,
             compute,
-            lambda images_BCHW: config.augment(model_config.standardise(pixels(images_BCHW)), augmenting),
+            lambda images_BCHW: config.augment(model_config.standardise(pixels(images_BCHW)), generators["augment"]),
             advance,
             objective,
             measure,
             snapshots,
-            {"augment": augmenting, "denoise": denoising, "dropped": drops.dropped_N, "seen": drops.seen_N},
+            generators | {"dropped": drops.dropped_N, "seen": drops.seen_N},
             partial(_name_of, dataset),
             lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
             unit=model_config.pixel_unit,

@@ -1,8 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
+from sanitize.compute import Compute
 from sanitize.models.checkpoint import ModelConfig
-from sanitize.train.adversary import AdversaryConfig, InputSpace, perturb
+from sanitize.train.adversary import AdversaryConfig, InputSpace, ascend, divergence, perturb
+from sanitize.train.losses import sample_losses
 
 
 @pytest.fixture
@@ -46,3 +51,38 @@ def test_averaged_is_equation_5_5_over_the_trusted(images) -> None:  # type: ign
     torch.testing.assert_close(moved_BCHW, wanted_CHW.expand(6, -1, -1, -1))
     untouched = perturb(config, torch.ones(6, 3, 5, 5), gradient_BCHW, trusted_B & False, InputSpace.unbounded())
     assert (untouched == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["pgd", "trades"])
+def test_ascent_stays_in_the_ball_moves_the_trusted_and_makes_them_worse(images, kind: str, compute: Compute) -> None:  # type: ignore[no-untyped-def]
+    pixels_BCHW, _, space, described = images
+    x_BCHW, trusted_B = described.normalise(pixels_BCHW), torch.tensor([True, False] * 3)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(x_BCHW[0].numel()), nn.Linear(x_BCHW[0].numel(), 4))
+    network.train()
+    statistics = network[1].running_mean.clone()
+    config = AdversaryConfig(kind=kind, tau_x=0.05, steps=7)
+    with torch.no_grad():
+        before_BK = network.eval()(x_BCHW)
+    network.train()
+    y_B = before_BK.argmax(1)
+    losses = partial(sample_losses, targets_B=y_B, loss="cross_entropy")
+    if kind == "trades":
+        losses = partial(divergence, from_BK=before_BK)
+    moved_BCHW = ascend(config, network, x_BCHW, losses, trusted_B, space, compute.generator("test"), compute)
+    assert network.training
+    assert torch.equal(network[1].running_mean, statistics)
+    length_BCHW = (moved_BCHW - x_BCHW).abs() / space.unit
+    assert length_BCHW.max() <= 0.05 * (1 + 1e-4)
+    assert (moved_BCHW >= space.low - 1e-6).all()
+    assert (moved_BCHW <= space.high + 1e-6).all()
+    assert torch.equal(moved_BCHW[1::2], x_BCHW[1::2])
+    with torch.no_grad():
+        gain_B = losses(network.eval()(moved_BCHW)) - losses(before_BK)
+    assert (gain_B[::2] > 0).all()
+
+
+def test_the_divergence_is_that_of_the_distributions() -> None:
+    one_BK, other_BK = torch.randn(5, 3), torch.randn(5, 3)
+    p_BK, q_BK = one_BK.softmax(1), other_BK.softmax(1)
+    torch.testing.assert_close(divergence(other_BK, one_BK), (p_BK * (p_BK / q_BK).log()).sum(1))

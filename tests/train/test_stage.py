@@ -189,3 +189,15 @@ def test_denoised_images_train_and_their_pca_is_asked_for(dataset: Dataset, comp
     assert model.manifest().recipe.inputs["pca"] == pca.digest
     plain = train_robust(small("standard"), dataset, str(tmp_path / "plain"), compute, test=dataset)
     assert plain.history[-1] != model.history[-1]
+
+
+@pytest.mark.parametrize("name", ["prl_l", "trades"])
+def test_mmc_is_a_loss_like_any_other(name: str, dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
+    config = small(name)
+    config = config.model_copy(update={"method": config.method.model_copy(update={"loss": "mmc"})})
+    model = train_robust(config, dataset, str(tmp_path / "model"), compute, test=dataset)
+    assert model.history[-1]["test_accuracy"] > 0.5
+    assert model.config.mmc == 10.0
+    images_NCHW, labels_N = dataset.images()
+    logits_NK = predict(model.model(), images_NCHW, model.config.normalise, compute)
+    assert model.history[-1]["test_accuracy"] == pytest.approx(accuracy(logits_NK, labels_N))

@@ -1,0 +1,43 @@
+"""A last layer without weights: how near an embedding is to fixed centres, as far from each other as can be.
+
+The max-Mahalanobis centre loss (Pang, Xu, Dong, Du, Chen & Zhu, ICLR 2020) pulls each embedding to the centre of its
+class. Shapes: B batch, D features of the embedding, K classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sanitize.errors import ConfigError
+
+
+def centres(n_classes: int, n_features: int, scale: float) -> Tensor:
+    """K points (K, D) of length `scale`, any two of them with the cosine -1 / (K - 1) (Algorithm 1 there).
+
+    Raises:
+        ConfigError: there is no room for a simplex: D < K - 1.
+    """
+    if n_features < n_classes - 1:
+        raise ConfigError(f"{n_classes} centres need {n_classes - 1} features, the embedding has {n_features}")
+    mu_KD = torch.zeros(n_classes, n_features, dtype=torch.float64)
+    mu_KD[0, 0] = 1
+    for i in range(1, n_classes):
+        for j in range(i):
+            mu_KD[i, j] = -(1 / (n_classes - 1) + mu_KD[i] @ mu_KD[j]) / mu_KD[j, j]
+        if i < n_classes - 1:  # the last one is given by the others
+            mu_KD[i, i] = (1 - mu_KD[i].square().sum()).sqrt()
+    return (scale * mu_KD).float()
+
+
+class CentreDistance(nn.Module):
+    """Logits (B, K): minus half the squared distance of an embedding (B, D) to each centre."""
+
+    centres_KD: Tensor
+
+    def __init__(self, n_features: int, n_classes: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("centres_KD", centres(n_classes, n_features, scale), persistent=False)
+
+    def forward(self, z_BD: Tensor) -> Tensor:
+        """The largest is that of the nearest centre."""
+        squares_BK = z_BD.square().sum(1, keepdim=True) + self.centres_KD.square().sum(1)
+        return z_BD @ self.centres_KD.T - squares_BK / 2

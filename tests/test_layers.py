@@ -12,8 +12,9 @@ from pydantic import BaseModel
 import sanitize
 from sanitize.artifacts import Artifact
 from sanitize.attack import poison_shards
-from sanitize.certify import certify_smoothing
+from sanitize.certify import certify_smoothing, train_partitions
 from sanitize.data.index import index_shards
+from sanitize.denoise import denoise_shards, fit_pca
 from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
 from sanitize.report import write_report
 from sanitize.score import fit_scorer, score_shards
@@ -36,6 +37,9 @@ STAGES: list[Callable] = [
     train_robust,
     drop_scores,
     certify_smoothing,
+    train_partitions,
+    fit_pca,
+    denoise_shards,
 ]
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 MODULES: list[ModuleType] = [

@@ -2,11 +2,12 @@
 
     python -m benchmarks.pca [--json FILE]     minutes on 2 cores
 
-Exact: `fit_pca` on ten shards, 50,000 images of 3,072 pixels, against scikit-learn's PCA of the matrix. Estimated: 5,000
-images enlarged to 64 x 64, 12,288 pixels, 512 components in 4 passes; the exact energy comes from their Gram matrix,
-which is smaller than their covariance. Targets: the first 300 exact components span scikit-learn's to 1e-6 (largest
-principal angle, radians); the estimated ones hold at least 99.5 % of the energy of the exact ones. Time and peak memory
-are those of `fit_pca` in a process of its own, with the decoding of the images. Exits with 1 where a target is missed.
+Exact: `fit_pca` on ten shards, 50,000 images of 3,072 pixels, against scikit-learn's PCA of the matrix. Estimated:
+5,000 images enlarged to 64 x 64, 12,288 pixels, 512 components in 4 passes; the exact energy comes from their Gram
+matrix, which is smaller than their covariance. Targets: the first 300 exact components span scikit-learn's to 1e-6
+(largest principal angle, radians); the estimated ones hold at least 99.5 % of the energy of the exact ones. Time and
+peak memory are those of `fit_pca` in a process of its own, with the decoding of the images. Exits with 1 where a
+target is missed.
 """
 
 import argparse

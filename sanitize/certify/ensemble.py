@@ -20,6 +20,7 @@ from sanitize.certify.provenance import refuse_if_void
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import EmbeddingBatch
+from sanitize.distributed import world
 from sanitize.embed.label_free import oriented_gradients
 from sanitize.errors import ConfigError
 from sanitize.loop import Batch, Objective, OptimConfig, Step, train
@@ -122,6 +123,10 @@ def train_partitions(
     compute.activate()
     if config.optim.max_grad_norm is not None:
         raise ConfigError("partition.optim.max_grad_norm would make each base model depend on all: leave it out")
+    if world()[1] > 1:
+        raise ConfigError(
+            "base models share no batches: run without torchrun, groups of partitions side by side (n_groups)"
+        )
     refuse_if_void(dataset)
     model_config = ModelConfig(
         architecture=config.architecture,

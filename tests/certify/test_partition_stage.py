@@ -152,3 +152,11 @@ def test_only_an_ensemble_of_partitions_is_certified(
     with pytest.raises(ArtifactError, match=r"has no partitions\.json"):
         certify_partitions(checkpoint, training, str(tmp_path / "certificates"), compute)
     assert not (tmp_path / "certificates").exists()
+
+
+def test_several_processes_are_refused_and_told_what_to_do(
+    training: Dataset, compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sanitize.certify.ensemble.world", lambda: (0, 2))
+    with pytest.raises(ConfigError, match="run without torchrun"):
+        train_partitions(CONFIG, training, str(tmp_path / "ensemble"), compute)

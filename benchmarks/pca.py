@@ -12,7 +12,6 @@ target is missed.
 
 import argparse
 import os
-import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from sklearn.decomposition import PCA as ReferencePCA
 from torch import Tensor
 
 from benchmarks.data import SHARED
+from benchmarks.memory import status
 from benchmarks.report import conclude, print_table
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -41,7 +41,7 @@ def fitted(shards: list[str], size: int, out: str) -> dict[str, float]:
     compute = Compute(device="cpu")
     config = IndexConfig(n_classes=10, image=ImageConfig(size=(size, size)))
     dataset = index_shards(config, shards, f"{out}/index", compute)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = status("VmHWM")
     start, cpu = time.perf_counter(), time.process_time()
     fit_pca(PCAConfig(), dataset, f"{out}/pca", compute)
     return {
@@ -49,7 +49,7 @@ def fitted(shards: list[str], size: int, out: str) -> dict[str, float]:
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
         "mib_before": before,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": status("VmHWM"),
     }
 
 

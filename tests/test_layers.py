@@ -13,6 +13,7 @@ import sanitize
 from sanitize.artifacts import Artifact
 from sanitize.attack import poison_shards
 from sanitize.certify import certify_smoothing
+from sanitize.condense import condense_dataset
 from sanitize.data.index import index_shards
 from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
 from sanitize.report import write_report
@@ -36,6 +37,7 @@ STAGES: list[Callable] = [
     train_robust,
     drop_scores,
     certify_smoothing,
+    condense_dataset,
 ]
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 MODULES: list[ModuleType] = [

@@ -2,7 +2,7 @@
 
 M images s_j a class are learned, from noise. In each iteration, with a new random network as the feature extractor r,
 and for each class one random change of images A, the same for real and condensed ones,
-    loss = sum over classes of || mean_j r(A s_j) - mu ||^2,     mu: aggregate of r(A x_i), x_i real images of the class.
+    loss = sum over classes of || mean_j r(A s_j) - mu ||^2,    mu: aggregate of r(A x_i), x_i real images of the class
 Where mu is the mean this is DM (Eq. 2); where it is the calibrated mean, RDM-DC. The images begin as noise and never as
 real images, which would hand poison over as it is.
 
@@ -24,7 +24,7 @@ from sanitize.condense.siamese import Change, SiameseConfig
 from sanitize.errors import NumericsError
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
-from sanitize.snapshots import Snapshot, Snapshots, optimizer_state, prefixed, below, restore_optimizer
+from sanitize.snapshots import Snapshot, Snapshots, below, optimizer_state, prefixed, restore_optimizer
 
 # Images that go through the extractor together. On a CPU its activations must stay in the cache: all classes at once
 # take 1.5 to 2 x as long. On a GPU they are there to fill it.
@@ -112,7 +112,8 @@ class _Learning:
 
     def __init__(self, config: MatchingConfig, pool: Pool, compute: Compute) -> None:
         device = compute.torch_device
-        shape, n_classes = tuple(pool.images_NCHW.shape[1:]), len(pool.count_K)
+        n_classes, (channels, height, width) = len(pool.count_K), pool.images_NCHW.shape[1:]
+        shape = (channels, height, width)
         self.config, self.compute, self.pool = config, compute, pool
         self.real_NCHW = pool.images_NCHW.to(device)
         self.input = ModelConfig(n_classes=n_classes, image_shape=shape, mean=config.mean, std=config.std)
@@ -134,8 +135,7 @@ class _Learning:
         weights = self.compute.generator("condense", "extractor", self.iteration, device=device)
         self.extractor.redraw(weights)
         rows_KN = self.pool.draw(config.batch_size, draws).to(device)
-        height_width = self.images_KMCHW.shape[3:]
-        change = config.augment.draw(len(rows_KN), (height_width[0], height_width[1]), draws).to(device)
+        change = config.augment.draw(len(rows_KN), self.input.image_shape[1:], draws).to(device)
         self.optimizer.zero_grad(set_to_none=True)
         at_once = max(1, _AT_ONCE[device.type] // config.batch_size)
         for first in range(0, len(rows_KN), at_once):

@@ -32,11 +32,11 @@ class Change(NamedTuple):
 
     def of(self, classes: slice) -> Self:
         """The changes of some of the classes."""
-        return self._make(tensor[classes] for tensor in self)
+        return type(self)(*(tensor[classes] for tensor in self))
 
     def to(self, device: torch.device) -> Self:
         """The same on a device."""
-        return self._make(tensor.to(device) for tensor in self)
+        return type(self)(*(tensor.to(device) for tensor in self))
 
     def __call__(self, x_KBCHW: Tensor) -> Tensor:
         """Change normalised float images; all of a class alike."""

@@ -46,13 +46,7 @@ class FactoryConfig(BaseModel):
 
 
 Architecture = Annotated[
-    ConvNetConfig
-    | InstanceConvNetConfig
-    | ResNetConfig
-    | CNN9Config
-    | MLPConfig
-    | TorchvisionConfig
-    | FactoryConfig,
+    ConvNetConfig | InstanceConvNetConfig | ResNetConfig | CNN9Config | MLPConfig | TorchvisionConfig | FactoryConfig,
     Field(discriminator="kind"),
 ]
 

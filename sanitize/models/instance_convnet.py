@@ -1,4 +1,4 @@
-"""The network of the literature on condensation: [conv 3x3 - instance norm - ReLU - average pooling] blocks, one Linear.
+"""The network of the condensation literature: [conv 3x3 - instance norm - ReLU - average pooling] blocks, one Linear.
 
 Gidaris & Komodakis (2018), Zhao & Bilen (2021). Instance norm treats each image by itself, so that what an image is
 mapped to does not depend on its company. Shapes: B batch, C channels, H W image, K classes, D features.
@@ -51,8 +51,10 @@ class InstanceConvNet(nn.Module):
         """New random convolutions from torch's own initialisation, drawn on the device the weights are on."""
         for block in self.blocks:
             assert isinstance(block, InstanceBlock)
-            bound = block.conv.weight[0].numel() ** -0.5
-            block.conv.weight.uniform_(-bound, bound, generator=generator)
+            weight = block.conv.weight
+            bound = weight[0].numel() ** -0.5
+            # Into a tensor of its own: the layout of the weights must not decide which draw goes where.
+            weight.copy_(torch.empty(weight.shape, device=weight.device).uniform_(-bound, bound, generator=generator))
 
 
 class InstanceBlock(nn.Module):

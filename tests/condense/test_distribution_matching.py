@@ -126,7 +126,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(pool: Pool, compute: Com
                 raise Killed
             yield
 
-    for stop in (5, 4):
+    for stop in (5, 5):
         steps = killer(stop)
         with pytest.raises(Killed):
             condense(SMALL, pool, compute, snapshots, lambda _n, steps=steps: next(steps))

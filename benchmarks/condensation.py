@@ -148,7 +148,7 @@ def whole_pool() -> Pool:
 
 
 def matching(per_class: int, kind: str) -> MatchingConfig:
-    """What minutes allow: fewer real images, and larger steps, the more so the more images a gradient is spread over."""
+    """What minutes allow: fewer real images, and larger steps: gradients are spread over the images of a class."""
     return MatchingConfig(
         images_per_class=per_class,
         iterations=200,

@@ -56,7 +56,7 @@ def test_twenty_images_teach_digits(condensed: CondensedSet) -> None:
     assert verify(condensed.path) == []
     info = condensed.info
     assert info["labels"] == {str(label): 2 for label in range(10)}
-    assert info["image"] == {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25]}
+    assert info["image"] == {"shape": [3, 8, 8], "mean": [0.5], "std": [0.25]}
     assert info["matching"]["aggregate"]["kind"] == "calibrated"
     assert len(info["utility"]["test_accuracy"]) == 2
     assert min(info["utility"]["test_accuracy"]) > 0.5  # guessing: 0.1
@@ -66,7 +66,7 @@ def test_twenty_images_teach_digits(condensed: CondensedSet) -> None:
 
 def test_others_read_the_same_pixels(condensed: CondensedSet) -> None:
     images_NCHW, labels_N = sanitize.load_condensed(condensed.path)
-    assert images_NCHW.shape == (20, 1, 8, 8)
+    assert images_NCHW.shape == (20, 3, 8, 8)
     assert images_NCHW.dtype == torch.float32
     assert labels_N.tolist() == [label for label in range(10) for _ in range(2)]
     samples = list(webdataset.WebDataset(condensed.url(SHARD), shardshuffle=False))
@@ -98,7 +98,7 @@ def test_hugging_face_reads_the_same_pixels(
 
 def test_the_grid_has_a_class_a_row(condensed: CondensedSet) -> None:
     grid_CHW = torchvision.io.decode_png(torch.frombuffer(bytearray(condensed.read("grid.png")), dtype=torch.uint8))
-    assert grid_CHW.shape == (1, 100, 20)
+    assert grid_CHW.shape == (3, 100, 20)
     first_CHW = torchvision.io.decode_png(
         torch.frombuffer(
             bytearray(next(iter(webdataset.WebDataset(condensed.url(SHARD), shardshuffle=False)))["png"]),
@@ -165,18 +165,18 @@ def test_a_pool_with_room_holds_every_image_once(dataset: Dataset, compute: Comp
 def test_a_pool_keeps_to_its_bytes_and_does_not_depend_on_the_order_of_shards(
     digits: Digits, dataset: Dataset, compute: Compute, tmp_path: Path
 ) -> None:
-    small = fill_pool(dataset, 10 * 7 * 64 + 63, compute)  # seven images a class
-    assert small.images_NCHW.nbytes == 10 * 7 * 64
+    small = fill_pool(dataset, 10 * 7 * 192 + 191, compute)  # seven images a class
+    assert small.images_NCHW.nbytes == 10 * 7 * 192
     assert small.count_K.tolist() == [7] * 10
     renamed = []
     for i, shard in enumerate(reversed(digits.shards()[:4])):
         (tmp_path / f"other-{i}.tar").write_bytes(Path(shard).read_bytes())
         renamed.append(str(tmp_path / f"other-{i}.tar"))
     other = index_shards(IndexConfig(), renamed, str(tmp_path / "index"), compute)
-    assert torch.equal(fill_pool(other, 10 * 7 * 64, compute).images_NCHW, small.images_NCHW)
+    assert torch.equal(fill_pool(other, 10 * 7 * 192, compute).images_NCHW, small.images_NCHW)
     everything = {bytes(image.numpy()) for image in fill_pool(dataset, 2**20, compute).images_NCHW}
     assert {bytes(image.numpy()) for image in small.images_NCHW} < everything
-    of_other_seed = fill_pool(dataset, 10 * 7 * 64, compute.model_copy(update={"seed": 1}))
+    of_other_seed = fill_pool(dataset, 10 * 7 * 192, compute.model_copy(update={"seed": 1}))
     assert not torch.equal(of_other_seed.images_NCHW, small.images_NCHW)
 
 
@@ -189,7 +189,7 @@ def test_draws_stay_in_their_class_and_reach_all_of_it(dataset: Dataset, compute
 
 def test_a_pool_that_cannot_hold_an_image_of_each_class_is_an_error(dataset: Dataset, compute: Compute) -> None:
     with pytest.raises(DataError, match="pool_bytes"):
-        fill_pool(dataset, 639, compute)
+        fill_pool(dataset, 1919, compute)
 
 
 def test_a_class_without_samples_is_an_error(digits: Digits, compute: Compute, tmp_path: Path) -> None:

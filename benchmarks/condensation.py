@@ -1,6 +1,6 @@
 """What are a few condensed images worth, and how far can poison move what they are made to match? Fashion-MNIST.
 
-    python -m benchmarks.condensation --quick [--only accuracy|estimator] [--first-seed 0] [--json FILE]
+    python -m benchmarks.condensation --quick [--only estimator|accuracy] [--images-per-class 1] [--json FILE]
 
 Accuracy: a fresh network (3 blocks of width 32) learns from 1 or 10 images a class and nothing else: real ones drawn at
 random, condensed by plain distribution matching (DM), or by RDM-DC with eps = .1. Test images chosen by the seed, 3
@@ -52,6 +52,7 @@ AGGREGATES = {
     "median": {"kind": "median"},
 }
 RATES = (0.02, 0.05, 0.1)
+ABOVE_RANDOM = {1: 10, 10: 3}  # images a class: points
 BINS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, float("inf"))
 
 
@@ -152,7 +153,7 @@ def matching(per_class: int, kind: str) -> MatchingConfig:
     return MatchingConfig(
         images_per_class=per_class,
         iterations=200,
-        learning_rate=10.0 * per_class,
+        learning_rate=5.0 * per_class,
         batch_size=64,
         architecture=InstanceConvNetConfig(widths=(32, 32, 32)),
         aggregate=AggregateConfig.model_validate({"kind": kind}),
@@ -186,7 +187,7 @@ def worth(images_KMCHW: Tensor, test: tuple[Tensor, Tensor], compute: Compute) -
     return points
 
 
-def accuracies(seed: int, n_test: int = 4_000) -> tuple[list[dict[str, Any]], list[str]]:
+def accuracies(seed: int, sizes: Sequence[int], n_test: int = 4_000) -> tuple[list[dict[str, Any]], list[str]]:
     """A row a set, and the targets that were missed."""
     compute = Compute(seed=seed)
     compute.activate()
@@ -195,7 +196,7 @@ def accuracies(seed: int, n_test: int = 4_000) -> tuple[list[dict[str, Any]], li
     chosen_N = torch.randperm(len(test_N), generator=compute.generator("benchmark", "test"))[:n_test]
     test = test_NCHW[chosen_N], test_N[chosen_N]
     rows, missed = [], []
-    for per_class, above_random in ((1, 10), (10, 3)):
+    for per_class in sizes:
         drawn_KM = pool.draw(per_class, compute.generator("benchmark", "random"))
         sets = {"random": NETWORK.normalise(pool.images_NCHW[drawn_KM].flatten(0, 1)).unflatten(0, drawn_KM.shape)}
         losses: dict[str, float] = {}
@@ -212,14 +213,14 @@ def accuracies(seed: int, n_test: int = 4_000) -> tuple[list[dict[str, Any]], li
             row = {"images a class": per_class, "set": name, "accuracy": points[name], "networks": of_networks}
             rows.append(row | {"last loss": losses.get(name), "CPU s / iteration": seconds.get(name)})
             print(rows[-1], flush=True)
-        missed += _missed(points, per_class, above_random)
+        missed += _missed(points, per_class)
     columns = ["images a class", "set", "accuracy", "last loss", "CPU s / iteration"]
     print_table(rows, columns, f"accuracy on {n_test} test images, mean of 3 networks")
     return rows, missed
 
 
-def _missed(points: dict[str, float], per_class: int, above_random: float) -> list[str]:
-    missed = []
+def _missed(points: dict[str, float], per_class: int) -> list[str]:
+    missed, above_random = [], ABOVE_RANDOM[per_class]
     if points["RDM-DC"] < points["random"] + above_random:
         missed.append(
             f"{per_class} a class: RDM-DC {above_random} points above random images, got "
@@ -234,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Quick, or a part of it."""
     parser = quick_or_full(__doc__)
     parser.add_argument("--only", choices=["accuracy", "estimator"])
+    parser.add_argument("--images-per-class", type=int, choices=ABOVE_RANDOM, nargs="+", default=list(ABOVE_RANDOM))
     options = parser.parse_args(arguments)
     if options.full:
         parser.error("--full, CIFAR-10 with attacks on a GPU, is not there yet")
@@ -241,10 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     missed: list[str] = []
-    for name, part in (("estimator", estimator), ("accuracy", accuracies)):
-        if options.only in (None, name):
-            results[name], more = part(options.first_seed)
-            missed += more
+    if options.only in (None, "estimator"):
+        results["estimator"], missed = estimator(options.first_seed)
+    if options.only in (None, "accuracy"):
+        results["accuracy"], more = accuracies(options.first_seed, options.images_per_class)
+        missed = missed + more
     conclude(missed, options.json, start, **results)
 
 

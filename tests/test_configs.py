@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from flows.clean import CleanConfig
+from flows.condense import CondenseRunConfig
 from flows.train import TrainRunConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -24,5 +25,5 @@ def test_the_readmes_config_validates() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_validates(path: Path) -> None:
-    kind = TrainRunConfig if path.stem == "train" else CleanConfig
+    kind = {"train": TrainRunConfig, "condense": CondenseRunConfig}.get(path.stem, CleanConfig)
     assert kind.model_validate(yaml.safe_load(path.read_text())).shards

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.errors import DataError
+from sanitize.errors import ConfigError, DataError
 from sanitize.progress import track
 
 
@@ -77,14 +77,15 @@ def fill_pool(dataset: Dataset, max_bytes: int, compute: Compute) -> Pool:
         The pool, on the CPU.
 
     Raises:
-        DataError: a class has no usable sample, or its share holds no image.
+        DataError: a class has no usable sample.
+        ConfigError: the share of a class holds no image.
     """
     counts = [dataset.info["labels"].get(str(label), 0) for label in range(dataset.n_classes)]
     capacity = max_bytes // (torch.Size(dataset.image_shape).numel() * dataset.n_classes)
-    if min(counts) == 0 or capacity == 0:
-        empty = counts.index(0) if min(counts) == 0 else None
-        why = f"class {empty} has no usable sample" if empty is not None else f"pool_bytes={max_bytes} holds no image"
-        raise DataError(f"cannot condense {dataset.path}: {why} of each of the {dataset.n_classes} classes")
+    if 0 in counts:
+        raise DataError(f"cannot condense {dataset.path}: class {counts.index(0)} has no usable sample")
+    if capacity == 0:
+        raise ConfigError(f"pool_bytes={max_bytes} does not hold one image of each of {dataset.n_classes} classes")
     sizes = [min(capacity, count) for count in counts]
     images_NCHW = torch.empty(sum(sizes), *dataset.image_shape, dtype=torch.uint8)
     reservoirs = [_Reservoir(part_NCHW) for part_NCHW in images_NCHW.split(sizes)]

@@ -90,6 +90,7 @@ def condense_dataset(
 
     Raises:
         DataError: a class has no usable sample.
+        ConfigError: `pool_bytes` does not hold one image of each class.
         NumericsError: matching or training diverged.
     """
     compute.activate()

@@ -23,7 +23,7 @@ from sanitize.condense.stage import SHARD
 from sanitize.data.dataset import Dataset
 from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.errors import DataError
+from sanitize.errors import ConfigError, DataError
 from sanitize.loop import OptimConfig
 from sanitize.models.instance_convnet import InstanceConvNetConfig
 
@@ -188,7 +188,7 @@ def test_draws_stay_in_their_class_and_reach_all_of_it(dataset: Dataset, compute
 
 
 def test_a_pool_that_cannot_hold_an_image_of_each_class_is_an_error(dataset: Dataset, compute: Compute) -> None:
-    with pytest.raises(DataError, match="pool_bytes"):
+    with pytest.raises(ConfigError, match="pool_bytes"):
         fill_pool(dataset, 1919, compute)
 
 

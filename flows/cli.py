@@ -350,6 +350,62 @@ def certify(
 
 
 @app.command()
+def condense(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
+    shards: Shards = None,
+    test_shards: Annotated[
+        list[str] | None,
+        typer.Option("--test-shards", help="Shards that networks trained on the condensed set are measured on."),
+    ] = None,
+    images_per_class: Annotated[int | None, typer.Option(help="Condensed images of each class (default 10).")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps of learning (default 20000).")] = None,
+    out: Annotated[str, typer.Option(help="Run folder. Given again, a run that was killed goes on.")] = "runs/condense",
+    direct: Direct = False,
+    seed: Seed = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Condense shards into a few images a class that poison in the shards cannot steer (RDM-DC).
+
+    The set is OUT/70-condensed: condensed.safetensors, a shard with PNG and exact .npy, and grid.png to look at.
+
+    Examples:
+
+        sanitize condense --shards 'data/train-*.tar' --test-shards 'data/test-*.tar' --images-per-class 10
+
+        sanitize condense configs/condense.yaml --out runs/condensed --direct
+    """
+    from flows.condense import CondenseRunConfig, run_condense
+
+    with _errors():
+        settings = _read_yaml(config) if config else {}
+        given = {"shards": shards, "test_shards": test_shards}
+        settings |= {name: value for name, value in given.items() if value}
+        if not settings.get("shards"):
+            raise ConfigError("no shards: give --shards, or `shards:` in the YAML file")
+        of_matching = {"images_per_class": images_per_class, "iterations": iterations}
+        of_condense = dict(settings.get("condense") or {})
+        of_condense["matching"] = dict(of_condense.get("matching") or {}) | {
+            name: value for name, value in of_matching.items() if value is not None
+        }
+        settings["condense"] = of_condense
+        _set_compute(settings, seed=seed, device=device)
+        with _bars(quiet):
+            result = run_condense(CondenseRunConfig.model_validate(settings), out, direct)
+    if as_json:
+        _print_json(result)
+        return
+    accuracies = result.pop("test_accuracy") or []
+    last = result.pop("last")
+    console.print(f"loss {last['loss']:.4g} after {last['iteration']:,} iterations", highlight=False)
+    if accuracies:
+        reached = ", ".join(f"{of:.1%}" for of in accuracies)
+        console.print(f"test accuracy of networks that learned from it: {reached}", highlight=False)
+    _print_places(result)
+
+
+@app.command()
 def inspect(
     shards: Annotated[list[str], typer.Argument(help="Directory, glob or brace range of shards.")],
     label: Annotated[str, typer.Option(help="Member with the class: a suffix, or json:FIELD.")] = "cls",

@@ -12,9 +12,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import certify as certify_job
 from flows import clean as clean_job
+from flows import condense as condense_job
 from flows import train as train_job
 from flows.certify import CertifyRunConfig
 from flows.clean import CleanConfig
+from flows.condense import CondenseRunConfig
 from flows.run import Run
 from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
@@ -41,7 +43,7 @@ TASKS: dict[str, Any] = {
         retry_delay_seconds=5,
         retry_condition_fn=_is_transient,
     )
-    for stage in {*clean_job.STAGES, *train_job.STAGES, *certify_job.STAGES}
+    for stage in {*clean_job.STAGES, *train_job.STAGES, *certify_job.STAGES, *condense_job.STAGES}
 }
 
 
@@ -85,6 +87,12 @@ def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
 def certify_flow(config: CertifyRunConfig, out: str) -> dict[str, Any]:
     """Certify a trained model: index, certify, package, report."""
     return certify_job.certify(config, PrefectRun(out, config.compute, config.n_groups))
+
+
+@_flow("condense")
+def condense_flow(config: CondenseRunConfig, out: str) -> dict[str, Any]:
+    """Condense shards: index, learn a few images a class, measure what networks learn from them."""
+    return condense_job.condense(config, PrefectRun(out, config.compute, config.n_groups))
 
 
 def _link(url: str) -> str:

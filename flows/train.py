@@ -74,13 +74,13 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
         Places and the last row of the history, for people and machines.
     """
     dataset = run.sharded("00-index", index_shards, list(find_shards(config.shards)), config.index, config.shards)
-    test = _index_more("01-index-test", config.test_shards, {}, config, dataset, run)
+    test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)
     if config.partition is not None:
         return _train_partitions(config.partition, dataset, test, config, run)
     encoder = None
     if config.simclr is not None:
         no_labels = {"label": None, "n_classes": 1}
-        unlabelled = _index_more("02-index-unlabelled", config.unlabelled_shards, no_labels, config, dataset, run)
+        unlabelled = index_more("02-index-unlabelled", config.unlabelled_shards, no_labels, config.index, dataset, run)
         encoder = run.together("50-encoder", pretrain_simclr, config.simclr, dataset, unlabelled=unlabelled)
     pca = None
     if config.train.denoise is not None:
@@ -121,14 +121,17 @@ def _finished(result: dict[str, Any], config: TrainRunConfig, run: Run) -> dict[
     return result
 
 
-def _index_more(
-    folder: str, sources: Sequence[str], changed: dict[str, Any], config: TrainRunConfig, dataset: Dataset, run: Run
+def index_more(
+    folder: str, sources: Sequence[str], changed: dict[str, Any], index: IndexConfig, dataset: Dataset, run: Run
 ) -> Dataset | None:
-    """Other shards, indexed like those of `dataset`: their images have its size, their labels are of its classes."""
+    """Other shards, indexed like those of `dataset`: their images have its size, their labels are of its classes.
+
+    None where there are none.
+    """
     if not sources:
         return None
-    image = config.index.image.model_copy(update={"size": dataset.image_shape[1:]})
-    same = config.index.model_copy(update={"n_classes": dataset.n_classes, "image": image} | changed)
+    image = index.image.model_copy(update={"size": dataset.image_shape[1:]})
+    same = index.model_copy(update={"n_classes": dataset.n_classes, "image": image} | changed)
     return run.sharded(folder, index_shards, list(find_shards(sources)), same, sources)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sanitize.attack import poison_shards
     from sanitize.certify import certify_partitions, certify_smoothing, train_partitions
     from sanitize.compute import Compute
+    from sanitize.condense import condense_dataset, load_condensed
     from sanitize.data.index import index_shards
     from sanitize.denoise import denoise_shards, fit_pca
     from sanitize.embed import embed_shards, import_table, train_embedder
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "certify_partitions",
     "certify_smoothing",
+    "condense_dataset",
     "denoise_shards",
     "drop_scores",
     "embed_shards",
@@ -36,6 +38,7 @@ __all__ = [
     "fit_scorer",
     "import_table",
     "index_shards",
+    "load_condensed",
     "load_model",
     "package_model",
     "poison_shards",
@@ -71,6 +74,8 @@ _HOMES = {
     "train_partitions": "certify",
     "certify_partitions": "certify",
     "certify_smoothing": "certify",
+    "condense_dataset": "condense",
+    "load_condensed": "condense",
     "package_model": "package",
     "load_model": "package",
 }

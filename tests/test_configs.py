@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from flows.clean import CleanConfig
+from flows.condense import CondenseRunConfig
 from flows.train import TrainRunConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -25,5 +26,6 @@ def test_the_readmes_config_validates() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_validates(path: Path) -> None:
     text = path.read_text()
-    kind = TrainRunConfig if text.startswith("# sanitize train") else CleanConfig  # the first line says how to use it
+    command = re.match(r"# sanitize (\w+)", text)  # the first line says how to use it
+    kind = {"train": TrainRunConfig, "condense": CondenseRunConfig}.get(command[1] if command else "", CleanConfig)
     assert kind.model_validate(yaml.safe_load(text)).shards

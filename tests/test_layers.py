@@ -13,6 +13,7 @@ import sanitize
 from sanitize.artifacts import Artifact
 from sanitize.attack import poison_shards
 from sanitize.certify import certify_smoothing, train_partitions
+from sanitize.condense import condense_dataset
 from sanitize.data.index import index_shards
 from sanitize.denoise import denoise_shards, fit_pca
 from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
@@ -40,6 +41,7 @@ STAGES: list[Callable] = [
     train_partitions,
     fit_pca,
     denoise_shards,
+    condense_dataset,
 ]
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 MODULES: list[ModuleType] = [

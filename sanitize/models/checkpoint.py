@@ -18,6 +18,7 @@ from sanitize.errors import ConfigError, DataError
 from sanitize.models.cnn9 import CNN9, CNN9Config
 from sanitize.models.convnet import ConvNet, ConvNetConfig
 from sanitize.models.group_norm import without_batch_norm
+from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
 from sanitize.models.mlp import MLP, MLPConfig
 from sanitize.models.mmc import CentreDistance
 from sanitize.models.resnet import ResNet, ResNetConfig
@@ -47,7 +48,7 @@ class FactoryConfig(BaseModel):
 
 
 Architecture = Annotated[
-    ConvNetConfig | ResNetConfig | CNN9Config | MLPConfig | TorchvisionConfig | FactoryConfig,
+    ConvNetConfig | InstanceConvNetConfig | ResNetConfig | CNN9Config | MLPConfig | TorchvisionConfig | FactoryConfig,
     Field(discriminator="kind"),
 ]
 
@@ -114,6 +115,8 @@ class ModelConfig(BaseModel):
         channels = self.image_shape[0]
         if isinstance(kind, ConvNetConfig):
             return ConvNet(kind, self.n_classes, channels)
+        if isinstance(kind, InstanceConvNetConfig):
+            return InstanceConvNet(kind, self.n_classes, self.image_shape)
         if isinstance(kind, ResNetConfig):
             return ResNet(kind, self.n_classes, channels)
         if isinstance(kind, CNN9Config):

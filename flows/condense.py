@@ -1,0 +1,75 @@
+"""Condensation: shards nobody can vouch for in, a few images a class that stand for them out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.run import Run, save_config
+from flows.train import index_more
+from sanitize.compute import Compute
+from sanitize.condense import CondenseConfig, condense_dataset
+from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.storage import exclusive
+
+
+class CondenseRunConfig(BaseModel):
+    """One run; one YAML file.
+
+    Attributes:
+        shards: directories, globs, brace ranges or URLs of .tar / .tar.gz shards to condense.
+        test_shards: shards that networks trained on the condensed set are measured on; nothing is learned from them.
+        index, condense: one section a stage.
+        n_groups: groups of shards that are indexed side by side. Results do not depend on it.
+        compute: device, precision, seed, threads.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shards: tuple[str, ...] = Field(min_length=1)
+    test_shards: tuple[str, ...] = ()
+    index: IndexConfig = IndexConfig()
+    condense: CondenseConfig = CondenseConfig()
+    n_groups: int = Field(default=1, ge=1)
+    compute: Compute = Compute()
+
+
+def condense(config: CondenseRunConfig, run: Run) -> dict[str, Any]:
+    """The order of work: index, condense.
+
+    Returns:
+        Places, the last row of the history, and what networks that learned from the set reach on the test shards.
+    """
+    dataset = run.sharded("00-index", index_shards, list(find_shards(config.shards)), config.index, config.shards)
+    test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)
+    condensed = run.stage("70-condensed", condense_dataset, config.condense, dataset, test=test)
+    utility = condensed.info["utility"]
+    result = {
+        "condensed": condensed.path,
+        "grid": condensed.url("grid.png"),
+        "last": condensed.read_json("history.json")[-1],
+        "test_accuracy": utility and utility["test_accuracy"],
+    }
+    save_config(config, run.out)
+    run.save("finished", **result)
+    return result
+
+
+def run_condense(config: CondenseRunConfig, out: str | Path, direct: bool) -> dict[str, Any]:
+    """Condense as a Prefect flow, or with plain function calls; both give the same digests.
+
+    Raises:
+        SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
+    """
+    refuse_inside((*config.shards, *config.test_shards), out)
+    with exclusive(out):
+        if direct:
+            return condense(config, Run(out, config.compute, config.n_groups))
+        from flows.tasks import condense_flow  # imports Prefect: a second that --direct need not wait for
+
+        return dict(condense_flow(config, str(out)))
+
+
+STAGES: Sequence[Any] = (index_shards, condense_dataset)

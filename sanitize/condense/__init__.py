@@ -1,0 +1,18 @@
+"""Condense a data set into a few images a class that stand for it, out of the reach of who poisoned it (RDM-DC)."""
+
+from sanitize.condense.aggregate import AggregateConfig
+from sanitize.condense.distribution_matching import MatchingConfig
+from sanitize.condense.evaluate import EvaluateConfig
+from sanitize.condense.siamese import SiameseConfig
+from sanitize.condense.stage import CondenseConfig, CondensedSet, condense_dataset, load_condensed
+
+__all__ = [
+    "AggregateConfig",
+    "CondenseConfig",
+    "CondensedSet",
+    "EvaluateConfig",
+    "MatchingConfig",
+    "SiameseConfig",
+    "condense_dataset",
+    "load_condensed",
+]

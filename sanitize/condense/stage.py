@@ -1,0 +1,203 @@
+"""Condense a data set: the only place where `distribution_matching` meets files.
+
+images, labels = sanitize.load_condensed("runs/condense/70-condensed")     # normalised float32, int64
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from sanitize.artifacts import Artifact, Part, Recipe, make, partial_of
+from sanitize.compute import Compute
+from sanitize.condense.distribution_matching import Condensed, MatchingConfig, condense
+from sanitize.condense.evaluate import EvaluateConfig, learn_from
+from sanitize.condense.pool import Pool, fill_pool
+from sanitize.data.dataset import Dataset
+from sanitize.data.decode import encode_png
+from sanitize.data.writer import shard_writer
+from sanitize.loop import predict
+from sanitize.models.checkpoint import ModelConfig
+from sanitize.progress import track
+from sanitize.snapshots import Snapshots
+from sanitize.storage import is_local, local_path
+
+SHARD = "shards/condensed-0000.tar"  # in a folder of its own: Hugging Face `datasets` takes .json beside it for data
+_GRID_COLUMNS = 10
+
+
+class CondenseConfig(BaseModel):
+    """How a data set is condensed.
+
+    Attributes:
+        matching: what is learned, and how.
+        pool_bytes: of uint8 pixels of real images, held on the device; a larger data set is stood for by a sample, with
+            the same share for each class.
+        evaluate: how networks learn from the condensed set where there is a test set to measure them on.
+        snapshot_every: iterations between two snapshots; a run that was killed goes on from the last one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    matching: MatchingConfig = MatchingConfig()
+    pool_bytes: int = Field(default=2**30, gt=0)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    snapshot_every: int = Field(default=500, ge=1)
+
+
+class CondensedSet(Artifact):
+    """`condensed.safetensors`: `images` (N, C, H, W) float32 in normalised units, class by class; `labels` (N,), int64.
+    `shards/condensed-0000.tar`: of each image KEY.png (8 bit), KEY.npy (the exact floats) and KEY.cls. `grid.png`: up
+    to ten images a class, one class a row. `dataset.json`: what it is, how it was made. `history.json`: the loss."""
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Images and labels, exact."""
+        tensors = safetensors.torch.load(self.read("condensed.safetensors"))
+        return tensors["images"], tensors["labels"]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """dataset.json."""
+        info: dict[str, Any] = self.read_json("dataset.json")
+        return info
+
+
+def load_condensed(path: str | Path) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W), float32 in normalised units, and labels (N,), int64, of what `condense_dataset` made.
+
+    Raises:
+        ArtifactError: there is no such set, or it is not what its manifest says.
+    """
+    return CondensedSet.load(path).tensors()
+
+
+def condense_dataset(
+    config: CondenseConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
+) -> CondensedSet:
+    """Learn a few images a class that stand for a data set, and that poison in it cannot steer.
+
+    Args:
+        config: what and how.
+        dataset: the untrusted data; only usable samples are read, and one pass is made over them.
+        out: folder of the artifact.
+        compute: device, precision, seed.
+        test: samples that networks trained on the condensed set are measured on; nothing is chosen by them.
+
+    Raises:
+        DataError: a class has no usable sample.
+        ConfigError: `pool_bytes` does not hold one image of each class.
+        NumericsError: matching or training diverged.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="condense_dataset",
+        config=config.model_dump(mode="json", exclude={"snapshot_every"}),
+        numerics=compute.numerics,
+        inputs={"dataset": dataset.digest} | ({"test": test.digest} if test is not None else {}),
+    )
+
+    def write(part: Part) -> None:
+        pool = fill_pool(dataset, config.pool_bytes, compute)
+        snapshots = (
+            Snapshots(local_path(partial_of(out)) / "snapshot", config.snapshot_every) if is_local(out) else None
+        )
+        with track("condense", config.matching.iterations, "iterations") as advance:
+            condensed = condense(
+                config.matching,
+                pool,
+                compute,
+                snapshots,
+                advance,
+                lambda row: advance.note(f"loss {row['loss']:.4g}"),
+            )
+        images_NCHW = condensed.images_KMCHW.flatten(0, 1)
+        labels_N = torch.arange(dataset.n_classes).repeat_interleave(config.matching.images_per_class)
+        accuracies = _measure(images_NCHW, labels_N, test, config, compute) if test is not None else None
+        _write(part, condensed, images_NCHW, labels_N, config.matching)
+        part.write_json("dataset.json", _description(part, labels_N, pool, dataset, config, accuracies))
+        part.counts.update(images=len(images_NCHW), pool=int(pool.count_K.sum()))
+
+    return make(CondensedSet, out, recipe, write)
+
+
+def _model_config(config: MatchingConfig, n_classes: int, image_shape: tuple[int, ...]) -> ModelConfig:
+    channels, height, width = image_shape
+    return ModelConfig(
+        architecture=config.architecture,
+        n_classes=n_classes,
+        image_shape=(channels, height, width),
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+def _measure(
+    images_NCHW: Tensor, labels_N: Tensor, test: Dataset, config: CondenseConfig, compute: Compute
+) -> list[float]:
+    """Accuracy on the test set of fresh networks that learned from the condensed set."""
+    model_config = _model_config(config.matching, test.n_classes, test.image_shape)
+    accuracies = []
+    with track("evaluate", config.evaluate.n_networks, "networks") as advance:
+        for number in range(config.evaluate.n_networks):
+            model = learn_from(images_NCHW, labels_N, config.evaluate, model_config, number, compute)
+            n_right = sum(
+                int((predict(model, of.images_BCHW, model_config.normalise, compute).argmax(1) == of.labels_B).sum())
+                for of in test.batches(512)
+            )
+            accuracies.append(n_right / test.n_samples)
+            advance(1)
+    return accuracies
+
+
+def _write(part: Part, condensed: Condensed, images_NCHW: Tensor, labels_N: Tensor, config: MatchingConfig) -> None:
+    """Everything but `dataset.json`."""
+    part.write("condensed.safetensors", safetensors.torch.save({"images": images_NCHW, "labels": labels_N}))
+    pixels_NCHW = to_pixels(images_NCHW, config)
+    with shard_writer(part, SHARD) as tar:
+        for i, label in enumerate(labels_N.tolist()):
+            key = f"{label:04d}-{i % config.images_per_class:04d}"
+            exact = io.BytesIO()
+            np.save(exact, images_NCHW[i].numpy(), allow_pickle=False)
+            tar.add(f"{key}.png", encode_png(pixels_NCHW[i]))
+            tar.add(f"{key}.npy", exact.getvalue())
+            tar.add(f"{key}.cls", str(label).encode())
+    part.write("grid.png", encode_png(grid(pixels_NCHW.unflatten(0, condensed.images_KMCHW.shape[:2]))))
+    part.write_json("history.json", condensed.history)
+
+
+def to_pixels(images_NCHW: Tensor, config: MatchingConfig) -> Tensor:
+    """uint8 images: what is darker than black or brighter than white, as condensed images may be, is cut off."""
+    mean_C11, std_C11 = (torch.tensor(of)[:, None, None] for of in (config.mean, config.std))
+    return ((images_NCHW * std_C11 + mean_C11) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def grid(pixels_KMCHW: Tensor) -> Tensor:
+    """One picture (C, H', W') of up to ten images a class, one class a row, with two white pixels between them."""
+    framed_KMCHW = torch.nn.functional.pad(pixels_KMCHW[:, :_GRID_COLUMNS], [1, 1, 1, 1], value=255)
+    rows, columns, channels, height, width = framed_KMCHW.shape
+    return framed_KMCHW.permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
+
+
+def _description(
+    part: Part, labels_N: Tensor, pool: Pool, dataset: Dataset, config: CondenseConfig, accuracies: list[float] | None
+) -> dict[str, Any]:
+    """The content of `dataset.json`."""
+    shard, matching = part.files[SHARD], config.matching
+    return {
+        "format": 1,
+        "n_classes": dataset.n_classes,
+        "labels": {str(label): count for label, count in enumerate(labels_N.bincount().tolist())},
+        "image": {"shape": dataset.image_shape, "mean": matching.mean, "std": matching.std},
+        "shards": {SHARD: {"samples": len(labels_N), "size": shard.size, "sha256": shard.sha256}},
+        "matching": matching.model_dump(mode="json"),
+        "real_images": {str(label): count for label, count in enumerate(pool.count_K.tolist())},
+        "utility": None
+        if accuracies is None
+        else {"test_accuracy": accuracies, "config": config.evaluate.model_dump(mode="json")},
+        "made_from": {"dataset": dataset.digest},
+    }

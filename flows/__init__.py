@@ -2,7 +2,8 @@
 
 import os
 
-# Before Prefect is first imported: a laptop is slow to start the temporary server, and nobody asked for telemetry.
+# Before Prefect and Ray are first imported: a laptop is slow to start the temporary server; nobody asked for telemetry.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

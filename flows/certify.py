@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.run import Run, save_config
+from flows.runner import RunnerConfig, Threads
 from flows.train import packaged
 from sanitize.certify import CertifySmoothingConfig, certify_partitions, certify_smoothing
 from sanitize.compute import Compute
@@ -15,7 +16,6 @@ from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.package import open_model, package_model
 from sanitize.report import write_certificate_report
-from sanitize.storage import exclusive
 
 
 class CertifyRunConfig(BaseModel):
@@ -28,6 +28,7 @@ class CertifyRunConfig(BaseModel):
         smoothing: for one network; an ensemble of partitions is certified by its votes, which has no settings.
         n_groups: groups of shards that are worked on side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
+        runner: threads, processes or ray: where groups of shards are worked on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -38,6 +39,7 @@ class CertifyRunConfig(BaseModel):
     smoothing: CertifySmoothingConfig = CertifySmoothingConfig()
     n_groups: int = Field(default=1, ge=1)
     compute: Compute = Compute()
+    runner: RunnerConfig = Threads()
 
 
 def certify(config: CertifyRunConfig, run: Run) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def certify(config: CertifyRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and what is proved.
     """
+    refuse_inside(config.shards, run.out)
     model = open_model(config.model)
     shards = list(find_shards(config.shards))
     dataset = run.sharded(
@@ -74,13 +77,12 @@ def run_certify(config: CertifyRunConfig, out: str | Path, direct: bool) -> dict
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside(config.shards, out)
-    with exclusive(out):
-        if direct:
-            return certify(config, Run(out, config.compute, config.n_groups))
-        from flows.tasks import certify_flow  # imports Prefect: a second that --direct need not wait for
+    if direct:
+        with Run(out, config.compute, config.n_groups) as run:
+            return certify(config, run)
+    from flows.tasks import certify_flow  # imports Prefect: a second that --direct need not wait for
 
-        return dict(certify_flow(config, str(out)))
+    return dict(certify_flow(config, str(out)))
 
 
 STAGES: Sequence[Any] = (

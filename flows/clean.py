@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.run import Run, save_config
+from flows.runner import RunnerConfig, Threads
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
@@ -34,7 +35,6 @@ from sanitize.select import (
     trusted_shards,
     write_selected,
 )
-from sanitize.storage import exclusive
 
 
 class CleanConfig(BaseModel):
@@ -49,6 +49,7 @@ class CleanConfig(BaseModel):
         embedder: of kind classifier (the suspect model) or simclr. The latter sees no labels, so it is for `neighbours`
             (`embedding: penultimate, windows: 1`), not for toxic_direction.
         compute: device, precision, seed, threads.
+        runner: threads, processes or ray: where groups of shards are worked on.
         n_groups: groups of shards that are worked on side by side; None takes one a CPU core. Results do not depend
             on it.
     """
@@ -65,6 +66,7 @@ class CleanConfig(BaseModel):
     write: WriteConfig = WriteConfig()
     report: ReportConfig = ReportConfig()
     compute: Compute = Compute()
+    runner: RunnerConfig = Threads()
     n_groups: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -103,6 +105,7 @@ class Cleaned(NamedTuple):
 
 def clean(config: CleanConfig, run: Run) -> Cleaned:
     """The order of work, written once: index, embed, score, select, write, report."""
+    refuse_inside(config.shards, run.out)
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
     dataset = run.sharded("00-index", index_shards, names, config.index, config.shards)
@@ -137,13 +140,12 @@ def run_clean(config: CleanConfig, out: str | Path, direct: bool) -> dict[str, A
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside(config.shards, out)
-    with exclusive(out):
-        if direct:
-            return summary(clean(config, Run(out, config.compute)))
-        from flows.tasks import clean_flow  # imports Prefect: a second that --direct need not wait for
+    if direct:
+        with Run(out, config.compute) as run:
+            return summary(clean(config, run))
+    from flows.tasks import clean_flow  # imports Prefect: a second that --direct need not wait for
 
-        return dict(clean_flow(config, str(out)))
+    return dict(clean_flow(config, str(out)))
 
 
 def summary(cleaned: Cleaned) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.run import Run, save_config
+from flows.runner import RunnerConfig, Threads
 from flows.train import index_more
 from sanitize.compute import Compute
 from sanitize.condense import CondenseConfig, condense_dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.report import write_condensation_report
-from sanitize.storage import exclusive
 
 
 class CondenseRunConfig(BaseModel):
@@ -25,6 +25,7 @@ class CondenseRunConfig(BaseModel):
         index, condense: one section a stage.
         n_groups: groups of shards that are indexed side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
+        runner: threads, processes or ray: where groups of shards are worked on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +36,7 @@ class CondenseRunConfig(BaseModel):
     condense: CondenseConfig = CondenseConfig()
     n_groups: int = Field(default=1, ge=1)
     compute: Compute = Compute()
+    runner: RunnerConfig = Threads()
 
 
 def condense(config: CondenseRunConfig, run: Run) -> dict[str, Any]:
@@ -43,6 +45,7 @@ def condense(config: CondenseRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, the last row of the history, and what networks that learned from the set reach on the test shards.
     """
+    refuse_inside((*config.shards, *config.test_shards), run.out)
     dataset = run.sharded("00-index", index_shards, list(find_shards(config.shards)), config.index, config.shards)
     test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)
     condensed = run.stage("70-condensed", condense_dataset, config.condense, dataset, test=test)
@@ -66,13 +69,12 @@ def run_condense(config: CondenseRunConfig, out: str | Path, direct: bool) -> di
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside((*config.shards, *config.test_shards), out)
-    with exclusive(out):
-        if direct:
-            return condense(config, Run(out, config.compute, config.n_groups))
-        from flows.tasks import condense_flow  # imports Prefect: a second that --direct need not wait for
+    if direct:
+        with Run(out, config.compute, config.n_groups) as run:
+            return condense(config, run)
+    from flows.tasks import condense_flow  # imports Prefect: a second that --direct need not wait for
 
-        return dict(condense_flow(config, str(out)))
+    return dict(condense_flow(config, str(out)))
 
 
 STAGES: Sequence[Any] = (index_shards, condense_dataset, write_condensation_report)

@@ -7,12 +7,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.run import Run, save_config
+from flows.runner import RunnerConfig, Threads
 from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.denoise import DenoiseConfig, PCAConfig, denoise_shards, fit_pca
 from sanitize.report import write_denoising_report
-from sanitize.storage import exclusive
 
 
 class DenoiseRunConfig(BaseModel):
@@ -23,6 +23,7 @@ class DenoiseRunConfig(BaseModel):
         index, pca, denoise: one section a stage.
         n_groups: groups of shards that are worked on side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
+        runner: threads, processes or ray: where groups of shards are worked on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +34,7 @@ class DenoiseRunConfig(BaseModel):
     denoise: DenoiseConfig
     n_groups: int = Field(default=1, ge=1)
     compute: Compute = Compute()
+    runner: RunnerConfig = Threads()
 
 
 def denoise(config: DenoiseRunConfig, run: Run) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def denoise(config: DenoiseRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and how many samples were written.
     """
+    refuse_inside(config.shards, run.out)
     shards = list(find_shards(config.shards))
     dataset = run.sharded("00-index", index_shards, shards, config.index, config.shards)
     pca = run.stage("10-pca", fit_pca, config.pca, dataset)
@@ -62,13 +65,12 @@ def run_denoise(config: DenoiseRunConfig, out: str | Path, direct: bool) -> dict
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside(config.shards, out)
-    with exclusive(out):
-        if direct:
-            return denoise(config, Run(out, config.compute, config.n_groups))
-        from flows.tasks import denoise_flow  # imports Prefect: a second that --direct need not wait for
+    if direct:
+        with Run(out, config.compute, config.n_groups) as run:
+            return denoise(config, run)
+    from flows.tasks import denoise_flow  # imports Prefect: a second that --direct need not wait for
 
-        return dict(denoise_flow(config, str(out)))
+    return dict(denoise_flow(config, str(out)))
 
 
 STAGES: Sequence[Any] = (index_shards, fit_pca, denoise_shards, write_denoising_report)

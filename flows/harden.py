@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flows.certify import as_the_model_sees
 from flows.run import Run, save_config
+from flows.runner import RunnerConfig, Threads
 from flows.train import packaged
 from sanitize.attack import Poisoned
 from sanitize.certify import CertifySmoothingConfig, certify_smoothing
@@ -20,7 +21,6 @@ from sanitize.models.checkpoint import ModelConfig
 from sanitize.package import PACKAGE, open_model, package_model
 from sanitize.repair import RepairModelConfig, repair_model
 from sanitize.report import write_certificate_report
-from sanitize.storage import exclusive
 
 
 class HardenConfig(BaseModel):
@@ -37,6 +37,7 @@ class HardenConfig(BaseModel):
         smoothing: given, the repaired model is certified on the test shards.
         n_groups: groups of shards that are worked on side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
+        runner: threads, processes or ray: where groups of shards are worked on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -51,6 +52,7 @@ class HardenConfig(BaseModel):
     smoothing: CertifySmoothingConfig | None = None
     n_groups: int = Field(default=1, ge=1)
     compute: Compute = Compute()
+    runner: RunnerConfig = Threads()
 
     @property
     def all_shards(self) -> tuple[str, ...]:
@@ -64,6 +66,7 @@ def harden(config: HardenConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and what was measured before and after.
     """
+    refuse_inside(config.all_shards, run.out)
     if config.smoothing is not None and not config.test_shards:
         raise ConfigError("`smoothing:` certifies predictions on test shards: give test_shards")
     model = open_model(config.model)
@@ -101,13 +104,12 @@ def run_harden(config: HardenConfig, out: str | Path, direct: bool) -> dict[str,
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside(config.all_shards, out)
-    with exclusive(out):
-        if direct:
-            return harden(config, Run(out, config.compute, config.n_groups))
-        from flows.tasks import harden_flow  # imports Prefect: a second that --direct need not wait for
+    if direct:
+        with Run(out, config.compute, config.n_groups) as run:
+            return harden(config, run)
+    from flows.tasks import harden_flow  # imports Prefect: a second that --direct need not wait for
 
-        return dict(harden_flow(config, str(out)))
+    return dict(harden_flow(config, str(out)))
 
 
 STAGES: Sequence[Any] = (index_shards, repair_model, certify_smoothing, package_model, write_certificate_report)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flows.certify import as_the_model_sees
 from flows.run import Run, save_config
+from flows.runner import RunnerConfig, Threads
 from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
@@ -16,7 +17,6 @@ from sanitize.errors import ConfigError
 from sanitize.measure import RobustnessConfig, measure_robustness
 from sanitize.package import open_model
 from sanitize.report import write_robustness_report
-from sanitize.storage import exclusive
 
 
 class RobustnessRunConfig(BaseModel):
@@ -30,6 +30,7 @@ class RobustnessRunConfig(BaseModel):
         pca, robustness: one section a stage.
         n_groups: groups of shards that are indexed side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
+        runner: threads, processes or ray: where groups of shards are worked on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -42,6 +43,7 @@ class RobustnessRunConfig(BaseModel):
     robustness: RobustnessConfig = RobustnessConfig()
     n_groups: int = Field(default=1, ge=1)
     compute: Compute = Compute()
+    runner: RunnerConfig = Threads()
 
 
 def robustness(config: RobustnessRunConfig, run: Run) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def robustness(config: RobustnessRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and what was measured.
     """
+    refuse_inside((*config.shards, *config.train_shards), run.out)
     model = open_model(config.model)
     if model.config.n_networks > 1:
         raise ConfigError(f"{config.model} votes, and votes have no gradient to attack by: certify it instead")
@@ -77,13 +80,12 @@ def run_robustness(config: RobustnessRunConfig, out: str | Path, direct: bool) -
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside((*config.shards, *config.train_shards), out)
-    with exclusive(out):
-        if direct:
-            return robustness(config, Run(out, config.compute, config.n_groups))
-        from flows.tasks import robustness_flow  # imports Prefect: a second that --direct need not wait for
+    if direct:
+        with Run(out, config.compute, config.n_groups) as run:
+            return robustness(config, run)
+    from flows.tasks import robustness_flow  # imports Prefect: a second that --direct need not wait for
 
-        return dict(robustness_flow(config, str(out)))
+    return dict(robustness_flow(config, str(out)))
 
 
 STAGES: Sequence[Any] = (index_shards, fit_pca, measure_robustness, write_robustness_report)

@@ -5,8 +5,9 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import yaml
@@ -16,7 +17,7 @@ from sanitize import __version__
 from sanitize.artifacts import MANIFEST, Artifact
 from sanitize.compute import Compute
 from sanitize.distributed import first_before_others, world
-from sanitize.storage import create, exists, join
+from sanitize.storage import create, exclusive, exists, join
 
 logger = logging.getLogger("sanitize.run")
 A = TypeVar("A", bound=Artifact)
@@ -24,6 +25,8 @@ A = TypeVar("A", bound=Artifact)
 
 class Run:
     """Calls stages one after another and remembers what became of each in `run.json`.
+
+    Inside `with`, no other process can write the folder; ArtifactError if one is at it.
 
     Args:
         out: the run folder, a path or a URL; every stage gets a folder in it.
@@ -36,7 +39,15 @@ class Run:
         self.compute = compute
         self.n_groups = n_groups
         self.stages: list[dict[str, Any]] = []
+        self._held = ExitStack()
         logger.info("sanitize %s on %s", __version__, compute.describe())
+
+    def __enter__(self) -> Self:
+        self._held.enter_context(exclusive(self.out))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
 
     def stage(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
         """Run one stage into `folder` of the run; of several processes (torchrun) the first one does the work."""

@@ -1,14 +1,16 @@
 """Prefect: each stage wrapped once as a task, and the flows. The only module that imports Prefect."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows import certify as certify_job
 from flows import clean as clean_job
@@ -24,19 +26,15 @@ from flows.denoise import DenoiseRunConfig
 from flows.harden import HardenConfig
 from flows.robustness import RobustnessRunConfig
 from flows.run import Run
+from flows.runner import Processes, Ray, RunnerConfig, Threads, is_transient
 from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
-from sanitize.errors import StorageError
+from sanitize.compute import Compute
+from sanitize.errors import ConfigError
 from sanitize.storage import absolute, is_local
 
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
-
-
-def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
-    """Retry what storage does now and then; bad data or configuration will not get better."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | StorageError)
 
 
 # Artifacts are the truth about what is done (`make`), so Prefect's own cache, keyed by paths, stays off.
@@ -47,7 +45,7 @@ TASKS: dict[str, Any] = {
         cache_policy=NO_CACHE,
         retries=2,
         retry_delay_seconds=5,
-        retry_condition_fn=_is_transient,
+        retry_condition_fn=is_transient,
     )
     for job in (clean_job, train_job, certify_job, condense_job, denoise_job, robustness_job, harden_job)
     for stage in job.STAGES
@@ -55,31 +53,65 @@ TASKS: dict[str, Any] = {
 
 
 class PrefectRun(Run):
-    """A run whose stages are Prefect tasks; groups of shards are submitted side by side."""
+    """A run whose stages are Prefect tasks; groups of shards are submitted side by side to `runner`."""
+
+    def __init__(self, out: str, compute: Compute, n_groups: int, runner: RunnerConfig) -> None:
+        super().__init__(out, compute, n_groups)
+        self._runner_config = runner
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._runner = self._held.enter_context(_task_runner(self._runner_config))
+        return self
 
     def _call(self, function: Callable[..., A], *args: Any, **more: Any) -> A:
         artifact: A = TASKS[function.__name__](*args, **more)
         return artifact
 
     def _call_groups(self, function: Callable[..., A], groups: list[list[str]], *args: Any) -> None:
-        wrapped = TASKS[function.__name__]
-        futures = [wrapped.submit(*args, shards=group) for group in groups]
+        given = [dict(signature(function).bind(*args, shards=group).arguments) for group in groups]
+        futures = [self._runner.submit(TASKS[function.__name__], parameters) for parameters in given]
         wait(futures)
         for future in futures:
             future.result()
 
 
+@contextmanager
+def _task_runner(config: RunnerConfig) -> Iterator[TaskRunner[Any]]:
+    """Prefect's runner of this kind, for as long as the run lasts: workers start when they are first needed.
+
+    Raises:
+        ConfigError: its extra is not installed.
+    """
+    match config:
+        case Threads():
+            with ThreadPoolTaskRunner[Any](max_workers=config.workers) as threads:
+                yield threads
+        case Processes():
+            with ProcessPoolTaskRunner(max_workers=config.workers) as processes:
+                yield processes
+        case Ray():
+            try:
+                from prefect_ray import RayTaskRunner
+                from prefect_ray.context import remote_options
+            except ImportError as error:
+                raise ConfigError("runner 'ray' needs an extra: pip install 'sanitize[ray]'") from error
+            options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_retries": config.retries}
+            # The address goes around the runner, which would take "auto" for a new cluster.
+            with remote_options(**options), RayTaskRunner(init_kwargs={"address": config.address}) as ray:
+                yield ray
+
+
 def _flow(name: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict[str, Any]]]:
-    """A flow of this name, its runs named by their folders; groups of shards are worked on by threads."""
-    runner: Any = ThreadPoolTaskRunner(max_workers=8)
-    return flow(name=name, flow_run_name=f"{name} {{out}}", task_runner=runner, persist_result=False)
+    """A flow of this name, its runs named by their folders."""
+    return flow(name=name, flow_run_name=f"{name} {{out}}", persist_result=False)
 
 
 @_flow("clean")
 def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     """Clean shards: index, embed, score, select, write, report."""
-    run = PrefectRun(out, config.compute, config.groups)
-    summary = clean_job.summary(clean_job.clean(config, run))
+    with PrefectRun(out, config.compute, config.groups, config.runner) as run:
+        summary = clean_job.summary(clean_job.clean(config, run))
     create_markdown_artifact(key="clean-report", markdown=_markdown(summary, run), description=f"Cleaned {out}")
     return summary
 
@@ -87,37 +119,43 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
 @_flow("train")
 def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
     """Train a robust model: index, pre-train where asked, train, score samples by how often they were dropped."""
-    return train_job.train(config, PrefectRun(out, config.compute, config.n_groups))
+    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+        return train_job.train(config, run)
 
 
 @_flow("certify")
 def certify_flow(config: CertifyRunConfig, out: str) -> dict[str, Any]:
     """Certify a trained model: index, certify, package, report."""
-    return certify_job.certify(config, PrefectRun(out, config.compute, config.n_groups))
+    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+        return certify_job.certify(config, run)
 
 
 @_flow("harden")
 def harden_flow(config: HardenConfig, out: str) -> dict[str, Any]:
     """Repair a model that may have learned a backdoor: index, repair, certify where asked, package."""
-    return harden_job.harden(config, PrefectRun(out, config.compute, config.n_groups))
+    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+        return harden_job.harden(config, run)
 
 
 @_flow("condense")
 def condense_flow(config: CondenseRunConfig, out: str) -> dict[str, Any]:
     """Condense shards: index, learn a few images a class, measure what networks learn from them."""
-    return condense_job.condense(config, PrefectRun(out, config.compute, config.n_groups))
+    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+        return condense_job.condense(config, run)
 
 
 @_flow("denoise")
 def denoise_flow(config: DenoiseRunConfig, out: str) -> dict[str, Any]:
     """Modify training images: index, principal components, PCA-noise, page."""
-    return denoise_job.denoise(config, PrefectRun(out, config.compute, config.n_groups))
+    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+        return denoise_job.denoise(config, run)
 
 
 @_flow("robustness")
 def robustness_flow(config: RobustnessRunConfig, out: str) -> dict[str, Any]:
     """Attack a trained model: index, principal components, smallest perturbations, page."""
-    return robustness_job.robustness(config, PrefectRun(out, config.compute, config.n_groups))
+    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+        return robustness_job.robustness(config, run)
 
 
 def _link(url: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.run import Run, save_config
+from flows.runner import RunnerConfig, Threads
 from sanitize.certify import Certificates, PartitionConfig, certify_partitions, train_partitions
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -19,7 +20,6 @@ from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.package import PACKAGE, package_model
 from sanitize.report import write_certificate_report, write_training_report
-from sanitize.storage import exclusive
 from sanitize.train import DropScorerConfig, TrainConfig, drop_scores, train_robust
 
 
@@ -38,6 +38,7 @@ class TrainRunConfig(BaseModel):
         pca: how principal components are found, for `train.denoise`.
         n_groups: groups of partitions that are trained side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
+        runner: threads, processes or ray: where groups of shards are worked on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +54,7 @@ class TrainRunConfig(BaseModel):
     drop_scores: DropScorerConfig = DropScorerConfig()
     n_groups: int = Field(default=1, ge=1)
     compute: Compute = Compute()
+    runner: RunnerConfig = Threads()
 
     @model_validator(mode="after")
     def _labels_are_where_they_are_needed(self) -> Self:
@@ -73,6 +75,7 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places and the last row of the history, for people and machines.
     """
+    refuse_inside((*config.shards, *config.test_shards, *config.unlabelled_shards), run.out)
     dataset = run.sharded("00-index", index_shards, list(find_shards(config.shards)), config.index, config.shards)
     test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)
     if config.partition is not None:
@@ -143,15 +146,14 @@ def run_train(config: TrainRunConfig, out: str | Path, direct: bool) -> dict[str
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside((*config.shards, *config.test_shards, *config.unlabelled_shards), out)
     if world()[0] > 0:
         return train(config, Run(out, config.compute))
-    with exclusive(out):
-        if direct:
-            return train(config, Run(out, config.compute, config.n_groups))
-        from flows.tasks import train_flow  # imports Prefect: a second that --direct need not wait for
+    if direct:
+        with Run(out, config.compute, config.n_groups) as run:
+            return train(config, run)
+    from flows.tasks import train_flow  # imports Prefect: a second that --direct need not wait for
 
-        return dict(train_flow(config, str(out)))
+    return dict(train_flow(config, str(out)))
 
 
 STAGES: Sequence[Any] = (

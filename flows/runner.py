@@ -1,0 +1,68 @@
+"""Where groups of shards are worked on: `runner:` of a run. Results never depend on it; `tasks` makes it Prefect's."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sanitize.errors import StorageError
+
+
+class _Runner(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Threads(_Runner):
+    """Threads of the process that runs the flow.
+
+    Nearly free to start, and reading, decoding, hashing and torch let other threads run meanwhile.
+
+    Attributes:
+        workers: groups at work at a time.
+    """
+
+    kind: Literal["threads"] = "threads"
+    workers: int = Field(default=8, ge=1)
+
+
+class Processes(_Runner):
+    """Processes on the same machine, each a fresh interpreter: seconds to start, then no lock is shared.
+
+    Attributes:
+        workers: groups at work at a time; None takes one a CPU core.
+    """
+
+    kind: Literal["processes"] = "processes"
+    workers: int | None = Field(default=None, ge=1)
+
+
+class Ray(_Runner):
+    """Workers of a Ray cluster (extra `ray`). A worker or node that dies costs the parts it was at, not the run.
+
+    Every node needs this package, and sees shards and run folder under the same absolute path or URL. Stages that are
+    not divided into groups stay in the process that runs the flow.
+
+    Attributes:
+        address: of a cluster, "ray://HOST:10001", or "auto" for the one that this machine belongs to; None starts one
+            here that ends with the flow.
+        num_cpus: that a group occupies, of those that its node offers.
+        num_gpus: that a group occupies; 0.5 puts two on one GPU.
+        retries: how often a group is begun again after its worker died.
+    """
+
+    kind: Literal["ray"] = "ray"
+    address: str | None = None
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    retries: int = Field(default=3, ge=0)
+
+
+RunnerConfig = Annotated[Threads | Processes | Ray, Field(discriminator="kind")]
+
+
+def is_transient(_task: Any, _run: Any, state: Any) -> bool:
+    """Retry what storage does now and then; bad data or configuration will not get better.
+
+    Not in `tasks`: a worker imports the module this is in, and there that would be every job there is.
+    """
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, OSError | StorageError)

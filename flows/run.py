@@ -39,15 +39,19 @@ class Run:
         self.compute = compute
         self.n_groups = n_groups
         self.stages: list[dict[str, Any]] = []
-        self._held = ExitStack()
         logger.info("sanitize %s on %s", __version__, compute.describe())
 
     def __enter__(self) -> Self:
-        self._held.enter_context(exclusive(self.out))
+        with ExitStack() as held:
+            self._hold(held)
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._held.close()
+
+    def _hold(self, held: ExitStack) -> None:
+        held.enter_context(exclusive(self.out))
 
     def stage(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
         """Run one stage into `folder` of the run; of several processes (torchrun) the first one does the work."""

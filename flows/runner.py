@@ -36,14 +36,14 @@ class Processes(_Runner):
 
 
 class Ray(_Runner):
-    """Workers of a Ray cluster (extra `ray`). A worker or node that dies costs the parts it was at, not the run.
+    """Workers of a Ray cluster (extra `ray`). A worker or node that dies costs the shards it was at, not the run.
 
-    Every node needs this package, and sees shards and run folder under the same absolute path or URL. Stages that are
-    not divided into groups stay in the process that runs the flow.
+    Every node needs this package, and must see shards and run folder under the same absolute path or URL. The flow's
+    process runs on a node too: stages that are not divided into groups stay in it.
 
     Attributes:
-        address: of a cluster, "ray://HOST:10001", or "auto" for the one that this machine belongs to; None starts one
-            here that ends with the flow.
+        address: HOST:PORT of a cluster, or "auto" for the one that `ray start` made this machine part of; None starts
+            one on this machine, which ends with the flow. RAY_ADDRESS goes first.
         num_cpus: that a group occupies, of those that its node offers.
         num_gpus: that a group occupies; 0.5 puts two on one GPU.
         retries: how often a group is begun again after its worker died.

@@ -1,10 +1,10 @@
 """Prefect: each stage wrapped once as a task, and the flows. The only module that imports Prefect."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -59,10 +59,9 @@ class PrefectRun(Run):
         super().__init__(out, compute, n_groups)
         self._runner_config = runner
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self._runner = self._held.enter_context(_task_runner(self._runner_config))
-        return self
+    def _hold(self, held: ExitStack) -> None:
+        super()._hold(held)
+        self._runner = held.enter_context(_task_runner(self._runner_config))
 
     def _call(self, function: Callable[..., A], *args: Any, **more: Any) -> A:
         artifact: A = TASKS[function.__name__](*args, **more)

@@ -153,12 +153,19 @@ def test_settings_that_cannot_work_are_refused_at_the_door(more: dict[str, Any],
 
 
 @pytest.mark.prefect
-@pytest.mark.parametrize("groups", [1, 2, 5])
-def test_groups_order_and_prefect_change_nothing(
-    direct: Path, settings: dict[str, Any], poisoned: Path, prefect_server: str, tmp_path: Path, groups: int
+@pytest.mark.parametrize(("groups", "runner"), [(1, "threads"), (2, "processes"), (5, "threads")])
+def test_groups_order_runner_and_prefect_change_nothing(
+    direct: Path,
+    settings: dict[str, Any],
+    poisoned: Path,
+    prefect_server: str,
+    tmp_path: Path,
+    groups: int,
+    runner: str,
 ) -> None:
     shards = sorted(map(str, poisoned.glob("*.tar")), reverse=True)
-    config = CleanConfig.model_validate(settings | {"shards": shards[groups:] + shards[:groups], "n_groups": groups})
+    divided = {"shards": shards[groups:] + shards[:groups], "n_groups": groups, "runner": {"kind": runner}}
+    config = CleanConfig.model_validate(settings | divided)
     run_clean(config, tmp_path / "run", direct=False)
     assert digests(tmp_path / "run") == digests(direct)
 

@@ -69,6 +69,7 @@ def processes() -> Iterator[tuple[int, int, str]]:
 
 
 @pytest.mark.prefect
+@pytest.mark.timeout(600)  # each of three workers imports torch and Prefect
 def test_a_killed_worker_changes_no_digest(
     direct: Path, settings: dict[str, Any], nodes: dict[int, str], prefect_server: str, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""What would my pipeline catch on my data? Known attacks on a sample of it, the pipeline blind, models before, after."""
+"""What would my pipeline catch on my data? Known attacks on a sample of it, the pipeline blind, models before/after."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -52,6 +53,12 @@ class Run:
 
     def _hold(self, held: ExitStack) -> None:
         held.enter_context(exclusive(self.out))
+
+    def inside(self, folder: str, compute: Compute) -> Self:
+        """A run of its own in a folder of this one, called in the same way."""
+        run = copy(self)
+        run.out, run.compute, run.stages = join(self.out, folder), compute, []
+        return run
 
     def stage(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
         """Run one stage into `folder` of the run; of several processes (torchrun) the first one does the work."""

@@ -6,10 +6,16 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
+import torch
+from prefect import flow, get_client, task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import wait
+from prefect.runtime import flow_run
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows import certify as certify_job
@@ -37,6 +43,7 @@ from sanitize.storage import absolute, is_local
 
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
+SCHEDULED = "{scheduled}"
 
 
 # Artifacts are the truth about what is done (`make`), so Prefect's own cache, keyed by paths, stays off.
@@ -54,27 +61,82 @@ TASKS: dict[str, Any] = {
 }
 
 
+# Of the other stages one at a time is on each GPU.
+ON_CPU = {
+    "index_shards",
+    "fit_pca",
+    "fit_scorer",
+    "score_shards",
+    "drop_scores",
+    "select_samples",
+    "sample_shards",
+    "poison_shards",
+    "write_selected",
+    "denoise_shards",
+    "package_model",
+    "sum_up",
+    *(name for name in TASKS if name.endswith("_report")),
+}
+
+
 class PrefectRun(Run):
-    """A run whose stages are Prefect tasks; groups of shards are submitted side by side to `runner`."""
+    """A run whose stages are Prefect tasks; groups of shards are submitted side by side to `runner`.
+
+    In `out`, "{scheduled}" stands for when the flow run was due: a schedule gives each run a folder, a retry the same.
+    """
 
     def __init__(self, out: str, compute: Compute, n_groups: int, runner: RunnerConfig) -> None:
+        if SCHEDULED in out:
+            out = out.replace(SCHEDULED, flow_run.scheduled_start_time.strftime("%Y%m%dT%H%M%SZ"))
         super().__init__(out, compute, n_groups)
         self._runner_config = runner
 
     def _hold(self, held: ExitStack) -> None:
         super()._hold(held)
+        self._gpu = _limited_gpu(self.compute)
         self._runner = held.enter_context(_task_runner(self._runner_config))
 
+    def _task(self, function: Callable[..., A]) -> Any:
+        wrapped = TASKS[function.__name__]
+        if self._gpu is None or function.__name__ in ON_CPU:
+            return wrapped
+        return wrapped.with_options(tags={self._gpu})
+
     def _call(self, function: Callable[..., A], *args: Any, **more: Any) -> A:
-        artifact: A = TASKS[function.__name__](*args, **more)
+        artifact: A = self._task(function)(*args, **more)
         return artifact
 
     def _call_groups(self, function: Callable[..., A], groups: list[list[str]], *args: Any) -> None:
+        name = function.__name__
+        # Ray itself gives a task the GPUs it asks for, and this process does not know which.
+        submitted = TASKS[name] if isinstance(self._runner_config, Ray) else self._task(function)
         given = [dict(signature(function).bind(*args, shards=group).arguments) for group in groups]
-        futures = [self._runner.submit(TASKS[function.__name__], parameters) for parameters in given]
-        wait(futures)
-        for future in futures:
+        futures = [self._runner.submit(submitted, parameters) for parameters in given]
+        progress: Any = create_progress_artifact(0.0, key=name.replace("_", "-"), description=f"{name}: groups of shards")
+        for done, future in enumerate(futures, start=1):
+            future.wait()
+            update_progress_artifact(progress, 100 * done / len(futures))
+        for future in futures:  # after all of them have ended: a failed one leaves none at work
             future.result()
+
+    def publish(self, name: str, result: dict[str, Any], said: str = "") -> dict[str, Any]:
+        """Artifacts for Prefect's pages: a table of the stages and, where there is one, a link to the report."""
+        rows = [f"| {s['stage']} | {s['samples'] or ''} | {s['seconds']:.1f} |" for s in self.stages]
+        table = "\n".join([said, "", "| stage | samples | seconds |", "|---|---:|---:|", *rows])
+        create_markdown_artifact(table, key=f"{name}-stages", description=self.out)
+        if "report" in result:
+            create_link_artifact(_link(result["report"]), key=f"{name}-report", description=self.out)
+        return result
+
+
+def _limited_gpu(compute: Compute) -> str | None:
+    """Tag of this process' GPU, which one task at a time may carry, whoever runs it; None where there is no GPU."""
+    if compute.torch_device.type == "cpu":
+        return None
+    gpu = f"gpu-{torch.cuda.get_device_properties(compute.torch_device).uuid}"
+    with get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name(f"tag:{gpu}", 1)
+    return gpu
 
 
 @contextmanager
@@ -113,50 +175,49 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     """Clean shards: index, embed, score, select, write, report."""
     with PrefectRun(out, config.compute, config.groups, config.runner) as run:
         summary = clean_job.summary(clean_job.clean(config, run))
-    create_markdown_artifact(key="clean-report", markdown=_markdown(summary, run), description=f"Cleaned {out}")
-    return summary
+        return run.publish("clean", summary, _counted(summary["samples"]))
 
 
 @_flow("train")
 def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
     """Train a robust model: index, pre-train where asked, train, score samples by how often they were dropped."""
     with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
-        return train_job.train(config, run)
+        return run.publish("train", train_job.train(config, run))
 
 
 @_flow("certify")
 def certify_flow(config: CertifyRunConfig, out: str) -> dict[str, Any]:
     """Certify a trained model: index, certify, package, report."""
     with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
-        return certify_job.certify(config, run)
+        return run.publish("certify", certify_job.certify(config, run))
 
 
 @_flow("harden")
 def harden_flow(config: HardenConfig, out: str) -> dict[str, Any]:
     """Repair a model that may have learned a backdoor: index, repair, certify where asked, package."""
     with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
-        return harden_job.harden(config, run)
+        return run.publish("harden", harden_job.harden(config, run))
 
 
 @_flow("condense")
 def condense_flow(config: CondenseRunConfig, out: str) -> dict[str, Any]:
     """Condense shards: index, learn a few images a class, measure what networks learn from them."""
     with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
-        return condense_job.condense(config, run)
+        return run.publish("condense", condense_job.condense(config, run))
 
 
 @_flow("denoise")
 def denoise_flow(config: DenoiseRunConfig, out: str) -> dict[str, Any]:
     """Modify training images: index, principal components, PCA-noise, page."""
     with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
-        return denoise_job.denoise(config, run)
+        return run.publish("denoise", denoise_job.denoise(config, run))
 
 
 @_flow("robustness")
 def robustness_flow(config: RobustnessRunConfig, out: str) -> dict[str, Any]:
     """Attack a trained model: index, principal components, smallest perturbations, page."""
     with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
-        return robustness_job.robustness(config, run)
+        return run.publish("robustness", robustness_job.robustness(config, run))
 
 
 @_flow("redteam")
@@ -164,25 +225,15 @@ def redteam_flow(config: RedTeamConfig, out: str) -> dict[str, Any]:
     """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page."""
     clean = config.clean
     with PrefectRun(out, clean.compute, clean.groups, clean.runner) as run:
-        return redteam_job.redteam(config, run)
+        return run.publish("redteam", redteam_job.redteam(config, run))
 
 
 def _link(url: str) -> str:
     return Path(absolute(url)).as_uri() if is_local(url) else url
 
 
-def _markdown(summary: dict[str, Any], run: Run) -> str:
-    counts = summary["samples"]
-    rows = [f"| {s['stage']} | {s['samples'] or ''} | {s['seconds']:.1f} |" for s in run.stages]
-    return "\n".join(
-        [
-            f"**{counts['samples']:,} samples: {counts['kept']:,} clean, {counts['quarantined']:,} quarantined, "
-            f"{counts['unreadable']:,} unreadable.**",
-            "",
-            f"[Report]({_link(summary['report'])})",
-            "",
-            "| stage | samples | seconds |",
-            "|---|---:|---:|",
-            *rows,
-        ]
+def _counted(samples: dict[str, int]) -> str:
+    return (
+        f"**{samples['samples']:,} samples: {samples['kept']:,} clean, {samples['quarantined']:,} quarantined, "
+        f"{samples['unreadable']:,} unreadable.**"
     )

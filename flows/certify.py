@@ -16,6 +16,7 @@ from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.package import open_model, package_model
 from sanitize.report import write_certificate_report
+from sanitize.storage import exclusive
 
 
 class CertifyRunConfig(BaseModel):
@@ -78,8 +79,8 @@ def run_certify(config: CertifyRunConfig, out: str | Path, direct: bool) -> dict
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
     if direct:
-        with Run(out, config.compute, config.n_groups) as run:
-            return certify(config, run)
+        with exclusive(out):
+            return certify(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import certify_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(certify_flow(config, str(out)))

@@ -35,6 +35,7 @@ from sanitize.select import (
     trusted_shards,
     write_selected,
 )
+from sanitize.storage import exclusive
 
 
 class CleanConfig(BaseModel):
@@ -142,8 +143,8 @@ def run_clean(config: CleanConfig, out: str | Path, direct: bool) -> dict[str, A
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
     if direct:
-        with Run(out, config.compute) as run:
-            return summary(clean(config, run))
+        with exclusive(out):
+            return summary(clean(config, Run(out, config.compute)))
     from flows.tasks import clean_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(clean_flow(config, str(out)))

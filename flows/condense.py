@@ -14,6 +14,7 @@ from sanitize.condense import CondenseConfig, condense_dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.report import write_condensation_report
+from sanitize.storage import exclusive
 
 
 class CondenseRunConfig(BaseModel):
@@ -70,8 +71,8 @@ def run_condense(config: CondenseRunConfig, out: str | Path, direct: bool) -> di
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
     if direct:
-        with Run(out, config.compute, config.n_groups) as run:
-            return condense(config, run)
+        with exclusive(out):
+            return condense(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import condense_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(condense_flow(config, str(out)))

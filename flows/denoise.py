@@ -13,6 +13,7 @@ from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.denoise import DenoiseConfig, PCAConfig, denoise_shards, fit_pca
 from sanitize.report import write_denoising_report
+from sanitize.storage import exclusive
 
 
 class DenoiseRunConfig(BaseModel):
@@ -66,8 +67,8 @@ def run_denoise(config: DenoiseRunConfig, out: str | Path, direct: bool) -> dict
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
     if direct:
-        with Run(out, config.compute, config.n_groups) as run:
-            return denoise(config, run)
+        with exclusive(out):
+            return denoise(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import denoise_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(denoise_flow(config, str(out)))

@@ -21,6 +21,7 @@ from sanitize.models.checkpoint import ModelConfig
 from sanitize.package import PACKAGE, open_model, package_model
 from sanitize.repair import RepairModelConfig, repair_model
 from sanitize.report import write_certificate_report
+from sanitize.storage import exclusive
 
 
 class HardenConfig(BaseModel):
@@ -105,8 +106,8 @@ def run_harden(config: HardenConfig, out: str | Path, direct: bool) -> dict[str,
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
     if direct:
-        with Run(out, config.compute, config.n_groups) as run:
-            return harden(config, run)
+        with exclusive(out):
+            return harden(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import harden_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(harden_flow(config, str(out)))

@@ -34,6 +34,7 @@ from sanitize.redteam import (
 )
 from sanitize.report import write_redteam_report
 from sanitize.select import trusted_shards
+from sanitize.storage import exclusive
 
 DEFAULT_ATTACKS = ("badnets@1%", "badnets@5%", "blended@5%", "labels@5%")
 
@@ -191,8 +192,8 @@ def run_redteam(config: RedTeamConfig, out: str | Path, direct: bool) -> dict[st
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
     if direct:
-        with Run(out, config.clean.compute, config.clean.groups) as run:
-            return redteam(config, run)
+        with exclusive(out):
+            return redteam(config, Run(out, config.clean.compute, config.clean.groups))
     from flows.tasks import redteam_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(redteam_flow(config, str(out)))

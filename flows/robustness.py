@@ -17,6 +17,7 @@ from sanitize.errors import ConfigError
 from sanitize.measure import RobustnessConfig, measure_robustness
 from sanitize.package import open_model
 from sanitize.report import write_robustness_report
+from sanitize.storage import exclusive
 
 
 class RobustnessRunConfig(BaseModel):
@@ -81,8 +82,8 @@ def run_robustness(config: RobustnessRunConfig, out: str | Path, direct: bool) -
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
     if direct:
-        with Run(out, config.compute, config.n_groups) as run:
-            return robustness(config, run)
+        with exclusive(out):
+            return robustness(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import robustness_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(robustness_flow(config, str(out)))

@@ -5,7 +5,6 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -18,7 +17,7 @@ from sanitize import __version__
 from sanitize.artifacts import MANIFEST, Artifact
 from sanitize.compute import Compute
 from sanitize.distributed import first_before_others, world
-from sanitize.storage import create, exclusive, exists, join
+from sanitize.storage import create, exists, join
 
 logger = logging.getLogger("sanitize.run")
 A = TypeVar("A", bound=Artifact)
@@ -26,8 +25,6 @@ A = TypeVar("A", bound=Artifact)
 
 class Run:
     """Calls stages one after another and remembers what became of each in `run.json`.
-
-    Inside `with`, no other process can write the folder; ArtifactError if one is at it.
 
     Args:
         out: the run folder, a path or a URL; every stage gets a folder in it.
@@ -41,18 +38,6 @@ class Run:
         self.n_groups = n_groups
         self.stages: list[dict[str, Any]] = []
         logger.info("sanitize %s on %s", __version__, compute.describe())
-
-    def __enter__(self) -> Self:
-        with ExitStack() as held:
-            self._hold(held)
-            self._held = held.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._held.close()
-
-    def _hold(self, held: ExitStack) -> None:
-        held.enter_context(exclusive(self.out))
 
     def inside(self, folder: str, compute: Compute) -> Self:
         """A run of its own in a folder of this one, called in the same way."""

@@ -1,7 +1,7 @@
 """Prefect: each stage wrapped once as a task, and the flows. The only module that imports Prefect."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -39,7 +39,7 @@ from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
-from sanitize.storage import absolute, is_local
+from sanitize.storage import absolute, exclusive, is_local
 
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
@@ -80,21 +80,12 @@ ON_CPU = {
 
 
 class PrefectRun(Run):
-    """A run whose stages are Prefect tasks; groups of shards are submitted side by side to `runner`.
+    """A run whose stages are Prefect tasks; groups of shards are submitted side by side to `runner`."""
 
-    In `out`, "{scheduled}" stands for when the flow run was due: a schedule gives each run a folder, a retry the same.
-    """
-
-    def __init__(self, out: str, compute: Compute, n_groups: int, runner: RunnerConfig) -> None:
-        if SCHEDULED in out:
-            out = out.replace(SCHEDULED, flow_run.scheduled_start_time.strftime("%Y%m%dT%H%M%SZ"))
+    def __init__(self, out: str, compute: Compute, n_groups: int, runner: TaskRunner[Any]) -> None:
         super().__init__(out, compute, n_groups)
-        self._runner_config = runner
-
-    def _hold(self, held: ExitStack) -> None:
-        super()._hold(held)
-        self._gpu = _limited_gpu(self.compute)
-        self._runner = held.enter_context(_task_runner(self._runner_config))
+        self._runner = runner
+        self._gpu = _limited_gpu(compute)
 
     def _task(self, function: Callable[..., A]) -> Any:
         wrapped = TASKS[function.__name__]
@@ -109,10 +100,13 @@ class PrefectRun(Run):
     def _call_groups(self, function: Callable[..., A], groups: list[list[str]], *args: Any) -> None:
         name = function.__name__
         # Ray itself gives a task the GPUs it asks for, and this process does not know which.
-        submitted = TASKS[name] if isinstance(self._runner_config, Ray) else self._task(function)
+        is_here = isinstance(self._runner, ThreadPoolTaskRunner | ProcessPoolTaskRunner)
+        submitted = self._task(function) if is_here else TASKS[name]
         given = [dict(signature(function).bind(*args, shards=group).arguments) for group in groups]
         futures = [self._runner.submit(submitted, parameters) for parameters in given]
-        progress: Any = create_progress_artifact(0.0, key=name.replace("_", "-"), description=f"{name}: groups of shards")
+        progress: Any = create_progress_artifact(
+            0.0, key=name.replace("_", "-"), description=f"{name}: groups of shards"
+        )
         for done, future in enumerate(futures, start=1):
             future.wait()
             update_progress_artifact(progress, 100 * done / len(futures))
@@ -165,6 +159,15 @@ def _task_runner(config: RunnerConfig) -> Iterator[TaskRunner[Any]]:
                 yield ray
 
 
+@contextmanager
+def _run(out: str, compute: Compute, n_groups: int, config: RunnerConfig) -> Iterator[PrefectRun]:
+    """The run of a flow. In `out`, "{scheduled}" stands for when it was due: one folder a run, for retries the same."""
+    if SCHEDULED in out:
+        out = out.replace(SCHEDULED, flow_run.scheduled_start_time.strftime("%Y%m%dT%H%M%SZ"))
+    with exclusive(out), _task_runner(config) as runner:
+        yield PrefectRun(out, compute, n_groups, runner)
+
+
 def _flow(name: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict[str, Any]]]:
     """A flow of this name, its runs named by their folders."""
     return flow(name=name, flow_run_name=f"{name} {{out}}", persist_result=False)
@@ -173,7 +176,7 @@ def _flow(name: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict
 @_flow("clean")
 def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     """Clean shards: index, embed, score, select, write, report."""
-    with PrefectRun(out, config.compute, config.groups, config.runner) as run:
+    with _run(out, config.compute, config.groups, config.runner) as run:
         summary = clean_job.summary(clean_job.clean(config, run))
         return run.publish("clean", summary, _counted(summary["samples"]))
 
@@ -181,42 +184,42 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
 @_flow("train")
 def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
     """Train a robust model: index, pre-train where asked, train, score samples by how often they were dropped."""
-    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.compute, config.n_groups, config.runner) as run:
         return run.publish("train", train_job.train(config, run))
 
 
 @_flow("certify")
 def certify_flow(config: CertifyRunConfig, out: str) -> dict[str, Any]:
     """Certify a trained model: index, certify, package, report."""
-    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.compute, config.n_groups, config.runner) as run:
         return run.publish("certify", certify_job.certify(config, run))
 
 
 @_flow("harden")
 def harden_flow(config: HardenConfig, out: str) -> dict[str, Any]:
     """Repair a model that may have learned a backdoor: index, repair, certify where asked, package."""
-    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.compute, config.n_groups, config.runner) as run:
         return run.publish("harden", harden_job.harden(config, run))
 
 
 @_flow("condense")
 def condense_flow(config: CondenseRunConfig, out: str) -> dict[str, Any]:
     """Condense shards: index, learn a few images a class, measure what networks learn from them."""
-    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.compute, config.n_groups, config.runner) as run:
         return run.publish("condense", condense_job.condense(config, run))
 
 
 @_flow("denoise")
 def denoise_flow(config: DenoiseRunConfig, out: str) -> dict[str, Any]:
     """Modify training images: index, principal components, PCA-noise, page."""
-    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.compute, config.n_groups, config.runner) as run:
         return run.publish("denoise", denoise_job.denoise(config, run))
 
 
 @_flow("robustness")
 def robustness_flow(config: RobustnessRunConfig, out: str) -> dict[str, Any]:
     """Attack a trained model: index, principal components, smallest perturbations, page."""
-    with PrefectRun(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.compute, config.n_groups, config.runner) as run:
         return run.publish("robustness", robustness_job.robustness(config, run))
 
 
@@ -224,7 +227,7 @@ def robustness_flow(config: RobustnessRunConfig, out: str) -> dict[str, Any]:
 def redteam_flow(config: RedTeamConfig, out: str) -> dict[str, Any]:
     """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page."""
     clean = config.clean
-    with PrefectRun(out, clean.compute, clean.groups, clean.runner) as run:
+    with _run(out, clean.compute, clean.groups, clean.runner) as run:
         return run.publish("redteam", redteam_job.redteam(config, run))
 
 

@@ -20,6 +20,7 @@ from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.package import PACKAGE, package_model
 from sanitize.report import write_certificate_report, write_training_report
+from sanitize.storage import exclusive
 from sanitize.train import DropScorerConfig, TrainConfig, drop_scores, train_robust
 
 
@@ -149,8 +150,8 @@ def run_train(config: TrainRunConfig, out: str | Path, direct: bool) -> dict[str
     if world()[0] > 0:
         return train(config, Run(out, config.compute))
     if direct:
-        with Run(out, config.compute, config.n_groups) as run:
-            return train(config, run)
+        with exclusive(out):
+            return train(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import train_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(train_flow(config, str(out)))

@@ -48,14 +48,14 @@ class Distance(NamedTuple):
     variance: float
 
 
-def frechet_squared(mean_r: Tensor, cov_rr: Tensor, mean_Tr: Tensor, cov_Trr: Tensor) -> Tensor:
-    """Squared Frechet distances (T,) of Gaussians to one, float64, >= 0."""
-    values_r, vectors_rr = torch.linalg.eigh(cov_rr)
-    root_rr = vectors_rr * values_r.clamp(min=0).sqrt() @ vectors_rr.T
+def frechet_squared(mean_Tr: Tensor, cov_Trr: Tensor, other_Tr: Tensor, other_Trr: Tensor) -> Tensor:
+    """Squared Frechet distances (T,) between pairs of Gaussians, by means and covariances, float64, >= 0."""
+    values_Tr, vectors_Trr = torch.linalg.eigh(cov_Trr)
+    root_Trr = (vectors_Trr * values_Tr.clamp(min=0).sqrt()[:, None]) @ vectors_Trr.mT
     # The eigenvalues of S^(1/2) S' S^(1/2); rounding makes some of those that are zero negative.
-    products_Tr = torch.linalg.eigvalsh(root_rr @ cov_Trr @ root_rr).clamp(min=0)
-    traces_T = cov_rr.trace() + cov_Trr.diagonal(dim1=1, dim2=2).sum(1) - 2 * products_Tr.sqrt().sum(1)
-    return (mean_Tr - mean_r).square().sum(1) + traces_T.clamp(min=0)
+    products_Tr = torch.linalg.eigvalsh(root_Trr @ other_Trr @ root_Trr).clamp(min=0)
+    traces_T = (cov_Trr + other_Trr).diagonal(dim1=1, dim2=2).sum(1) - 2 * products_Tr.sqrt().sum(1)
+    return (mean_Tr - other_Tr).square().sum(1) + traces_T.clamp(min=0)
 
 
 def distance(batch: Moments, reference: Moments, pool_Nr: Tensor, n_draws: int, generator: torch.Generator) -> Distance:
@@ -78,16 +78,11 @@ def distance(batch: Moments, reference: Moments, pool_Nr: Tensor, n_draws: int, 
     rest_Tr = (total * reference.mean_D - n * mean_Tr) / rest
     delta_Tr = mean_Tr - rest_Tr
     rest_Trr = reference.scatter_DD - scatter_Trr - delta_Tr[:, :, None] * delta_Tr[:, None] * (n * rest / total)
-    drawn_T = torch.stack(
-        [
-            frechet_squared(m_r, s_rr / (rest - 1), mean_Tr[t : t + 1], scatter_Trr[t : t + 1] / (n - 1))[0]
-            for t, (m_r, s_rr) in enumerate(zip(rest_Tr, rest_Trr, strict=True))
-        ]
-    )
+    drawn_T = frechet_squared(rest_Tr, rest_Trr / (rest - 1), mean_Tr, scatter_Trr / (n - 1))
     # Second moments of both terms go as 1/n + 1/n': draws may be smaller than the batch, and are from a smaller rest.
     scale = (1 / batch.count + 1 / total) / (1 / n + 1 / rest)
-    covariance = batch.covariance()[None]
-    squared = frechet_squared(reference.mean_D, reference.covariance(), batch.mean_D[None], covariance)
+    both = [(of.mean_D[None], of.covariance()[None]) for of in (reference, batch)]
+    squared = frechet_squared(*both[0], *both[1])
     return Distance(float(squared), scale * float(drawn_T.mean()), scale**2 * float(drawn_T.var()))
 
 

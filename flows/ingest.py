@@ -1,9 +1,9 @@
 """New shards, batch by batch: only what is new is read, judged against the reference of the store, and released to
 training jobs if the batch as a whole is like what was approved.
 
-What was done is in the ledger (`sanitize/ledger.py`); nothing else decides what is new, what is a batch, and what became
-of it. A batch is claimed by one entry and committed by one. Between the two any process may die: the folder of the batch
-is an ordinary run folder, and the next ingest goes on there before it claims anything.
+What was done is in the ledger (`sanitize/ledger.py`); nothing else decides what is new, what is a batch, and what
+became of it. A batch is claimed by one entry and committed by one. Between the two any process may die: the folder of
+the batch is an ordinary run folder, and the next ingest goes on there before it claims anything.
 """
 
 import json
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +30,7 @@ from sanitize.ledger import (
     Batch,
     ClaimEntry,
     CommitEntry,
+    Decision,
     DecisionEntry,
     DuplicatesEntry,
     Ledger,
@@ -44,7 +45,7 @@ from sanitize.storage import create, exclusive, exists, fingerprint, join, read_
 
 logger = logging.getLogger("sanitize.ingest")
 FEED = "feed.json"
-STATUSES = {"accept": "accepted", "hold": "held", "refit": "held"}
+STATUSES: dict[str, Literal["accepted", "held"]] = {"accept": "accepted", "hold": "held", "refit": "held"}
 MAX_TEXT = 2_000  # characters of what is said of a failed batch
 
 
@@ -128,8 +129,8 @@ def ingest(config: IngestConfig, store: str, new_run: NewRun, committed: Committ
             write_feed(store, ledger)
             committed(found[-1])
 
-    for batch in ledger.read().unfinished:
-        finish(batch)
+    for begun in ledger.read().unfinished:
+        finish(begun)
     listing = list_shards(config.shards, ledger.read())
     n_new = 0
     while (batch := claim(config, listing.offered, ledger)) is not None:
@@ -251,13 +252,13 @@ def _run_batch(batch: Batch, reference: Reference, folder: str, config: IngestCo
         run.sharded(scores_folder(scorer), score_shards, embeddings.shards, scorer, fitted, embeddings)
         for scorer, fitted in zip(of.scorers, reference.fitted, strict=True)
     )
-    inputs = of.judge, dataset, scores, reference.scores
-    selection = run.stage("40-selection", judge_shards, *inputs, held_out=(CALIBRATE,))
+    judged = of.judge, dataset, scores, reference.scores
+    selection = run.stage("40-selection", judge_shards, *judged, held_out=(CALIBRATE,))
     shards = run.sharded("50-shards", write_selected, names, settings.write, dataset, selection)
-    inputs = of.statistics, dataset, embeddings, selection, reference.projection
-    remembered = run.stage("60-statistics", summarise_shards, *inputs)
-    inputs = settings.drift, reference.statistics, remembered, reference.projection
-    drift = run.stage("70-drift", check_drift, *inputs)
+    read = of.statistics, dataset, embeddings, selection, reference.projection
+    remembered = run.stage("60-statistics", summarise_shards, *read)
+    compared = settings.drift, reference.statistics, remembered, reference.projection
+    drift = run.stage("70-drift", check_drift, *compared)
     run.stage("90-report", write_report, settings.report, dataset, scores, selection, shards)
     run.stage("91-drift-report", write_drift_report, drift)
     run.save("finished")
@@ -311,22 +312,17 @@ def list_batches(store: str, status: str | None = None) -> list[dict[str, Any]]:
     """All batches as the ledger has them, the oldest first."""
     found = []
     for batch in Ledger(store).read().batches.values():
-        empty = {"verdict": None, "reasons": [], "samples": {}, "report": None, "drift": None}
-        row = empty | {
-            "batch": batch.claim.batch,
-            "shards": len(batch.claim.shards),
-            "reference": batch.claim.reference,
-        }
-        row |= {} if batch.commit is None else told(store, batch, batch.commit)
+        commit = batch.commit or CommitEntry(batch=batch.claim.batch, status="failed")  # nothing is known of it yet
         decision = None if batch.decision is None else batch.decision.model_dump(exclude={"kind", "batch"})
-        found.append(row | {"status": batch.status, "decision": decision, "released": batch.is_released})
+        state = {"status": batch.status, "decision": decision, "released": batch.is_released}
+        found.append(told(store, batch, commit) | state)
     return [row for row in found if status in (None, row["status"])]
 
 
-DECISIONS = {"approved": ("held", "accepted"), "rejected": ("held", "accepted"), "retried": ("failed",)}
+DECISIONS: dict[Decision, tuple[str, ...]] = {"approved": ("held", "accepted"), "rejected": ("held", "accepted"), "retried": ("failed",)}
 
 
-def decide(store: str, name: str, decision: str, by: str = "", note: str = "") -> dict[str, Any]:
+def decide(store: str, name: str, decision: Decision, by: str = "", note: str = "") -> dict[str, Any]:
     """A person's decision on a batch: a record in the ledger, and the feed that follows from it.
 
     Args:
@@ -351,9 +347,9 @@ def decide(store: str, name: str, decision: str, by: str = "", note: str = "") -
         merged_in = [v for v, reference in state.references.items() if batch.claim.batch in reference.merged]
         if decision == "rejected" and merged_in:
             raise ConfigError(
-                f"batch {batch.claim.batch} is part of reference v{merged_in[0]:04d}; begin another store"
+                f"batch {batch.claim.batch} is in reference v{merged_in[0]:04d}, which cannot forget it; begin another store"
             )
-        return DecisionEntry(batch=batch.claim.batch, decision=decision, **approval(by, note))  # type: ignore[arg-type]
+        return DecisionEntry(batch=batch.claim.batch, decision=decision, **approval(by, note))
 
     added, state = ledger.append(entry)
     write_feed(store, ledger)

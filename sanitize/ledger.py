@@ -23,6 +23,7 @@ from sanitize.storage import create_new, is_local, join, names_below, read_bytes
 
 _ENTRY = "{:08d}.json"
 Status = Literal["claimed", "accepted", "held", "failed"]
+Decision = Literal["approved", "rejected", "retried"]
 Fingerprint = tuple[str, int, str]  # url, size, modification time or ETag
 
 
@@ -137,13 +138,13 @@ class CommitEntry(BaseModel):
 
 
 class DecisionEntry(BaseModel):
-    """What a person made of a batch: a held one is approved or rejected, the shards of a failed one are tried again."""
+    """A person's word: a held or accepted batch is approved or rejected, the shards of a failed one are tried again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["decision"] = "decision"
     batch: str
-    decision: Literal["approved", "rejected", "retried"]
+    decision: Decision
     by: str
     at: str
     note: str = ""
@@ -167,8 +168,10 @@ class Batch(BaseModel):
 
     @property
     def is_released(self) -> bool:
-        """True where training jobs may see its clean shards."""
-        return self.status == "accepted" or (self.decision is not None and self.decision.decision == "approved")
+        """True where training jobs may see its clean shards: what a person decided last is what counts."""
+        if self.decision is not None:
+            return self.decision.decision == "approved"
+        return self.status == "accepted"
 
 
 class State:
@@ -246,9 +249,8 @@ class State:
     def feed(self) -> list[CleanShard]:
         """Clean shards that training jobs may read: of the run behind version 1, and of all released batches."""
         lines = [line for entry in self.references.values() for line in entry.clean]
-        lines += [
-            line for batch in self.batches.values() if batch.is_released and batch.commit for line in batch.commit.clean
-        ]
+        released = (batch.commit for batch in self.batches.values() if batch.is_released)
+        lines += [line for commit in released if commit is not None for line in commit.clean]
         return sorted(lines, key=lambda line: line.shard)
 
 

@@ -1,4 +1,4 @@
-"""The page about how a batch differs from the reference: the verdict, its reasons, and every question with its answer."""
+"""The page about how a batch differs from the reference: the verdict, its reasons, and every answer."""
 
 from typing import Any
 

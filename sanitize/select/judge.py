@@ -85,9 +85,9 @@ def judge_shards(
     compute.activate()
     if config.select.verdict == "combined":
         raise ConfigError(
-            "verdict 'combined' controls the share of clean samples among those removed from one batch, so what becomes "
-            "of a sample depends on its batch; new shards are judged one by one: set select.verdict to any, majority or "
-            "all in the run that the reference is made from"
+            "verdict 'combined' bounds the share of clean samples among those removed from one batch, so what becomes "
+            "of a sample depends on its batch; new shards are judged one by one: set select.verdict to any, majority "
+            "or all in the run that the reference is made from"
         )
     named = {f"scores.{kind_of(s)}": s for s in scores}
     references = {f"reference.{kind_of(s)}": s for s in reference}

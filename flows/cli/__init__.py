@@ -1,0 +1,27 @@
+"""The `sanitize` command: one file a subcommand, which says what it takes and shows what came of it.
+
+Exit codes: 0 done, 1 the run failed, 2 bad usage or configuration. Samples in quarantine are a result, not a failure.
+"""
+
+from flows.cli.app import app
+from flows.cli.certify import certify
+from flows.cli.clean import clean
+from flows.cli.condense import condense
+from flows.cli.demo import demo
+from flows.cli.denoise import denoise
+from flows.cli.inspect import inspect
+from flows.cli.poison import poison
+from flows.cli.repair import repair
+from flows.cli.report import report
+from flows.cli.restore import restore
+from flows.cli.robustness import robustness
+from flows.cli.train import train
+from flows.cli.verify import verify
+
+# In the order of `sanitize --help`: the main road first.
+_TRAINING = (train, certify, repair, condense, denoise, robustness)
+_AROUND = (inspect, poison, restore, verify, report, demo)
+for _command in (clean, *_TRAINING, *_AROUND):
+    app.command()(_command)
+
+__all__ = ["app"]

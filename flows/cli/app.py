@@ -1,0 +1,156 @@
+"""What all subcommands share: common options, how settings come together, how errors and results are shown."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sanitize.errors import ConfigError, SanitizeError
+
+app = typer.Typer(
+    help="The firewall for training data: poisoned shards in, clean shards, quarantine and evidence out.\n\n"
+    "Start with `sanitize demo`, or with your own shards: "
+    "`sanitize clean --shards 'data/*.tar' --out runs/first`.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(stderr=True)
+
+Shards = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shards",
+        help="Directory, glob or brace range of .tar / .tar.gz shards (quote it: 'train-{000000..000009}.tar'). "
+        "May be given several times.",
+    ),
+]
+Direct = Annotated[
+    bool,
+    typer.Option(
+        "--direct", help="Call the stages directly, without Prefect and the start of its server. Same result."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; nothing else goes there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random choice (default 0).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, or auto (default).")]
+RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out: a path or a URL.")]
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """What the user can do something about is said in one line, with the exit code that belongs to it."""
+    try:
+        yield
+    except ValidationError as error:
+        for problem in error.errors():
+            where = ".".join(map(str, problem["loc"])) or "config"
+            say("config:", "red", f"{where}: {problem['msg']}")
+        raise typer.Exit(2) from None
+    except ConfigError as error:
+        say("config:", "red", str(error))
+        raise typer.Exit(2) from None
+    except (SanitizeError, OSError) as error:
+        say("failed:", "red", str(error))
+        raise typer.Exit(1) from None
+
+
+def say(what: str, style: str, about: str) -> None:
+    """One line on stderr. What strangers wrote in it is shown as it is: it neither styles nor drives the terminal."""
+    console.print(Text(what, style), as_text(about), soft_wrap=True)
+
+
+def as_text(text: str) -> Text:
+    """What strangers wrote, on one line and with nothing in it that would drive the terminal."""
+    from sanitize.data.names import printable
+
+    return Text(printable(" ".join(text.splitlines())))
+
+
+@contextmanager
+def bars(quiet: bool) -> Iterator[None]:
+    """Progress bars on stderr, unless they are not wanted."""
+    from sanitize.progress import shown
+
+    with nullcontext() if quiet else shown(console):
+        yield
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError where the file cannot be read or is no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must be a YAML mapping; see configs/ for examples")
+    return content
+
+
+def settings_of(config: Path | None, **options: Any) -> dict[str, Any]:
+    """What the file says, and over it the command line. Raises ConfigError where no shards are named."""
+    settings = read_yaml(config) if config else {}
+    settings |= {name: value for name, value in options.items() if value}
+    if not settings.get("shards"):
+        raise ConfigError("no shards: give --shards, or `shards:` in the YAML file")
+    return settings
+
+
+def set_compute(settings: dict[str, Any], **options: Any) -> None:
+    """What the command line says goes over what the file says."""
+    given = {name: value for name, value in options.items() if value is not None}
+    settings["compute"] = settings.get("compute", {}) | given
+
+
+def print_json(value: Any) -> None:
+    """The result, for machines: all that goes to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+@app.callback()
+def main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, Prefect's log too.")] = False,
+) -> None:
+    """Common options."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+def print_places(places: dict[str, Any]) -> None:
+    """Where everything is, one line each."""
+    for name, place in places.items():
+        console.print(f"{name.replace('_', ' '):>12}: {place}", highlight=False, soft_wrap=True)
+
+
+def print_proved(certificates: list[dict[str, Any]]) -> None:
+    """Certified accuracy by radius, and what it is a statement about."""
+    from sanitize.certify.certificates import excerpt
+
+    for of in certificates:
+        table = Table(of["radius_unit"], "certified accuracy", title=f"{of['kind']}, {of['samples']} samples")
+        for radius, share in excerpt(of["certified_accuracy"]):
+            table.add_row(f"{radius:g}", f"{share:.1%}")
+        console.print(table)
+        console.print(of["scope"]["statement"], highlight=False)
+
+
+def check_there(run: str) -> None:
+    """Raises ConfigError where there is no run folder."""
+    from sanitize.storage import exists
+
+    if not exists(run):
+        raise ConfigError(f"there is no run folder {run}")

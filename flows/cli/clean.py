@@ -1,0 +1,99 @@
+"""`sanitize clean`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flows.cli.app import (
+    AsJson,
+    Device,
+    Direct,
+    Quiet,
+    Seed,
+    Shards,
+    bars,
+    console,
+    errors,
+    print_json,
+    say,
+    set_compute,
+    settings_of,
+)
+
+
+def clean(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
+    shards: Shards = None,
+    out: Annotated[
+        str, typer.Option(help="Run folder, a path or s3:// URL. Given again, an interrupted run goes on.")
+    ] = "runs/clean",
+    direct: Direct = False,
+    seed: Seed = None,
+    device: Device = None,
+    groups: Annotated[
+        int | None, typer.Option(help="Groups of shards worked on side by side (default: CPU cores).")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find poisoned samples; write clean shards, quarantine shards and a report.
+
+    The samples that stay are copied byte for byte. The others go to quarantine with the evidence beside them, and can
+    be put back with `sanitize restore`. Nothing needs to be known about the attack, not even whether there is one.
+
+    Examples:
+
+        sanitize clean --shards 'data/train-*.tar' --out runs/first
+
+        sanitize clean configs/cifar10.yaml --out runs/cifar10 --direct
+    """
+    from flows.clean import CleanConfig, run_clean
+
+    with errors():
+        settings = settings_of(config, shards=shards)
+        if groups is not None:
+            settings["n_groups"] = groups
+        set_compute(settings, seed=seed, device=device)
+        with bars(quiet):
+            result = run_clean(CleanConfig.model_validate(settings), out, direct)
+    if as_json:
+        print_json(result)
+    else:
+        _show_clean(result, out)
+
+
+def _show_clean(result: dict[str, Any], out: str) -> None:
+    from sanitize.storage import join, read_bytes
+
+    stages = json.loads(read_bytes(join(out, "run.json")))["stages"]
+    table = Table(title="stages", title_justify="left")
+    for name in ("stage", "samples", "seconds", "samples/s"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in stages:
+        n, seconds = stage["samples"], stage["seconds"]
+        rate = f"{n / seconds:,.0f}" if n and seconds and not stage["resumed"] else ""
+        kind = re.search(r"-(?:scorer|scores)-(.*)", stage["folder"])  # 30-scorer-rca, 31-scores-rca
+        name = stage["stage"] + (f" {kind[1]}" if kind else "") + (" (was there)" if stage["resumed"] else "")
+        table.add_row(name, f"{n:,}" if n else "", f"{seconds:.1f}", rate)
+    table.add_row("total", "", f"{sum(stage['seconds'] for stage in stages):.1f}", "", style="bold")
+    console.print(table)
+    counts = result["samples"]
+    console.print(
+        f"[bold]{counts['samples']:,}[/bold] samples = {counts['kept']:,} clean "
+        f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable"
+    )
+    for label, of_class in result["classes_touched"].items():
+        flags = ", ".join(f"{kind} {by['flagged']:,}" for kind, by in of_class["scorers"].items() if by["flagged"])
+        console.print(
+            f"  class {label}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
+        )
+    if not result["classes_touched"]:
+        console.print("  no class stood out; nothing was removed")
+    for shard, damage in result["damaged_shards"].items():
+        say("  damaged shard", "yellow", f"{shard}: {damage}")
+    for name in ("clean", "quarantine", "report"):
+        console.print(f"{name:>10}: {result[name]}", highlight=False, soft_wrap=True)

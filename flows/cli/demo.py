@@ -1,0 +1,45 @@
+"""`sanitize demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flows.cli.app import AsJson, Direct, Quiet, Seed, bars, console, errors, print_json
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    direct: Direct = False,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """See it work in two minutes: plant a backdoor in 2 % of real handwritten digits, and clean it out.
+
+    Writes scikit-learn's 1,797 digits as shards, plants a BadNets patch, runs the whole clean flow, then trains a small
+    model on the poisoned and on the cleaned shards and compares clean accuracy (ACC) and attack success rate (ASR).
+
+    Example:
+
+        sanitize demo --out runs/demo --direct
+    """
+    from flows.demo import demo as run_demo
+
+    with errors(), bars(quiet):
+        result = run_demo(out, seed or 0, direct)
+    if as_json:
+        print_json(result)
+        return
+    table = Table(
+        "", "poisoned data", "cleaned data", title="demo: BadNets patch in 2 % of the digits", title_justify="left"
+    )
+    table.add_row("clean accuracy (ACC)", f"{result['acc_before']:.1%}", f"{result['acc_after']:.1%}")
+    table.add_row("attack success rate (ASR)", f"{result['asr_before']:.1%}", f"{result['asr_after']:.1%}")
+    console.print(table)
+    console.print(
+        f"poisoned samples found: {result['found']} of {result['poisoned']} (missed {result['missed']}); "
+        f"clean samples lost: {result['clean_lost']} of {result['clean_samples']} ({result['clean_lost_fraction']:.2%})"
+    )
+    console.print(f"report: {result['report']}", highlight=False, soft_wrap=True)

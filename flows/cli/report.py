@@ -1,0 +1,19 @@
+"""`sanitize report`."""
+
+import sys
+
+from flows.cli.app import RunFolder, check_there, errors
+
+
+def report(run: RunFolder) -> None:
+    """Write the report of a run again (after a restore, say) and print where it is.
+
+    Example:
+
+        sanitize report runs/first
+    """
+    from flows.restore import write_again
+
+    with errors():
+        check_there(run)
+        sys.stdout.write(write_again(run) + "\n")

@@ -319,7 +319,11 @@ def list_batches(store: str, status: str | None = None) -> list[dict[str, Any]]:
     return [row for row in found if status in (None, row["status"])]
 
 
-DECISIONS: dict[Decision, tuple[str, ...]] = {"approved": ("held", "accepted"), "rejected": ("held", "accepted"), "retried": ("failed",)}
+DECISIONS: dict[Decision, tuple[str, ...]] = {
+    "approved": ("held", "accepted"),
+    "rejected": ("held", "accepted"),
+    "retried": ("failed",),
+}
 
 
 def decide(store: str, name: str, decision: Decision, by: str = "", note: str = "") -> dict[str, Any]:

@@ -156,9 +156,7 @@ def refit(store: str, note: str = "") -> dict[str, Any]:
         last = load_reference(store, state.reference)
         batches = unmerged(state)
         if not batches:
-            raise ConfigError(
-                f"no batch was accepted or approved since reference v{last.version:04d}: nothing to merge"
-            )
+            raise ConfigError(f"no batch was released since reference v{last.version:04d}: nothing to merge")
         at_work = _begin(store, last.version + 1, last.config)
         copy(last.embedder, join(at_work.out, EMBEDDER))
         copy(last.projection, join(at_work.out, PROJECTION))

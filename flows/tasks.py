@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -15,6 +16,7 @@ from flows import clean as clean_job
 from flows import condense as condense_job
 from flows import denoise as denoise_job
 from flows import harden as harden_job
+from flows import ingest as ingest_job
 from flows import robustness as robustness_job
 from flows import train as train_job
 from flows.certify import CertifyRunConfig
@@ -22,6 +24,7 @@ from flows.clean import CleanConfig
 from flows.condense import CondenseRunConfig
 from flows.denoise import DenoiseRunConfig
 from flows.harden import HardenConfig
+from flows.ingest import IngestConfig
 from flows.robustness import RobustnessRunConfig
 from flows.run import Run
 from flows.train import TrainRunConfig
@@ -49,7 +52,7 @@ TASKS: dict[str, Any] = {
         retry_delay_seconds=5,
         retry_condition_fn=_is_transient,
     )
-    for job in (clean_job, train_job, certify_job, condense_job, denoise_job, robustness_job, harden_job)
+    for job in (clean_job, train_job, certify_job, condense_job, denoise_job, robustness_job, harden_job, ingest_job)
     for stage in job.STAGES
 }
 
@@ -82,6 +85,22 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     summary = clean_job.summary(clean_job.clean(config, run))
     create_markdown_artifact(key="clean-report", markdown=_markdown(summary, run), description=f"Cleaned {out}")
     return summary
+
+
+@_flow("ingest")
+def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
+    """Sanitize what has landed, batch by batch, into the store `out`; an event tells what became of each batch."""
+
+    def committed(batch: dict[str, Any]) -> None:
+        resource = {"prefect.resource.id": f"sanitize.batch.{batch['batch']}", "prefect.resource.name": batch["batch"]}
+        links = {name: _link(batch[name]) for name in ("report", "drift") if batch[name]}
+        emit_event(
+            event=f"sanitize.batch.{batch['status']}",
+            resource=resource | {"sanitize.store": out},
+            payload=batch | links,
+        )
+
+    return ingest_job.ingest(config, out, PrefectRun, committed)
 
 
 @_flow("train")

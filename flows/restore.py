@@ -24,8 +24,8 @@ def restore(folder: str, keys: tuple[str, ...], note: str) -> dict[str, Any]:
         ArtifactError: `folder` is no finished run.
     """
     with exclusive(folder):
-        config = _config(folder)
-        before, number = _latest(folder)
+        config = config_of(folder)
+        before, number = latest(folder)
         suffix = f".r{number + 1}"
         selection = restore_samples(
             RestoreConfig(keys=keys, note=note), before, join(folder, f"40-selection{suffix}"), config.compute
@@ -80,8 +80,8 @@ def verify_run(folder: str) -> tuple[int, list[str]]:
 def write_again(folder: str) -> str:
     """Write the report of the latest selection; path of the page."""
     with exclusive(folder):
-        config = _config(folder)
-        selection, number = _latest(folder)
+        config = config_of(folder)
+        selection, number = latest(folder)
         suffix = f".r{number}" if number else ""
         report = write_report(
             config.report,
@@ -95,15 +95,16 @@ def write_again(folder: str) -> str:
     return report.url("index.html")
 
 
-def _config(folder: str) -> CleanConfig:
+def config_of(folder: str) -> CleanConfig:
+    """What a finished run was asked for. Raises ArtifactError where it is none."""
     try:
         return CleanConfig.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
     except OSError:
         raise ArtifactError(f"{folder} is not a finished run of `sanitize clean`: it has no config.yaml") from None
 
 
-def _latest(folder: str) -> tuple[Selection, int]:
-    """The selection in force, and how many times samples were put back."""
+def latest(folder: str) -> tuple[Selection, int]:
+    """The selection of a finished run that is in force, and how many times samples were put back."""
     names = _artifacts(folder)
     number = max((int(name.rpartition(".r")[2]) for name in names if name.startswith("50-shards.r")), default=0)
     return Selection.load(join(folder, f"40-selection.r{number}" if number else "40-selection")), number

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -15,6 +16,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 from prefect.runtime import flow_run
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
@@ -23,6 +25,7 @@ from flows import clean as clean_job
 from flows import condense as condense_job
 from flows import denoise as denoise_job
 from flows import harden as harden_job
+from flows import ingest as ingest_job
 from flows import redteam as redteam_job
 from flows import robustness as robustness_job
 from flows import train as train_job
@@ -31,6 +34,7 @@ from flows.clean import CleanConfig
 from flows.condense import CondenseRunConfig
 from flows.denoise import DenoiseRunConfig
 from flows.harden import HardenConfig
+from flows.ingest import IngestConfig
 from flows.redteam import RedTeamConfig
 from flows.robustness import RobustnessRunConfig
 from flows.run import Run
@@ -46,6 +50,18 @@ P = ParamSpec("P")
 SCHEDULED = "{scheduled}"
 
 
+JOBS: tuple[Any, ...] = (
+    clean_job,
+    ingest_job,
+    train_job,
+    certify_job,
+    condense_job,
+    denoise_job,
+    robustness_job,
+    harden_job,
+    redteam_job,
+)
+
 # Artifacts are the truth about what is done (`make`), so Prefect's own cache, keyed by paths, stays off.
 TASKS: dict[str, Any] = {
     stage.__name__: task(
@@ -56,7 +72,7 @@ TASKS: dict[str, Any] = {
         retry_delay_seconds=5,
         retry_condition_fn=is_transient,
     )
-    for job in (clean_job, train_job, certify_job, condense_job, denoise_job, robustness_job, harden_job, redteam_job)
+    for job in JOBS
     for stage in job.STAGES
 }
 
@@ -68,6 +84,9 @@ ON_CPU = {
     "fit_scorer",
     "score_shards",
     "drop_scores",
+    "judge_shards",
+    "summarise_shards",
+    "check_drift",
     "select_samples",
     "sample_shards",
     "poison_shards",
@@ -179,6 +198,28 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     with _run(out, config.compute, config.groups, config.runner) as run:
         summary = clean_job.summary(clean_job.clean(config, run))
         return run.publish("clean", summary, _counted(summary["samples"]))
+
+
+@_flow("ingest")
+def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
+    """Sanitize what has landed, batch by batch, into the store `out`; an event tells what became of each batch."""
+
+    def committed(batch: dict[str, Any]) -> None:
+        resource = {"prefect.resource.id": f"sanitize.batch.{batch['batch']}", "prefect.resource.name": batch["batch"]}
+        links = {name: _link(batch[name]) for name in ("report", "drift") if batch[name]}
+        emit_event(
+            event=f"sanitize.batch.{batch['status']}",
+            resource=resource | {"sanitize.store": out},
+            payload=batch | links,
+        )
+
+    with _task_runner(config.runner) as runner:
+        new_run = partial(PrefectRun, runner=runner)
+        result = ingest_job.ingest(config, out, new_run, committed)
+    rows = [f"| {b['batch']} | {b['status']} | {b['shards']} | {'; '.join(b['reasons'])} |" for b in result["batches"]]
+    table = "\n".join(["| batch | status | shards | reasons |", "|---|---|---:|---|", *rows])
+    create_markdown_artifact(table, key="ingest-batches", description=out)
+    return result
 
 
 @_flow("train")

@@ -420,6 +420,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def copy(artifact: A, out: str) -> A:
+    """The same artifact in another folder: its small files, each checked, and the manifest last."""
+    if exists(join(out, MANIFEST)):
+        there = type(artifact).load(out)
+        if there.digest != artifact.digest:
+            raise ArtifactError(f"{out} is another artifact than {artifact.path}; delete the folder to copy it again")
+        return there
+    manifest = artifact.manifest()
+    for name in manifest.files:
+        with create(join(out, name)) as writer:
+            writer.write(artifact.read(name))
+    with create(join(out, MANIFEST)) as writer:
+        writer.write(read_bytes(artifact.url(MANIFEST)))
+    return type(artifact).load(out)
+
+
 def verify(folder: str | Path) -> list[str]:
     """Re-hash every file of the artifact in `folder` and compare with its manifest.
 

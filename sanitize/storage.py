@@ -157,6 +157,30 @@ def create(url: str | Path) -> Iterator[HashingWriter]:
         yield writer
 
 
+def create_new(url: str | Path, data: bytes) -> bool:
+    """Write a small file unless there is one of that name; False where there is. Of several writers one wins.
+
+    Raises:
+        StorageError: the file may not be written, or the store cannot be reached.
+    """
+    if not is_local(str(url)):
+        return remote.write_new(str(url), data)
+    path = local_path(str(url))
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
+    with create(temporary) as writer:
+        writer.write(data)
+    try:
+        os.link(temporary, path)  # fails where the name is taken; a rename would replace what is there
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _cannot_write(path, len(data), error) from error
+    finally:
+        _remove(temporary)
+    sync_folder(path.parent)
+    return True
+
+
 @contextmanager
 def _create_object(url: str) -> Iterator[HashingWriter]:
     with tempfile.TemporaryDirectory(prefix="sanitize-") as folder:

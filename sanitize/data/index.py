@@ -7,7 +7,7 @@ close it looks is `IndexConfig.check`; only with "decode" is it known that image
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -67,7 +67,7 @@ class IndexConfig(BaseModel):
 
 def index_shards(
     config: IndexConfig,
-    sources: Sequence[str] | str,
+    sources: Sequence[str] | str | Mapping[str, str],
     out: str,
     compute: Compute,
     shards: Sequence[str] | None = None,
@@ -76,7 +76,8 @@ def index_shards(
 
     Args:
         config: what a sample must have.
-        sources: directories, globs, brace ranges or URLs of .tar / .tar.gz shards, in any order.
+        sources: directories, globs, brace ranges or URLs of .tar / .tar.gz shards, in any order; or name -> place of
+            each, where names are given.
         out: folder of the artifact: `rows/SHARD.parquet`, `dataset.json`.
         compute: unused here but for the convention; nothing is random.
         shards: names of the shards to do now; None does all that are missing and finishes.
@@ -90,7 +91,7 @@ def index_shards(
         ArtifactError: `out` was made from other shards.
     """
     compute.activate()
-    found = find_shards(sources)
+    found = dict(sorted(sources.items())) if isinstance(sources, Mapping) else find_shards(sources)
     recipe = Recipe(stage="index_shards", config=config.model_dump(mode="json"), inputs=dict.fromkeys(found, "shard"))
     with track("index", None) as advance:
 

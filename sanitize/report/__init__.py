@@ -3,6 +3,7 @@
 from sanitize.report.certificates import write_certificate_report
 from sanitize.report.condensation import write_condensation_report
 from sanitize.report.denoising import write_denoising_report
+from sanitize.report.drift import write_drift_report
 from sanitize.report.page import Report, ReportConfig, write_report
 from sanitize.report.redteam import write_redteam_report
 from sanitize.report.robustness import write_robustness_report
@@ -14,6 +15,7 @@ __all__ = [
     "write_certificate_report",
     "write_condensation_report",
     "write_denoising_report",
+    "write_drift_report",
     "write_redteam_report",
     "write_report",
     "write_robustness_report",

@@ -35,13 +35,15 @@ class Scored:
 
     Attributes:
         slices: name of a shard -> where its samples are.
-        judged: label -> where its samples are, int64; those that are trusted are in no class.
+        judged: label -> where its samples are, int64, but for those that are trusted.
+        vouched: label -> where those are.
         trusted_N: True where the user vouches for the sample.
         opinions: one a scorer.
     """
 
     slices: dict[str, slice]
     judged: dict[int, np.ndarray]
+    vouched: dict[int, np.ndarray]
     trusted_N: np.ndarray
     opinions: list[Opinion]
 
@@ -86,7 +88,8 @@ def read_scores(scores: Sequence[Scores], trusted: Sequence[str]) -> Scored:
         Opinion(kind, np.concatenate(piece), _by_label(info))
         for kind, piece, info in zip(kinds, pieces, infos, strict=True)
     ]
-    return Scored(slices, _by_class(np.concatenate(labels), ~trusted_N), trusted_N, opinions)
+    judged, vouched = (_by_class(np.concatenate(labels), which_N) for which_N in (~trusted_N, trusted_N))
+    return Scored(slices, judged, vouched, trusted_N, opinions)
 
 
 def _same_samples(scores: Sequence[Scores], shard: str) -> np.ndarray:
@@ -97,8 +100,8 @@ def _same_samples(scores: Sequence[Scores], shard: str) -> np.ndarray:
     return np.asarray(tables[0]["label"].to_numpy())
 
 
-def _by_class(labels_N: np.ndarray, judged_N: np.ndarray) -> dict[int, np.ndarray]:
-    at_N = np.flatnonzero(judged_N)
+def _by_class(labels_N: np.ndarray, which_N: np.ndarray) -> dict[int, np.ndarray]:
+    at_N = np.flatnonzero(which_N)
     at_N = at_N[labels_N[at_N].argsort(kind="stable")]
     labels, starts = np.unique(labels_N[at_N], return_index=True)
     return {

@@ -134,7 +134,7 @@ def select_samples(
     decided = cache(lambda: _decide(config, scores, trusted))
 
     def write_part(shard: str, part: Part) -> None:
-        rows = _verdicts(dataset, decided(), shard)
+        rows = verdicts_of_shard(dataset, decided(), shard)
         write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
         part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
         advance(len(rows))
@@ -150,7 +150,7 @@ STATUSES = ("kept", "quarantined", "unreadable")
 
 
 @dataclass(frozen=True)
-class _Ruling:
+class Ruling:
     """What its rule makes of the scores of one scorer.
 
     `classes`: label -> what selection.json says of it; `p_N`: p-values, where the rule gives them.
@@ -164,11 +164,11 @@ class _Ruling:
 
 
 @dataclass(frozen=True)
-class _Decision:
+class Decision:
     """All rulings and what follows; `capped`: labels; `combined_N`: p-values, for the verdict that rests on them."""
 
     scored: Scored
-    rulings: list[_Ruling]
+    rulings: list[Ruling]
     removed_N: np.ndarray
     capped: set[int]
     combined_N: np.ndarray | None = None
@@ -199,19 +199,23 @@ class _Decision:
         return [{"stage": "combined", "reason": text, "p_value": float(self.combined_N[i])}, *reasons]
 
 
-def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str]) -> _Decision:
+def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str]) -> Decision:
     scored = read_scores(scores, trusted)
     rules = config.rules_of([opinion.kind for opinion in scored.opinions])
-    rulings = [_rule_on(opinion, rules[opinion.kind], scored, config) for opinion in scored.opinions]
+    rulings = [rule_on(opinion, rules[opinion.kind], scored, config) for opinion in scored.opinions]
     if config.verdict == "combined":
         return _combine(config, scored, rulings)
     n_flags_N = np.sum([ruling.flagged_N for ruling in rulings], axis=0)
-    n_needed = {"any": 1, "majority": len(rulings) // 2 + 1, "all": len(rulings)}[config.verdict]
     capped = {y for ruling in rulings for y, of_class in ruling.classes.items() if of_class["capped"]}
-    return _Decision(scored, rulings, n_flags_N >= n_needed, capped)
+    return Decision(scored, rulings, n_flags_N >= flags_needed(config, len(rulings)), capped)
 
 
-def _combine(config: SelectConfig, scored: Scored, rulings: list[_Ruling]) -> _Decision:
+def flags_needed(config: SelectConfig, n_scorers: int) -> int:
+    """How many scorers must flag a sample that goes to quarantine."""
+    return {"any": 1, "majority": n_scorers // 2 + 1, "all": n_scorers}[config.verdict]
+
+
+def _combine(config: SelectConfig, scored: Scored, rulings: list[Ruling]) -> Decision:
     """Benjamini-Hochberg on the combined p-values of all samples that are not trusted."""
     combined_N = cauchy_combination(np.stack([ruling.p_N for ruling in rulings if ruling.p_N is not None]))
     judged = -combined_N[~scored.trusted_N]  # negative: the higher, the more suspicious
@@ -222,10 +226,11 @@ def _combine(config: SelectConfig, scored: Scored, rulings: list[_Ruling]) -> _D
         removed_N[scored.judged[label]] = s_n > max(threshold, cap)
         if cap > threshold:
             capped.add(label)
-    return _Decision(scored, rulings, removed_N, capped, combined_N)
+    return Decision(scored, rulings, removed_N, capped, combined_N)
 
 
-def _rule_on(opinion: Opinion, rule: Rule, scored: Scored, config: SelectConfig) -> _Ruling:
+def rule_on(opinion: Opinion, rule: Rule, scored: Scored, config: SelectConfig) -> Ruling:
+    """Apply a rule to the scores of its scorer."""
     by_class, trusted_M = scored.by_class(opinion.scores_N), opinion.scores_N[scored.trusted_N]
     thresholds = rule.thresholds(by_class, opinion.statistics, trusted_M)
     levels = rule.levels(by_class, opinion.statistics) if isinstance(rule, SeparationRule) else {}
@@ -248,10 +253,11 @@ def _rule_on(opinion: Opinion, rule: Rule, scored: Scored, config: SelectConfig)
         p_N = np.ones(len(opinion.scores_N))
         for label, p_n in rule.p_values(by_class, trusted_M).items():
             p_N[scored.judged[label]] = p_n
-    return _Ruling(opinion, rule, classes, flagged_N, p_N)
+    return Ruling(opinion, rule, classes, flagged_N, p_N)
 
 
-def _verdicts(dataset: Dataset, decision: _Decision, shard: str) -> list[dict[str, Any]]:
+def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[dict[str, Any]]:
+    """One row a sample of the shard, as in SCHEMA. Raises ArtifactError where it is not what was scored."""
     of_shard = decision.scored.slices.get(shard, slice(0, 0))
     indexed = dataset.rows(shard, ["position", "key", "label", "status", "reason"]).to_pylist()
     if sum(row["status"] == "ok" for row in indexed) != of_shard.stop - of_shard.start:
@@ -270,7 +276,7 @@ def _verdicts(dataset: Dataset, decision: _Decision, shard: str) -> list[dict[st
     return rows
 
 
-def _reason(ruling: _Ruling, label: int, i: int) -> dict[str, Any]:
+def _reason(ruling: Ruling, label: int, i: int) -> dict[str, Any]:
     """Why a scorer flags sample i."""
     of_class, score, kind = ruling.classes[label], float(ruling.opinion.scores_N[i]), ruling.opinion.kind
     text = f"{kind} score {score:.4g} is above {of_class['threshold']:.4g}"

@@ -1,0 +1,229 @@
+"""`sanitize reference`, `ingest`, `batches`, `approve`, `reject`, `retry`, `refit`: new shards against what was approved."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from flows.cli.app import (
+    AsJson,
+    Device,
+    Direct,
+    Quiet,
+    RunFolder,
+    Shards,
+    as_text,
+    bars,
+    console,
+    errors,
+    print_json,
+    say,
+    set_compute,
+    settings_of,
+)
+
+Store = Annotated[str, typer.Option(help="Folder or s3:// URL of reference, ledger, batches and feed.")]
+BatchName = Annotated[str, typer.Argument(help="Name of a batch, or how it begins; `sanitize batches` lists them.")]
+By = Annotated[str, typer.Option(help="Who decides (default: your user name).")]
+Note = Annotated[str, typer.Option(help="Why; kept in the ledger.")]
+STYLES = {"accepted": "green", "held": "yellow", "failed": "red", "claimed": "cyan"}
+
+
+def reference(
+    run: RunFolder,
+    store: Store,
+    per_class: Annotated[
+        int | None, typer.Option(help="Samples of a class that are remembered with all embeddings (default 2,000).")
+    ] = None,
+    level: Annotated[
+        float, typer.Option(help="Probability that a clean sample is flagged by a scorer; 0 leaves it to the rules.")
+    ] = 0.001,
+    note: Note = "",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Approve a finished run of `sanitize clean`: new shards will be judged against it.
+
+    Writes version 1 of the reference: the embedder, a sample of each class, the scorers fitted on it, and statistics to
+    compare batches with. The shards of the run count as processed, and its clean shards are the first in the feed.
+
+    Example:
+
+        sanitize reference runs/first --store s3://bucket/store --note "looked at by Ada"
+    """
+    from flows.reference import make_reference
+    from sanitize.drift import StatisticsConfig
+
+    with errors(), bars(quiet):
+        statistics = StatisticsConfig() if per_class is None else StatisticsConfig(per_class=per_class)
+        result = make_reference(run, store, statistics, level or None, note)
+    if as_json:
+        print_json(result)
+    else:
+        console.print(f"reference v0001 is in {result['folder']}, from {result['shards']:,} shards", soft_wrap=True)
+
+
+def ingest(
+    store: Store,
+    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
+    shards: Shards = None,
+    max_shards: Annotated[int | None, typer.Option(help="Shards of one batch, at most (default 64).")] = None,
+    direct: Direct = False,
+    device: Device = None,
+    groups: Annotated[int | None, typer.Option(help="Groups of shards worked on side by side (default 1).")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Sanitize the shards that are new, and release them to training jobs if they are like the reference.
+
+    What was processed before is not read again. New shards are made batches; each is judged sample by sample against
+    the reference, and as a whole for drift. An accepted batch is in STORE/feed.json, which training jobs read; a held
+    one waits for `sanitize approve` or `sanitize reject`. Run it as often as you like, also twice at once: each shard
+    ends in exactly one batch, and what a crash left is finished first.
+
+    Exit code 3: a batch is held. 1: a batch failed, or a shard could not be read.
+
+    Examples:
+
+        sanitize ingest --store runs/store --shards 'incoming/*.tar' --direct
+
+        sanitize ingest configs/ingest.yaml --store s3://bucket/store
+    """
+    from flows.ingest import IngestConfig, run_ingest
+
+    with errors():
+        settings = settings_of(config, shards=shards, max_shards=max_shards, n_groups=groups)
+        set_compute(settings, device=device)
+        with bars(quiet):
+            result = run_ingest(IngestConfig.model_validate(settings), store, direct)
+    if as_json:
+        print_json(result)
+    else:
+        _show(result)
+    statuses = {batch["status"] for batch in result["batches"]}
+    if "failed" in statuses or result["unreadable"]:
+        raise typer.Exit(1)
+    if "held" in statuses:
+        raise typer.Exit(3)
+
+
+def _show(result: dict[str, Any]) -> None:
+    console.print(
+        f"{result['new']:,} new shards, {result['duplicates']:,} copies of others, {result['known']:,} known; "
+        f"reference v{result['reference']:04d}"
+    )
+    for why in result["unreadable"]:
+        say("unreadable", "red", why)
+    for batch in result["batches"]:
+        counts = batch["samples"]
+        said = f"{batch['shards']:,} shards"
+        if counts:
+            said += f", {counts['kept']:,} clean, {counts['quarantined']:,} quarantined, {counts['unreadable']:,} unreadable"
+        say(f"{batch['status']:>8} {batch['batch']}", STYLES[batch["status"]], said)
+        for reason in batch["reasons"]:
+            say("        ", "", reason)
+        if batch["status"] == "held":
+            console.print(f"         look: {batch['drift']}", highlight=False, soft_wrap=True)
+            console.print(f"         then: sanitize approve {batch['batch']} or sanitize reject {batch['batch']}")
+    console.print(f"feed: {result['feed']}", highlight=False, soft_wrap=True)
+
+
+def batches(
+    store: Store,
+    status: Annotated[
+        Literal["accepted", "held", "failed", "claimed"] | None, typer.Option(help="Only batches of this status.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the batches of a store, the oldest first: what became of each, and why.
+
+    Example:
+
+        sanitize batches --store runs/store --status held
+    """
+    from flows.ingest import list_batches
+
+    with errors():
+        found = list_batches(store, status)
+    if as_json:
+        print_json(found)
+        return
+    table = Table("batch", "status", "shards", "clean", "quarantined", "reference", "in the feed", "why")
+    for batch in found:
+        counts = batch["samples"]
+        decision = batch["decision"]
+        why = "; ".join(batch["reasons"])
+        why += f" [{decision['decision']} by {decision['by']}: {decision['note']}]" if decision else ""
+        kept, removed = (f"{counts[name]:,}" if counts else "" for name in ("kept", "quarantined"))
+        row = [batch["batch"], batch["status"], f"{batch['shards']:,}", kept, removed, f"v{batch['reference']:04d}"]
+        table.add_row(*row, "yes" if batch["released"] else "no", as_text(why))
+    console.print(table)
+
+
+def approve(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
+    """Release a held batch to training jobs.
+
+    Example:
+
+        sanitize approve 3f2a --store runs/store --note "the new camera, as announced"
+    """
+    _decide(store, batch, "approved", by, note, as_json)
+
+
+def reject(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
+    """Keep a held batch from training jobs for good, or take back an accepted one.
+
+    Example:
+
+        sanitize reject 3f2a --store runs/store --note "a patch in the corner of class 0"
+    """
+    _decide(store, batch, "rejected", by, note, as_json)
+
+
+def retry(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
+    """Let the shards of a failed batch be new again; the next ingest takes them.
+
+    With `--max-shards 1` it puts each into a batch of its own, so that one bad shard fails alone.
+
+    Example:
+
+        sanitize retry 3f2a --store runs/store
+    """
+    _decide(store, batch, "retried", by, note, as_json)
+
+
+def _decide(
+    store: str, batch: str, decision: Literal["approved", "rejected", "retried"], by: str, note: str, as_json: bool
+) -> None:
+    from flows.ingest import decide
+
+    with errors():
+        result = decide(store, batch, decision, by, note)
+    if as_json:
+        print_json(result)
+    else:
+        in_feed = "in the feed" if result["released"] else "not in the feed"
+        say(f"{result['batch']} {decision}", "green", f"by {result['by']}; its clean shards are {in_feed}")
+
+
+def refit(store: Store, note: Note = "", as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Make the next version of the reference: what is remembered of all released batches is merged into it.
+
+    No shard of the past is read. Batches that are claimed later are judged against the new version.
+
+    Example:
+
+        sanitize refit --store runs/store --note "monthly"
+    """
+    from flows.reference import refit as make_next
+
+    with errors(), bars(quiet):
+        result = make_next(store, note)
+    if as_json:
+        print_json(result)
+    else:
+        console.print(
+            f"reference v{result['reference']:04d} is in {result['folder']}; {len(result['merged']):,} batches were merged",
+            soft_wrap=True,
+        )

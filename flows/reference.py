@@ -1,0 +1,255 @@
+"""The reference of a store: what new shards are judged against. Version 1 is made from an approved run, and each later
+one by merging what is remembered of the batches that were accepted since; no shard of the past is read for it."""
+
+import getpass
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.clean import CleanConfig, scores_folder
+from flows.restore import config_of, latest
+from flows.run import Run, save_config
+from sanitize.artifacts import copy, read_manifest
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.index import IndexConfig
+from sanitize.data.tables import Embeddings, Scores
+from sanitize.drift import (
+    Projection,
+    Statistics,
+    StatisticsConfig,
+    fit_projection,
+    merge_statistics,
+    summarise_shards,
+)
+from sanitize.drift.statistics import CALIBRATE
+from sanitize.embed import EmbedConfig
+from sanitize.errors import ArtifactError, ConfigError
+from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.score import FittedScorer, ScorerConfig, fit_scorer, score_shards
+from sanitize.select import JudgeConfig, Shards
+from sanitize.storage import absolute, exclusive, is_local, join, read_bytes, remove
+
+EMBEDDER, PROJECTION, STATISTICS = "10-embedder", "20-projection", "21-statistics"  # folders of a version
+
+
+class ReferenceConfig(BaseModel):
+    """All that new shards are processed by, so that they meet what the approved run met.
+
+    Attributes:
+        index, embed, scorers: of that run; classes and image size are fixed to what it found.
+        judge: its rules, and the level of what is judged sample by sample.
+        statistics: what is remembered.
+        compute: seed and precision are those of every batch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    index: IndexConfig
+    embed: EmbedConfig
+    scorers: tuple[ScorerConfig, ...] = Field(min_length=1)
+    judge: JudgeConfig
+    statistics: StatisticsConfig
+    compute: Compute
+
+    @classmethod
+    def of_run(cls, run: CleanConfig, dataset: Dataset, statistics: StatisticsConfig, level: float | None) -> Self:
+        """For new shards like those of a run. Raises ConfigError where its settings cannot judge one by one."""
+        if run.select.verdict == "combined":
+            raise ConfigError("a run with verdict 'combined' judges all samples together: approve one with any or all")
+        image = run.index.image.model_copy(update={"size": dataset.image_shape[1:]})
+        index = run.index.model_copy(update={"n_classes": dataset.n_classes, "image": image})
+        judge = JudgeConfig(select=run.select, level=level)
+        return cls(
+            index=index, embed=run.embed, scorers=run.scorers, judge=judge, statistics=statistics, compute=run.compute
+        )
+
+
+class Reference(NamedTuple):
+    """One version, loaded: handles of its artifacts."""
+
+    version: int
+    config: ReferenceConfig
+    embedder: Checkpoint
+    projection: Projection
+    statistics: Statistics
+    fitted: tuple[FittedScorer, ...]
+    scores: tuple[Scores, ...]
+
+
+def load_reference(store: str, entry: ReferenceEntry) -> Reference:
+    """A version of the ledger. Raises ArtifactError where a folder is not what the ledger says."""
+    folder = _folder(store, entry.version)
+    for name, digest in entry.digests.items():
+        if read_manifest(join(folder, name)).digest != digest:
+            raise ArtifactError(f"{join(folder, name)} is not the artifact that the ledger names")
+    config = ReferenceConfig.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
+    return Reference(
+        entry.version,
+        config,
+        Checkpoint.load(join(folder, EMBEDDER)),
+        Projection.load(join(folder, PROJECTION)),
+        Statistics.load(join(folder, STATISTICS)),
+        tuple(FittedScorer.load(join(folder, f"30-scorer-{scorer.kind}")) for scorer in config.scorers),
+        tuple(Scores.load(join(folder, scores_folder(scorer))) for scorer in config.scorers),
+    )
+
+
+def make_reference(
+    run: str, store: str, statistics: StatisticsConfig, level: float | None, note: str = ""
+) -> dict[str, Any]:
+    """Version 1, from a finished run of `sanitize clean` that somebody looked at and approves of.
+
+    Args:
+        run: its folder; where samples were put back, that is respected.
+        store: the folder or URL that batches and ledger go to.
+        statistics: what is remembered.
+        level: see `JudgeConfig`.
+        note: why it was approved.
+
+    Raises:
+        ConfigError: the store has a reference, or the run cannot be one.
+    """
+    made, dataset = config_of(run), Dataset.load(join(run, "00-index"))
+    config = ReferenceConfig.of_run(made, dataset, statistics, level)
+    selection, number = latest(run)
+    shards = Shards.load(join(run, f"50-shards.r{number}" if number else "50-shards"))
+    ledger = Ledger(store)
+    with exclusive(join(store, "reference")):
+        _refuse_second(ledger.read())
+        at_work = _begin(store, 1, config)
+        copy(Checkpoint.load(join(run, EMBEDDER)), join(at_work.out, EMBEDDER))
+        embeddings = Embeddings.load(join(run, "20-embeddings"))
+        projection = at_work.stage(PROJECTION, fit_projection, statistics, embeddings, selection)
+        inputs = statistics, dataset, embeddings, selection, projection
+        remembered = at_work.stage(STATISTICS, summarise_shards, *inputs)
+        _fit(config, remembered, at_work)
+        entry = ReferenceEntry(
+            version=1,
+            digests=_digests(at_work),
+            shards=_offered(dataset),
+            clean=clean_shards(shards, "", absolute(shards.path) if is_local(shards.path) else shards.path),
+            **approval("", note),
+        )
+
+        def decide(state: State) -> ReferenceEntry:
+            _refuse_second(state)
+            return entry
+
+        ledger.append(decide)
+    return {"reference": 1, "folder": at_work.out, "shards": len(entry.shards), "samples": _n_samples(remembered)}
+
+
+def refit(store: str, note: str = "") -> dict[str, Any]:
+    """The next version: the last one, and what is remembered of the batches released since. Scorers are fitted anew.
+
+    Raises:
+        ConfigError: there is no reference, or nothing was released since.
+    """
+    ledger = Ledger(store)
+    with exclusive(join(store, "reference")):
+        state = ledger.read()
+        last = load_reference(store, state.reference)
+        batches = unmerged(state)
+        if not batches:
+            raise ConfigError(f"no batch was released since reference v{last.version:04d}: nothing to merge")
+        at_work = _begin(store, last.version + 1, last.config)
+        copy(last.embedder, join(at_work.out, EMBEDDER))
+        copy(last.projection, join(at_work.out, PROJECTION))
+        parts = [last.statistics, *(Statistics.load(join(store, "batches", name, "60-statistics")) for name in batches)]
+        remembered = at_work.stage(STATISTICS, merge_statistics, last.config.statistics, parts)
+        _fit(last.config, remembered, at_work)
+        entry = ReferenceEntry(
+            version=last.version + 1, digests=_digests(at_work), merged=tuple(batches), **approval("", note)
+        )
+        ledger.append(lambda _state: entry)  # nobody else makes versions while the lock is held
+    return {
+        "reference": entry.version,
+        "folder": at_work.out,
+        "merged": list(batches),
+        "samples": _n_samples(remembered),
+    }
+
+
+def unmerged(state: State) -> list[str]:
+    """Released batches that no version of the reference has, sorted: the order of merging changes rounding."""
+    merged = {name for entry in state.references.values() for name in entry.merged}
+    return sorted(name for name, batch in state.batches.items() if batch.is_released and name not in merged)
+
+
+def clean_shards(shards: Shards, batch: str, folder: str) -> tuple[CleanShard, ...]:
+    """What written shards add to the feed; `folder` is where readers find them. Empty shards are left out."""
+    described = shards.read_json("dataset.json")["shards"]
+    return tuple(
+        CleanShard(shard=join(folder, name), batch=batch, **facts)
+        for name, facts in sorted(described.items())
+        if facts["samples"]
+    )
+
+
+def _fit(config: ReferenceConfig, remembered: Statistics, run: Run) -> None:
+    """Scorers on one half of the sample; both halves are scored."""
+    for half in remembered.shards:
+        if not len(remembered.rows(half, ["label"])):
+            raise ConfigError(f"the run has too few samples for a reference: none is left to {half}")
+    for scorer in config.scorers:
+        fitted = run.stage(f"30-scorer-{scorer.kind}", fit_scorer, scorer, remembered, held_out=[CALIBRATE])
+        run.sharded(scores_folder(scorer), score_shards, remembered.shards, scorer, fitted, remembered)
+    save_config(config, run.out)
+    run.save("finished")
+
+
+def _begin(store: str, version: int, config: ReferenceConfig) -> Run:
+    """The folder of a version that the ledger does not have; what was left there may be of other batches."""
+    folder = _folder(store, version)
+    remove(folder)
+    return Run(folder, config.compute)
+
+
+def _folder(store: str, version: int) -> str:
+    return join(store, "reference", f"v{version:04d}")
+
+
+def _refuse_second(state: State) -> None:
+    if state.references:
+        raise ConfigError(
+            f"the store has reference v{state.reference.version:04d}; `sanitize refit` makes the next one, and another "
+            "run is the beginning of another store"
+        )
+
+
+def _digests(run: Run) -> dict[str, str]:
+    folders = [EMBEDDER, PROJECTION, *(stage["folder"] for stage in run.stages)]
+    return {name: read_manifest(join(run.out, name)).digest for name in sorted(set(folders))}
+
+
+def _offered(dataset: Dataset) -> tuple[Offered, ...]:
+    """The shards of the run, as the ledger knows shards: they are not taken for new ones."""
+    sources = dataset.manifest().sources
+    return tuple(
+        Offered(
+            url=str(source["url"]),
+            size=int(source["size"]),
+            modified=str(source["modified"]),
+            sha256=dataset.info["shards"][name]["sha256"],
+        )
+        for name, source in sorted(sources.items())
+    )
+
+
+def _n_samples(remembered: Statistics) -> dict[str, int]:
+    return {"seen": remembered.manifest().counts["samples"]} | {
+        half: len(remembered.rows(half, ["label"])) for half in remembered.shards
+    }
+
+
+def approval(by: str, note: str) -> dict[str, str]:
+    """Who decided, when, and why."""
+    return {"by": by or getpass.getuser(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note}
+
+
+STAGES: Sequence[Any] = (fit_projection, summarise_shards, merge_statistics, fit_scorer, score_shards)

@@ -1,0 +1,104 @@
+"""A fixed map of an embedding to a few numbers of unit variance, so that moments of 10,000 classes stay small.
+
+Principal components of all kept samples of the approved run, each scaled to variance 1. It is fitted once and stays
+with all later versions of the reference: only moments in the same coordinates can be added. Shapes: B rows of a batch,
+D features, r components.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import pyarrow.compute as pc
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.tables import EmbeddingBatch, Embeddings, Selection
+from sanitize.drift.config import StatisticsConfig
+from sanitize.errors import ArtifactError, DataError
+from sanitize.streaming import Moments
+
+
+class Projection(Artifact):
+    """`projection.safetensors`: `mean` (D,) and `map` (D, r), float64."""
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return safetensors.torch.load(self.read("projection.safetensors"))
+
+    @property
+    def n_components(self) -> int:
+        """r."""
+        return self._tensors["map"].shape[1]
+
+    def __call__(self, z_BD: Tensor) -> Tensor:
+        """Coordinates (B, r), float64."""
+        return (z_BD.double() - self._tensors["mean"]) @ self._tensors["map"]
+
+
+def fit_projection(
+    config: StatisticsConfig, embeddings: Embeddings, selection: Selection, out: str, compute: Compute
+) -> Projection:
+    """Principal components of one embedding of the kept samples.
+
+    Args:
+        config: which embedding, how many components at most.
+        embeddings, selection: of an approved run.
+        out: folder of the artifact.
+        compute: unused but for the convention; nothing is random.
+
+    Raises:
+        ConfigError: there is no such embedding.
+        DataError: fewer than two samples were kept.
+    """
+    compute.activate()
+    recipe = Recipe(
+        stage="fit_projection",
+        config=config.model_dump(mode="json", include={"embedding", "n_components"}),
+        inputs={"embeddings": embeddings.digest, "selection": selection.digest},
+    )
+
+    def write(part: Part) -> None:
+        moments: Moments | None = None
+        for shard in embeddings.shards:
+            for batch, kept_B in with_verdicts(embeddings, selection, config.embedding, shard):
+                moments = moments or Moments(batch.z_BD.shape[1])
+                moments.update(batch.z_BD[kept_B])
+        if moments is None or moments.count < 2:
+            raise DataError(f"fewer than two samples of {embeddings.path} were kept: there is nothing to compare with")
+        values_D, vectors_DD = torch.linalg.eigh(moments.covariance())
+        values_D, vectors_DD = values_D.flip(0), vectors_DD.flip(1)
+        # A direction without variance must not be blown up: rounding would be what drifts.
+        r = min(config.n_components, int((values_D > 1e-6 * values_D[0]).sum()))
+        map_Dr = vectors_DD[:, :r] * values_D[:r].rsqrt()
+        state = {"mean": moments.mean_D, "map": map_Dr.contiguous()}
+        part.write("projection.safetensors", safetensors.torch.save(state))
+
+    return make(Projection, out, recipe, write)
+
+
+def with_verdicts(
+    embeddings: Embeddings, selection: Selection, name: str, shard: str
+) -> Iterator[tuple[EmbeddingBatch, Tensor]]:
+    """Batches of the embedding `name` of a shard, and which of their rows were kept, bool (B,).
+
+    Raises:
+        ArtifactError: the verdicts are not about these samples.
+    """
+    positions_N, kept_N = verdicts_of(selection, shard)
+    at = 0
+    for batch in embeddings.batches(name, shards=[shard]):
+        rows = slice(at, at := at + len(batch.keys))
+        if not np.array_equal(positions_N[rows], batch.positions_B.numpy()):
+            raise ArtifactError(f"{selection.path} does not judge the samples of {embeddings.path}, shard {shard}")
+        yield batch, torch.from_numpy(kept_N[rows].copy())
+
+
+def verdicts_of(selection: Selection, shard: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (N,) of the readable samples of a shard, and which of them were kept, bool (N,)."""
+    verdicts = selection.rows(shard, ["position", "keep", "status"])
+    verdicts = verdicts.filter(pc.not_equal(verdicts["status"], "unreadable"))
+    return verdicts["position"].to_numpy(), verdicts["keep"].to_numpy()

@@ -1,0 +1,63 @@
+"""The page about how a batch differs from the reference: the verdict, its reasons, and every answer."""
+
+from typing import Any
+
+from sanitize.artifacts import Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.drift import Drift, DriftConfig
+from sanitize.report.page import Report, template, versions
+
+_N_ROWS = 200  # classes on the page, the most different first
+HEADLINES = {
+    "accept": "The batch is like the reference.",
+    "hold": "Something in the batch is not like the reference; a person should look at it.",
+    "refit": "The data as a whole has moved; if that is right, approve the batch and refit the reference.",
+}
+
+
+def write_drift_report(drift: Drift, out: str, compute: Compute) -> Report:
+    """Write the page.
+
+    Args:
+        drift: what was asked and answered.
+        out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
+        compute: unused but for the convention; nothing is random.
+    """
+    compute.activate()
+    made = drift.manifest().recipe
+    recipe = Recipe(stage="write_drift_report", inputs={"drift": drift.digest})
+
+    def write(part: Part) -> None:
+        numbers = {
+            "headline": HEADLINES[drift.info["verdict"]],
+            **{name: drift.info[name] for name in ("verdict", "reasons", "level", "n_compared")},
+            "overall": [answer for answer in drift.info["answers"] if answer["label"] is None],
+            "classes": _classes(drift.info),
+            "limits": DriftConfig.model_validate(made.config).model_dump(),
+            "digest": drift.digest,
+            "recipe": made.model_dump(mode="json"),
+            "versions": versions([]),
+        }
+        part.write_json("report.json", numbers)
+        part.write("index.html", template("drift.html.j2").render(numbers, n_rows=_N_ROWS).encode())
+
+    return make(Report, out, recipe, write)
+
+
+def _classes(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a class of the batch, the most different first; a question that was not asked of it is None."""
+    rows = {
+        int(label): {"label": int(label), **counts, "shift": None, "removed": None, "alarm": False}
+        for label, counts in info["classes"].items()
+    }
+    for asked in info["answers"]:
+        if asked["label"] is not None:
+            row = rows[asked["label"]]
+            row["alarm"] |= asked["alarm"]
+            if asked["question"] in row:
+                row[asked["question"]] = asked["answer"]
+    return sorted(rows.values(), key=lambda row: (not row["alarm"], -_shift(row), row["label"]))
+
+
+def _shift(row: dict[str, Any]) -> float:
+    return float(row["shift"]["effect"]) if row["shift"] else -1.0

@@ -1,0 +1,165 @@
+"""Turn scores of new samples into verdicts by the thresholds of a reference: what else is in their batch plays no part.
+
+Ten shards at once and five batches of two get the same verdicts, therefore. The threshold of a scorer in a class is the
+lower one of two. The first is that of the rule of the approved run, applied to the reference's own sample. Rules that
+look for a crowd (separation, fdr) find none in clean data and set no threshold there; so the second is conformal: a
+sample is flagged where its p-value among rows of the reference that the scorer was not fitted on,
+
+    p = (1 + #{rows with a score at least as high}) / (1 + rows),
+
+is at most `level`, among the rows of its own class where they are enough for that, and else among all. A new clean
+sample is flagged with this probability at most, by each scorer (Vovk, Gammerman & Shafer, 2005, section 4.5: Mondrian
+conformal prediction), if it is exchangeable with these rows.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from sanitize.artifacts import Part, Recipe, make
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.tables import Scores, Selection, write_rows
+from sanitize.errors import ArtifactError, ConfigError
+from sanitize.progress import track
+from sanitize.select.scored import Opinion, Scored, kind_of, read_scores
+from sanitize.select.stage import (
+    SCHEMA,
+    STATUSES,
+    Decision,
+    Ruling,
+    SelectConfig,
+    flags_needed,
+    rule_on,
+    verdicts_of_shard,
+)
+
+NOWHERE = np.zeros(0, np.int64)
+
+
+class JudgeConfig(BaseModel):
+    """How new samples are judged.
+
+    Attributes:
+        select: rules, and how many flags make a verdict, as of the approved run. Verdict `combined` judges all samples
+            of a run together, so it cannot be used; nor can the cap `max_removed_fraction`, which is a share of a
+            batch: it caps the reference's thresholds alone.
+        level: probability that a clean sample is flagged by a scorer; None leaves it to the rules.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    select: SelectConfig = SelectConfig()
+    level: float | None = Field(default=0.001, gt=0, lt=0.5)
+
+
+def judge_shards(
+    config: JudgeConfig,
+    dataset: Dataset,
+    scores: Sequence[Scores],
+    reference: Sequence[Scores],
+    out: str,
+    compute: Compute,
+    held_out: Sequence[str] = (),
+) -> Selection:
+    """Decide which samples stay, one by one.
+
+    Args:
+        config: rules of the approved run, and the level.
+        dataset: all new samples, the unreadable ones too.
+        scores: of the usable ones, by one or more scorers.
+        reference: scores of the reference's sample by the same scorers.
+        out: folder of the artifact: verdicts and `selection.json`, as `select_samples` writes them.
+        compute: unused but for the convention; nothing is random.
+        held_out: shards of the reference's sample that scorers were not fitted on; thresholds are calibrated on them.
+
+    Raises:
+        ConfigError: a verdict that rests on the whole batch is asked for, or a rule does not go with its scorer.
+        ArtifactError: scores and reference are not of the same scorers.
+    """
+    compute.activate()
+    if config.select.verdict == "combined":
+        raise ConfigError(
+            "verdict 'combined' bounds the share of clean samples among those removed from one batch, so what becomes "
+            "of a sample depends on its batch; new shards are judged one by one: set select.verdict to any, majority "
+            "or all in the run that the reference is made from"
+        )
+    named = {f"scores.{kind_of(s)}": s for s in scores}
+    references = {f"reference.{kind_of(s)}": s for s in reference}
+    _same_scorers(scores, reference)
+    recipe = Recipe(
+        stage="judge_shards",
+        config=config.model_dump(mode="json") | {"held_out": sorted(held_out)},
+        inputs={"dataset": dataset.digest} | {name: s.digest for name, s in (named | references).items()},
+    )
+    decided = cache(lambda: _decide(config, scores, reference, held_out))
+
+    def write_part(shard: str, part: Part) -> None:
+        rows = verdicts_of_shard(dataset, decided(), shard)
+        write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
+        part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
+        advance(len(rows))
+
+    def finish(part: Part, _workshop: object) -> None:
+        part.write_json("selection.json", decided().summary(config.select) | {"level": config.level})
+
+    with track("judge", dataset.manifest().counts.get("samples")) as advance:
+        return make(Selection, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
+
+
+def _same_scorers(scores: Sequence[Scores], reference: Sequence[Scores]) -> None:
+    fitted, of_reference = (
+        {kind_of(s): s.manifest().recipe.inputs["fitted"] for s in of_scorers} for of_scorers in (scores, reference)
+    )
+    if fitted != of_reference:
+        raise ArtifactError("the new samples were not scored by the scorers of the reference; give scores of one store")
+
+
+def _decide(
+    config: JudgeConfig, scores: Sequence[Scores], reference: Sequence[Scores], held_out: Sequence[str]
+) -> Decision:
+    known, new = read_scores(reference, held_out), read_scores(scores, ())
+    rules = config.select.rules_of([opinion.kind for opinion in known.opinions])
+    rulings = []
+    for theirs, ours in zip(known.opinions, new.opinions, strict=True):
+        ruling = rule_on(theirs, rules[theirs.kind], known, config.select)
+        rulings.append(_apply(ruling, theirs, ours, known, new, config.level))
+    n_flags_N = np.sum([ruling.flagged_N for ruling in rulings], axis=0)
+    return Decision(new, rulings, n_flags_N >= flags_needed(config.select, len(rulings)), set())
+
+
+def _apply(ruling: Ruling, theirs: Opinion, ours: Opinion, known: Scored, new: Scored, level: float | None) -> Ruling:
+    """What the ruling on the reference, and the level, mean for new samples; a class it does not know stays."""
+    flagged_N = np.zeros(len(ours.scores_N), bool)
+    classes: dict[int, dict[str, Any]] = {}
+    held_out_M = theirs.scores_N[known.trusted_N]
+    for label, at in new.judged.items():
+        by_rule, by_level, found = math.inf, math.inf, {}
+        if label in ruling.classes:
+            found = ruling.classes[label]
+            by_rule = math.inf if found["threshold"] is None else found["threshold"]
+            of_class = theirs.scores_N[known.vouched.get(label, NOWHERE)]
+            by_level = conformal_threshold(of_class, held_out_M, level)
+        threshold = min(by_rule, by_level)
+        flagged_N[at] = ours.scores_N[at] > threshold
+        # What the rule found in the class of the reference is a reason where the rule decides, and only there.
+        classes[label] = (found if by_rule < by_level else {}) | {
+            "flagged": int(flagged_N[at].sum()),
+            "threshold": threshold if threshold < math.inf else None,
+            "capped": False,
+        }
+    return Ruling(ours, ruling.rule, classes, flagged_N, None)
+
+
+def conformal_threshold(of_class_M: np.ndarray, all_N: np.ndarray, level: float | None) -> float:
+    """The score above which a conformal p-value is at most `level`: of the class if it has rows enough, else of all."""
+    for scores_M in (of_class_M, all_N):
+        n_above = 0 if level is None else math.floor(level * (len(scores_M) + 1))
+        if n_above >= 1:
+            return float(np.partition(scores_M, len(scores_M) - n_above)[len(scores_M) - n_above])
+    return math.inf

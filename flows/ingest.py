@@ -354,7 +354,7 @@ def decide(store: str, name: str, decision: Decision, by: str = "", note: str = 
         merged_in = [v for v, reference in state.references.items() if batch.claim.batch in reference.merged]
         if decision == "rejected" and merged_in:
             raise ConfigError(
-                f"batch {batch.claim.batch} is in reference v{merged_in[0]:04d}, which cannot forget it; begin another store"
+                f"reference v{merged_in[0]:04d} has learned from it; begin another store"
             )
         return DecisionEntry(batch=batch.claim.batch, decision=decision, **approval(by, note))
 

@@ -1,4 +1,4 @@
-"""`sanitize reference`, `ingest`, `batches`, `approve`, `reject`, `retry`, `refit`: new shards against what was approved."""
+"""`sanitize reference`, `ingest`, `batches`, `approve`, `reject`, `retry`, `refit`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -119,7 +119,7 @@ def _show(result: dict[str, Any]) -> None:
         counts = batch["samples"]
         said = f"{batch['shards']:,} shards"
         if counts:
-            said += f", {counts['kept']:,} clean, {counts['quarantined']:,} quarantined, {counts['unreadable']:,} unreadable"
+            said += "".join(f", {counts[name]:,} {name}" for name in ("kept", "quarantined", "unreadable"))
         say(f"{batch['status']:>8} {batch['batch']}", STYLES[batch["status"]], said)
         for reason in batch["reasons"]:
             say("        ", "", reason)
@@ -223,7 +223,5 @@ def refit(store: Store, note: Note = "", as_json: AsJson = False, quiet: Quiet =
     if as_json:
         print_json(result)
     else:
-        console.print(
-            f"reference v{result['reference']:04d} is in {result['folder']}; {len(result['merged']):,} batches were merged",
-            soft_wrap=True,
-        )
+        what = f"reference v{result['reference']:04d}, {len(result['merged']):,} batches merged: {result['folder']}"
+        console.print(what, soft_wrap=True)

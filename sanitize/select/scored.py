@@ -102,6 +102,8 @@ def _same_samples(scores: Sequence[Scores], shard: str) -> np.ndarray:
 
 def _by_class(labels_N: np.ndarray, which_N: np.ndarray) -> dict[int, np.ndarray]:
     at_N = np.flatnonzero(which_N)
+    if not len(at_N):
+        return {}
     at_N = at_N[labels_N[at_N].argsort(kind="stable")]
     labels, starts = np.unique(labels_N[at_N], return_index=True)
     return {

@@ -62,8 +62,8 @@ prefect events emit sanitize.shards.landed --resource-id sanitize.dataset.digits
 until_batch held
 sanitize batches --store "$SANITIZE_HOME/runs/store"
 
-say "a person looks at it, and releases what is left of it"
+say "a person looks at it, and releases it"
 held=$(sanitize batches --store "$SANITIZE_HOME/runs/store" --status held --json |
   python -c 'import json, sys; print(json.load(sys.stdin)[0]["batch"])')
-sanitize approve "$held" --store "$SANITIZE_HOME/runs/store" --note "poison is in quarantine, the rest is good"
+sanitize approve "$held" --store "$SANITIZE_HOME/runs/store" --note "it is a rehearsal"
 sanitize batches --store "$SANITIZE_HOME/runs/store"

@@ -353,9 +353,7 @@ def decide(store: str, name: str, decision: Decision, by: str = "", note: str = 
             raise ConfigError(f"batch {batch.claim.batch} was retried; its shards are in other batches by now")
         merged_in = [v for v, reference in state.references.items() if batch.claim.batch in reference.merged]
         if decision == "rejected" and merged_in:
-            raise ConfigError(
-                f"reference v{merged_in[0]:04d} has learned from it; begin another store"
-            )
+            raise ConfigError(f"reference v{merged_in[0]:04d} has learned from it; begin another store")
         return DecisionEntry(batch=batch.claim.batch, decision=decision, **approval(by, note))
 
     added, state = ledger.append(entry)

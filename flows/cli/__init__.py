@@ -12,6 +12,7 @@ from flows.cli.demo import demo
 from flows.cli.denoise import denoise
 from flows.cli.ingest import approve, batches, ingest, reference, refit, reject, retry
 from flows.cli.inspect import inspect
+from flows.cli.plan import plan
 from flows.cli.poison import poison
 from flows.cli.redteam import redteam
 from flows.cli.repair import repair
@@ -24,7 +25,7 @@ from flows.cli.verify import verify
 # In the order of `sanitize --help`: the main road first.
 _TRAINING = (train, certify, repair, condense, denoise, robustness)
 _INGEST = (reference, ingest, batches, approve, reject, retry, refit)
-_AROUND = (inspect, poison, redteam, restore, verify, report, demo)
+_AROUND = (inspect, plan, poison, redteam, restore, verify, report, demo)
 for _command in (clean, *_INGEST, *_TRAINING, *_AROUND):
     app.command()(_command)
 

@@ -1,0 +1,93 @@
+"""`sanitize plan`."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flows.cli.app import AsJson, Device, Quiet, Shards, bars, console, errors, print_json, set_compute, settings_of
+
+
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of `sanitize clean`; see configs/.")] = None,
+    shards: Shards = None,
+    samples: Annotated[int, typer.Option(help="Measure on so many samples of the shards.")] = 600,
+    task_minutes: Annotated[float, typer.Option(help="How long one task should take.")] = 10,
+    scale_to: Annotated[float, typer.Option(help="Samples of the larger data set on paper.")] = 1e9,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what `sanitize clean` would cost: tasks, bytes read and written, memory and time.
+
+    All stages are tried on a sample of the shards, in a temporary folder; the rest is arithmetic (docs/scale.md).
+
+    Examples:
+
+        sanitize plan configs/cifar10.yaml
+
+        sanitize plan --shards 'data/train-*.tar' --task-minutes 5 --json
+    """
+    from flows.clean import CleanConfig
+    from flows.plan import PlanConfig
+    from flows.plan import plan as measure
+
+    with errors():
+        settings = settings_of(config, shards=shards)
+        set_compute(settings, device=device)
+        how = PlanConfig(n_samples=samples, task_minutes=task_minutes, scale_to=int(scale_to))
+        run_config = CleanConfig.model_validate(settings)
+        with bars(quiet), tempfile.TemporaryDirectory(prefix="sanitize-plan-") as scratch:
+            result = measure(run_config, how, Path(scratch))
+    if as_json:
+        print_json(result)
+    else:
+        _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    data, scaled = result["data"], result["scaled"]
+    console.print(
+        f"{data['shards']:,} shards, {_bytes(data['bytes'])}, about {data['samples']:,} samples; measured on "
+        f"{result['measured_on']:,} of them with {result['compute']}",
+        highlight=False,
+    )
+    table = Table(
+        "stage", title=f"one worker, {data['samples']:,} samples | {scaled['samples']:,}", title_justify="left"
+    )
+    for name in ("tasks", "a task", "time", "read", "written", "tasks", "time", "read", "written"):
+        table.add_column(name, justify="right")
+    for row, large in zip(result["stages"], scaled["stages"], strict=True):
+        cells = [str(row["tasks"]), _time(row["task_seconds"]), _time(row["seconds"])]
+        cells += [_bytes(row["read"]), _bytes(row["written"]), f"{large['tasks']:,}", _time(large["seconds"])]
+        table.add_row(row["folder"], *cells, _bytes(large["read"]), _bytes(large["written"]))
+    times = ("", "", _time(result["seconds"]), "", "", "", _time(scaled["seconds"]), "", "")
+    table.add_row("all", *times, style="bold")
+    console.print(table)
+    console.print(f"n_groups: {result['n_groups']} ({scaled['n_groups']:,}) makes a task minutes of work")
+    small, large = result["memory"], scaled["memory"]
+    for name, said in {
+        "task": "a task: model, batch and libraries, measured",
+        "cache": "training: decoded images, at most",
+        "select": "select: verdicts of all samples",
+        "driver": "driver: what it knows of the shards",
+    }.items():
+        console.print(f"{_bytes(small[name]):>10} ({_bytes(large[name])}) {said}", highlight=False)
+
+
+def _bytes(n: float | None) -> str:
+    if n is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:,.3g} TB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.0f} h"

@@ -1,0 +1,261 @@
+"""What would cleaning these shards cost? Tasks, bytes, memory and time, from a measured sample of them.
+
+The run itself is tried on two samples of different sizes, by one worker in a temporary folder. What the two differ in
+is the cost of a sample; the rest is paid once. docs/scale.md says what grows, what does not, and why.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.clean import CleanConfig, clean
+from flows.run import Run
+from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.data.samples import Sample, ShardReader, is_compressed
+from sanitize.data.sources import find_shards
+from sanitize.data.writer import shard_writer
+from sanitize.embed import EmbedderConfig
+from sanitize.errors import DataError
+from sanitize.select import trusted_shards
+from sanitize.storage import fingerprint
+
+EMBEDDER = "10-embedder"
+SELECTED_BYTES, SCORED_BYTES = 17, 4  # that `select` holds of each sample, and of each scorer's score of it
+
+
+class PlanConfig(BaseModel):
+    """How it is measured.
+
+    Attributes:
+        n_samples: of the larger sample; the smaller one has a quarter.
+        n_shards: that they are taken from, the first samples of each.
+        task_minutes: how long one task should take: much longer than it takes to start, short enough to be lost.
+        scale_to: samples of the data set on paper.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_samples: int = Field(default=600, ge=40)
+    n_shards: int = Field(default=4, ge=1)
+    task_minutes: float = Field(default=10, gt=0)
+    scale_to: int = Field(default=10**9, gt=0)
+
+
+class Cost(NamedTuple):
+    """Of one stage: what is paid once, and what each sample adds. Bytes are None where the system does not count them.
+
+    `passes`: how often the real run goes over the samples, where the measured one did once.
+    """
+
+    folder: str
+    stage: str
+    divided: bool
+    seconds_once: float
+    seconds_each: float
+    read_each: float | None
+    written_each: float
+    passes: int = 1
+
+    def seconds(self, n: int) -> float:
+        """One worker's, for `n` samples."""
+        return self.seconds_once + self.seconds_each * self.passes * n
+
+
+class MeasuredRun(Run):
+    """A run that also counts bytes."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.divided: set[str] = set()
+
+    def sharded(self, folder: str, *args: Any) -> Any:
+        """Remember that groups of shards may do it side by side."""
+        self.divided.add(folder)
+        return super().sharded(folder, *args)
+
+    def _timed(self, folder: str, *args: Any) -> Any:
+        before = _bytes_read()
+        artifact = super()._timed(folder, *args)
+        after = _bytes_read()
+        written = sum(file.size for file in artifact.manifest().files.values())
+        read = None if before is None or after is None else after - before
+        self.stages[-1] |= {"read": read, "written": written}
+        return artifact
+
+
+def plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]:
+    """Measure on a sample, and scale on paper.
+
+    Args:
+        config: the run that is planned.
+        how: sizes of the sample, and what to scale to.
+        scratch: an empty folder.
+
+    Returns:
+        `data`: what is there; `stages`: one row each; `n_groups`: recommended; `memory`; `scaled`: the same for
+        `how.scale_to` samples in shards of the same size.
+
+    Raises:
+        SanitizeError: what the stages raise; DataError if the shards hold no sample.
+    """
+    found = find_shards(config.shards)
+    trusted = set(trusted_shards(config.trusted, found))
+    chosen = [*_spread(sorted(found.keys() - trusted), how.n_shards), *_spread(sorted(trusted), 1)]
+    per_shard = math.ceil(how.n_samples / len(chosen))
+    small, n_small, _ = _try(config, found, chosen, trusted, max(1, per_shard // 4), scratch / "small")
+    large, n_large, stored = _try(config, found, chosen, trusted, per_shard, scratch / "large")
+    if n_large <= n_small:
+        raise DataError(f"{n_large} samples in {len(chosen)} shards are too few to measure on")
+    costs = _costs(small, large, n_large - n_small, n_large, _passes(config))
+    n_bytes = sum(int(fingerprint(url)["size"]) for url in found.values())
+    n = round(n_bytes / stored)
+    scaled = math.ceil(len(found) * how.scale_to / n)
+    return {
+        "data": {"shards": len(found), "bytes": n_bytes, "samples": n, "bytes_each": stored},
+        "measured_on": n_large,
+        "bytes_counted": large.stages[0]["read"] is not None,
+        "compute": config.compute.describe(),
+        **_scaled(costs, n, len(found), config, how, large),
+        "scaled": {"samples": how.scale_to, "shards": scaled}
+        | _scaled(costs, how.scale_to, scaled, config, how, large),
+    }
+
+
+def _try(
+    config: CleanConfig, found: dict[str, str], chosen: Sequence[str], trusted: set[str], n: int, scratch: Path
+) -> tuple[MeasuredRun, int, float]:
+    """Clean the first `n` samples of each chosen shard; how many there were, and the bytes of one as it is stored."""
+    counts: list[int] = []
+    sizes: list[int] = []
+
+    def write(part: Part) -> None:
+        for i, name in enumerate(chosen):
+            suffix = re.search(r"\.(tar|tar\.gz|tgz)$", name)
+            copied = f"{'trusted' if name in trusted else 'shard'}-{i}{suffix[0] if suffix else '.tar'}"
+            samples = list(islice(_samples(found[name], config), n))
+            with shard_writer(part, copied) as tar:
+                for member, payload in (member for sample in samples for member in sample.members):
+                    tar.add(member, payload)
+            counts.append(len(samples))
+            as_stored = part.files[copied].size if is_compressed(name) else samples[-1].end if samples else 0
+            sizes.append(as_stored)
+
+    make(Artifact, scratch / "in", Recipe(stage="plan"), write)
+    run = MeasuredRun(scratch / "run", config.compute)
+    clean(_tried(config, scratch / "in", bool(trusted)), run)
+    return run, sum(counts), sum(sizes) / max(1, sum(counts))
+
+
+def _samples(url: str, config: CleanConfig) -> Iterator[Sample]:
+    reader = ShardReader(url, config.index.limits, digest=False)
+    return (sample for sample in reader if sample.problem is None)
+
+
+def _tried(config: CleanConfig, shards: Path, has_trusted: bool) -> CleanConfig:
+    """The run on the sample: one pass of training, and bad samples stop nothing."""
+    embedder = config.embedder
+    once = embedder.model_copy(update={"optim": embedder.optim.model_copy(update={"epochs": 1})})
+    index = config.index.model_copy(update={"max_bad_fraction": 1.0})
+    trusted = tuple(path.name for path in shards.glob("trusted-*")) if has_trusted else ()
+    return config.model_copy(
+        update={"shards": (str(shards),), "trusted": trusted, "embedder": once, "index": index, "n_groups": 1}
+    )
+
+
+def _passes(config: CleanConfig) -> int:
+    is_loaded = isinstance(config.embedder, EmbedderConfig) and config.embedder.weights is not None
+    return 1 if is_loaded else config.embedder.optim.epochs
+
+
+def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, passes: int) -> list[Cost]:
+    """Straight lines through two points; noise may make one fall, and then all of the larger one is its samples'."""
+
+    def each(name: str, a: dict[str, Any], b: dict[str, Any]) -> float | None:
+        if b[name] is None:
+            return None
+        return float(b[name] - a[name]) / more if b[name] > a[name] else float(b[name]) / n
+
+    costs = []
+    for a, b in zip(small.stages, large.stages, strict=True):
+        seconds = each("seconds", a, b) or 0.0
+        costs.append(
+            Cost(
+                folder=b["folder"],
+                stage=b["stage"],
+                divided=b["folder"] in large.divided,
+                seconds_once=max(0.0, b["seconds"] - seconds * n),
+                seconds_each=seconds,
+                read_each=each("read", a, b),
+                written_each=each("written", a, b) or 0.0,
+                passes=passes if b["folder"] == EMBEDDER else 1,
+            )
+        )
+    return costs
+
+
+def _scaled(
+    costs: Sequence[Cost], n: int, n_shards: int, config: CleanConfig, how: PlanConfig, run: MeasuredRun
+) -> dict[str, Any]:
+    """Totals for `n` samples: rows of stages, groups, memory."""
+    slowest = max((cost.seconds(n) for cost in costs if cost.divided), default=0.0)
+    n_groups = min(n_shards, max(1, math.ceil(slowest / (60 * how.task_minutes))))
+    rows = []
+    for cost in costs:
+        tasks, seconds = n_groups if cost.divided else 1, cost.seconds(n)
+        rows.append(
+            {
+                "folder": cost.folder,
+                "stage": cost.stage,
+                "tasks": tasks,
+                "seconds": seconds,
+                "task_seconds": seconds / tasks,
+                "read": None if cost.read_each is None else cost.read_each * n,
+                "written": cost.written_each * n,
+            }
+        )
+    total = sum(cost.seconds(n) for cost in costs)
+    return {
+        "n_groups": n_groups,
+        "seconds": total,
+        "stages": rows,
+        "memory": _memory(n, n_shards, config, run),
+    }
+
+
+def _memory(n: int, n_shards: int, config: CleanConfig, run: MeasuredRun) -> dict[str, float]:
+    """Bytes: of a task (measured), of training's cache, of `select`, and of what the driver knows of the shards."""
+    summary = (Path(run.out) / "00-index" / "dataset.json").stat().st_size
+    n_sampled = len(list((Path(run.out) / "00-index" / "rows").rglob("*.parquet")))
+    return {
+        "task": float(_peak_bytes() or 0),
+        "cache": float(config.embedder.cache_bytes),
+        "select": float(n * (SELECTED_BYTES + SCORED_BYTES * len(config.scorers))),
+        "driver": float(summary / n_sampled * n_shards),
+    }
+
+
+def _spread(names: Sequence[str], n: int) -> list[str]:
+    """At most `n` of them, evenly."""
+    n = min(n, len(names))
+    return [names[i * len(names) // n] for i in range(n)]
+
+
+def _bytes_read() -> int | None:
+    """By this process so far, from the page cache too; None where there is no /proc."""
+    return _proc("io", "rchar")
+
+
+def _peak_bytes() -> int | None:
+    peak = _proc("status", "VmHWM")
+    return None if peak is None else peak * 1024
+
+
+def _proc(file: str, field: str) -> int | None:
+    path = Path("/proc/self") / file
+    found = re.search(rf"{field}:\s+(\d+)", path.read_text()) if path.exists() else None
+    return int(found[1]) if found else None

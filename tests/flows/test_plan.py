@@ -1,0 +1,67 @@
+"""`sanitize plan` beside the run it is about."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.clean import CleanConfig
+from flows.cli import app
+from flows.plan import PlanConfig, plan
+from sanitize.artifacts import read_manifest
+from sanitize.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def planned(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    how = PlanConfig(n_samples=400, task_minutes=0.001, scale_to=10**9)
+    return plan(CleanConfig.model_validate(settings), how, tmp_path_factory.mktemp("plan"))
+
+
+def test_data_are_counted_without_being_read(planned: dict[str, Any], poisoned: Path) -> None:
+    assert planned["data"]["bytes"] == sum(path.stat().st_size for path in poisoned.glob("*.tar"))
+    assert planned["data"]["samples"] == pytest.approx(1797, rel=0.05)
+    assert planned["measured_on"] == 400
+
+
+def test_bytes_are_those_of_the_run(planned: dict[str, Any], direct: Path, poisoned: Path) -> None:
+    stages = {row["folder"]: row for row in planned["stages"]}
+    assert list(stages) == [stage["folder"] for stage in json.loads((direct / "run.json").read_text())["stages"]]
+    for folder in ("00-index", "20-embeddings", "50-shards"):
+        written = sum(file.size for file in read_manifest(direct / folder).files.values())
+        assert stages[folder]["written"] == pytest.approx(written, rel=0.3), folder
+    n_bytes = planned["data"]["bytes"]
+    assert 0.7 * n_bytes < stages["50-shards"]["read"] < 4 * n_bytes  # once, and the tables
+
+
+def test_time_and_bytes_are_scaled_on_paper(planned: dict[str, Any]) -> None:
+    n, scaled = planned["data"]["samples"], planned["scaled"]
+    assert scaled["shards"] == pytest.approx(5 * 1e9 / n, rel=0.001)
+    for small, large in zip(planned["stages"], scaled["stages"], strict=True):
+        assert large["written"] == pytest.approx(small["written"] * 1e9 / n)
+        assert small["seconds"] <= large["seconds"] <= small["seconds"] * 1e9 / n * 1.001
+    assert scaled["memory"]["select"] == 21e9
+    assert scaled["memory"]["task"] == planned["memory"]["task"] > 1e8
+    assert 100 < planned["memory"]["driver"] / 5 < 10_000  # kilobytes a shard
+
+
+def test_groups_make_tasks_of_the_time_that_was_asked_for(planned: dict[str, Any]) -> None:
+    assert planned["n_groups"] == 5  # every shard a task: none takes as much as a tenth of a second
+    slowest = max(row["task_seconds"] for row in planned["scaled"]["stages"] if row["tasks"] > 1)
+    assert slowest <= 0.06 * 1.001 or planned["scaled"]["n_groups"] == planned["scaled"]["shards"]
+    assert {row["tasks"] for row in planned["stages"]} == {1, 5}
+
+
+def test_too_little_to_measure_on_is_said(settings: dict[str, Any], tmp_path: Path, make_tar: Any, good: Any) -> None:
+    make_tar(tmp_path / "in" / "a.tar", good(1))
+    config = CleanConfig.model_validate(settings | {"shards": [str(tmp_path / "in")]})
+    with pytest.raises((ConfigError, DataError)):
+        plan(config, PlanConfig(n_samples=40), tmp_path / "out")
+
+
+def test_command_prints_the_plan(config_file: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(config_file), "--samples", "100", "--quiet", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["measured_on"] == 100

@@ -146,10 +146,14 @@ def _limited_gpu(compute: Compute) -> str | None:
     """Tag of this process' GPU, which one task at a time may carry, whoever runs it; None where there is no GPU."""
     if compute.torch_device.type == "cpu":
         return None
-    gpu = f"gpu-{torch.cuda.get_device_properties(compute.torch_device).uuid}"
+    return limit_to_one(f"gpu-{torch.cuda.get_device_properties(compute.torch_device).uuid}")
+
+
+def limit_to_one(tag: str) -> str:
+    """Let one task with this tag run at a time on the whole server; a lease that its holder no longer renews ends."""
     with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(f"tag:{gpu}", 1)
-    return gpu
+        client.upsert_global_concurrency_limit_by_name(f"tag:{tag}", 1)
+    return tag
 
 
 @contextmanager

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -93,3 +95,12 @@ def test_demonstration_from_nothing_to_a_released_batch(tmp_path: Path) -> None:
     fed = {shard["batch"] for shard in json.loads((store / "feed.json").read_text())["shards"]}
     assert {accepted.claim.batch, held.claim.batch} <= fed
     assert not re.search(r"\bTraceback\b", log), log[-4000:]
+    with closing(sqlite3.connect(tmp_path / ".prefect" / "prefect.db")) as server:
+        # The library's log is on the pages, artifacts are, and the schedule has made runs for the hours to come.
+        assert one(server, "SELECT count(*) FROM log WHERE name LIKE 'sanitize.%'") > 0
+        assert one(server, "SELECT count(*) FROM artifact WHERE key = 'clean-report'") == 1
+        assert one(server, "SELECT count(*) FROM flow_run WHERE auto_scheduled") > 0
+
+
+def one(server: sqlite3.Connection, query: str) -> int:
+    return int(server.execute(query).fetchone()[0])

@@ -4,6 +4,7 @@ The run itself is tried on two samples of different sizes, by one worker in a te
 is the cost of a sample; the rest is paid once. docs/scale.md says what grows, what does not, and why.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ from sanitize.errors import DataError
 from sanitize.select import trusted_shards
 from sanitize.storage import fingerprint
 
-EMBEDDER = "10-embedder"
 SELECTED_BYTES, SCORED_BYTES = 17, 4  # that `select` holds of each sample, and of each scorer's score of it
+MAX_FITTED = 10_000  # samples of a class that a scorer is fitted on (20,000 of all classes, some)
 
 
 class PlanConfig(BaseModel):
@@ -49,7 +50,9 @@ class PlanConfig(BaseModel):
 class Cost(NamedTuple):
     """Of one stage: what is paid once, and what each sample adds. Bytes are None where the system does not count them.
 
-    `passes`: how often the real run goes over the samples, where the measured one did once.
+    Attributes:
+        passes: how often the real run goes over the samples, where the measured one did once.
+        most: samples beyond which time no longer grows: scorers are fitted on a bounded sample of each class.
     """
 
     folder: str
@@ -60,10 +63,11 @@ class Cost(NamedTuple):
     read_each: float | None
     written_each: float
     passes: int = 1
+    most: float = math.inf
 
     def seconds(self, n: int) -> float:
         """One worker's, for `n` samples."""
-        return self.seconds_once + self.seconds_each * self.passes * n
+        return self.seconds_once + self.seconds_each * self.passes * min(n, self.most)
 
 
 class MeasuredRun(Run):
@@ -107,11 +111,13 @@ def plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]:
     trusted = set(trusted_shards(config.trusted, found))
     chosen = [*_spread(sorted(found.keys() - trusted), how.n_shards), *_spread(sorted(trusted), 1)]
     per_shard = math.ceil(how.n_samples / len(chosen))
-    small, n_small, _ = _try(config, found, chosen, trusted, max(1, per_shard // 4), scratch / "small")
+    few = max(1, per_shard // 4)
+    _try(config, found, chosen, trusted, few, scratch / "first")  # libraries start, files come into the page cache
+    small, n_small, _ = _try(config, found, chosen, trusted, few, scratch / "small")
     large, n_large, stored = _try(config, found, chosen, trusted, per_shard, scratch / "large")
     if n_large <= n_small:
         raise DataError(f"{n_large} samples in {len(chosen)} shards are too few to measure on")
-    costs = _costs(small, large, n_large - n_small, n_large, _passes(config))
+    costs = _costs(small, large, n_large - n_small, n_large, config)
     n_bytes = sum(int(fingerprint(url)["size"]) for url in found.values())
     n = round(n_bytes / stored)
     scaled = math.ceil(len(found) * how.scale_to / n)
@@ -167,19 +173,15 @@ def _tried(config: CleanConfig, shards: Path, has_trusted: bool) -> CleanConfig:
     )
 
 
-def _passes(config: CleanConfig) -> int:
-    is_loaded = isinstance(config.embedder, EmbedderConfig) and config.embedder.weights is not None
-    return 1 if is_loaded else config.embedder.optim.epochs
-
-
-def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, passes: int) -> list[Cost]:
-    """Straight lines through two points; noise may make one fall, and then all of the larger one is its samples'."""
+def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: CleanConfig) -> list[Cost]:
+    """Straight lines through two points, `more` samples apart; what falls is noise, and does not depend on them."""
 
     def each(name: str, a: dict[str, Any], b: dict[str, Any]) -> float | None:
-        if b[name] is None:
-            return None
-        return float(b[name] - a[name]) / more if b[name] > a[name] else float(b[name]) / n
+        return None if b[name] is None else max(0.0, (b[name] - a[name]) / more)
 
+    is_loaded = isinstance(config.embedder, EmbedderConfig) and config.embedder.weights is not None
+    epochs = 1 if is_loaded else config.embedder.optim.epochs
+    n_classes = json.loads((Path(large.out) / "00-index" / "dataset.json").read_text())["n_classes"]
     costs = []
     for a, b in zip(small.stages, large.stages, strict=True):
         seconds = each("seconds", a, b) or 0.0
@@ -192,7 +194,8 @@ def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, passes: in
                 seconds_each=seconds,
                 read_each=each("read", a, b),
                 written_each=each("written", a, b) or 0.0,
-                passes=passes if b["folder"] == EMBEDDER else 1,
+                passes=epochs if b["stage"] in ("train_embedder", "pretrain_simclr") else 1,
+                most=MAX_FITTED * n_classes if b["stage"] == "fit_scorer" else math.inf,
             )
         )
     return costs

@@ -19,7 +19,7 @@ def case_name(attack: AttackConfig | None) -> str:
     if attack is None:
         return NONE
     rate = sum((Decimal(str(one.rate)) for one in attacks_of(attack)), Decimal())
-    return f"{attack.kind}@{100 * rate.normalize():f}".rstrip("0").rstrip(".") + "%"
+    return f"{attack.kind}@{(100 * rate).normalize():f}%"
 
 
 def attack_called(name: str) -> dict[str, Any]:

@@ -122,6 +122,7 @@ QUICK = Setting(
     learn=EvaluateConfig(
         optim=OptimConfig(optimizer="sgd", learning_rate=0.03, schedule="cosine", weight_decay=5e-4, epochs=100),
         n_networks=3,
+        check_every=10,
     ),
     n_trained=2,
     sets=("DM", "RDM-DC"),
@@ -144,10 +145,12 @@ FULL = Setting(
 
 
 class Data(NamedTuple):
-    """Training images class by class, and the test images that accuracy is measured on and targets are taken from."""
+    """Training images class by class; those that are held out of them to choose the epoch of a network; and the test
+    images that accuracy is measured on and targets are taken from."""
 
     images_NCHW: Tensor
     labels_N: Tensor
+    held_out: tuple[Tensor, Tensor]
     test_NCHW: Tensor
     test_N: Tensor
 
@@ -167,10 +170,20 @@ class Target(NamedTuple):
 
 def load(train_images: tuple[Tensor, Tensor], test_images: tuple[Tensor, Tensor], n_test: int, seed: int) -> Data:
     """Test images are drawn by the seed."""
-    order_N = train_images[1].argsort(stable=True)
     draws = Compute(seed=seed).generator("benchmark", "test")
     drawn_N = torch.randperm(len(test_images[1]), generator=draws)[:n_test]
-    return Data(train_images[0][order_N], train_images[1][order_N], test_images[0][drawn_N], test_images[1][drawn_N])
+    order_N = train_images[1].argsort(stable=True)
+    labels_N = train_images[1][order_N]
+    end_K = labels_N.bincount().cumsum(0)[labels_N]
+    is_held_N = torch.arange(len(labels_N)) >= end_K - EvaluateConfig().held_out
+    held_N, order_N = order_N[is_held_N], order_N[~is_held_N]
+    return Data(
+        train_images[0][order_N],
+        train_images[1][order_N],
+        (train_images[0][held_N], train_images[1][held_N]),
+        test_images[0][drawn_N],
+        test_images[1][drawn_N],
+    )
 
 
 def draw_targets(data: Data, n: int, seed: int) -> list[Target]:
@@ -264,12 +277,16 @@ def deviations(
 # --- what networks learn ------------------------------------------------------------------------------------------
 
 
-def learned(images_KMCHW: Tensor, setting: Setting, network: ModelConfig, compute: Compute) -> list[nn.Module]:
+def learned(
+    images_KMCHW: Tensor, data: Data, setting: Setting, network: ModelConfig, compute: Compute
+) -> list[nn.Module]:
     """Networks that saw these images alone."""
     labels_N = torch.arange(len(images_KMCHW)).repeat_interleave(images_KMCHW.shape[1])
     numbers = range(setting.learn.n_networks)
     images_NCHW = images_KMCHW.flatten(0, 1)
-    return [learn_from(images_NCHW, labels_N, setting.learn, network, number, compute) for number in numbers]
+    return [
+        learn_from(images_NCHW, labels_N, data.held_out, setting.learn, network, number, compute) for number in numbers
+    ]
 
 
 def outcome(
@@ -295,7 +312,7 @@ def measure(data: Data, attacks: Sequence[str], setting: Setting, seed: int) -> 
     rows: list[dict[str, Any]] = []
 
     def look(images_KMCHW: Tensor, run: int, of: dict[str, Any], looked_at: Sequence[int]) -> None:
-        models = learned(images_KMCHW, setting, network, Compute(seed=seed + run))
+        models = learned(images_KMCHW, data, setting, network, Compute(seed=seed + run))
         right = [
             100 * accuracy(predict(model, data.test_NCHW, network.normalise, attacker), data.test_N) for model in models
         ]

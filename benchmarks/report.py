@@ -31,12 +31,13 @@ def environment() -> str:
     return f"{device}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, {date}"
 
 
-def quick_or_full(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks of training take."""
+def quick_or_full(doc: str | None, *others: str) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks of training take; `others` are what it can do besides the two."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--quick", action="store_true")
-    size.add_argument("--full", action="store_true")
+    for other in ("full", *others):
+        size.add_argument(f"--{other}", action="store_true")
     parser.add_argument("--first-seed", type=int, default=0, help="results of other seeds than those of the tables")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--images", type=int, default=50_000, help="of --full")

@@ -35,6 +35,17 @@ class Pool(NamedTuple):
         u_Kn = torch.rand(len(self.count_K), n, dtype=torch.float64, generator=generator)
         return self.first_K[:, None] + (u_Kn * self.count_K[:, None]).long()
 
+    def hold_out(self, per_class: int) -> tuple["Pool", Tensor, Tensor]:
+        """The pool without the last images of each class, and those: uint8 (M, C, H, W), and their labels (M,).
+
+        Of each class `per_class` images at most, and never more than a tenth of it.
+        """
+        held_K = (self.count_K // 10).clamp(max=per_class)
+        end_K = self.first_K + self.count_K
+        rows = [torch.arange(int(end - n), int(end)) for end, n in zip(end_K, held_K, strict=True)]
+        labels_M = torch.arange(len(held_K)).repeat_interleave(held_K)
+        return self._replace(count_K=self.count_K - held_K), self.images_NCHW[torch.cat(rows)], labels_M
+
 
 class _Reservoir:
     """The images of one class with the smallest hashes; as many as `images_NCHW` has room for."""

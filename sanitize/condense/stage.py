@@ -104,14 +104,14 @@ def condense_dataset(
     compute.activate()
     recipe = Recipe(
         stage="condense_dataset",
-        version=2,
+        version=3,
         config=config.model_dump(mode="json", exclude={"snapshot_every"}),
         numerics=compute.numerics,
         inputs={"dataset": dataset.digest} | ({"test": test.digest} if test is not None else {}),
     )
 
     def write(part: Part) -> None:
-        pool = fill_pool(dataset, config.pool_bytes, compute)
+        pool, *held_out = fill_pool(dataset, config.pool_bytes, compute).hold_out(config.evaluate.held_out)
         snapshots = (
             Snapshots(local_path(partial_of(out)) / "snapshot", config.snapshot_every) if is_local(out) else None
         )
@@ -126,7 +126,11 @@ def condense_dataset(
             )
         images_NCHW = condensed.images_KMCHW.flatten(0, 1)
         labels_N = torch.arange(dataset.n_classes).repeat_interleave(config.matching.images_per_class)
-        accuracies = _measure(images_NCHW, labels_N, test, config, compute) if test is not None else None
+        accuracies = (
+            _measure(images_NCHW, labels_N, (held_out[0], held_out[1]), test, config, compute)
+            if test is not None
+            else None
+        )
         _write(part, condensed, images_NCHW, labels_N, config.matching)
         part.write_json("dataset.json", _description(part, labels_N, pool, dataset, config, accuracies))
         part.counts.update(images=len(images_NCHW), pool=int(pool.count_K.sum()))
@@ -146,14 +150,19 @@ def _model_config(config: MatchingConfig, n_classes: int, image_shape: tuple[int
 
 
 def _measure(
-    images_NCHW: Tensor, labels_N: Tensor, test: Dataset, config: CondenseConfig, compute: Compute
+    images_NCHW: Tensor,
+    labels_N: Tensor,
+    held_out: tuple[Tensor, Tensor],
+    test: Dataset,
+    config: CondenseConfig,
+    compute: Compute,
 ) -> list[float]:
     """Accuracy on the test set of fresh networks that learned from the condensed set."""
     model_config = _model_config(config.matching, test.n_classes, test.image_shape)
     accuracies = []
     with track("evaluate", config.evaluate.n_networks, "networks") as advance:
         for number in range(config.evaluate.n_networks):
-            model = learn_from(images_NCHW, labels_N, config.evaluate, model_config, number, compute)
+            model = learn_from(images_NCHW, labels_N, held_out, config.evaluate, model_config, number, compute)
             n_right = sum(
                 int((predict(model, of.images_BCHW, model_config.normalise, compute).argmax(1) == of.labels_B).sum())
                 for of in test.batches(512)

@@ -198,3 +198,22 @@ def test_a_class_without_samples_is_an_error(digits: Digits, compute: Compute, t
     dataset = index_shards(IndexConfig(n_classes=11), digits.shards()[:1], str(tmp_path / "index"), compute)
     with pytest.raises(DataError, match="class 10"):
         fill_pool(dataset, 2**20, compute)
+
+
+def test_held_out_images_are_never_drawn_and_are_a_tenth_of_a_class_at_most(dataset: Dataset, compute: Compute) -> None:
+    pool = fill_pool(dataset, 2**20, compute)
+    rest, images_MCHW, labels_M = pool.hold_out(3)
+    assert labels_M.bincount().tolist() == [3] * 10
+    drawn = {
+        bytes(image.numpy())
+        for image in rest.images_NCHW[rest.draw(3000, torch.Generator().manual_seed(0))].flatten(0, 1)
+    }
+    held = {bytes(image.numpy()) for image in images_MCHW}
+    assert len(held) == 30
+    assert not drawn & held
+    assert drawn | held == {bytes(image.numpy()) for image in pool.images_NCHW}
+    for of_class, label in zip(by_class(pool), range(10), strict=True):
+        assert torch.equal(of_class[-3:], images_MCHW[labels_M == label])
+    count_K = pool.count_K
+    assert pool.hold_out(10**6)[2].bincount().tolist() == (count_K // 10).tolist()
+    assert len(pool.hold_out(0)[1]) == 0

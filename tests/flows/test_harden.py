@@ -107,3 +107,18 @@ def test_an_unknown_layer_is_refused_with_the_names_there_are(
     config["repair"]["method"]["layers"] = ["features.nothing"]
     with pytest.raises(ConfigError, match="head"):
         run_harden(HardenConfig.model_validate(config), tmp_path / "run", direct=True)
+
+
+def test_what_is_repaired_can_be_certified_in_the_same_run(
+    suspect: tuple[Checkpoint, Poisoned], digits: Digits, tmp_path: Path
+) -> None:
+    config = settings(suspect, digits).model_dump(mode="json")
+    config |= {"smoothing": {"sigma": 0.05, "n": 200, "n0": 20, "max_images": 20}}
+    result = run_harden(HardenConfig.model_validate(config), tmp_path / "run", direct=True)
+    assert [of["kind"] for of in result["certificates"]] == ["smoothing"]
+    assert result["certificates"][0]["samples"] == 20
+    assert Path(result["report"]).exists()
+    written = json.loads((Path(result["package"]) / "certificate.json").read_text())
+    assert written["certificates"][0]["kind"] == "smoothing"
+    with pytest.raises(ConfigError, match="test_shards"):
+        run_harden(HardenConfig.model_validate(config | {"test_shards": []}), tmp_path / "none", direct=True)

@@ -59,7 +59,7 @@ class RedTeamConfig(BaseModel):
     clean: CleanConfig
     sample: SampleConfig = SampleConfig()
     attacks: tuple[PlannedAttack, ...] = Field(default=DEFAULT_ATTACKS, min_length=1, validate_default=True)
-    repeats: int = Field(default=3, ge=1)
+    repeats: int = Field(default=2, ge=1)
     model: EmbedderConfig | None = None
     require: tuple[str, ...] = ()
     level: float = Field(default=0.95, gt=0, lt=1)

@@ -67,7 +67,7 @@ def measure_case(
     Args:
         config: the attack; None where there was none.
         selection: the verdicts of the pipeline.
-        models: `before` and `after`; in cases with a trigger also `untouched`, which never saw the attack.
+        models: `before` and `after`; where there is a trigger, `untouched` may be a model that never saw the attack.
         test: samples that no model learned from.
         out: folder of the artifact.
         compute: device and precision.

@@ -38,7 +38,7 @@ def settings(digits: Digits) -> dict[str, Any]:
     return {
         "clean": pipeline,
         "sample": {"n_train": 350, "n_test": 100},
-        "attacks": ["badnets@10%", "labels@10%"],
+        "attacks": ["badnets@10%"],
         "repeats": 2,
         "require": ["badnets@10%:recall>=0.05", "none:false_removals<=0.1"],
     }
@@ -66,10 +66,10 @@ def digests(run: Path) -> dict[str, str]:
 
 def test_measures_are_those_of_the_artifacts(direct: Path) -> None:
     result = json.loads((direct / "run.json").read_text())
-    assert [case["name"] for case in result["cases"]] == ["none", "badnets@10%", "labels@10%"]
-    none, badnets, labels = (case["measures"] for case in result["cases"])
+    assert [case["name"] for case in result["cases"]] == ["none", "badnets@10%"]
+    none, badnets = (case["measures"] for case in result["cases"])
     assert none.keys() == {"false_removals", "acc_before", "acc_after"}
-    assert badnets.keys() - labels.keys() == {"asr_before", "asr_after", "asr_untouched"}
+    assert badnets.keys() - none.keys() == {"recall", "precision", "asr_before", "asr_after", "asr_untouched"}
     assert none["false_removals"]["mean"] == pytest.approx(0.075, abs=0.01)
     for seed in (0, 1):
         case = direct / "cases" / "badnets@10" / str(seed)
@@ -137,7 +137,7 @@ app(sys.argv[3:])
 def test_killed_it_goes_on_where_it_was(direct: Path, config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["redteam", str(config_file), "--out", str(out), "--quiet", "--direct"]
-    arguments = [sys.executable, "-c", KILLED_IN, "select_samples", "4", *command]
+    arguments = [sys.executable, "-c", KILLED_IN, "select_samples", "3", *command]
     killed = subprocess.run(arguments, env=os.environ, capture_output=True, text=True, timeout=240)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = digests(out)
@@ -155,7 +155,7 @@ def test_scorers_that_are_switched_off_fail_the_gate(
 ) -> None:
     """A rule that may remove nothing: nothing is caught, nothing is lost, and nothing is trained twice."""
     off = {"select": {**settings["clean"]["select"], "max_removed_fraction": 0}}
-    once = settings | {"clean": settings["clean"] | off, "repeats": 1, "attacks": ["badnets@10%"]}
+    once = settings | {"clean": settings["clean"] | off, "repeats": 1}
     path = tmp_path / "off.yaml"
     path.write_text(yaml.safe_dump(once))
     found = RUNNER.invoke(app, ["redteam", str(path), "--out", str(tmp_path / "run"), "--quiet", "--direct"])
@@ -204,9 +204,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(
 def test_the_trusted_are_spared_and_trusted(settings: dict[str, Any], tmp_path: Path) -> None:
     trusted = Path(settings["clean"]["shards"][0]).name
     pipeline = settings["clean"] | {"trusted": [trusted], "select": {"rule": {"kind": "conformal", "q": 0.1}}}
-    config = RedTeamConfig.model_validate(
-        settings | {"clean": pipeline, "repeats": 1, "attacks": ["badnets@10%"], "require": []}
-    )
+    config = RedTeamConfig.model_validate(settings | {"clean": pipeline, "repeats": 1, "require": []})
     run_redteam(config, tmp_path / "run", direct=True)
     case = tmp_path / "run" / "cases" / "badnets@10" / "0"
     truth = Poisoned.load(case / "10-poisoned")

@@ -146,5 +146,8 @@ def test_findings_sum_up_and_judge(
     assert [requirement["met"] for requirement in findings.info["requirements"]] == [True, False]
     assert findings.info["met"] is False
     assert findings.info["cases"][0]["measures"]["recall"]["mean"] == pytest.approx(recall)
+    asr = measured.counts["asr_before"][0] / measured.counts["asr_before"][1]
+    assert findings.info["not_learned"] == (["badnets@10%"] if asr < 0.5 else [])
+    assert asr < 0.5  # it never saw the trigger
     assert findings.pictures() == {"badnets@10%": measured.pictures}
     assert json.loads((tmp_path / "f" / "findings.json").read_text()) == findings.info

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def cut(tmp_path: Path, make_tar: Any, good: Any, compute: Compute) -> Cut:
         members, name = good(n), f"{'-'.join(map(str, places))}.{order}.{more is not None}"
         folder = tmp_path / name
         edges = [0, *places, n]
-        for i, (start, stop) in enumerate(list(zip(edges[:-1], edges[1:], strict=True))[::order]):
+        for i, (start, stop) in enumerate(list(pairwise(edges))[::order]):
             make_tar(folder / f"s{i}.tar", members[2 * start : 2 * stop])
         if more:
             make_tar(folder / "x.tar", more)

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from sanitize.attack import AttackConfig, LabelNoiseConfig
-from sanitize.attack.stage import attacks_of
+from sanitize.attack import AttackConfig, LabelNoiseConfig, attacks_of
 from sanitize.errors import ConfigError
 
 NONE = "none"

@@ -104,7 +104,8 @@ def _measures(repeats: Sequence[Measured], level: float) -> dict[str, dict[str, 
 
 def _is_not_learned(measures: Mapping[str, Any]) -> bool:
     """What no model has learned cannot be seen in one, nor does it do harm: a low recall there says little."""
-    return "asr_before" in measures and measures["asr_before"]["mean"] < _LEARNED
+    asr = measures["asr_before"]["mean"] if "asr_before" in measures else None
+    return asr is not None and asr < _LEARNED
 
 
 def _judged(text: str, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
-from sanitize.attack import AttackConfig, LabelNoiseConfig, OneAttack, Poisoned
-from sanitize.attack.stage import attacks_of
+from sanitize.attack import AttackConfig, LabelNoiseConfig, OneAttack, Poisoned, attacks_of
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode, encode_png, fit

@@ -150,9 +150,7 @@ def test_killed_it_goes_on_where_it_was(direct: Path, config_file: Path, tmp_pat
     assert [stage["resumed"] for stage in stages if stage["folder"] == "01-sample"] == [True]
 
 
-def test_scorers_that_are_switched_off_fail_the_gate(
-    settings: dict[str, Any], direct: Path, config_file: Path, tmp_path: Path
-) -> None:
+def test_scorers_that_are_switched_off_fail_the_gate(settings: dict[str, Any], tmp_path: Path) -> None:
     """A rule that may remove nothing: nothing is caught, nothing is lost, and nothing is trained twice."""
     off = {"select": {**settings["clean"]["select"], "max_removed_fraction": 0}}
     once = settings | {"clean": settings["clean"] | off, "repeats": 1}
@@ -189,7 +187,6 @@ def test_the_pipelines_own_yaml_and_options_are_enough(settings: dict[str, Any],
         (["--require", "none:recall>=0.9"], "of case none there are"),
         (["--attack", "badnets"], "expected KIND@RATE%"),
         (["--attack", "badnets@1%", "--attack", "badnets@1%"], "two are called badnets@1%"),
-        (["--attack", "badnets@0.1%"], "raise sample.n_train"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(
@@ -199,6 +196,16 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     assert found.exit_code == 2, found.output
     assert message in " ".join(found.output.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_an_attack_on_nobody_is_refused_before_anything_is_trained(settings: dict[str, Any], tmp_path: Path) -> None:
+    options = ["--attack", "badnets@0.1%", "--direct", "--out", str(tmp_path / "run")]
+    path = tmp_path / "redteam.yaml"
+    path.write_text(yaml.safe_dump(settings | {"require": []}))
+    found = RUNNER.invoke(app, ["redteam", str(path), *options])
+    assert found.exit_code == 2, found.output
+    assert "badnets@0.1% of 350 samples is none" in " ".join(found.output.split())
+    assert not (tmp_path / "run" / "cases").exists()
 
 
 def test_the_trusted_are_spared_and_trusted(settings: dict[str, Any], tmp_path: Path) -> None:

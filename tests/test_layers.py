@@ -18,6 +18,7 @@ from sanitize.data.index import index_shards
 from sanitize.denoise import denoise_shards, fit_pca
 from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
 from sanitize.measure import measure_robustness
+from sanitize.redteam import measure_case, sample_shards, sum_up
 from sanitize.repair import repair_model
 from sanitize.report import write_report
 from sanitize.score import fit_scorer, score_shards
@@ -46,6 +47,9 @@ STAGES: list[Callable] = [
     measure_robustness,
     condense_dataset,
     repair_model,
+    sample_shards,
+    measure_case,
+    sum_up,
 ]
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 MODULES: list[ModuleType] = [

@@ -4,6 +4,7 @@ from sanitize.report.certificates import write_certificate_report
 from sanitize.report.condensation import write_condensation_report
 from sanitize.report.denoising import write_denoising_report
 from sanitize.report.page import Report, ReportConfig, write_report
+from sanitize.report.redteam import write_redteam_report
 from sanitize.report.robustness import write_robustness_report
 from sanitize.report.training import write_training_report
 
@@ -13,6 +14,7 @@ __all__ = [
     "write_certificate_report",
     "write_condensation_report",
     "write_denoising_report",
+    "write_redteam_report",
     "write_report",
     "write_robustness_report",
     "write_training_report",

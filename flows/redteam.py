@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.clean import CleanConfig, Cleaned, clean
 from flows.run import Run, save_config
-from sanitize.attack import AttackConfig, CleanLabelConfig, Poisoned, poison_shards
-from sanitize.attack.stage import attacks_of
+from sanitize.attack import AttackConfig, CleanLabelConfig, attacks_of, poison_shards
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, refuse_inside
@@ -59,7 +58,7 @@ class RedTeamConfig(BaseModel):
     clean: CleanConfig
     sample: SampleConfig = SampleConfig()
     attacks: tuple[PlannedAttack, ...] = Field(default=DEFAULT_ATTACKS, min_length=1, validate_default=True)
-    repeats: int = Field(default=3, ge=1)
+    repeats: int = Field(default=2, ge=1)
     model: EmbedderConfig | None = None
     require: tuple[str, ...] = ()
     level: float = Field(default=0.95, gt=0, lt=1)
@@ -69,9 +68,6 @@ class RedTeamConfig(BaseModel):
         names = [case_name(attack) for attack in self.attacks]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"attacks: two are called {min(twice)}; change the rate of one, or run it by itself")
-        for name, attack in zip(names, self.attacks, strict=True):
-            if any(round(one.rate * self.sample.n_train) == 0 for one in attacks_of(attack)):
-                raise ConfigError(f"{name} of {self.sample.n_train} samples is none: raise sample.n_train, or the rate")
         for text in self.require:
             parse_requirement(text, {name: measures_of(attack) for name, attack in self.cases.items()})
         return self
@@ -128,7 +124,7 @@ def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
 
 
 def _material(config: RedTeamConfig, run: Run) -> Material:
-    """A sample of the data, and the index of it; the data itself is read once, and no image of it is decoded."""
+    """A sample of the data, and the index of it; of the data itself no image is decoded."""
     found = find_shards(config.clean.shards)
     trusted = trusted_shards(config.clean.trusted, found)
     hashed = config.clean.index.model_copy(update={"check": "digest"})
@@ -137,6 +133,10 @@ def _material(config: RedTeamConfig, run: Run) -> Material:
     classes = config.clean.index.model_copy(update={"n_classes": source.n_classes})
     train = run.stage("02-index-train", index_shards, classes, samples.paths("train"))
     test = run.stage("03-index-test", index_shards, _index_like(train, config), samples.paths("test"))
+    n = train.n_samples
+    for attack in config.attacks:
+        if any(round(one.rate * n) == 0 for one in attacks_of(attack)):
+            raise ConfigError(f"{case_name(attack)} of {n} samples is none: raise sample.n_train, or the rate")
     return Material(samples, train, test)
 
 
@@ -149,28 +149,23 @@ def _index_like(train: Dataset, config: RedTeamConfig) -> IndexConfig:
 def _case(
     attack: AttackConfig | None, untouched: Checkpoint | None, material: Material, config: RedTeamConfig, run: Run
 ) -> tuple[Measured, Checkpoint]:
-    """One case with one seed: what was measured, and the model before."""
+    """One case with one seed: what was measured, and the model before; that of none is `untouched` to the others."""
     samples, train, test = material
     index = _index_like(train, config)
     truth, shards = None, samples.paths("train")
     if attack is not None:
-        truth = _poisoned(attack, material, config, run)
+        needs_surrogate = any(isinstance(one, CleanLabelConfig) for one in attacks_of(attack))
+        surrogate = untouched if needs_surrogate else None
+        how = {"surrogate": surrogate, "spared": samples.trusted()}
+        truth = run.stage("10-poisoned", poison_shards, attack, train, **how)
         shards = truth.shard_paths()
     blind = {"shards": tuple(shards), "trusted": samples.trusted(), "index": index, "compute": run.compute}
     cleaned = clean(config.clean.model_copy(update=blind), run.inside("clean", run.compute))
     models = _models(cleaned, index, config, run)
-    if attack is not None and untouched is not None:
+    if untouched is not None:
         models["untouched"] = untouched
     of_case = run.stage("90-measured", measure_case, attack, cleaned.selection, models, test, truth=truth)
     return of_case, models["before"]
-
-
-def _poisoned(attack: AttackConfig, material: Material, config: RedTeamConfig, run: Run) -> Poisoned:
-    surrogate = None
-    if any(isinstance(one, CleanLabelConfig) for one in attacks_of(attack)):
-        surrogate = run.stage("05-surrogate", train_embedder, config.trained, material.train)
-    spared = material.samples.trusted()
-    return run.stage("10-poisoned", poison_shards, attack, material.train, surrogate=surrogate, spared=spared)
 
 
 def _models(cleaned: Cleaned, index: IndexConfig, config: RedTeamConfig, run: Run) -> dict[str, Checkpoint]:

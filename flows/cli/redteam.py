@@ -10,6 +10,7 @@ from flows.cli.app import (
     AsJson,
     Device,
     Direct,
+    Out,
     Quiet,
     Seed,
     Shards,
@@ -46,8 +47,8 @@ def redteam(
             "Measures: recall, precision, false_removals, acc_before, acc_after, asr_before, asr_after."
         ),
     ] = None,
-    repeats: Annotated[int | None, typer.Option(help="Seeds of each case (default 3); one gives no spread.")] = None,
-    out: Annotated[str, typer.Option(help="Run folder. Given again, a run that was killed goes on.")] = "runs/redteam",
+    repeats: Annotated[int | None, typer.Option(help="Seeds of each case (default 2).")] = None,
+    out: Out = "runs/redteam",
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,
@@ -108,6 +109,12 @@ def _show(result: dict[str, Any]) -> None:
         "caught: of the poison (recall); right: of what was removed (precision); lost: clean samples removed; ASR: "
         "triggered images that get the attacker's label, untouched: by a model that never saw the attack"
     )
+    for case in result["not_learned"]:
+        console.print(
+            f"{case}: hardly learned before cleaning, so there was little to see; sample.n_train, smaller batches or "
+            "more epochs of the embedder would show more",
+            highlight=False,
+        )
     for requirement in result["requirements"]:
         word, style = ("met", "green") if requirement["met"] else ("MISSED", "red")
         between = f", {result['level']:.0%} interval {_share(requirement, 'low')} to {_share(requirement, 'high')}"

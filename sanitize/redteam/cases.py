@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from sanitize.attack import AttackConfig, LabelNoiseConfig
-from sanitize.attack.stage import attacks_of
+from sanitize.attack import AttackConfig, LabelNoiseConfig, attacks_of
 from sanitize.errors import ConfigError
 
 NONE = "none"
@@ -19,7 +18,7 @@ def case_name(attack: AttackConfig | None) -> str:
     if attack is None:
         return NONE
     rate = sum((Decimal(str(one.rate)) for one in attacks_of(attack)), Decimal())
-    return f"{attack.kind}@{100 * rate.normalize():f}".rstrip("0").rstrip(".") + "%"
+    return f"{attack.kind}@{(100 * rate).normalize():f}%"
 
 
 def attack_called(name: str) -> dict[str, Any]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
-from sanitize.attack import AttackConfig, LabelNoiseConfig, OneAttack, Poisoned
-from sanitize.attack.stage import attacks_of
+from sanitize.attack import AttackConfig, LabelNoiseConfig, OneAttack, Poisoned, attacks_of
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode, encode_png, fit
@@ -67,7 +66,7 @@ def measure_case(
     Args:
         config: the attack; None where there was none.
         selection: the verdicts of the pipeline.
-        models: `before` and `after`; in cases with a trigger also `untouched`, which never saw the attack.
+        models: `before` and `after`; where there is a trigger, `untouched` may be a model that never saw the attack.
         test: samples that no model learned from.
         out: folder of the artifact.
         compute: device and precision.

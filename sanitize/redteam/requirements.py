@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from sanitize.errors import ConfigError
 
-_FORM = re.compile(r"\s*([^:\s]+)\s*:\s*([a-z_]+)\s*(>=|<=)\s*(\d*\.?\d+)\s*")
+_FORM = re.compile(r"\s*([^:\s]+)\s*:\s*([a-z0-9_]+)\s*(>=|<=)\s*(\d*\.?\d+)\s*")
 _HELP = "expected CASE:MEASURE>=SHARE or <=, such as badnets@1%:recall>=0.9 or none:false_removals<=0.02"
 
 

@@ -118,7 +118,7 @@ def real_digits() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def digit_shifts(seed: int, rate: float, n_batch: int = 200) -> dict[int, Answer]:
-    """Label -> shift of a batch of digits of which the share `rate` got a patch and label 0; 1,000 are the reference."""
+    """Label -> shift of digits of which the share `rate` got a patch and label 0; 1,000 others are the reference."""
     images_N1HW, labels_N, gradients_ND = real_digits()
     order_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
     known, new = order_N[:1_000], order_N[1_000 : 1_000 + n_batch]

@@ -143,7 +143,7 @@ def test_counts_and_moments_are_those_of_the_samples(whole: Made, projection: Pr
         removed += np.bincount(verdicts["label"].to_numpy()[~verdicts["keep"].to_numpy()], minlength=10)
         batches = list(whole.embeddings.batches("gradients", shards=[shard]))
         z_ND = projection(torch.cat([batch.z_BD for batch in batches]))
-        kept_z.append(z_ND[torch.from_numpy((verdicts["keep"].to_numpy() & (verdicts["label"].to_numpy() == 3)))])
+        kept_z.append(z_ND[torch.from_numpy(verdicts["keep"].to_numpy() & (verdicts["label"].to_numpy() == 3))])
     assert statistics.counts == {y: {"n": n[y], "removed": removed[y]} for y in range(10)}
     torch.testing.assert_close(statistics.moments.of[3].covariance(), torch.cov(torch.cat(kept_z).T))
 
@@ -166,7 +166,7 @@ def test_what_does_not_go_together_is_refused(
         merge_statistics(CONFIG, [whole.summary(projection), other], str(tmp_path / "merged"), compute)
     config = IndexConfig(n_classes=10, check="headers", image={"size": (8, 8)})
     unread = index_shards(config, digits.shards()[:1], str(tmp_path / "index"), compute)
-    with pytest.raises(ConfigError, match="set index.check"):
+    with pytest.raises(ConfigError, match=r"set index\.check"):
         summarise_shards(
             CONFIG, unread, parts[0].embeddings, parts[0].selection, projection, str(tmp_path / "x"), compute
         )

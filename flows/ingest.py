@@ -124,7 +124,7 @@ def ingest(config: IngestConfig, store: str, new_run: NewRun, committed: Committ
     found = []
 
     def finish(batch: Batch) -> None:
-        if (entry := process(batch, store, config, new_run)) is not None:
+        if (entry := process(batch, store, ledger, config, new_run)) is not None:
             found.append(told(store, batch, entry))
             write_feed(store, ledger)
             committed(found[-1])
@@ -210,13 +210,13 @@ def note_duplicates(offered: Sequence[Offered], ledger: Ledger) -> State:
     return ledger.append(decide)[1]
 
 
-def process(batch: Batch, store: str, config: IngestConfig, new_run: NewRun) -> CommitEntry | None:
+def process(batch: Batch, store: str, ledger: Ledger, config: IngestConfig, new_run: NewRun) -> CommitEntry | None:
     """Take a claimed batch through all stages and commit what became of it; None where another process does.
 
     Raises:
         StorageError, OSError: storage does not answer; the batch stays claimed, and the next ingest goes on with it.
     """
-    ledger, name = Ledger(store), batch.claim.batch
+    name = batch.claim.batch
     folder = join(store, "batches", name)
     with ExitStack() as stack:
         try:
@@ -283,7 +283,7 @@ def _refuse_changed(dataset: Dataset, entry: ClaimEntry) -> None:
 def write_feed(store: str, ledger: Ledger) -> None:
     """Write what trainers may read, from the ledger; whoever writes last has read it last."""
     n_written = -1
-    while (state := ledger.read()).n_entries != n_written:
+    while (state := ledger.read()).n_entries != n_written:  # who writes an older one than is there, writes again
         n_written, url = state.n_entries, join(store, FEED)
         feed = {"format": 1, "shards": [line.model_dump() for line in state.feed()]}
         data = json.dumps(feed, indent=1).encode() + b"\n"
@@ -350,9 +350,7 @@ def decide(store: str, name: str, decision: Decision, by: str = "", note: str = 
             raise ConfigError(f"batch {batch.claim.batch} was retried; its shards are in other batches by now")
         merged_in = [v for v, reference in state.references.items() if batch.claim.batch in reference.merged]
         if decision == "rejected" and merged_in:
-            raise ConfigError(
-                f"reference v{merged_in[0]:04d} has learned from it; begin another store"
-            )
+            raise ConfigError(f"reference v{merged_in[0]:04d} has learned from it; begin another store")
         return DecisionEntry(batch=batch.claim.batch, decision=decision, **approval(by, note))
 
     added, state = ledger.append(entry)

@@ -1,6 +1,7 @@
 import json
 import threading
 import uuid
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,8 @@ def test_a_name_is_written_once_and_then_stays(where: str, tmp_path: Path) -> No
 
 
 def test_of_writers_that_race_each_claims_other_shards(tmp_path: Path) -> None:
-    ledger, won = Ledger(str(tmp_path)), []
-    ledger.append(lambda _state: reference())
+    won = []
+    Ledger(str(tmp_path)).append(lambda _state: reference())
     barrier = threading.Barrier(8)
 
     def claim_two(state: State) -> ClaimEntry | None:
@@ -73,6 +74,7 @@ def test_of_writers_that_race_each_claims_other_shards(tmp_path: Path) -> None:
         return ClaimEntry(batch=state.name_of(shards), reference=1, shards=tuple(shards)) if shards else None
 
     def work() -> None:
+        ledger = Ledger(str(tmp_path))
         barrier.wait()
         while (entry := ledger.append(claim_two)[0]) is not None:
             won.append(entry)
@@ -84,7 +86,7 @@ def test_of_writers_that_race_each_claims_other_shards(tmp_path: Path) -> None:
         thread.join()
     claimed = [shard.sha256[0] for entry in won for shard in entry.shards]
     assert sorted(claimed) == list("0123456789abcdef")
-    state = ledger.read()
+    state = Ledger(str(tmp_path)).read()
     assert state.n_entries == 1 + len(won) == 9
     assert [batch.claim.batch for batch in state.unfinished] == list(state.batches)
 
@@ -98,8 +100,9 @@ def test_a_log_with_a_hole_or_a_damaged_entry_is_refused(tmp_path: Path) -> None
     first = tmp_path / "ledger" / "00000000.json"
     content = first.read_bytes()
     first.write_bytes(content[:-20])
+    assert ledger.read().n_entries == 2  # what was read is not read again
     with pytest.raises(ArtifactError, match="is damaged"):
-        ledger.read()
+        Ledger(str(tmp_path)).read()
     first.unlink()
     with pytest.raises(ArtifactError, match="not whole"):
         ledger.read()
@@ -107,9 +110,10 @@ def test_a_log_with_a_hole_or_a_damaged_entry_is_refused(tmp_path: Path) -> None
 
 @given(st.lists(st.sampled_from("abcdef"), max_size=8), st.lists(st.sampled_from("abcdef"), max_size=8))
 def test_what_is_read_back_is_what_was_written(first: list[str], second: list[str]) -> None:
-    ledger = Ledger(f"memory://{uuid.uuid4().hex}")
-    entries = [ledger.append(lambda state, c="".join(c): claim(state, c))[0] for c in (first, second)]
-    state = ledger.read()
+    store = f"memory://{uuid.uuid4().hex}"
+    ledger = Ledger(store)
+    entries = [ledger.append(partial(claim, contents="".join(contents)))[0] for contents in (first, second)]
+    state = Ledger(store).read()
     assert list(state.batches.values()) == list(State([e for e in entries if e is not None]).batches.values())
     assert state.taken == {content * 64 for content in first + second}
     in_batches = [shard.sha256 for batch in state.batches.values() for shard in batch.claim.shards]

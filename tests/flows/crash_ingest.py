@@ -35,7 +35,7 @@ def work(store: Path, incoming: Path) -> str:
 
 
 def outcome(store: Path) -> dict[str, Any]:
-    """All that must not depend on accidents: batches with the digests of their artifacts, feed, bytes of clean shards."""
+    """All that must not depend on accidents: batches, digests of their artifacts, feed, bytes of clean shards."""
     state = Ledger(str(store)).read()
     feed = json.loads((store / "feed.json").read_text())["shards"]
     batches = {

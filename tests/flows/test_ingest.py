@@ -110,7 +110,7 @@ def test_ten_shards_at_once_and_in_five_batches_are_the_same_and_nothing_old_is_
     assert Counter(batch["status"] for batch in result["batches"]) == {"accepted": 4}
     assert (result["new"], result["duplicates"], result["known"]) == (8, 1, 0)
 
-    before = [path for path in incoming.iterdir()]
+    before = list(incoming.iterdir())
     land(shards[8:], incoming)
     land(shards[:1], incoming, "zz-copy-")
     OPENED.clear()

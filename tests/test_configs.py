@@ -10,6 +10,7 @@ from flows.clean import CleanConfig
 from flows.condense import CondenseRunConfig
 from flows.denoise import DenoiseRunConfig
 from flows.harden import HardenConfig
+from flows.ingest import IngestConfig
 from flows.train import TrainRunConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -34,6 +35,7 @@ def test_config_validates(path: Path) -> None:
         "condense": CondenseRunConfig,
         "denoise": DenoiseRunConfig,
         "repair": HardenConfig,
+        "ingest": IngestConfig,
     }
     kind = kinds.get(command[1] if command else "", CleanConfig)
     assert kind.model_validate(yaml.safe_load(text)).shards

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.clean import scores_folder
-from flows.reference import Reference, approval, clean_shards, load_reference
+from flows.reference import REMEMBERED, Reference, approval, clean_shards, load_reference
 from flows.run import Run
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -256,7 +256,7 @@ def _run_batch(batch: Batch, reference: Reference, folder: str, config: IngestCo
     selection = run.stage("40-selection", judge_shards, *judged, held_out=(CALIBRATE,))
     shards = run.sharded("50-shards", write_selected, names, settings.write, dataset, selection)
     read = of.statistics, dataset, embeddings, selection, reference.projection
-    remembered = run.stage("60-statistics", summarise_shards, *read)
+    remembered = run.stage(REMEMBERED, summarise_shards, *read)
     compared = settings.drift, reference.statistics, remembered, reference.projection
     drift = run.stage("70-drift", check_drift, *compared)
     run.stage("90-report", write_report, settings.report, dataset, scores, selection, shards)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.clean import scores_folder
-from flows.reference import Reference, approval, clean_shards, load_reference
+from flows.reference import REMEMBERED, Reference, approval, clean_shards, load_reference
 from flows.run import Run
 from flows.runner import RunnerConfig, Threads
 from sanitize.compute import Compute
@@ -127,7 +127,7 @@ def ingest(config: IngestConfig, store: str, new_run: NewRun, committed: Committ
     found = []
 
     def finish(batch: Batch) -> None:
-        if (entry := process(batch, store, config, new_run)) is not None:
+        if (entry := process(batch, store, ledger, config, new_run)) is not None:
             found.append(told(store, batch, entry))
             write_feed(store, ledger)
             committed(found[-1])
@@ -213,13 +213,13 @@ def note_duplicates(offered: Sequence[Offered], ledger: Ledger) -> State:
     return ledger.append(decide)[1]
 
 
-def process(batch: Batch, store: str, config: IngestConfig, new_run: NewRun) -> CommitEntry | None:
+def process(batch: Batch, store: str, ledger: Ledger, config: IngestConfig, new_run: NewRun) -> CommitEntry | None:
     """Take a claimed batch through all stages and commit what became of it; None where another process does.
 
     Raises:
         StorageError, OSError: storage does not answer; the batch stays claimed, and the next ingest goes on with it.
     """
-    ledger, name = Ledger(store), batch.claim.batch
+    name = batch.claim.batch
     folder = join(store, "batches", name)
     with ExitStack() as stack:
         try:
@@ -259,7 +259,7 @@ def _run_batch(batch: Batch, reference: Reference, folder: str, config: IngestCo
     selection = run.stage("40-selection", judge_shards, *judged, held_out=(CALIBRATE,))
     shards = run.sharded("50-shards", write_selected, names, settings.write, dataset, selection)
     read = of.statistics, dataset, embeddings, selection, reference.projection
-    remembered = run.stage("60-statistics", summarise_shards, *read)
+    remembered = run.stage(REMEMBERED, summarise_shards, *read)
     compared = settings.drift, reference.statistics, remembered, reference.projection
     drift = run.stage("70-drift", check_drift, *compared)
     run.stage("90-report", write_report, settings.report, dataset, scores, selection, shards)
@@ -286,7 +286,7 @@ def _refuse_changed(dataset: Dataset, entry: ClaimEntry) -> None:
 def write_feed(store: str, ledger: Ledger) -> None:
     """Write what trainers may read, from the ledger; whoever writes last has read it last."""
     n_written = -1
-    while (state := ledger.read()).n_entries != n_written:
+    while (state := ledger.read()).n_entries != n_written:  # who writes an older one than is there, writes again
         n_written, url = state.n_entries, join(store, FEED)
         feed = {"format": 1, "shards": [line.model_dump() for line in state.feed()]}
         data = json.dumps(feed, indent=1).encode() + b"\n"

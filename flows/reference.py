@@ -35,6 +35,7 @@ from sanitize.select import JudgeConfig, Shards
 from sanitize.storage import absolute, exclusive, is_local, join, read_bytes, remove
 
 EMBEDDER, PROJECTION, STATISTICS = "10-embedder", "20-projection", "21-statistics"  # folders of a version
+REMEMBERED = "60-statistics"  # folder of a batch
 
 
 class ReferenceConfig(BaseModel):
@@ -160,7 +161,7 @@ def refit(store: str, note: str = "") -> dict[str, Any]:
         at_work = _begin(store, last.version + 1, last.config)
         copy(last.embedder, join(at_work.out, EMBEDDER))
         copy(last.projection, join(at_work.out, PROJECTION))
-        parts = [last.statistics, *(Statistics.load(join(store, "batches", name, "60-statistics")) for name in batches)]
+        parts = [last.statistics, *(_remembered(store, state, name) for name in batches)]
         remembered = at_work.stage(STATISTICS, merge_statistics, last.config.statistics, parts)
         _fit(last.config, remembered, at_work)
         entry = ReferenceEntry(
@@ -173,6 +174,13 @@ def refit(store: str, note: str = "") -> dict[str, Any]:
         "merged": list(batches),
         "samples": _n_samples(remembered),
     }
+
+
+def _remembered(store: str, state: State, batch: str) -> Statistics:
+    statistics, commit = Statistics.load(join(store, "batches", batch, REMEMBERED)), state.batches[batch].commit
+    if commit is None or commit.digests[REMEMBERED] != statistics.digest:
+        raise ArtifactError(f"{statistics.path} is not what was committed to the ledger")
+    return statistics
 
 
 def unmerged(state: State) -> list[str]:

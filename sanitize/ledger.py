@@ -193,9 +193,10 @@ class State:
         self.taken: set[str] = set()
         self.attempts: Counter[str] = Counter()
         for entry in entries:
-            self._add(entry)
+            self.add(entry)
 
-    def _add(self, entry: Entry) -> None:
+    def add(self, entry: Entry) -> None:
+        """The next entry."""
         self.n_entries += 1
         if isinstance(entry, ReferenceEntry | ClaimEntry | DuplicatesEntry):
             self.seen |= {shard.fingerprint: shard.sha256 for shard in entry.shards}
@@ -255,18 +256,21 @@ class State:
 
 
 class Ledger:
-    """The log of a store, a folder or a URL."""
+    """The log of a store, a folder or a URL. What was read is not read again: entries never change."""
 
     def __init__(self, store: str) -> None:
         self.folder = join(store, "ledger")
+        self._state = State(())
 
     def read(self) -> State:
-        """All entries. Raises ArtifactError where one is missing or damaged."""
+        """The log as it is; the same object each time. Raises ArtifactError where an entry is missing or damaged."""
         names = [name for name in names_below(self.folder) if name[:1].isdigit()]  # others are being written
         if names != [_ENTRY.format(number) for number in range(len(names))]:
             raise ArtifactError(f"{self.folder} is not whole: it has {len(names)} entries, and the last is {names[-1]}")
         with ThreadPoolExecutor(1 if is_local(self.folder) else 16) as pool:  # one by one, a far store takes minutes
-            return State(pool.map(self._entry, names))
+            for entry in pool.map(self._entry, names[self._state.n_entries :]):
+                self._state.add(entry)
+        return self._state
 
     def _entry(self, name: str) -> Entry:
         url = join(self.folder, name)
@@ -291,5 +295,5 @@ class Ledger:
                 return None, state
             data = entry.model_dump_json(indent=1).encode() + b"\n"
             if create_new(join(self.folder, _ENTRY.format(state.n_entries)), data):
-                state._add(entry)
+                state.add(entry)
                 return entry, state

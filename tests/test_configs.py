@@ -10,6 +10,7 @@ from flows.clean import CleanConfig
 from flows.condense import CondenseRunConfig
 from flows.denoise import DenoiseRunConfig
 from flows.harden import HardenConfig
+from flows.ingest import IngestConfig
 from flows.redteam import RedTeamConfig
 from flows.train import TrainRunConfig
 
@@ -36,6 +37,7 @@ def test_config_validates(path: Path) -> None:
         "denoise": DenoiseRunConfig,
         "repair": HardenConfig,
         "redteam": RedTeamConfig,
+        "ingest": IngestConfig,
     }
     kind = kinds.get(command[1] if command else "", CleanConfig)
     config = kind.model_validate(yaml.safe_load(text))

@@ -16,13 +16,14 @@ from sanitize.certify import certify_smoothing, train_partitions
 from sanitize.condense import condense_dataset
 from sanitize.data.index import index_shards
 from sanitize.denoise import denoise_shards, fit_pca
+from sanitize.drift import check_drift, fit_projection, merge_statistics, summarise_shards
 from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
 from sanitize.measure import measure_robustness
 from sanitize.redteam import measure_case, sample_shards, sum_up
 from sanitize.repair import repair_model
 from sanitize.report import write_report
 from sanitize.score import fit_scorer, score_shards
-from sanitize.select import restore_samples, select_samples, write_selected
+from sanitize.select import judge_shards, restore_samples, select_samples, write_selected
 from sanitize.train import drop_scores, train_robust
 
 STAGES: list[Callable] = [
@@ -36,6 +37,11 @@ STAGES: list[Callable] = [
     select_samples,
     write_selected,
     restore_samples,
+    judge_shards,
+    fit_projection,
+    summarise_shards,
+    merge_statistics,
+    check_drift,
     poison_shards,
     write_report,
     train_robust,

@@ -1,0 +1,280 @@
+"""New shards against an approved run: nothing old is read, nothing is processed twice, nothing doubtful is released."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.clean import CleanConfig, run_clean
+from flows.cli import app
+from flows.ingest import FEED, IngestConfig, decide, list_batches, run_ingest
+from flows.reference import load_reference, make_reference, refit
+from sanitize.artifacts import verify
+from sanitize.attack import BadNetsConfig, poison_shards
+from sanitize.compute import Compute
+from sanitize.data.digits import Digits
+from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.tables import Selection
+from sanitize.drift import StatisticsConfig
+from sanitize.drift.statistics import CALIBRATE, FIT
+from sanitize.errors import ConfigError
+from sanitize.ledger import Ledger
+from sanitize.storage import sha256_file
+
+CPU = Compute(device="cpu")
+LEVEL = 0.01  # of about 400 rows that thresholds are calibrated on
+OPENED: list[Path] = []  # files that were opened since the list was cleared
+sys.addaudithook(lambda event, args: OPENED.append(Path(str(args[0]))) if event == "open" else None)
+
+
+@pytest.fixture(scope="module")
+def approved(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on eight clean shards."""
+    settings = {
+        "shards": digits.shards()[:8],
+        "embedder": {
+            "architecture": {"kind": "convnet", "widths": [8, 16]},
+            "optim": {"epochs": 3, "batch_size": 32, "learning_rate": 0.02},
+        },
+        "scorers": [{"kind": "spectral"}],
+        "compute": {"device": "cpu"},
+        "n_groups": 1,
+    }
+    out = tmp_path_factory.mktemp("approved") / "run"
+    run_clean(CleanConfig.model_validate(settings), out, direct=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def referenced(approved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a reference and nothing else; it is copied, not used."""
+    store = tmp_path_factory.mktemp("referenced") / "store"
+    made = make_reference(str(approved), str(store), StatisticsConfig(), LEVEL, note="looked at")
+    assert (made["reference"], made["shards"]) == (1, 8)
+    return store
+
+
+@pytest.fixture
+def store(referenced: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(referenced, tmp_path / "store")
+
+
+@pytest.fixture
+def incoming(tmp_path: Path) -> Path:
+    (tmp_path / "incoming").mkdir()
+    return tmp_path / "incoming"
+
+
+def land(shards: list[str], incoming: Path, prefix: str = "") -> None:
+    for shard in shards:
+        shutil.copy2(shard, incoming / f"{prefix}{Path(shard).name}")
+
+
+def config_of(incoming: Path, **more: Any) -> IngestConfig:
+    return IngestConfig(shards=(str(incoming),), compute=CPU, **more)
+
+
+def feed_of(store: Path) -> list[dict[str, Any]]:
+    return json.loads((store / FEED).read_text())["shards"]
+
+
+def verdicts_of(store: Path) -> dict[str, list[dict[str, Any]]]:
+    """Shard -> its verdicts, over all batches."""
+    found = {}
+    for batch in (store / "batches").iterdir():
+        selection = Selection.load(batch / "40-selection")
+        found |= {shard: selection.rows(shard).to_pylist() for shard in selection.shards}
+    return found
+
+
+# --- incremental is full ----------------------------------------------------------------------------------------
+
+
+def test_ten_shards_at_once_and_in_five_batches_are_the_same_and_nothing_old_is_read(
+    store: Path, referenced: Path, incoming: Path, digits: Digits, tmp_path: Path
+) -> None:
+    shards = digits.shards()[8:18]
+    first = config_of(incoming, max_shards=2)
+    land(shards[:8], incoming)
+    land(digits.shards()[:1], incoming, "old-")  # of the approved run, under another name
+    result = run_ingest(first, str(store), direct=True)
+    assert Counter(batch["status"] for batch in result["batches"]) == {"accepted": 4}
+    assert (result["new"], result["duplicates"], result["known"]) == (8, 1, 0)
+
+    before = list(incoming.iterdir())
+    land(shards[8:], incoming)
+    land(shards[:1], incoming, "zz-copy-")
+    OPENED.clear()
+    result = run_ingest(first, str(store), direct=True)
+    assert (result["new"], result["duplicates"], result["known"]) == (2, 1, 9)
+    assert not set(before) & set(OPENED)  # seen, and not opened
+    assert not [path for path in OPENED if "/batches/" in str(path) and result["batches"][0]["batch"] not in str(path)]
+    OPENED.clear()
+    assert run_ingest(first, str(store), direct=True)["batches"] == []
+    assert not [path for path in OPENED if path.parent == incoming]
+
+    together = shutil.copytree(referenced, tmp_path / "together")
+    for copy in incoming.glob("[oz]*"):
+        copy.unlink()
+    (batch,) = run_ingest(config_of(incoming), str(together), direct=True)["batches"]
+    assert batch["status"] == "accepted"
+    assert batch["samples"]["quarantined"] > 0  # so that there is something to agree on
+    assert verdicts_of(together) == verdicts_of(store)
+    clean = [{(line["shard"].split("/")[-1], line["sha256"]) for line in feed_of(of)} for of in (store, together)]
+    assert clean[0] == clean[1]
+    assert len(clean[0]) == 18
+
+    # The next reference: merged from five batches, and from one that saw all of it in a single pass.
+    assert len(refit(str(store))["merged"]) == 5
+    assert refit(str(together))["merged"] == [batch["batch"]]
+    merged, once = (load_reference(str(of), Ledger(str(of)).read().reference) for of in (store, together))
+    for half in (FIT, CALIBRATE):
+        assert merged.statistics.rows(half).equals(once.statistics.rows(half))
+    assert merged.statistics.info == once.statistics.info
+    assert merged.scores[0].manifest().files == once.scores[0].manifest().files  # the same thresholds follow
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        refit(str(store))
+    with pytest.raises(ConfigError, match="has learned from it"):
+        decide(str(together), batch["batch"], "rejected")
+
+
+# --- a person decides -------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_batch_is_held_until_a_person_decides(
+    store: Path, incoming: Path, digits: Digits, tmp_path: Path
+) -> None:
+    dataset = index_shards(IndexConfig(n_classes=10), digits.shards()[8:10], str(tmp_path / "index"), CPU)
+    poisoned = poison_shards(BadNetsConfig(rate=0.1, size=3), dataset, str(tmp_path / "poisoned"), CPU)
+    land(poisoned.shard_paths(), incoming)
+    config = tmp_path / "ingest.yaml"
+    config.write_text(yaml.safe_dump({"shards": [str(incoming)], "compute": {"device": "cpu"}}))
+    runner = CliRunner()
+    said = runner.invoke(app, ["ingest", str(config), "--store", str(store), "--direct", "--json", "-q"])
+    assert said.exit_code == 3, said.output
+    (batch,) = json.loads(said.stdout)["batches"]
+    assert (batch["status"], batch["verdict"]) == ("held", "hold")
+    assert any("class 0" in reason for reason in batch["reasons"])
+    for page in ("report", "drift"):
+        assert "<html" in Path(batch[page]).read_text()
+    assert "class 0" in Path(batch["drift"]).read_text()
+    assert not [line for line in feed_of(store) if line["batch"]]
+    assert all(verify(path.parent) == [] for path in (store / "batches").rglob("manifest.json"))
+
+    name = batch["batch"]
+    decided = runner.invoke(
+        app, ["approve", name[:6], "--store", str(store), "--by", "Ada", "--note", "known", "--json"]
+    )
+    assert json.loads(decided.stdout)["released"] is True
+    assert {line["batch"] for line in feed_of(store)} == {"", name}
+    assert all(sha256_file(store / line["shard"]) == line["sha256"] for line in feed_of(store) if line["batch"])
+    assert runner.invoke(app, ["reject", name, "--store", str(store)]).exit_code == 0
+    assert {line["batch"] for line in feed_of(store)} == {""}
+    (row,) = json.loads(runner.invoke(app, ["batches", "--store", str(store), "--json"]).stdout)
+    assert (row["status"], row["released"], row["decision"]["decision"]) == ("held", False, "rejected")
+    assert runner.invoke(app, ["batches", "--store", str(store)]).exit_code == 0
+    assert runner.invoke(app, ["approve", "none", "--store", str(store)]).exit_code == 2
+
+
+def test_a_bad_batch_fails_alone_and_its_shards_can_be_tried_again(store: Path, incoming: Path, digits: Digits) -> None:
+    land(digits.shards()[8:9], incoming)
+    with tarfile.open(incoming / "broken.tar", "w") as tar:
+        tar.add(__file__, "sample.png")
+    command = [
+        "ingest",
+        "--shards",
+        str(incoming),
+        "--store",
+        str(store),
+        "--max-shards",
+        "1",
+        "--direct",
+        "--json",
+        "-q",
+    ]
+    runner = CliRunner()
+    said = runner.invoke(app, [*command, "--device", "cpu"])
+    assert said.exit_code == 1
+    bad, good = json.loads(said.stdout)["batches"]
+    assert (bad["status"], good["status"]) == ("failed", "accepted")
+    assert "samples are unreadable" in bad["reasons"][0]
+    assert {line["batch"] for line in feed_of(store)} == {"", good["batch"]}
+    assert run_ingest(config_of(incoming), str(store), direct=True)["new"] == 0
+    with pytest.raises(ConfigError, match="only failed is retried"):
+        decide(str(store), good["batch"], "retried")
+    decide(str(store), bad["batch"], "retried")
+    (again,) = run_ingest(config_of(incoming), str(store), direct=True)["batches"]
+    assert again["status"] == "failed"
+    assert again["batch"] != bad["batch"]
+    assert [batch["status"] for batch in list_batches(str(store))] == ["failed", "accepted", "failed"]
+
+
+def test_a_store_without_a_reference_and_a_second_first_one_are_refused(
+    store: Path, approved: Path, incoming: Path, digits: Digits, tmp_path: Path
+) -> None:
+    land(digits.shards()[8:9], incoming)
+    with pytest.raises(ConfigError, match="make one with `sanitize reference"):
+        run_ingest(config_of(incoming), str(tmp_path / "empty"), direct=True)
+    with pytest.raises(ConfigError, match="`sanitize refit` makes the next"):
+        make_reference(str(approved), str(store), StatisticsConfig(), LEVEL)
+    with pytest.raises(ConfigError, match="lies inside"):
+        run_ingest(config_of(incoming), str(incoming / "store"), direct=True)
+
+
+# --- accidents --------------------------------------------------------------------------------------------------
+
+
+def test_killed_thirty_times_and_two_at_once_every_shard_is_in_one_batch(
+    approved: Path, digits: Digits, tmp_path: Path
+) -> None:
+    (tmp_path / "digits").mkdir()
+    land(digits.shards()[8:18], tmp_path / "digits")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment |= {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    command = [sys.executable, "-m", "tests.flows.crash_ingest", *map(str, (approved, tmp_path / "digits", tmp_path))]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["killed"] >= 15, found["killed"]
+    assert found["found"] == found["expected"]  # batches, verdicts, digests of all artifacts, feed
+    assert found["found"]["wrong"] == []
+    committed = [entry["batch"] for entry in found["entries"] if entry["kind"] == "commit"]
+    assert len(committed) == len(set(committed)) == 5
+    claimed = [shard["sha256"] for e in found["entries"] if e["kind"] == "claim" for shard in e["shards"]]
+    assert len(claimed) == len(set(claimed)) == 10
+    assert any(entry["kind"] == "duplicates" for entry in found["entries"])
+
+
+# --- Prefect ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.prefect
+def test_as_a_flow_the_digests_are_the_same_and_an_event_tells(
+    store: Path, referenced: Path, incoming: Path, digits: Digits, tmp_path: Path, prefect_server: str, monkeypatch
+) -> None:
+    from flows import tasks
+
+    land(digits.shards()[8:10], incoming)
+    emitted = []
+    emit = tasks.emit_event
+    monkeypatch.setattr(tasks, "emit_event", lambda **event: emitted.append(event) or emit(**event))
+    result = run_ingest(config_of(incoming, n_groups=2), str(store), direct=False)
+    other = shutil.copytree(referenced, tmp_path / "direct")
+    run_ingest(config_of(incoming), str(other), direct=True)
+    states = [Ledger(str(of)).read() for of in (store, other)]
+    assert [batch.commit for batch in states[0].batches.values()] == [b.commit for b in states[1].batches.values()]
+    (event,) = emitted
+    (batch,) = result["batches"]
+    assert event["event"] == "sanitize.batch.accepted"
+    assert event["resource"]["prefect.resource.id"] == f"sanitize.batch.{batch['batch']}"
+    assert event["payload"]["samples"] == batch["samples"]
+    assert event["payload"]["drift"].startswith("file://")

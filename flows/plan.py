@@ -174,7 +174,10 @@ def _tried(config: CleanConfig, shards: Path, has_trusted: bool) -> CleanConfig:
 
 
 def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: CleanConfig) -> list[Cost]:
-    """Straight lines through two points, `more` samples apart; what falls is noise, and does not depend on them."""
+    """Straight lines through two points, `more` samples apart.
+
+    What falls with the samples is noise: then bytes do not depend on them, and all time of a divided stage does.
+    """
 
     def each(name: str, a: dict[str, Any], b: dict[str, Any]) -> float | None:
         return None if b[name] is None else max(0.0, (b[name] - a[name]) / more)
@@ -184,12 +187,13 @@ def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: Cl
     n_classes = json.loads((Path(large.out) / "00-index" / "dataset.json").read_text())["n_classes"]
     costs = []
     for a, b in zip(small.stages, large.stages, strict=True):
-        seconds = each("seconds", a, b) or 0.0
+        divided = b["folder"] in large.divided
+        seconds = each("seconds", a, b) or (b["seconds"] / n if divided else 0.0)
         costs.append(
             Cost(
                 folder=b["folder"],
                 stage=b["stage"],
-                divided=b["folder"] in large.divided,
+                divided=divided,
                 seconds_once=max(0.0, b["seconds"] - seconds * n),
                 seconds_each=seconds,
                 read_each=each("read", a, b),

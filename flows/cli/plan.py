@@ -54,18 +54,8 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['measured_on']:,} of them with {result['compute']}",
         highlight=False,
     )
-    table = Table(
-        "stage", title=f"one worker, {data['samples']:,} samples | {scaled['samples']:,}", title_justify="left"
-    )
-    for name in ("tasks", "a task", "time", "read", "written", "tasks", "time", "read", "written"):
-        table.add_column(name, justify="right")
-    for row, large in zip(result["stages"], scaled["stages"], strict=True):
-        cells = [str(row["tasks"]), _time(row["task_seconds"]), _time(row["seconds"])]
-        cells += [_bytes(row["read"]), _bytes(row["written"]), f"{large['tasks']:,}", _time(large["seconds"])]
-        table.add_row(row["folder"], *cells, _bytes(large["read"]), _bytes(large["written"]))
-    times = ("", "", _time(result["seconds"]), "", "", "", _time(scaled["seconds"]), "", "")
-    table.add_row("all", *times, style="bold")
-    console.print(table)
+    _table(result, f"{data['samples']:,} samples, the time of one worker")
+    _table(scaled, f"{scaled['samples']:,} samples in {scaled['shards']:,} shards, on paper")
     console.print(f"n_groups: {result['n_groups']} ({scaled['n_groups']:,}) makes a task minutes of work")
     small, large = result["memory"], scaled["memory"]
     for name, said in {
@@ -75,6 +65,17 @@ def _show(result: dict[str, Any]) -> None:
         "driver": "driver: what it knows of the shards",
     }.items():
         console.print(f"{_bytes(small[name]):>10} ({_bytes(large[name])}) {said}", highlight=False)
+
+
+def _table(planned: dict[str, Any], title: str) -> None:
+    table = Table("stage", title=title, title_justify="left")
+    for name in ("tasks", "a task", "time", "read", "written"):
+        table.add_column(name, justify="right")
+    for row in planned["stages"]:
+        cells = (f"{row['tasks']:,}", _time(row["task_seconds"]), _time(row["seconds"]))
+        table.add_row(row["folder"], *cells, _bytes(row["read"]), _bytes(row["written"]))
+    table.add_row("all", "", "", _time(planned["seconds"]), style="bold")
+    console.print(table)
 
 
 def _bytes(n: float | None) -> str:

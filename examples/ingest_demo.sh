@@ -13,7 +13,8 @@ export PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 PREFECT_CLI_PROMPT=
 mkdir -p "$SANITIZE_HOME"/data/{approved,incoming} "$SANITIZE_HOME"/runs
 
 say() { printf '\n== %s\n' "$*"; }
-trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+# The worker first: without its server it would wait for it.
+trap 'for job in ${worker:-} ${server:-}; do kill "$job" && wait "$job"; done 2>/dev/null || true' EXIT
 
 until_batch() {  # until_batch STATUS: wait until the ledger says it of a batch
   until grep -qsE "\"status\": *\"$1\"" "$SANITIZE_HOME"/runs/store/ledger/*.json; do
@@ -25,10 +26,12 @@ waited=0
 
 say "a server, a pool, a worker"
 prefect server start --host 127.0.0.1 --port "$PORT" > "$SANITIZE_HOME/server.log" 2>&1 &
+server=$!
 until curl --silent --fail "$PREFECT_API_URL/health" > /dev/null; do sleep 1; done
 prefect work-pool create cpu-pool --type process --overwrite
 prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
 prefect worker start --pool cpu-pool --limit 1 > "$SANITIZE_HOME/worker.log" 2>&1 &
+worker=$!
 
 say "what was approved: shards that were cleaned, and looked at"
 python - <<'PYTHON'

@@ -1,5 +1,6 @@
 """Prefect: each stage wrapped once as a task, and the flows. The only module that imports Prefect."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,6 +49,7 @@ from sanitize.storage import absolute, exclusive, is_local
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
 SCHEDULED = "{scheduled}"
+TOLD_SECONDS = 5.0  # how often the server is told of progress, at most
 
 
 JOBS: tuple[Any, ...] = (
@@ -123,12 +125,13 @@ class PrefectRun(Run):
         submitted = self._task(function) if is_here else TASKS[name]
         given = [dict(signature(function).bind(*args, shards=group).arguments) for group in groups]
         futures = [self._runner.submit(submitted, parameters) for parameters in given]
-        progress: Any = create_progress_artifact(
-            0.0, key=name.replace("_", "-"), description=f"{name}: groups of shards"
-        )
+        progress: Any = create_progress_artifact(0.0, key=name.replace("_", "-"), description=f"{name}: shards")
+        told = time.monotonic()
         for done, future in enumerate(futures, start=1):
             future.wait()
-            update_progress_artifact(progress, 100 * done / len(futures))
+            if done == len(futures) or time.monotonic() - told > TOLD_SECONDS:
+                update_progress_artifact(progress, 100 * done / len(futures))
+                told = time.monotonic()
         for future in futures:  # after all of them have ended: a failed one leaves none at work
             future.result()
 

@@ -21,10 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import fashion_mnist, write_images
-from benchmarks.report import conclude, print_table, quick_or_full
-from flows.clean import CleanConfig, run_clean
-
+# What workers need not know is imported where it is used: each process imports this module.
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
 N_GROUPS, N_WORKERS = 20, 2
 MOST_SHARE, MOST_SECONDS = 0.10, 15.0
@@ -35,17 +32,15 @@ RUNNERS = {
 }
 
 
-def config_of(shards: list[str], runner: dict[str, Any]) -> CleanConfig:
+def settings(shards: list[str], runner: dict[str, Any]) -> dict[str, Any]:
     """One clean run on a CPU."""
-    return CleanConfig.model_validate(
-        {
-            "shards": shards,
-            "embedder": {"architecture": {"kind": "convnet", "widths": [16, 32, 64]}, "optim": {"epochs": 3}},
-            "compute": {"device": "cpu"},
-            "runner": runner,
-            "n_groups": N_GROUPS,
-        }
-    )
+    return {
+        "shards": shards,
+        "embedder": {"architecture": {"kind": "convnet", "widths": [16, 32, 64]}, "optim": {"epochs": 3}},
+        "compute": {"device": "cpu"},
+        "runner": runner,
+        "n_groups": N_GROUPS,
+    }
 
 
 @contextmanager
@@ -58,10 +53,12 @@ def server() -> Iterator[float]:
         yield time.perf_counter() - start
 
 
-def measure(name: str, config: CleanConfig, out: Path, direct: bool) -> dict[str, Any]:
-    """One row: wall seconds, seconds inside stages, and the digest of the last artifact."""
+def measure(name: str, config: dict[str, Any], out: Path, direct: bool) -> dict[str, Any]:
+    """One row: wall seconds, seconds inside stages, and the digests of all artifacts."""
+    from flows.clean import CleanConfig, run_clean
+
     start = time.perf_counter()
-    run_clean(config, out, direct)
+    run_clean(CleanConfig.model_validate(config), out, direct)
     seconds = time.perf_counter() - start
     stages = json.loads((out / "run.json").read_text())["stages"]
     print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -76,6 +73,9 @@ def measure(name: str, config: CleanConfig, out: Path, direct: bool) -> dict[str
 
 def main() -> None:
     """Measure, print, check."""
+    from benchmarks.data import fashion_mnist, write_images
+    from benchmarks.report import conclude, print_table, quick_or_full
+
     args = quick_or_full(__doc__).parse_args()
     start = time.perf_counter()
     per_shard = 300 if args.quick else 3000
@@ -84,12 +84,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shards = write_images(folder / "in", "train", images_NCHW[:n], labels_N[:n], per_shard).paths()
-        rows = [measure("direct", config_of(shards, RUNNERS["threads"]), folder / "direct", direct=True)]
+        rows = [measure("direct", settings(shards, RUNNERS["threads"]), folder / "direct", direct=True)]
         with server() as seconds:
             print(f"server: {seconds:.1f} s", file=sys.stderr, flush=True)
             rows += [
-                measure(name, config_of(shards, runner), folder / name, direct=False)
-                for name, runner in RUNNERS.items()
+                measure(name, settings(shards, runner), folder / name, direct=False) for name, runner in RUNNERS.items()
             ]
     yardstick = rows[0]["in stages s"]
     most = MOST_SHARE * yardstick + MOST_SECONDS

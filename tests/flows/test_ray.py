@@ -18,6 +18,7 @@ def nodes() -> Iterator[dict[int, str]]:
     """{process id of a node's raylet: name of the node}; RAY_ADDRESS leads to them."""
     set_before = pytest.MonkeyPatch()
     set_before.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read by the import: listen on loopback only
+    set_before.setenv("RAY_worker_niceness", "0")  # 15 otherwise: on a busy machine that is hardly ever
     from ray.cluster_utils import Cluster
 
     resources = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}

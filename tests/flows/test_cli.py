@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from flows.cli import app
 from sanitize.storage import exclusive
 
-COMMANDS = ("clean", "demo", "inspect", "poison", "report", "restore", "train", "verify")
+COMMANDS = ("clean", "demo", "inspect", "plan", "poison", "report", "restore", "train", "verify")
 
 
 def run(*arguments: Any) -> Result:

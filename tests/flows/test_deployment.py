@@ -14,6 +14,8 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
+from prefect import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 
 from flows.deploy import read_config
 from sanitize.ledger import Ledger
@@ -49,6 +51,15 @@ def test_job_template_fills_what_it_asks_for_and_requests_a_gpu(name: str) -> No
     variables = template["variables"]["properties"]
     assert set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"]))) == variables.keys()
     assert variables["gpus"]["default"] == 1
+
+
+@pytest.mark.prefect
+@pytest.mark.parametrize("name", ["docker", "kubernetes"])
+def test_server_takes_the_job_template(prefect_server: str, name: str) -> None:
+    template = json.loads((ROOT / "deployments" / "pools" / f"{name}.json").read_text())
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=f"gpu-{name}", type=name, base_job_template=template))
+        assert client.read_work_pool(f"gpu-{name}").base_job_template == template
 
 
 def commands(text: str) -> list[str]:

@@ -10,9 +10,10 @@ at 10, and within 2 points of DM.
 
 Estimator: 20 targets, each with a random extractor of its own and a class that it does not belong to; of 256 images of
 that class 2, 5 or 10 % are replaced by copies of the target (the direct attack). Recall: share of the copies that are
-left out. Ratio: distance from the mean of the other images, after the aggregate / of the plain mean. Separation:
-eps ||mu_d - mu_b||^2 / lambda_max, lambda_max the largest variance of the class in any direction. Targets: calibrated
-recall >= .95 and ratio <= .5 wherever the separation exceeds 1.
+left out. `calibrated` leaves out 1.5 times the rate; `margin 3`, as the source has it, and the others 3 times. Ratio:
+distance from the mean of the other images, after the aggregate / of the plain mean. Separation: eps ||mu_d - mu_b||^2 /
+lambda_max, lambda_max the largest variance of the class in any direction. Targets: calibrated recall >= .95 and ratio
+<= .5 wherever the separation exceeds 1.
 
 Speed: iterations at 256 real images a class beside a plain loop over classes, in turns in one process, medians of CPU
 seconds. Targets: not slower; calibration takes less than 10 % more than the mean.
@@ -55,11 +56,13 @@ NETWORK = ModelConfig(
 )
 AGGREGATES = {
     "calibrated": {"kind": "calibrated"},
+    "margin 3": {"kind": "calibrated", "margin": 3},
     "kurtosis": {"kind": "calibrated", "min_kurtosis": 3.0},
-    "truncated": {"kind": "truncated"},
-    "trimmed": {"kind": "trimmed"},
+    "truncated": {"kind": "truncated", "margin": 3},
+    "trimmed": {"kind": "trimmed", "margin": 3},
     "median": {"kind": "median"},
 }
+WORST = ("calibrated", "margin 3")
 RATES = (0.02, 0.05, 0.1)
 ABOVE_RANDOM = {1: 10, 10: 3}  # images a class: points
 BINS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, float("inf"))
@@ -121,17 +124,17 @@ def estimator(seed: int) -> tuple[list[dict[str, Any]], list[str]]:
     cases = attacked_classes(seed)
     rows = [measure_case(r_ND, target_D, rate) for rate in RATES for r_ND, target_D in cases]
     ratios = [f"{name}_ratio" for name in AGGREGATES]
-    recalls = ["calibrated_recall", "kurtosis_recall", "truncated_recall"]
+    recalls = [f"{name}_recall" for name in ("calibrated", "margin 3", "kurtosis", "truncated")]
     table = []
     for low, high in pairwise(BINS):
         if here := [row for row in rows if low < row["separation"] <= high]:
             means = {name: mean(row[name] for row in here) for name in ratios + recalls}
-            worst = {f"worst_{name}": max(row[f"{name}_ratio"] for row in here) for name in ("calibrated", "kurtosis")}
+            worst = {f"worst_{name}": max(row[f"{name}_ratio"] for row in here) for name in WORST}
             table.append({"separation": f"{low:g} to {high:g}", "cases": len(here)} | means | worst)
     print_table(table, ["separation", "cases", *recalls], "poison left out, mean recall")
     print_table(
         table,
-        ["separation", "cases", *ratios, "worst_calibrated", "worst_kurtosis"],
+        ["separation", "cases", *ratios, *(f"worst_{name}" for name in WORST)],
         "deviation / that of the plain mean, means and worst cases",
     )
     separated = [row for row in rows if row["separation"] > 1]

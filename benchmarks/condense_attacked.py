@@ -61,7 +61,13 @@ from sanitize.models.checkpoint import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
 
 RATE = 0.01
-KINDS = {"DM": "mean", "median": "median", "trimmed": "trimmed", "truncated": "truncated", "RDM-DC": "calibrated"}
+KINDS: dict[str, dict[str, Any]] = {
+    "DM": {"kind": "mean"},
+    "median": {"kind": "median"},
+    "trimmed": {"kind": "trimmed", "margin": 3},
+    "truncated": {"kind": "truncated", "margin": 3},
+    "RDM-DC": {"kind": "calibrated"},
+}
 # Table 2, accuracy under DM poisoning
 SOURCE = {"DM": 59.25, "median": 44.08, "trimmed": 51.14, "truncated": 57.04, "RDM-DC": 57.65}
 
@@ -102,7 +108,7 @@ class Setting(NamedTuple):
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             architecture=self.architecture,
-            aggregate=AggregateConfig.model_validate({"kind": KINDS[name], "eps": 10 * RATE}),
+            aggregate=AggregateConfig.model_validate({"eps": 10 * RATE} | KINDS[name]),
             mean=self.mean,
             std=self.std,
         )

@@ -95,6 +95,7 @@ class Cleaned(NamedTuple):
     """The artifacts a reader of the run wants."""
 
     dataset: Dataset
+    embedder: Checkpoint
     scores: tuple[Scores, ...]
     selection: Selection
     shards: Shards
@@ -112,7 +113,7 @@ def clean(config: CleanConfig, run: Run) -> Cleaned:
     selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)
     shards = run.sharded("50-shards", write_selected, names, config.write, dataset, selection)
     report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards)
-    cleaned = Cleaned(dataset, scores, selection, shards, report)
+    cleaned = Cleaned(dataset, embedder, scores, selection, shards, report)
     save_config(config, run.out)
     run.save("finished", **summary(cleaned))
     return cleaned

@@ -4,21 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from flows.clean import CleanConfig, run_clean
-from sanitize.attack import BadNetsConfig, Poisoned, poison_shards
+from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.digits import write_digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Selection
 from sanitize.embed import EmbedderConfig, train_embedder
-from sanitize.loop import OptimConfig, predict
-from sanitize.measure import accuracy, attack_success_rate, detection
+from sanitize.loop import OptimConfig
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig
+from sanitize.redteam import Measured, measure_case
 from sanitize.select import Shards
 
 ATTACK = BadNetsConfig(rate=0.02, target=0, size=3)
@@ -38,14 +35,14 @@ def demo(out: Path, seed: int, direct: bool) -> dict[str, Any]:
 
     test = _index(digits.shards()[-N_HELD_OUT:], out / "index-test", compute)
     models = compute.model_copy(update={"seed": seed + 1})  # not the suspect model: fresh ones, as a user would train
-    before = _train(poisoned.shard_paths()[:-N_HELD_OUT], out / "model-before", models)
-    after = _train(Shards.load(out / "clean" / "50-shards").clean()[:-N_HELD_OUT], out / "model-after", models)
-    return {
-        **_found(poisoned, Selection.load(out / "clean" / "40-selection")),
-        **_measured("before", before, test, compute),
-        **_measured("after", after, test, compute),
-        "report": result["report"],
+    kept = Shards.load(out / "clean" / "50-shards").clean()
+    trained = {
+        "before": _train(poisoned.shard_paths()[:-N_HELD_OUT], out / "model-before", models),
+        "after": _train(kept[:-N_HELD_OUT], out / "model-after", models),
     }
+    selection = Selection.load(out / "clean" / "40-selection")
+    measured = measure_case(ATTACK, selection, trained, test, str(out / "measured"), compute, truth=poisoned)
+    return _summary(measured) | {"report": result["report"]}
 
 
 def _index(shards: Sequence[str], out: Path, compute: Compute) -> Dataset:
@@ -57,32 +54,18 @@ def _train(shards: Sequence[str], out: Path, compute: Compute) -> Checkpoint:
     return train_embedder(MODEL, dataset, str(out / "model"), compute)
 
 
-def _measured(when: str, checkpoint: Checkpoint, test: Dataset, compute: Compute) -> dict[str, float]:
-    images_NCHW, labels_N = test.images()
-    model = checkpoint.model()
-    clean_NK = predict(model, images_NCHW, checkpoint.config.normalise, compute)
-    triggered_NK = predict(model, ATTACK.apply(images_NCHW), checkpoint.config.normalise, compute)
-    targets_N = ATTACK.relabel(labels_N, test.n_classes, torch.Generator())
+def _summary(measured: Measured) -> dict[str, Any]:
+    """Counts and shares, named for a reader."""
+    counts = measured.counts
+    (found, n_poisoned), (lost, n_clean) = counts["recall"], counts["false_removals"]
+    of_models = ("acc_before", "asr_before", "acc_after", "asr_after")
     return {
-        f"acc_{when}": accuracy(clean_NK, labels_N),
-        f"asr_{when}": attack_success_rate(triggered_NK, labels_N, targets_N),
-    }
-
-
-def _found(poisoned: Poisoned, selection: Selection) -> dict[str, Any]:
-    removed, truth = [], []
-    for shard in poisoned.shards:
-        truth += poisoned.rows(shard, ["poisoned"])["poisoned"].to_pylist()
-        removed += [not keep for keep in selection.rows(shard, ["keep"])["keep"].to_pylist()]
-    removed_N, poisoned_N = np.array(removed), np.array(truth)
-    of = detection(removed_N, poisoned_N)
-    found = int((removed_N & poisoned_N).sum())
-    return {
-        "poisoned": of.n_poisoned,
+        "poisoned": n_poisoned,
         "found": found,
-        "missed": of.n_poisoned - found,
-        "recall": of.recall,
-        "clean_samples": of.n_clean,
-        "clean_lost": of.n_removed - found,
-        "clean_lost_fraction": of.false_positive_rate,
+        "missed": n_poisoned - found,
+        "recall": found / n_poisoned,
+        "clean_samples": n_clean,
+        "clean_lost": lost,
+        "clean_lost_fraction": lost / n_clean,
+        **{measure: counts[measure][0] / counts[measure][1] for measure in of_models},
     }

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import yaml
@@ -37,6 +37,10 @@ class Run:
         self.n_groups = n_groups
         self.stages: list[dict[str, Any]] = []
         logger.info("sanitize %s on %s", __version__, compute.describe())
+
+    def inside(self, folder: str, compute: Compute) -> Self:
+        """A run of its own in a folder of this one, called in the same way."""
+        return type(self)(join(self.out, folder), compute, self.n_groups)
 
     def stage(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
         """Run one stage into `folder` of the run; of several processes (torchrun) the first one does the work."""

@@ -17,6 +17,7 @@ from flows import condense as condense_job
 from flows import denoise as denoise_job
 from flows import harden as harden_job
 from flows import ingest as ingest_job
+from flows import redteam as redteam_job
 from flows import robustness as robustness_job
 from flows import train as train_job
 from flows.certify import CertifyRunConfig
@@ -25,6 +26,7 @@ from flows.condense import CondenseRunConfig
 from flows.denoise import DenoiseRunConfig
 from flows.harden import HardenConfig
 from flows.ingest import IngestConfig
+from flows.redteam import RedTeamConfig
 from flows.robustness import RobustnessRunConfig
 from flows.run import Run
 from flows.train import TrainRunConfig
@@ -52,7 +54,10 @@ TASKS: dict[str, Any] = {
         retry_delay_seconds=5,
         retry_condition_fn=_is_transient,
     )
-    for job in (clean_job, train_job, certify_job, condense_job, denoise_job, robustness_job, harden_job, ingest_job)
+    for job in (
+        *(clean_job, train_job, certify_job, condense_job, denoise_job),
+        *(robustness_job, harden_job, ingest_job, redteam_job),
+    )
     for stage in job.STAGES
 }
 
@@ -137,6 +142,12 @@ def denoise_flow(config: DenoiseRunConfig, out: str) -> dict[str, Any]:
 def robustness_flow(config: RobustnessRunConfig, out: str) -> dict[str, Any]:
     """Attack a trained model: index, principal components, smallest perturbations, page."""
     return robustness_job.robustness(config, PrefectRun(out, config.compute, config.n_groups))
+
+
+@_flow("redteam")
+def redteam_flow(config: RedTeamConfig, out: str) -> dict[str, Any]:
+    """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page."""
+    return redteam_job.redteam(config, PrefectRun(out, config.clean.compute, config.clean.groups))
 
 
 def _link(url: str) -> str:

@@ -11,6 +11,7 @@ from flows.condense import CondenseRunConfig
 from flows.denoise import DenoiseRunConfig
 from flows.harden import HardenConfig
 from flows.ingest import IngestConfig
+from flows.redteam import RedTeamConfig
 from flows.train import TrainRunConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -36,6 +37,8 @@ def test_config_validates(path: Path) -> None:
         "denoise": DenoiseRunConfig,
         "repair": HardenConfig,
         "ingest": IngestConfig,
+        "redteam": RedTeamConfig,
     }
     kind = kinds.get(command[1] if command else "", CleanConfig)
-    assert kind.model_validate(yaml.safe_load(text)).shards
+    config = kind.model_validate(yaml.safe_load(text))
+    assert getattr(config, "clean", config).shards

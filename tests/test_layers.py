@@ -19,6 +19,7 @@ from sanitize.denoise import denoise_shards, fit_pca
 from sanitize.drift import check_drift, fit_projection, merge_statistics, summarise_shards
 from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
 from sanitize.measure import measure_robustness
+from sanitize.redteam import measure_case, sample_shards, sum_up
 from sanitize.repair import repair_model
 from sanitize.report import write_report
 from sanitize.score import fit_scorer, score_shards
@@ -52,6 +53,9 @@ STAGES: list[Callable] = [
     measure_robustness,
     condense_dataset,
     repair_model,
+    sample_shards,
+    measure_case,
+    sum_up,
 ]
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 MODULES: list[ModuleType] = [

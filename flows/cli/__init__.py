@@ -1,7 +1,7 @@
 """The `sanitize` command: one file a subcommand, which says what it takes and shows what came of it.
 
-Exit codes: 0 done, 1 the run failed, 2 bad usage or configuration, 3 a batch of `ingest` is held for a person. Samples
-in quarantine are a result, not a failure.
+Exit codes: 0 done, 1 the run failed, 2 bad usage or configuration, 3 a requirement of `sanitize redteam` was missed, or
+a batch of `sanitize ingest` is held for a person. Samples in quarantine are a result, not a failure.
 """
 
 from flows.cli.app import app
@@ -13,6 +13,7 @@ from flows.cli.denoise import denoise
 from flows.cli.ingest import approve, batches, ingest, reference, refit, reject, retry
 from flows.cli.inspect import inspect
 from flows.cli.poison import poison
+from flows.cli.redteam import redteam
 from flows.cli.repair import repair
 from flows.cli.report import report
 from flows.cli.restore import restore
@@ -23,7 +24,7 @@ from flows.cli.verify import verify
 # In the order of `sanitize --help`: the main road first.
 _TRAINING = (train, certify, repair, condense, denoise, robustness)
 _INGEST = (reference, ingest, batches, approve, reject, retry, refit)
-_AROUND = (inspect, poison, restore, verify, report, demo)
+_AROUND = (inspect, poison, redteam, restore, verify, report, demo)
 for _command in (clean, *_INGEST, *_TRAINING, *_AROUND):
     app.command()(_command)
 

@@ -47,6 +47,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice (default 0).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, or auto (default).")]
+ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with any of the settings; see configs/.")
+]
+Out = Annotated[str, typer.Option(help="Run folder, a path or a URL. Given again, a run that was killed goes on.")]
+ModelFolder = Annotated[str, typer.Argument(help="A model package, or a run folder of `sanitize train`.")]
 RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out: a path or a URL.")]
 
 

@@ -1,14 +1,16 @@
 """`sanitize certify`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.cli.app import (
     AsJson,
+    ConfigOption,
     Device,
     Direct,
+    ModelFolder,
+    Out,
     Quiet,
     Seed,
     Shards,
@@ -23,15 +25,15 @@ from flows.cli.app import (
 
 
 def certify(
-    model: Annotated[str, typer.Argument(help="A model package, or a run folder of `sanitize train`.")],
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; see configs/.")] = None,
+    model: ModelFolder,
+    config: ConfigOption = None,
     shards: Shards = None,
     sigma: Annotated[
         float | None, typer.Option(help="Noise, as a share of the range of pixels (default 0.25).")
     ] = None,
     n: Annotated[int | None, typer.Option(help="Noisy copies of an image.")] = None,
     max_images: Annotated[int | None, typer.Option(help="Certify so many samples, chosen by a hash.")] = None,
-    out: Annotated[str, typer.Option(help="Run folder. Given again, a run that was killed goes on.")] = "runs/certify",
+    out: Out = "runs/certify",
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,

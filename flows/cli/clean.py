@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,8 +9,10 @@ from rich.table import Table
 
 from flows.cli.app import (
     AsJson,
+    ConfigFile,
     Device,
     Direct,
+    Out,
     Quiet,
     Seed,
     Shards,
@@ -26,11 +27,9 @@ from flows.cli.app import (
 
 
 def clean(
-    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
+    config: ConfigFile = None,
     shards: Shards = None,
-    out: Annotated[
-        str, typer.Option(help="Run folder, a path or s3:// URL. Given again, an interrupted run goes on.")
-    ] = "runs/clean",
+    out: Out = "runs/clean",
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,

@@ -1,14 +1,15 @@
 """`sanitize condense`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.cli.app import (
     AsJson,
+    ConfigFile,
     Device,
     Direct,
+    Out,
     Quiet,
     Seed,
     Shards,
@@ -23,7 +24,7 @@ from flows.cli.app import (
 
 
 def condense(
-    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
+    config: ConfigFile = None,
     shards: Shards = None,
     test_shards: Annotated[
         list[str] | None,
@@ -31,7 +32,7 @@ def condense(
     ] = None,
     images_per_class: Annotated[int | None, typer.Option(help="Condensed images of each class (default 10).")] = None,
     iterations: Annotated[int | None, typer.Option(help="Steps of learning (default 20000).")] = None,
-    out: Annotated[str, typer.Option(help="Run folder. Given again, a run that was killed goes on.")] = "runs/condense",
+    out: Out = "runs/condense",
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,

@@ -1,14 +1,15 @@
 """`sanitize denoise`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.cli.app import (
     AsJson,
+    ConfigFile,
     Device,
     Direct,
+    Out,
     Quiet,
     Seed,
     Shards,
@@ -23,13 +24,13 @@ from flows.cli.app import (
 
 
 def denoise(
-    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
+    config: ConfigFile = None,
     shards: Shards = None,
     dims: Annotated[int | None, typer.Option(help="Keep so many principal components.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep those with this share of the variance, e.g. 0.97.")] = None,
     mode: Annotated[str | None, typer.Option(help="noise (default), or pca: nothing in place of the rest.")] = None,
     member: Annotated[str | None, typer.Option(help="png (default; 8 bits, clipped) or npy (exact floats).")] = None,
-    out: Annotated[str, typer.Option(help="Run folder. Given again, a run that was killed goes on.")] = "runs/denoise",
+    out: Out = "runs/denoise",
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,

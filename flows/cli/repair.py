@@ -1,6 +1,5 @@
 """`sanitize repair`."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,8 +7,10 @@ from rich.table import Table
 
 from flows.cli.app import (
     AsJson,
+    ConfigOption,
     Device,
     Direct,
+    Out,
     Quiet,
     Seed,
     Shards,
@@ -27,7 +28,7 @@ from sanitize.errors import ConfigError
 
 def repair(
     model: Annotated[str | None, typer.Argument(help="A model package, or a run folder of `sanitize train`.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; see configs/.")] = None,
+    config: ConfigOption = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -42,7 +43,7 @@ def repair(
     test_shards: Annotated[
         list[str] | None, typer.Option("--test-shards", help="Shards to measure on, before and after.")
     ] = None,
-    out: Annotated[str, typer.Option(help="Run folder.")] = "runs/repair",
+    out: Out = "runs/repair",
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,

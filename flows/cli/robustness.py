@@ -1,6 +1,5 @@
 """`sanitize robustness`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,8 +7,11 @@ from rich.table import Table
 
 from flows.cli.app import (
     AsJson,
+    ConfigOption,
     Device,
     Direct,
+    ModelFolder,
+    Out,
     Quiet,
     Seed,
     Shards,
@@ -24,8 +26,8 @@ from flows.cli.app import (
 
 
 def robustness(
-    model: Annotated[str, typer.Argument(help="A model package, or a run folder of `sanitize train`.")],
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings; see configs/.")] = None,
+    model: ModelFolder,
+    config: ConfigOption = None,
     shards: Shards = None,
     train_shards: Annotated[
         list[str] | None,
@@ -34,7 +36,7 @@ def robustness(
     norm: Annotated[str | None, typer.Option(help="l2 (default) or linf.")] = None,
     radius: Annotated[float | None, typer.Option(help="Largest perturbation tried, pixels on [0, 1].")] = None,
     n_images: Annotated[int | None, typer.Option(help="Attack so many images, chosen by a hash (default 500).")] = None,
-    out: Annotated[str, typer.Option(help="Run folder.")] = "runs/robustness",
+    out: Out = "runs/robustness",
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,

@@ -1,14 +1,15 @@
 """`sanitize train`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.cli.app import (
     AsJson,
+    ConfigFile,
     Device,
     Direct,
+    Out,
     Quiet,
     Seed,
     Shards,
@@ -25,7 +26,7 @@ from sanitize.errors import ConfigError
 
 
 def train(
-    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
+    config: ConfigFile = None,
     shards: Shards = None,
     test_shards: Annotated[
         list[str] | None,
@@ -45,7 +46,7 @@ def train(
             "against poisoned samples."
         ),
     ] = None,
-    out: Annotated[str, typer.Option(help="Run folder. Given again, a run that was killed goes on.")] = "runs/train",
+    out: Out = "runs/train",
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,

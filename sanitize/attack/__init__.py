@@ -9,7 +9,7 @@ from sanitize.attack.invisible import L0Config, L2Config
 from sanitize.attack.labels import LabelNoiseConfig
 from sanitize.attack.several import AttackConfig, OneAttack, SeveralConfig
 from sanitize.attack.smooth import SmoothConfig
-from sanitize.attack.stage import Poisoned, choose, poison_shards
+from sanitize.attack.stage import Poisoned, attacks_of, choose, poison_shards
 from sanitize.attack.targeted import PerturbConfig, direct_attack, plant
 from sanitize.attack.trojan import TrojanSquareConfig, TrojanWatermarkConfig
 from sanitize.attack.wanet import WaNetConfig
@@ -32,6 +32,7 @@ __all__ = [
     "TrojanSquareConfig",
     "TrojanWatermarkConfig",
     "WaNetConfig",
+    "attacks_of",
     "choose",
     "direct_attack",
     "dm_poison",

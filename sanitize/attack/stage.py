@@ -52,6 +52,7 @@ def poison_shards(
     compute: Compute,
     shards: Sequence[str] | None = None,
     surrogate: Checkpoint | None = None,
+    spared: Sequence[str] = (),
 ) -> Poisoned:
     """Write a poisoned copy of a data set, with the truth.
 
@@ -62,6 +63,7 @@ def poison_shards(
         compute: seed of the choice of samples and of random labels; device of the surrogate.
         shards: names of the shards to do now; None does all that are missing and finishes.
         surrogate: a network trained on such images, for clean-label attacks alone.
+        spared: names of shards in which nothing is poisoned; their samples count for the rate.
 
     Raises:
         ConfigError: an attack asks for more samples than are eligible, its target is no class, or a surrogate is
@@ -76,7 +78,7 @@ def poison_shards(
     recipe = Recipe(
         stage="poison_shards",
         version=2,
-        config=config.model_dump(mode="json"),
+        config=config.model_dump(mode="json") | ({"spared": sorted(spared)} if spared else {}),
         numerics=compute.numerics,
         inputs=inputs,
     )
@@ -86,7 +88,7 @@ def poison_shards(
 
     def write_part(shard: str, part: Part) -> None:
         if not chosen:
-            chosen.update(choose(config, dataset, compute))
+            chosen.update(choose(config, dataset, compute, spared))
         rows = []
         with shard_writer(part, f"shards/{shard}") as tar:
             for sample, row in dataset.samples(shard):
@@ -109,7 +111,9 @@ def attacks_of(config: AttackConfig) -> tuple[OneAttack, ...]:
     return config.attacks if isinstance(config, SeveralConfig) else (config,)
 
 
-def choose(config: AttackConfig, dataset: Dataset, compute: Compute) -> dict[str, dict[int, Choice]]:
+def choose(
+    config: AttackConfig, dataset: Dataset, compute: Compute, spared: Sequence[str] = ()
+) -> dict[str, dict[int, Choice]]:
     """Which samples are poisoned, how, and the labels they get: {shard: {position: choice}}.
 
     Of each attack round(rate * n) samples with the smallest keyed hash among those that are eligible and not taken, so
@@ -121,7 +125,7 @@ def choose(config: AttackConfig, dataset: Dataset, compute: Compute) -> dict[str
         candidates = [
             (compute.seed_for("attack", "choice", shard, position), shard, position, new)
             for shard, position, new in _eligible(attack, dataset, compute)
-            if position not in chosen[shard]
+            if position not in chosen[shard] and shard not in spared
         ]
         if wanted > len(candidates):
             raise ConfigError(

@@ -1,7 +1,7 @@
 """What stands for the representations of a class: their mean, or a mean that a few poisoned samples cannot move far.
 
-RDM-DC (Zheng & Li), section 4: of N representations r_i of a class a share eps is poisoned, and k = ceil(3 eps N) are
-kept out of the mean.
+RDM-DC (Zheng & Li), section 4: of N representations r_i of a class a share eps is poisoned, and k = ceil(margin eps N)
+are kept out of the mean.
     calibrated   the k with the largest |<r_i - r_bar, v>|, v the top eigenvector of their covariance (Algorithms 4, 5)
     truncated    the k with the largest ||r_i - r_bar||
     trimmed      of each coordinate the k/2 largest and the k/2 smallest
@@ -26,6 +26,8 @@ class AggregateConfig(BaseModel):
         kind: see above; mean is plain distribution matching.
         eps: share of poisoned samples *within a class* that is to be withstood: poison that is 1 % of ten classes, all
             of it in one, is 10 % there.
+        margin: how many times that share is left out. The source has 3; what is left out beyond the poison is more of
+            one tail of the class than of the other, and moves the mean: 1.5 finds the same and moves it half as far.
         power_iterations: of the power method, for calibrated.
         min_kurtosis: calibrate a class only where its projections on v have at least this kurtosis, and take its mean
             elsewhere; None always calibrates, as the source does. Below 3, a normal distribution's, no small group
@@ -37,6 +39,7 @@ class AggregateConfig(BaseModel):
 
     kind: Literal["mean", "calibrated", "median", "trimmed", "truncated"] = "calibrated"
     eps: float = Field(default=0.1, ge=0, lt=1 / 3)
+    margin: float = Field(default=1.5, ge=1, le=3)
     power_iterations: int = Field(default=10, ge=1)
     min_kurtosis: float | None = Field(default=None, ge=1)
 
@@ -47,9 +50,9 @@ class AggregateConfig(BaseModel):
         return self
 
     def n_dropped(self, n: int) -> int:
-        """k = ceil(3 eps n), but never all of them."""
+        """k = ceil(margin eps n), but never all of them."""
         # Rounded first: 3 * 0.1 * 10 is a little above 3 in floating point, and its ceiling would be 4.
-        return min(math.ceil(round(3 * self.eps * n, 6)), n - 1)
+        return min(math.ceil(round(self.margin * self.eps * n, 6)), n - 1)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from sanitize.report.condensation import write_condensation_report
 from sanitize.report.denoising import write_denoising_report
 from sanitize.report.drift import write_drift_report
 from sanitize.report.page import Report, ReportConfig, write_report
+from sanitize.report.redteam import write_redteam_report
 from sanitize.report.robustness import write_robustness_report
 from sanitize.report.training import write_training_report
 
@@ -15,6 +16,7 @@ __all__ = [
     "write_condensation_report",
     "write_denoising_report",
     "write_drift_report",
+    "write_redteam_report",
     "write_report",
     "write_robustness_report",
     "write_training_report",

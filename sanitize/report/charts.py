@@ -258,6 +258,17 @@ def gauge(value: float, level: float | None, top: float, removed: bool) -> str:
     return _svg("gauge", 120, 14, text, parts)
 
 
+def whisker(mean: float, low: float, high: float) -> str:
+    """A share on a scale from 0 to 1: a dot at the mean, and a line as long as its interval."""
+    at, start, end = (4 + 112 * share for share in (mean, low, high))
+    parts = [
+        '<rect class="track" x="4" y="6" width="112" height="2"/>',
+        f'<rect class="kept" x="{start:.1f}" y="5" width="{max(1.0, end - start):.1f}" height="4"/>',
+        f'<circle class="dot line-0" cx="{at:.1f}" cy="7" r="3.5"/>',
+    ]
+    return _svg("gauge", 120, 14, f"{100 * mean:.1f} %, between {100 * low:.1f} and {100 * high:.1f} %", parts)
+
+
 def balance(parts: Sequence[tuple[str, int]]) -> str:
     """One bar divided in proportion to (kind, count); a count that is not 0 can always be seen."""
     total = sum(n for _, n in parts)

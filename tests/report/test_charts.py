@@ -100,6 +100,16 @@ def test_gauge_keeps_within_its_track() -> None:
         assert all(0 <= width <= 120 for width in widths)
 
 
+@pytest.mark.parametrize(("mean", "low", "high"), [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.5, 0.25, 1.0)])
+def test_whisker_is_to_scale(mean: float, low: float, high: float) -> None:
+    root = ET.fromstring(charts.whisker(mean, low, high))
+    track, line, dot = root
+    start, length = float(track.attrib["x"]), float(track.attrib["width"])
+    assert float(dot.attrib["cx"]) == pytest.approx(start + mean * length, abs=0.1)
+    assert float(line.attrib["x"]) == pytest.approx(start + low * length, abs=0.1)
+    assert float(line.attrib["width"]) == pytest.approx(max(1, (high - low) * length), abs=0.1)
+
+
 def test_balance_shows_one_sample_among_millions() -> None:
     root = ET.fromstring(charts.balance([("clean", 10_000_000), ("quarantined", 1), ("unreadable", 0)]))
     widths = {rect.get("class"): float(rect.attrib["width"]) for rect in root.iter("rect")}

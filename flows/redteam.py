@@ -1,0 +1,205 @@
+"""What would my pipeline catch on my data? Known attacks on a sample of it, the pipeline blind, models before/after."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flows.clean import CleanConfig, Cleaned, clean
+from flows.run import Run, save_config
+from sanitize.attack import AttackConfig, CleanLabelConfig, attacks_of, poison_shards
+from sanitize.data.dataset import Dataset
+from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.embed import EmbedderConfig, train_embedder
+from sanitize.errors import ConfigError
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.progress import track
+from sanitize.redteam import (
+    NONE,
+    Case,
+    FindingsConfig,
+    Measured,
+    PlannedAttack,
+    SampleConfig,
+    Samples,
+    case_name,
+    measure_case,
+    measures_of,
+    parse_requirement,
+    sample_shards,
+    sum_up,
+)
+from sanitize.report import write_redteam_report
+from sanitize.select import trusted_shards
+from sanitize.storage import exclusive
+
+DEFAULT_ATTACKS = ("badnets@1%", "badnets@5%", "blended@5%", "labels@5%")
+
+
+class RedTeamConfig(BaseModel):
+    """One red team; one YAML file.
+
+    Attributes:
+        clean: the pipeline that is put to the test, as `sanitize clean` takes it; its shards are the data.
+        sample: how much of the data is copied, to poison and to test on.
+        attacks: what is planted, each by itself: names such as badnets@1%, or settings of an attack. Case `none`, in
+            which nobody is at work, is always run: what is removed there is removed for nothing.
+        repeats: seeds of each case, counted up from that of `clean.compute`. The sample is the same for all.
+        model: of the models before and after. None: they are trained as the suspect model of the pipeline is, which
+            then is the model before; or, where that is no classifier trained here, as the embedder's defaults say.
+        require: requirements, such as `badnets@1%:recall>=0.9`; each is judged by the mean over the repeats.
+        level: of confidence intervals, in (0, 1).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clean: CleanConfig
+    sample: SampleConfig = SampleConfig()
+    attacks: tuple[PlannedAttack, ...] = Field(default=DEFAULT_ATTACKS, min_length=1, validate_default=True)
+    repeats: int = Field(default=2, ge=1)
+    model: EmbedderConfig | None = None
+    require: tuple[str, ...] = ()
+    level: float = Field(default=0.95, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _cases_can_be_told_apart_and_judged(self) -> Self:
+        names = [case_name(attack) for attack in self.attacks]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"attacks: two are called {min(twice)}; change the rate of one, or run it by itself")
+        for text in self.require:
+            parse_requirement(text, {name: measures_of(attack) for name, attack in self.cases.items()})
+        return self
+
+    @property
+    def cases(self) -> dict[str, AttackConfig | None]:
+        """Name -> attack, `none` first."""
+        return {NONE: None} | {case_name(attack): attack for attack in self.attacks}
+
+    @property
+    def trained(self) -> EmbedderConfig:
+        """How the models before and after are trained."""
+        embedder = self.clean.embedder
+        if self.model is not None:
+            return self.model
+        return embedder if isinstance(embedder, EmbedderConfig) and embedder.weights is None else EmbedderConfig()
+
+
+class Material(NamedTuple):
+    """What all cases work on: the sample, and both sides of it indexed."""
+
+    samples: Samples
+    train: Dataset
+    test: Dataset
+
+
+def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
+    """The order of work: sample, then each case with each seed (poison, clean, train, measure), sum up, page.
+
+    Returns:
+        Places, what was measured, and whether all requirements are met.
+    """
+    material = _material(config, run)
+    measured: dict[str, list[Measured]] = {name: [] for name in config.cases}
+    with track("red team", config.repeats * len(config.cases), "cases") as advance:
+        for seed in range(config.repeats):
+            untouched: Checkpoint | None = None
+            for name, attack in config.cases.items():
+                seeded = run.compute.model_copy(update={"seed": run.compute.seed + seed})
+                inside = run.inside(f"cases/{name.replace('%', '')}/{seed}", seeded)
+                of_case, before = _case(attack, untouched, material, config, inside)
+                untouched = untouched or before
+                measured[name].append(of_case)
+                advance(1)
+    cases = [Case(name, repeats) for name, repeats in measured.items()]
+    summing = FindingsConfig(level=config.level, require=config.require)
+    findings = run.stage("80-findings", sum_up, summing, cases)
+    report = run.stage("90-report", write_redteam_report, findings, material.samples)
+    result = findings.info | {"findings": findings.path, "report": report.url("index.html")}
+    save_config(config, run.out)
+    run.save("finished", **result)
+    return result
+
+
+def _material(config: RedTeamConfig, run: Run) -> Material:
+    """A sample of the data, and the index of it; of the data itself no image is decoded."""
+    found = find_shards(config.clean.shards)
+    trusted = trusted_shards(config.clean.trusted, found)
+    hashed = config.clean.index.model_copy(update={"check": "digest"})
+    source = run.sharded("00-source", index_shards, list(found), hashed, config.clean.shards)
+    samples = run.stage("01-sample", sample_shards, config.sample, source, trusted=trusted)
+    classes = config.clean.index.model_copy(update={"n_classes": source.n_classes})
+    train = run.stage("02-index-train", index_shards, classes, samples.paths("train"))
+    test = run.stage("03-index-test", index_shards, _index_like(train, config), samples.paths("test"))
+    n = train.n_samples
+    for attack in config.attacks:
+        if any(round(one.rate * n) == 0 for one in attacks_of(attack)):
+            raise ConfigError(f"{case_name(attack)} of {n} samples is none: raise sample.n_train, or the rate")
+    return Material(samples, train, test)
+
+
+def _index_like(train: Dataset, config: RedTeamConfig) -> IndexConfig:
+    """Shards are read as those of the sample: every model sees images of one size, and knows all classes."""
+    image = config.clean.index.image.model_copy(update={"size": train.image_shape[1:]})
+    return config.clean.index.model_copy(update={"n_classes": train.n_classes, "image": image})
+
+
+def _case(
+    attack: AttackConfig | None, untouched: Checkpoint | None, material: Material, config: RedTeamConfig, run: Run
+) -> tuple[Measured, Checkpoint]:
+    """One case with one seed: what was measured, and the model before; that of none is `untouched` to the others."""
+    samples, train, test = material
+    index = _index_like(train, config)
+    truth, shards = None, samples.paths("train")
+    if attack is not None:
+        needs_surrogate = any(isinstance(one, CleanLabelConfig) for one in attacks_of(attack))
+        surrogate = untouched if needs_surrogate else None
+        how = {"surrogate": surrogate, "spared": samples.trusted()}
+        truth = run.stage("10-poisoned", poison_shards, attack, train, **how)
+        shards = truth.shard_paths()
+    blind = {"shards": tuple(shards), "trusted": samples.trusted(), "index": index, "compute": run.compute}
+    cleaned = clean(config.clean.model_copy(update=blind), run.inside("clean", run.compute))
+    models = _models(cleaned, index, config, run)
+    if untouched is not None:
+        models["untouched"] = untouched
+    of_case = run.stage("90-measured", measure_case, attack, cleaned.selection, models, test, truth=truth)
+    return of_case, models["before"]
+
+
+def _models(cleaned: Cleaned, index: IndexConfig, config: RedTeamConfig, run: Run) -> dict[str, Checkpoint]:
+    """`before` has learned all that the pipeline was given, `after` what it kept; alike in all else, the seed too."""
+    before = cleaned.embedder  # which another training of this config on this data would give again
+    if config.trained != config.clean.embedder:
+        before = run.stage("60-model-before", train_embedder, config.trained, cleaned.dataset)
+    counts = cleaned.selection.manifest().counts
+    if not counts.get("quarantined", 0):
+        return {"before": before, "after": before}
+    kept = run.stage("70-index-kept", index_shards, index, cleaned.shards.clean())
+    return {"before": before, "after": run.stage("71-model-after", train_embedder, config.trained, kept)}
+
+
+def run_redteam(config: RedTeamConfig, out: str | Path, direct: bool) -> dict[str, Any]:
+    """Run the red team as a Prefect flow, or with plain function calls; both give the same digests.
+
+    Raises:
+        SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
+    """
+    refuse_inside(config.clean.shards, out)
+    with exclusive(out):
+        if direct:
+            return redteam(config, Run(out, config.clean.compute, config.clean.groups))
+        from flows.tasks import redteam_flow  # imports Prefect: a second that --direct need not wait for
+
+        return dict(redteam_flow(config, str(out)))
+
+
+STAGES: Sequence[Any] = (
+    index_shards,
+    sample_shards,
+    poison_shards,
+    train_embedder,
+    measure_case,
+    sum_up,
+    write_redteam_report,
+)

@@ -1,0 +1,31 @@
+"""What would a pipeline catch? Known attacks on a sample of somebody's data, and what became of them."""
+
+from sanitize.redteam.cases import NONE, PlannedAttack, attack_called, case_name, measures_of
+from sanitize.redteam.findings import Case, Findings, FindingsConfig, sum_up
+from sanitize.redteam.intervals import Estimate, clopper_pearson, estimate
+from sanitize.redteam.measure import MEASURES, Measured, measure_case
+from sanitize.redteam.requirements import Requirement, parse_requirement
+from sanitize.redteam.sample import SampleConfig, Samples, sample_shards
+
+__all__ = [
+    "MEASURES",
+    "NONE",
+    "Case",
+    "Estimate",
+    "Findings",
+    "FindingsConfig",
+    "Measured",
+    "PlannedAttack",
+    "Requirement",
+    "SampleConfig",
+    "Samples",
+    "attack_called",
+    "case_name",
+    "clopper_pearson",
+    "estimate",
+    "measure_case",
+    "measures_of",
+    "parse_requirement",
+    "sample_shards",
+    "sum_up",
+]

@@ -1,0 +1,175 @@
+"""What a pipeline did in one case: which samples it removed, and what models learned before and after.
+
+Every measure is a share, kept as two counts so that repeats can be pooled. B batch, C H W image.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.attack import AttackConfig, LabelNoiseConfig, OneAttack, Poisoned, attacks_of
+from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.decode import ImageConfig, decode, encode_png, fit
+from sanitize.data.samples import Sample, find_image
+from sanitize.data.tables import Selection
+from sanitize.errors import DataError
+from sanitize.loop import predict
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.progress import track
+
+MEASURES = {
+    "recall": "share of the poisoned samples that was removed",
+    "precision": "share of what was removed that is poisoned",
+    "false_removals": "share of the clean samples that was removed",
+    "acc_before": "accuracy on clean test samples, learned from the data as it came",
+    "acc_after": "accuracy on clean test samples, learned from what the pipeline kept",
+    "asr_before": "share of triggered test samples that get the attacker's label, learned from the data as it came",
+    "asr_after": "share of triggered test samples that get the attacker's label, learned from what the pipeline kept",
+    "asr_untouched": "the same of a model that never saw the attack: less cannot be asked for",
+}
+_AT_ONCE = 256
+_N_PICTURES = 8
+
+
+class Measured(Artifact):
+    """`counts.json`: measure -> [how many, of how many]. `pictures.png`: test images as they are, and triggered."""
+
+    @cached_property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Of each measure of the case how many there were, and of how many."""
+        return {measure: (part, whole) for measure, (part, whole) in self.read_json("counts.json").items()}
+
+    @property
+    def pictures(self) -> bytes | None:
+        """PNG of two rows of images; None where the attack has no trigger."""
+        return self.read("pictures.png") if "pictures.png" in self.manifest().files else None
+
+
+def measure_case(
+    config: AttackConfig | None,
+    selection: Selection,
+    models: Mapping[str, Checkpoint],
+    test: Dataset,
+    out: str,
+    compute: Compute,
+    truth: Poisoned | None = None,
+) -> Measured:
+    """Compare verdicts with the truth, and models before with models after.
+
+    Args:
+        config: the attack; None where there was none.
+        selection: the verdicts of the pipeline.
+        models: `before` and `after`; where there is a trigger, `untouched` may be a model that never saw the attack.
+        test: samples that no model learned from.
+        out: folder of the artifact.
+        compute: device and precision.
+        truth: which samples are poisoned; None where none is.
+
+    Raises:
+        DataError: verdicts and truth are not about the same samples.
+    """
+    compute.activate()
+    inputs = {"selection": selection.digest, "test": test.digest}
+    inputs |= {name: model.digest for name, model in models.items()}
+    recipe = Recipe(
+        stage="measure_case",
+        config={"attack": None if config is None else config.model_dump(mode="json")},
+        numerics=compute.numerics,
+        inputs=inputs | ({} if truth is None else {"truth": truth.digest}),
+    )
+    attacks = () if config is None else attacks_of(config)
+    triggers = [attack for attack in attacks if not isinstance(attack, LabelNoiseConfig)]
+
+    def write(part: Part) -> None:
+        counts = count_removals(selection, truth)
+        with track("measure", (1 + len(triggers)) * test.n_samples) as advance:
+            clean = ((batch.images_BCHW, batch.labels_B) for batch in test.batches(_AT_ONCE))
+            learned = {when: models[when] for when in ("before", "after")}
+            counts |= {f"acc_{when}": of for when, of in _answers(learned, clean, compute, advance).items()}
+            if triggers:
+                images = chain.from_iterable(triggered(trigger, test) for trigger in triggers)
+                counts |= {f"asr_{when}": of for when, of in _answers(models, images, compute, advance).items()}
+        part.write_json("counts.json", counts)
+        if triggers:
+            part.write("pictures.png", _pictures(triggers[0], test))
+
+    return make(Measured, out, recipe, write)
+
+
+def count_removals(selection: Selection, truth: Poisoned | None) -> dict[str, tuple[int, int]]:
+    """recall and precision where something is poisoned, and false_removals; what cannot be read is left out.
+
+    Raises:
+        DataError: verdicts and truth are not about the same samples.
+    """
+    counted: Counter[tuple[bool, str]] = Counter()  # is poisoned, what became of it
+    for shard in selection.shards:
+        verdicts = selection.rows(shard, ["status"])["status"].to_pylist()
+        poisoned = [False] * len(verdicts) if truth is None else truth.rows(shard, ["poisoned"])["poisoned"].to_pylist()
+        if len(poisoned) != len(verdicts):
+            raise DataError(f"shard {shard}: {len(verdicts)} verdicts on {len(poisoned)} samples")
+        counted.update(zip(poisoned, verdicts, strict=True))
+    found, missed = counted[True, "quarantined"], counted[True, "kept"]
+    lost, spared = counted[False, "quarantined"], counted[False, "kept"]
+    false_removals = {"false_removals": (lost, lost + spared)}
+    if truth is None:
+        return false_removals
+    return {"recall": (found, found + missed), "precision": (found, found + lost)} | false_removals
+
+
+def triggered(trigger: OneAttack, test: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
+    """Test images (B, C, H, W) with the trigger, and the labels that the attacker wants (B,), of the samples that have
+    another one.
+
+    The trigger is put on the image as it is stored, as in training data, and scaled with it.
+    """
+    image_config, size = ImageConfig.model_validate(test.info["image"]), test.image_shape[1:]
+    for shard in test.shards:
+        for batch in _batches(test, shard):
+            labels_B = torch.tensor([row["label"] for _, row in batch])
+            wanted_B = trigger.relabel(labels_B, test.n_classes, torch.Generator())
+            images = [
+                fit(trigger.apply(decode(find_image(sample)[1], image_config)[None])[0], size)
+                for (sample, _), is_other in zip(batch, (wanted_B != labels_B).tolist(), strict=True)
+                if is_other
+            ]
+            if images:
+                yield torch.stack(images), wanted_B[wanted_B != labels_B]
+
+
+def _batches(test: Dataset, shard: str) -> Iterator[list[tuple[Sample, dict[str, Any]]]]:
+    usable = ((sample, row) for sample, row in test.samples(shard) if row["status"] == "ok")
+    while batch := list(islice(usable, _AT_ONCE)):
+        yield batch
+
+
+def _answers(
+    models: Mapping[str, Checkpoint],
+    images: Iterator[tuple[Tensor, Tensor]],
+    compute: Compute,
+    advance: Callable[[int], None],
+) -> dict[str, tuple[int, int]]:
+    """Of each model how many answers are the wanted ones, and of how many."""
+    networks = {name: (checkpoint.model(), checkpoint.config.normalise) for name, checkpoint in models.items()}
+    hits, n = dict.fromkeys(models, 0), 0
+    for images_BCHW, wanted_B in images:
+        for name, (network, normalise) in networks.items():
+            logits_BK = predict(network, images_BCHW, normalise, compute)
+            hits[name] += int((logits_BK.argmax(1) == wanted_B).sum())
+        n += len(wanted_B)
+        advance(len(wanted_B))
+    return {name: (hits[name], n) for name in models}
+
+
+def _pictures(trigger: OneAttack, test: Dataset) -> bytes:
+    """A few test images, and below them the same with the trigger."""
+    images_BCHW = next(test.batches(_N_PICTURES)).images_BCHW
+    rows = [torch.cat(list(of_row), dim=2) for of_row in (images_BCHW, trigger.apply(images_BCHW))]
+    return encode_png(torch.cat(rows, dim=1))

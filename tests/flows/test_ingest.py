@@ -99,6 +99,7 @@ def verdicts_of(store: Path) -> dict[str, list[dict[str, Any]]]:
 # --- incremental is full ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)  # six batches and two refits
 def test_ten_shards_at_once_and_in_five_batches_are_the_same_and_nothing_old_is_read(
     store: Path, referenced: Path, incoming: Path, digits: Digits, tmp_path: Path
 ) -> None:
@@ -233,6 +234,7 @@ def test_a_store_without_a_reference_and_a_second_first_one_are_refused(
 # --- accidents --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(1200)
 def test_killed_thirty_times_and_two_at_once_every_shard_is_in_one_batch(
     approved: Path, digits: Digits, tmp_path: Path
 ) -> None:

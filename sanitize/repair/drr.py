@@ -128,7 +128,8 @@ class DRRConfig(BaseModel):
                 split = fit_class(z_NP[there_N], self.split, generator, at_least=self.min_separation)
                 if sample.head is not None and EVEN <= split.minority_fraction <= 1 - EVEN:
                     head = model.get_submodule(sample.head)
-                    split = surer_side(head, sample.pooled[sample.head], split, z_NP, there_N, self.ridge)
+                    at_head = sample.pooled[sample.head]
+                    split = side_by_head(head, at_head, split, z_NP, sample.predictions_N, label, self.ridge)
                 splits[name][label] = split
         return Clusters(splits, self.min_separation, self.small_class_separation, self.rank)
 
@@ -231,25 +232,28 @@ def oblique(v_Dk: Tensor, covariance_DD: Tensor, ridge: float) -> Tensor:
     return read_Dk @ torch.linalg.inv(v_Dk.T @ read_Dk)
 
 
-def surer_side(
-    head: nn.Module, x_ND: Tensor, split: ClassSplit, z_NP: Tensor, there_N: Tensor, ridge: float
+def side_by_head(
+    head: nn.Module, x_ND: Tensor, split: ClassSplit, z_NP: Tensor, predictions_N: Tensor, label: int, ridge: float
 ) -> ClassSplit:
     """The split with its suspicious side decided by the head, for an even split has no smaller part to suspect.
 
-    Each part in turn is taken for the poison and its direction removed. Poisoned images show another class: without
-    what the trigger adds, the head is sure which. Clean images of the class itself have nothing else to show.
+    Each part in turn is taken for the poison and its direction removed. Clean images of the class still show it in all
+    else that they are; poisoned images showed it in the trigger alone. So the part that the head then takes less for
+    the class is the poison.
 
     Args:
         head: the last Linear.
         x_ND: its inputs, of all classes.
-        split: of one class.
+        split: of the samples that are predicted as `label`.
         z_NP: the features that are split, of all classes.
-        there_N: which rows are of the class.
+        predictions_N: predicted classes.
+        label: of the class that is split.
         ridge: of the oblique projection.
     """
+    there_N = predictions_N == label
     upper_N = there_N.clone()
     upper_N[there_N] = log_odds(split, z_NP[there_N]) > 0
-    sureness = []
+    still_shown = []
     for part_N in (upper_N, there_N & ~upper_N):
         part, rest = x_ND[part_N], x_ND[~part_N]
         if min(len(part), len(rest)) < 2:
@@ -258,8 +262,8 @@ def surer_side(
         read_D1 = oblique(v_D1, rest.T.cov(correction=0), ridge)
         kept = part - (part - rest.mean(0)) @ read_D1 @ v_D1.T
         with torch.no_grad():
-            sureness.append(float(head.cpu()(kept.float()).softmax(1).amax(1).mean()))
-    if sureness[0] >= sureness[1]:
+            still_shown.append(float(head.cpu()(kept.float()).softmax(1)[:, label].mean()))
+    if still_shown[0] <= still_shown[1]:
         return split
     return split._replace(mixture=swapped(split.mixture), minority_fraction=1 - split.minority_fraction)
 

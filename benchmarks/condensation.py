@@ -222,8 +222,9 @@ def one_set(seed: int, per_class: int, name: str, n_test: int) -> dict[str, Any]
     else:
         config = matching(per_class, kind)
         start = time.process_time()
-        images_KMCHW, history = condense(config, pool, compute)
-        row |= {"last loss": history[-1]["loss"]}
+        condensed = condense(config, pool, compute)
+        images_KMCHW = condensed.images_KMCHW
+        row |= {"last loss": condensed.history[-1]["loss"]}
         row |= {"CPU s / iteration": (time.process_time() - start) / config.iterations}
     labels_N = torch.arange(NETWORK.n_classes).repeat_interleave(per_class)
     networks = judges.worth(images_KMCHW.flatten(0, 1), labels_N, learning(200 if per_class == 1 else 100), compute)

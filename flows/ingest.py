@@ -88,10 +88,10 @@ Committed = Callable[[dict[str, Any]], None]
 
 
 class Listing(NamedTuple):
-    """What is there: shards, how many of them had to be read to know them, and what is wrong with the others."""
+    """What is there: shards, those of them that had to be read, and what is wrong with others."""
 
     offered: list[Offered]
-    n_known: int
+    was_read: list[Offered]
     unreadable: list[str]
 
 
@@ -135,17 +135,17 @@ def ingest(config: IngestConfig, store: str, new_run: NewRun, committed: Committ
     for begun in ledger.read().unfinished:
         finish(begun)
     listing = list_shards(config.shards, ledger.read())
-    n_new = 0
+    claimed: set[Offered] = set()
     while (batch := claim(config, listing.offered, ledger)) is not None:
-        n_new += len(batch.claim.shards)
+        claimed |= set(batch.claim.shards)
         finish(batch)
     state = note_duplicates(listing.offered, ledger)
     write_feed(store, ledger)
     return {
         "batches": found,
-        "new": n_new,
-        "duplicates": len(listing.offered) - listing.n_known - n_new,
-        "known": listing.n_known,
+        "new": len(claimed),
+        "duplicates": len(set(listing.was_read) - claimed),
+        "known": len(listing.offered) - len(listing.was_read),
         "unreadable": listing.unreadable,
         "feed": join(store, FEED),
         "reference": state.reference.version,
@@ -156,9 +156,7 @@ def list_shards(sources: Sequence[str], state: State) -> Listing:
     """All shards that are there; one that was seen before is known by size and time, and is not read again."""
     state.reference  # noqa: B018 - raises where there is none, before anything is read
     urls = list(find_shards(sources).values())
-    offered: list[Offered] = []
-    unreadable = []
-    n_known = 0
+    offered, was_read, unreadable = [], [], []
 
     def look(url: str) -> Offered | str:
         try:
@@ -179,8 +177,8 @@ def list_shards(sources: Sequence[str], state: State) -> Listing:
                 unreadable.append(shard)
             else:
                 offered.append(shard)
-                n_known += shard.fingerprint in state.seen
-    return Listing(offered, n_known, unreadable)
+                was_read += [] if shard.fingerprint in state.seen else [shard]
+    return Listing(offered, was_read, unreadable)
 
 
 def _fingerprint(url: str) -> tuple[str, int, str]:

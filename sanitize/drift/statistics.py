@@ -98,7 +98,7 @@ def summarise_shards(
                     moments.update(projection(batch.z_BD[kept_B]), batch.labels_B[kept_B])
                     advance(len(batch.keys))
                 keys = _keys(dataset, embeddings, selection, shard, seed)
-                chosen = {half: bottom_k(pa.concat_tables([chosen[half], of(keys, half)]), k) for half in chosen}
+                chosen = {half: bottom_k(pa.concat_tables([chosen[half], half_of(keys, half)]), k) for half in chosen}
         for half, keys in chosen.items():
             _write_half(part, half, pa.concat_tables(_rows(embeddings, keys)), k)
         part.write("moments.safetensors", safetensors.torch.save(moments.state_dict()))
@@ -169,7 +169,7 @@ def bottom_k(rows: pa.Table, k: int) -> pa.Table:
     return rows.take(pa.array(order_n[rank_n < k]))
 
 
-def of(keys: pa.Table, half: str) -> pa.Table:
+def half_of(keys: pa.Table, half: str) -> pa.Table:
     """Rows of a half: by the lowest bit of the hash, and for calibration only what was kept."""
     is_odd_N = (keys["hash"].to_numpy() & np.uint64(1)).astype(bool)
     return keys.filter(pa.array(is_odd_N & keys["kept"].to_numpy() if half == CALIBRATE else ~is_odd_N))

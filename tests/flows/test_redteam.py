@@ -237,5 +237,6 @@ def test_models_are_trained_like_the_suspect_unless_another_is_asked_for(setting
 def test_defaults_are_cases(settings: dict[str, Any]) -> None:
     config = RedTeamConfig.model_validate({"clean": settings["clean"]})
     assert tuple(config.cases) == ("none", *DEFAULT_ATTACKS)
+    assert RedTeamConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
     with pytest.raises((ConfigError, ValidationError)):
         RedTeamConfig.model_validate({"clean": settings["clean"], "attacks": []})

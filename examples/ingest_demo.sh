@@ -13,8 +13,14 @@ export PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 PREFECT_CLI_PROMPT=
 mkdir -p "$SANITIZE_HOME"/data/{approved,incoming} "$SANITIZE_HOME"/runs
 
 say() { printf '\n== %s\n' "$*"; }
+
+stop() {  # stop PID: a worker that is asked to end waits for what it may never hear; then it is not asked again
+  kill "$1" 2>/dev/null || return 0
+  for _ in {1..20}; do kill -0 "$1" 2>/dev/null || return 0; sleep 0.5; done
+  kill -9 "$1" 2>/dev/null || true
+}
 # The worker first: without its server it would wait for it.
-trap 'for job in ${worker:-} ${server:-}; do kill "$job" && wait "$job"; done 2>/dev/null || true' EXIT
+trap '[ -z "${worker:-}" ] || stop "$worker"; [ -z "${server:-}" ] || stop "$server"' EXIT
 
 until_batch() {  # until_batch STATUS: wait until the ledger says it of a batch
   until grep -qsE "\"status\": *\"$1\"" "$SANITIZE_HOME"/runs/store/ledger/*.json; do

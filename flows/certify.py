@@ -78,6 +78,7 @@ def run_certify(config: CertifyRunConfig, out: str | Path, direct: bool) -> dict
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
+    refuse_inside(config.shards, out)  # before there is a lock in it
     if direct:
         with exclusive(out):
             return certify(config, Run(out, config.compute, config.n_groups))

@@ -142,6 +142,7 @@ def run_clean(config: CleanConfig, out: str | Path, direct: bool) -> dict[str, A
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
+    refuse_inside(config.shards, out)  # before there is a lock in it
     if direct:
         with exclusive(out):
             return summary(clean(config, Run(out, config.compute)))

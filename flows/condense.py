@@ -70,6 +70,7 @@ def run_condense(config: CondenseRunConfig, out: str | Path, direct: bool) -> di
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
+    refuse_inside((*config.shards, *config.test_shards), out)  # before there is a lock in it
     if direct:
         with exclusive(out):
             return condense(config, Run(out, config.compute, config.n_groups))

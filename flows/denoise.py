@@ -66,6 +66,7 @@ def run_denoise(config: DenoiseRunConfig, out: str | Path, direct: bool) -> dict
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
+    refuse_inside(config.shards, out)  # before there is a lock in it
     if direct:
         with exclusive(out):
             return denoise(config, Run(out, config.compute, config.n_groups))

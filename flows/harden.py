@@ -105,6 +105,7 @@ def run_harden(config: HardenConfig, out: str | Path, direct: bool) -> dict[str,
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
+    refuse_inside(config.all_shards, out)  # before there is a lock in it
     if direct:
         with exclusive(out):
             return harden(config, Run(out, config.compute, config.n_groups))

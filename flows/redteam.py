@@ -186,6 +186,7 @@ def run_redteam(config: RedTeamConfig, out: str | Path, direct: bool) -> dict[st
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
+    refuse_inside(config.clean.shards, out)  # before there is a lock in it
     if direct:
         with exclusive(out):
             return redteam(config, Run(out, config.clean.compute, config.clean.groups))

@@ -81,6 +81,7 @@ def run_robustness(config: RobustnessRunConfig, out: str | Path, direct: bool) -
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
+    refuse_inside((*config.shards, *config.train_shards), out)  # before there is a lock in it
     if direct:
         with exclusive(out):
             return robustness(config, Run(out, config.compute, config.n_groups))

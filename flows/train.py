@@ -149,6 +149,7 @@ def run_train(config: TrainRunConfig, out: str | Path, direct: bool) -> dict[str
     """
     if world()[0] > 0:
         return train(config, Run(out, config.compute))
+    refuse_inside((*config.shards, *config.test_shards, *config.unlabelled_shards), out)  # before there is a lock in it
     if direct:
         with exclusive(out):
             return train(config, Run(out, config.compute, config.n_groups))

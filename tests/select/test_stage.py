@@ -165,17 +165,17 @@ def test_the_verdicts_do_not_depend_on_how_the_work_was_interrupted(
     scores = make_scores(tmp_path / "scores", mixed, by_position)
     config = SelectConfig(rule=ContaminationRule(rate=0.1))
     whole = select_samples(config, mixed, [scores], str(tmp_path / "whole"), compute)
-    real = stage._verdicts
+    real = stage.verdicts_of_shard
 
     def interrupted(dataset: Dataset, of: Scores, shard: str, *more: dict) -> list[dict]:
         if shard == "b.tar":
             raise KeyboardInterrupt
         return real(dataset, of, shard, *more)
 
-    monkeypatch.setattr(stage, "_verdicts", interrupted)
+    monkeypatch.setattr(stage, "verdicts_of_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         select_samples(config, mixed, [scores], str(tmp_path / "again"), compute)
-    monkeypatch.setattr(stage, "_verdicts", real)
+    monkeypatch.setattr(stage, "verdicts_of_shard", real)
     assert select_samples(config, mixed, [scores], str(tmp_path / "again"), compute).digest == whole.digest
 
 

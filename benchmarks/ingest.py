@@ -111,7 +111,7 @@ def main() -> None:
     """Command line."""
     options = quick_or_full(__doc__).parse_args()
     torch.set_num_threads(1)
-    start, n_seeds, n_repeats = time.perf_counter(), 1 if options.quick else 20, 1 if options.quick else 5
+    start, n_seeds, n_repeats = time.perf_counter(), 5 if options.quick else 20, 1 if options.quick else 5
     found: dict[float, list[dict[str, Any]]] = {rate: [] for rate in RATES}
     costs: list[dict[str, Any]] = []
     for seed in range(options.first_seed, options.first_seed + n_seeds):

@@ -6,17 +6,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.run import Run, save_config
+from flows.run import Run, claimed, save_config
 from flows.runner import RunnerConfig, Threads
 from flows.train import packaged
 from sanitize.certify import CertifySmoothingConfig, certify_partitions, certify_smoothing
 from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.data.sources import find_shards
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.package import open_model, package_model
 from sanitize.report import write_certificate_report
-from sanitize.storage import exclusive
 
 
 class CertifyRunConfig(BaseModel):
@@ -49,7 +48,6 @@ def certify(config: CertifyRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and what is proved.
     """
-    refuse_inside(config.shards, run.out)
     model = open_model(config.model)
     shards = list(find_shards(config.shards))
     dataset = run.sharded(
@@ -78,9 +76,8 @@ def run_certify(config: CertifyRunConfig, out: str | Path, direct: bool) -> dict
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside(config.shards, out)  # before there is a lock in it
     if direct:
-        with exclusive(out):
+        with claimed(out, config.shards):
             return certify(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import certify_flow  # imports Prefect: a second that --direct need not wait for
 

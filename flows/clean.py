@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flows.run import Run, save_config
+from flows.run import Run, claimed, save_config
 from flows.runner import RunnerConfig, Threads
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.data.sources import find_shards
 from sanitize.data.tables import Embeddings, Scores, Selection
 from sanitize.embed import (
     AnyEmbedderConfig,
@@ -35,7 +35,6 @@ from sanitize.select import (
     trusted_shards,
     write_selected,
 )
-from sanitize.storage import exclusive
 
 
 class CleanConfig(BaseModel):
@@ -107,7 +106,6 @@ class Cleaned(NamedTuple):
 
 def clean(config: CleanConfig, run: Run) -> Cleaned:
     """The order of work, written once: index, embed, score, select, write, report."""
-    refuse_inside(config.shards, run.out)
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
     dataset = run.sharded("00-index", index_shards, names, config.index, config.shards)
@@ -142,9 +140,8 @@ def run_clean(config: CleanConfig, out: str | Path, direct: bool) -> dict[str, A
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside(config.shards, out)  # before there is a lock in it
     if direct:
-        with exclusive(out):
+        with claimed(out, config.shards):
             return summary(clean(config, Run(out, config.compute)))
     from flows.tasks import clean_flow  # imports Prefect: a second that --direct need not wait for
 

@@ -6,15 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.run import Run, save_config
+from flows.run import Run, claimed, save_config
 from flows.runner import RunnerConfig, Threads
 from flows.train import index_more
 from sanitize.compute import Compute
 from sanitize.condense import CondenseConfig, condense_dataset
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.data.sources import find_shards
 from sanitize.report import write_condensation_report
-from sanitize.storage import exclusive
 
 
 class CondenseRunConfig(BaseModel):
@@ -39,6 +38,11 @@ class CondenseRunConfig(BaseModel):
     compute: Compute = Compute()
     runner: RunnerConfig = Threads()
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Everything that is read."""
+        return (*self.shards, *self.test_shards)
+
 
 def condense(config: CondenseRunConfig, run: Run) -> dict[str, Any]:
     """The order of work: index, condense, report.
@@ -46,7 +50,6 @@ def condense(config: CondenseRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, the last row of the history, and what networks that learned from the set reach on the test shards.
     """
-    refuse_inside((*config.shards, *config.test_shards), run.out)
     dataset = run.sharded("00-index", index_shards, list(find_shards(config.shards)), config.index, config.shards)
     test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)
     condensed = run.stage("70-condensed", condense_dataset, config.condense, dataset, test=test)
@@ -70,9 +73,8 @@ def run_condense(config: CondenseRunConfig, out: str | Path, direct: bool) -> di
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside((*config.shards, *config.test_shards), out)  # before there is a lock in it
     if direct:
-        with exclusive(out):
+        with claimed(out, config.sources):
             return condense(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import condense_flow  # imports Prefect: a second that --direct need not wait for
 

@@ -6,14 +6,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.run import Run, save_config
+from flows.run import Run, claimed, save_config
 from flows.runner import RunnerConfig, Threads
 from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.data.sources import find_shards
 from sanitize.denoise import DenoiseConfig, PCAConfig, denoise_shards, fit_pca
 from sanitize.report import write_denoising_report
-from sanitize.storage import exclusive
 
 
 class DenoiseRunConfig(BaseModel):
@@ -44,7 +43,6 @@ def denoise(config: DenoiseRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and how many samples were written.
     """
-    refuse_inside(config.shards, run.out)
     shards = list(find_shards(config.shards))
     dataset = run.sharded("00-index", index_shards, shards, config.index, config.shards)
     pca = run.stage("10-pca", fit_pca, config.pca, dataset)
@@ -66,9 +64,8 @@ def run_denoise(config: DenoiseRunConfig, out: str | Path, direct: bool) -> dict
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside(config.shards, out)  # before there is a lock in it
     if direct:
-        with exclusive(out):
+        with claimed(out, config.shards):
             return denoise(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import denoise_flow  # imports Prefect: a second that --direct need not wait for
 

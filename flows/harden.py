@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.certify import as_the_model_sees
-from flows.run import Run, save_config
+from flows.run import Run, claimed, save_config
 from flows.runner import RunnerConfig, Threads
 from flows.train import packaged
 from sanitize.attack import Poisoned
@@ -15,13 +15,12 @@ from sanitize.certify import CertifySmoothingConfig, certify_smoothing
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.data.sources import find_shards
 from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.package import PACKAGE, open_model, package_model
 from sanitize.repair import RepairModelConfig, repair_model
 from sanitize.report import write_certificate_report
-from sanitize.storage import exclusive
 
 
 class HardenConfig(BaseModel):
@@ -56,7 +55,7 @@ class HardenConfig(BaseModel):
     runner: RunnerConfig = Threads()
 
     @property
-    def all_shards(self) -> tuple[str, ...]:
+    def sources(self) -> tuple[str, ...]:
         """Everything that is read."""
         return (*self.shards, *self.clean_shards, *self.test_shards)
 
@@ -67,7 +66,6 @@ def harden(config: HardenConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and what was measured before and after.
     """
-    refuse_inside(config.all_shards, run.out)
     if config.smoothing is not None and not config.test_shards:
         raise ConfigError("`smoothing:` certifies predictions on test shards: give test_shards")
     model = open_model(config.model)
@@ -105,9 +103,8 @@ def run_harden(config: HardenConfig, out: str | Path, direct: bool) -> dict[str,
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside(config.all_shards, out)  # before there is a lock in it
     if direct:
-        with exclusive(out):
+        with claimed(out, config.sources):
             return harden(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import harden_flow  # imports Prefect: a second that --direct need not wait for
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.clean import CleanConfig, Cleaned, clean
-from flows.run import Run, save_config
+from flows.run import Run, claimed, save_config
 from sanitize.attack import AttackConfig, CleanLabelConfig, attacks_of, poison_shards
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.data.sources import find_shards
 from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
@@ -33,7 +33,6 @@ from sanitize.redteam import (
 )
 from sanitize.report import write_redteam_report
 from sanitize.select import trusted_shards
-from sanitize.storage import exclusive
 
 DEFAULT_ATTACKS = ("badnets@1%", "badnets@5%", "blended@5%", "labels@5%")
 
@@ -100,7 +99,6 @@ def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, what was measured, and whether all requirements are met.
     """
-    refuse_inside(config.clean.shards, run.out)
     material = _material(config, run)
     measured: dict[str, list[Measured]] = {name: [] for name in config.cases}
     with track("red team", config.repeats * len(config.cases), "cases") as advance:
@@ -186,9 +184,8 @@ def run_redteam(config: RedTeamConfig, out: str | Path, direct: bool) -> dict[st
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside(config.clean.shards, out)  # before there is a lock in it
     if direct:
-        with exclusive(out):
+        with claimed(out, config.clean.shards):
             return redteam(config, Run(out, config.clean.compute, config.clean.groups))
     from flows.tasks import redteam_flow  # imports Prefect: a second that --direct need not wait for
 

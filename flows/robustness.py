@@ -7,17 +7,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.certify import as_the_model_sees
-from flows.run import Run, save_config
+from flows.run import Run, claimed, save_config
 from flows.runner import RunnerConfig, Threads
 from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.data.sources import find_shards
 from sanitize.denoise import PCAConfig, fit_pca
 from sanitize.errors import ConfigError
 from sanitize.measure import RobustnessConfig, measure_robustness
 from sanitize.package import open_model
 from sanitize.report import write_robustness_report
-from sanitize.storage import exclusive
 
 
 class RobustnessRunConfig(BaseModel):
@@ -46,6 +45,11 @@ class RobustnessRunConfig(BaseModel):
     compute: Compute = Compute()
     runner: RunnerConfig = Threads()
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Everything that is read."""
+        return (*self.shards, *self.train_shards)
+
 
 def robustness(config: RobustnessRunConfig, run: Run) -> dict[str, Any]:
     """The order of work: index, principal components, attack, page.
@@ -53,7 +57,6 @@ def robustness(config: RobustnessRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and what was measured.
     """
-    refuse_inside((*config.shards, *config.train_shards), run.out)
     model = open_model(config.model)
     if model.config.n_networks > 1:
         raise ConfigError(f"{config.model} votes, and votes have no gradient to attack by: certify it instead")
@@ -81,9 +84,8 @@ def run_robustness(config: RobustnessRunConfig, out: str | Path, direct: bool) -
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
     """
-    refuse_inside((*config.shards, *config.train_shards), out)  # before there is a lock in it
     if direct:
-        with exclusive(out):
+        with claimed(out, config.sources):
             return robustness(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import robustness_flow  # imports Prefect: a second that --direct need not wait for
 

@@ -4,7 +4,8 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -16,8 +17,9 @@ from pydantic import BaseModel
 from sanitize import __version__
 from sanitize.artifacts import MANIFEST, Artifact
 from sanitize.compute import Compute
+from sanitize.data.sources import refuse_inside
 from sanitize.distributed import first_before_others, world
-from sanitize.storage import create, exists, join
+from sanitize.storage import create, exclusive, exists, join
 
 logger = logging.getLogger("sanitize.run")
 A = TypeVar("A", bound=Artifact)
@@ -106,6 +108,21 @@ class Run:
         }
         with create(join(self.out, "run.json")) as writer:
             writer.write(json.dumps(record, indent=2).encode() + b"\n")
+
+
+@contextmanager
+def claimed(out: str | Path, sources: Sequence[str]) -> Iterator[None]:
+    """Work in a run folder that is this process' alone and that no shards are read from.
+
+    The lock is a file in the folder, so the second is checked first.
+
+    Raises:
+        ConfigError: `sources` are searched for in a folder that it lies in.
+        ArtifactError: another process is at work on it.
+    """
+    refuse_inside(sources, out)
+    with exclusive(out):
+        yield
 
 
 def save_config(config: BaseModel, out: str) -> None:

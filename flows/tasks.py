@@ -1,7 +1,7 @@
 """Prefect: each stage wrapped once as a task, and the flows. The only module that imports Prefect."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -38,13 +38,13 @@ from flows.harden import HardenConfig
 from flows.ingest import IngestConfig
 from flows.redteam import RedTeamConfig
 from flows.robustness import RobustnessRunConfig
-from flows.run import Run
+from flows.run import Run, claimed
 from flows.runner import Processes, Ray, RunnerConfig, Threads, is_transient
 from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
-from sanitize.storage import absolute, exclusive, is_local
+from sanitize.storage import absolute, is_local
 
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
@@ -180,17 +180,21 @@ def _task_runner(config: RunnerConfig) -> Iterator[TaskRunner[Any]]:
             except ImportError as error:
                 raise ConfigError("runner 'ray' needs an extra: pip install 'sanitize[ray]'") from error
             options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_retries": config.retries}
-            # The address goes around the runner, which would take "auto" for a new cluster.
-            with remote_options(**options), RayTaskRunner(init_kwargs={"address": config.address}) as ray:
+            # The address goes around the runner, which would take "auto" for a new cluster. One that lives as long as
+            # this run gets no dashboard: seconds, and an open port.
+            joined = {"address": config.address, "include_dashboard": False}
+            with remote_options(**options), RayTaskRunner(init_kwargs=joined) as ray:
                 yield ray
 
 
 @contextmanager
-def _run(out: str, compute: Compute, n_groups: int, config: RunnerConfig) -> Iterator[PrefectRun]:
+def _run(
+    out: str, sources: Sequence[str], compute: Compute, n_groups: int, config: RunnerConfig
+) -> Iterator[PrefectRun]:
     """The run of a flow. In `out`, "{scheduled}" stands for when it was due: one folder a run, for retries the same."""
     if SCHEDULED in out:
         out = out.replace(SCHEDULED, flow_run.scheduled_start_time.strftime("%Y%m%dT%H%M%SZ"))
-    with exclusive(out), _task_runner(config) as runner:
+    with claimed(out, sources), _task_runner(config) as runner:
         yield PrefectRun(out, compute, n_groups, runner)
 
 
@@ -202,7 +206,7 @@ def _flow(name: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict
 @_flow("clean")
 def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
     """Clean shards: index, embed, score, select, write, report."""
-    with _run(out, config.compute, config.groups, config.runner) as run:
+    with _run(out, config.shards, config.compute, config.groups, config.runner) as run:
         summary = clean_job.summary(clean_job.clean(config, run))
         return run.publish("clean", summary, _counted(summary["samples"]))
 
@@ -232,42 +236,42 @@ def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
 @_flow("train")
 def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
     """Train a robust model: index, pre-train where asked, train, score samples by how often they were dropped."""
-    with _run(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.sources, config.compute, config.n_groups, config.runner) as run:
         return run.publish("train", train_job.train(config, run))
 
 
 @_flow("certify")
 def certify_flow(config: CertifyRunConfig, out: str) -> dict[str, Any]:
     """Certify a trained model: index, certify, package, report."""
-    with _run(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.shards, config.compute, config.n_groups, config.runner) as run:
         return run.publish("certify", certify_job.certify(config, run))
 
 
 @_flow("harden")
 def harden_flow(config: HardenConfig, out: str) -> dict[str, Any]:
     """Repair a model that may have learned a backdoor: index, repair, certify where asked, package."""
-    with _run(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.sources, config.compute, config.n_groups, config.runner) as run:
         return run.publish("harden", harden_job.harden(config, run))
 
 
 @_flow("condense")
 def condense_flow(config: CondenseRunConfig, out: str) -> dict[str, Any]:
     """Condense shards: index, learn a few images a class, measure what networks learn from them."""
-    with _run(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.sources, config.compute, config.n_groups, config.runner) as run:
         return run.publish("condense", condense_job.condense(config, run))
 
 
 @_flow("denoise")
 def denoise_flow(config: DenoiseRunConfig, out: str) -> dict[str, Any]:
     """Modify training images: index, principal components, PCA-noise, page."""
-    with _run(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.shards, config.compute, config.n_groups, config.runner) as run:
         return run.publish("denoise", denoise_job.denoise(config, run))
 
 
 @_flow("robustness")
 def robustness_flow(config: RobustnessRunConfig, out: str) -> dict[str, Any]:
     """Attack a trained model: index, principal components, smallest perturbations, page."""
-    with _run(out, config.compute, config.n_groups, config.runner) as run:
+    with _run(out, config.sources, config.compute, config.n_groups, config.runner) as run:
         return run.publish("robustness", robustness_job.robustness(config, run))
 
 
@@ -275,7 +279,7 @@ def robustness_flow(config: RobustnessRunConfig, out: str) -> dict[str, Any]:
 def redteam_flow(config: RedTeamConfig, out: str) -> dict[str, Any]:
     """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page."""
     clean = config.clean
-    with _run(out, clean.compute, clean.groups, clean.runner) as run:
+    with _run(out, clean.shards, clean.compute, clean.groups, clean.runner) as run:
         return run.publish("redteam", redteam_job.redteam(config, run))
 
 

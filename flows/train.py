@@ -6,13 +6,13 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flows.run import Run, save_config
+from flows.run import Run, claimed, save_config
 from flows.runner import RunnerConfig, Threads
 from sanitize.certify import Certificates, PartitionConfig, certify_partitions, train_partitions
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.data.sources import find_shards
 from sanitize.denoise import PCAConfig, fit_pca
 from sanitize.distributed import world
 from sanitize.embed import SimCLRConfig, pretrain_simclr
@@ -20,7 +20,6 @@ from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.package import PACKAGE, package_model
 from sanitize.report import write_certificate_report, write_training_report
-from sanitize.storage import exclusive
 from sanitize.train import DropScorerConfig, TrainConfig, drop_scores, train_robust
 
 
@@ -69,6 +68,11 @@ class TrainRunConfig(BaseModel):
             raise ConfigError("`partition:` trains in place of `train:`: leave one of them out")
         return self
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Everything that is read."""
+        return (*self.shards, *self.test_shards, *self.unlabelled_shards)
+
 
 def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
     """The order of work: index, pre-train, train, score the samples by how often they were dropped, package.
@@ -76,7 +80,6 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places and the last row of the history, for people and machines.
     """
-    refuse_inside((*config.shards, *config.test_shards, *config.unlabelled_shards), run.out)
     dataset = run.sharded("00-index", index_shards, list(find_shards(config.shards)), config.index, config.shards)
     test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)
     if config.partition is not None:
@@ -149,9 +152,8 @@ def run_train(config: TrainRunConfig, out: str | Path, direct: bool) -> dict[str
     """
     if world()[0] > 0:
         return train(config, Run(out, config.compute))
-    refuse_inside((*config.shards, *config.test_shards, *config.unlabelled_shards), out)  # before there is a lock in it
     if direct:
-        with exclusive(out):
+        with claimed(out, config.sources):
             return train(config, Run(out, config.compute, config.n_groups))
     from flows.tasks import train_flow  # imports Prefect: a second that --direct need not wait for
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from flows.cli.app import (
     AsJson,
@@ -99,7 +100,10 @@ def redteam(
 
 
 def _show(result: dict[str, Any]) -> None:
-    table = Table("case", "caught", "right", "lost", "ACC before", "after", "ASR before", "after", "untouched")
+    names = ("caught", "right", "lost", "ACC\nbefore", "after", "ASR\nbefore", "after", "untouched")
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    # It fits into 80 columns: cut, badnets@1% and badnets@5% would look alike.
+    table = Table(Column("case", overflow="fold"), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     measures = ("recall", "precision", "false_removals", "acc_before", "acc_after", "asr_before", "asr_after")
     for case in result["cases"]:
         of = case["measures"]

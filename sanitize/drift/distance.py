@@ -13,7 +13,8 @@ mean is what the distance is reduced by. The effect is that reduced distance in 
 
 **Rate**: x of n samples were removed, in the reference x' of n'. With Jeffreys' prior the number to expect is
 beta-binomial, which knows how uncertain the reference is: p = P(X >= x), X ~ BetaBin(n, x' + 1/2, n' - x' + 1/2). The
-effect is x / n - x' / n'. Only an excess counts.
+effect is x / n - x' / n'. Only an excess counts. What is removed of a batch by design, because each of its samples is
+judged at a level and those of the reference were not, is counted as removed from the reference too.
 
 **Priors**: the share of each class. Pearson's chi-squared for two samples; the effect is the total variation distance,
 reduced by what two samples of one distribution are apart on average, sum_y sqrt(p_y (1 - p_y) (1/n + 1/n') / (2 pi)).
@@ -105,10 +106,11 @@ def together(found: Sequence[Distance], weights: Sequence[float]) -> Distance:
     return Distance(float(shares @ squared), float(shares @ mean), float(shares**2 @ variance))
 
 
-def excess(x: int, n: int, reference_x: int, reference_n: int) -> Answer:
-    """Of x among n over what the reference has."""
-    p_value = stats.betabinom.sf(x - 1, n, reference_x + 0.5, reference_n - reference_x + 0.5)
-    return Answer(float(p_value), x / n - reference_x / max(1, reference_n))
+def excess(x: int, n: int, reference_x: int, reference_n: int, by_design: float = 0.0) -> Answer:
+    """Of x among n over what the reference has, and a share `by_design` in [0, 1) of the others."""
+    expected = reference_x + by_design * (reference_n - reference_x)
+    p_value = stats.betabinom.sf(x - 1, n, expected + 0.5, reference_n - expected + 0.5)
+    return Answer(float(p_value), x / n - expected / max(1, reference_n))
 
 
 def priors(counts_K: np.ndarray, reference_K: np.ndarray) -> Answer:

@@ -78,7 +78,14 @@ class Finding(NamedTuple):
 
 
 def check_drift(
-    config: DriftConfig, reference: Statistics, batch: Statistics, projection: Projection, out: str, compute: Compute
+    config: DriftConfig,
+    reference: Statistics,
+    batch: Statistics,
+    projection: Projection,
+    out: str,
+    compute: Compute,
+    *,
+    by_design: float = 0.0,
 ) -> Drift:
     """Compare what is remembered of a batch with what is remembered of the reference.
 
@@ -88,6 +95,8 @@ def check_drift(
         projection: of the reference.
         out: folder of the artifact.
         compute: seed of the draws.
+        by_design: share of clean samples, in [0, 1), that is removed where samples are judged one by one, and was not
+            when the reference was made.
 
     Raises:
         ArtifactError: the statistics are in other coordinates.
@@ -96,7 +105,7 @@ def check_drift(
     inputs = {"reference": reference, "batch": batch, "projection": projection}
     recipe = Recipe(
         stage="check_drift",
-        config=config.model_dump(mode="json"),
+        config=config.model_dump(mode="json") | {"by_design": by_design},
         numerics=compute.numerics,
         inputs={name: artifact.digest for name, artifact in inputs.items()},
     )
@@ -105,7 +114,8 @@ def check_drift(
             raise ArtifactError(f"{statistics.path} was made with another projection than {projection.path}")
 
     def write(part: Part) -> None:
-        found = [*_shifts(config, reference, batch, projection, compute), *_counted(config, reference, batch)]
+        shifts = _shifts(config, reference, batch, projection, compute)
+        found = [*shifts, *_counted(config, reference, batch, by_design)]
         part.write_json("drift.json", _judged(config, found, reference, batch))
 
     return make(Drift, out, recipe, write)
@@ -150,18 +160,18 @@ def _pools(reference: Statistics, projection: Projection) -> dict[int, Tensor]:
     return {label: torch.cat(pieces) for label, pieces in pools.items()}
 
 
-def _counted(config: DriftConfig, reference: Statistics, batch: Statistics) -> Iterator[Finding]:
+def _counted(config: DriftConfig, reference: Statistics, batch: Statistics, by_design: float) -> Iterator[Finding]:
     nothing = {"n": 0, "removed": 0}
     here, there = batch.counts, reference.counts
     for label in sorted(here):
         x, n = here[label]["removed"], here[label]["n"]
         reference_x, reference_n = (there.get(label, nothing)[name] for name in ("removed", "n"))
         if n >= config.min_samples <= reference_n:
-            yield Finding("removed", label, excess(x, n, reference_x, reference_n), config.removed)
+            yield Finding("removed", label, excess(x, n, reference_x, reference_n, by_design), config.removed)
         elif n >= config.min_samples:
             yield Finding("unknown", label, Answer(0.0, float(n)), config.min_samples)
     (x, n), (reference_x, reference_n) = _total(here), _total(there)
-    yield Finding("removed", None, excess(x, n, reference_x, reference_n), config.overall_removed)
+    yield Finding("removed", None, excess(x, n, reference_x, reference_n, by_design), config.overall_removed)
     bad, reference_bad = batch.info["unreadable"], reference.info["unreadable"]
     answer = excess(bad, n + bad, reference_bad, reference_n + reference_bad)
     yield Finding("unreadable", None, answer, config.unreadable)

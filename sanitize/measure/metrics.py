@@ -6,7 +6,6 @@ Where a share has nothing in its denominator it is NaN, never a comfortable 0 or
 from typing import NamedTuple
 
 import numpy as np
-import sklearn.metrics
 from torch import Tensor
 
 
@@ -46,7 +45,9 @@ def auroc(scores_N: np.ndarray, poisoned_N: np.ndarray) -> float:
     """Area under the ROC curve; NaN where all samples are of one kind."""
     if poisoned_N.all() or not poisoned_N.any():
         return float("nan")
-    return float(sklearn.metrics.roc_auc_score(poisoned_N, scores_N))
+    from sklearn.metrics import roc_auc_score  # two seconds, which most processes need not spend
+
+    return float(roc_auc_score(poisoned_N, scores_N))
 
 
 def accuracy(logits_NK: Tensor, labels_N: Tensor) -> float:

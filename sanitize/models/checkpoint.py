@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Self, cast
 
 import safetensors.torch
 import torch
-import torchvision.models
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
@@ -170,6 +169,8 @@ class ModelConfig(BaseModel):
 
 
 def _torchvision(name: str, n_classes: int) -> nn.Module:
+    import torchvision.models  # three seconds, which only this network is worth
+
     # Only its classifiers: a detection model would fetch the weights of its backbone from the network.
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ConfigError(

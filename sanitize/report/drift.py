@@ -33,7 +33,7 @@ def write_drift_report(drift: Drift, out: str, compute: Compute) -> Report:
             **{name: drift.info[name] for name in ("verdict", "reasons", "level", "n_compared")},
             "overall": [answer for answer in drift.info["answers"] if answer["label"] is None],
             "classes": _classes(drift.info),
-            "limits": DriftConfig.model_validate(made.config).model_dump(),
+            "limits": {name: made.config[name] for name in DriftConfig.model_fields},
             "digest": drift.digest,
             "recipe": made.model_dump(mode="json"),
             "versions": versions([]),

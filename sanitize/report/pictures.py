@@ -8,12 +8,10 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from sanitize.data.dataset import Dataset
-from sanitize.data.decode import BadImage, ImageConfig, decode, encode_png
+from sanitize.data.decode import BadImage, ImageConfig, decode, encode_png, resized
 from sanitize.data.names import printable
 from sanitize.data.samples import SampleLimits, ShardReader
 from sanitize.errors import SanitizeError
@@ -81,6 +79,4 @@ def shrink(image_CHW: Tensor, side: int) -> Tensor:
     scale = side / max(height, width)
     if scale >= 1:
         return image_CHW
-    size = [max(1, round(height * scale)), max(1, round(width * scale))]
-    small_CHW: Tensor = v2.functional.resize(image_CHW, size, antialias=True)
-    return small_CHW.to(torch.uint8)
+    return resized(image_CHW, (max(1, round(height * scale)), max(1, round(width * scale))))

@@ -57,6 +57,10 @@ class JudgeConfig(BaseModel):
     select: SelectConfig = SelectConfig()
     level: float | None = Field(default=0.001, gt=0, lt=0.5)
 
+    def false_flags(self, n_scorers: int) -> float:
+        """Share of clean samples that get a flag because of `level`, at most (Bonferroni)."""
+        return min(0.5, n_scorers * (self.level or 0.0))
+
 
 def judge_shards(
     config: JudgeConfig,

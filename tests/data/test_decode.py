@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import v2
 
-from sanitize.data.decode import BadImage, ImageConfig, decode, encode_png, fit, image_header
+from sanitize.data.decode import BadImage, ImageConfig, decode, encode_png, fit, image_header, resized
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
@@ -300,6 +301,15 @@ def test_any_image_is_brought_to_any_size(shape: tuple[int, int], size: tuple[in
     assert fitted.shape == (3, *size)
     assert fitted.dtype == torch.uint8
     assert (fitted == 77).all()
+
+
+@given(st.tuples(*[st.integers(1, 90)] * 2), st.tuples(*[st.integers(1, 60)] * 2), st.sampled_from([1, 3]))
+@settings(deadline=None)
+def test_resizing_is_what_torchvision_does(shape: tuple[int, int], size: tuple[int, int], channels: int) -> None:
+    image_CHW = torch.randint(256, (*shape, channels), dtype=torch.uint8).permute(2, 0, 1)
+    theirs_CHW = v2.functional.resize(image_CHW, list(size), antialias=True)
+    # Exactly, but on processors where torchvision takes the way over float32.
+    assert (resized(image_CHW, size).int() - theirs_CHW.int()).abs().max() <= 1
 
 
 def test_an_image_of_the_right_size_is_not_touched() -> None:

@@ -95,6 +95,17 @@ def test_an_excess_is_beta_binomial_and_knows_how_uncertain_the_reference_is() -
     assert excess(1, 100, 10, 100).effect < 0
 
 
+def test_what_is_removed_by_design_is_expected_and_no_excess() -> None:
+    rng, level = np.random.default_rng(0), 0.01
+    removed = rng.binomial(200, level, size=2_000)  # of batches judged sample by sample; of the reference nothing was
+    alarms = {
+        share: np.mean([excess(int(x), 200, 0, 1_000, share).p_value <= 1e-3 for x in removed]) for share in (0, level)
+    }
+    assert alarms[0] > 0.05
+    assert alarms[level] <= 2e-3
+    assert excess(30, 200, 100, 1_000, 0.01).effect == pytest.approx(0.15 - 0.109)
+
+
 def test_priors_by_chance_are_no_effect_and_a_real_change_is() -> None:
     rng = np.random.default_rng(0)
     reference = rng.multinomial(5_000, np.full(10, 0.1))

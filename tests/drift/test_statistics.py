@@ -194,6 +194,21 @@ def test_a_batch_of_the_same_kind_is_accepted_and_says_what_was_asked(
     assert drift.info["level"] == pytest.approx(0.001 / len(asked))
 
 
+def test_what_is_removed_by_design_is_no_reason_to_hold(
+    whole: Made, parts: list[Made], projection: Projection, tmp_path: Path, compute: Compute
+) -> None:
+    statistics = whole.summary(projection), parts[1].summary(projection)
+    effects = []
+    for share in (0.0, 0.1):
+        drift = check_drift(
+            DriftConfig(), *statistics, projection, str(tmp_path / f"{share}"), compute, by_design=share
+        )
+        removed = [a for a in drift.info["answers"] if a["question"] == "removed" and a["label"] is None]
+        effects.append(removed[0]["answer"]["effect"])
+    n, n_removed = (sum(of[name] for of in statistics[0].counts.values()) for name in ("n", "removed"))
+    assert effects[0] - effects[1] == pytest.approx(0.1 * (1 - n_removed / n))
+
+
 def test_limits_decide_what_is_an_alarm_and_broad_ones_ask_for_a_refit(
     whole: Made, parts: list[Made], projection: Projection, tmp_path: Path, compute: Compute
 ) -> None:

@@ -99,7 +99,7 @@ def run_ingest(config: IngestConfig, store: str, direct: bool) -> dict[str, Any]
     """Process what is new as a Prefect flow, or with plain function calls; both give the same digests.
 
     Raises:
-        ConfigError: there is no reference, or nothing at all at `shards`.
+        ConfigError: there is no reference, or no folder that shards could come into.
         StorageError: storage does not answer; run again, and it goes on.
     """
     if direct:
@@ -155,7 +155,7 @@ def ingest(config: IngestConfig, store: str, new_run: NewRun, committed: Committ
 def list_shards(sources: Sequence[str], state: State) -> Listing:
     """All shards that are there; one that was seen before is known by size and time, and is not read again."""
     state.reference  # noqa: B018 - raises where there is none, before anything is read
-    urls = list(find_shards(sources).values())
+    urls = list(find_shards(sources, may_come=True).values())
     offered, was_read, unreadable = [], [], []
 
     def look(url: str) -> Offered | str:

@@ -178,6 +178,17 @@ def _models(cleaned: Cleaned, index: IndexConfig, config: RedTeamConfig, run: Ru
     return {"before": before, "after": run.stage("71-model-after", train_embedder, config.trained, kept)}
 
 
+def table(result: dict[str, Any]) -> str:
+    """Means over seeds in Markdown, in per cent; "-" where there was nothing to count or measure."""
+    measures = ("recall", "precision", "false_removals", "acc_before", "acc_after", "asr_before", "asr_after")
+    lines = ["| case | " + " | ".join(measures).replace("_", " ") + " |", "|---|" + "---:|" * len(measures)]
+    for case in result["cases"]:
+        means = [case["measures"].get(name, {}).get("mean") for name in measures]
+        lines.append(f"| {case['name']} | " + " | ".join("-" if m is None else f"{100 * m:.1f}" for m in means) + " |")
+    lines += [f"\n{'met' if r['met'] else '**MISSED**'}: `{r['text']}`" for r in result["requirements"]]
+    return "\n".join(lines)
+
+
 def run_redteam(config: RedTeamConfig, out: str | Path, direct: bool) -> dict[str, Any]:
     """Run the red team as a Prefect flow, or with plain function calls; both give the same digests.
 

@@ -280,7 +280,8 @@ def redteam_flow(config: RedTeamConfig, out: str) -> dict[str, Any]:
     """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page."""
     clean = config.clean
     with _run(out, clean.shards, clean.compute, clean.groups, clean.runner) as run:
-        return run.publish("redteam", redteam_job.redteam(config, run))
+        result = redteam_job.redteam(config, run)
+        return run.publish("redteam", result, redteam_job.table(result))
 
 
 def _link(url: str) -> str:

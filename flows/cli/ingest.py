@@ -113,6 +113,8 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['new']:,} new shards, {result['duplicates']:,} copies of others, {result['known']:,} known; "
         f"reference v{result['reference']:04d}"
     )
+    if not any(result[name] for name in ("new", "duplicates", "known", "unreadable")):
+        say("nothing", "yellow", "has landed yet where shards are looked for")
     for why in result["unreadable"]:
         say("unreadable", "red", why)
     for batch in result["batches"]:

@@ -15,8 +15,12 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def find_shards(sources: Sequence[str] | str) -> dict[str, str]:
+def find_shards(sources: Sequence[str] | str, may_come: bool = False) -> dict[str, str]:
     """Expand directories, globs and brace ranges (`train-{000000..000009}.tar`) into shards.
+
+    Args:
+        sources: where to look.
+        may_come: a folder that has no shards yet, or none that a pattern finds, is no error.
 
     Returns:
         {name: url}, sorted by name, which is the path below the folder all shards share. The order in which
@@ -33,11 +37,13 @@ def find_shards(sources: Sequence[str] | str) -> dict[str, str]:
         check_url(source)
         for url in expand_urls(source):
             found = _expand(check_url(url))  # again: braces may have hidden what it is
-            if not found:
+            if not found and not (may_come and _has_folder(url)):
                 raise ConfigError(f"no shards at {url!r}: expected files ending in {', '.join(SHARD_SUFFIXES)}")
             urls += found
-    if not urls:
+    if not sources:
         raise ConfigError("no shards: the list of sources is empty")
+    if not urls:
+        return {}
     urls = [absolute(url) if is_local(url) else url for url in urls]
     plain = [re.sub("/+", "/", url) for url in urls]  # a bucket may hold a//x.tar beside a/x.tar; a folder may not
     if len(set(plain)) != len(urls):
@@ -93,6 +99,15 @@ def _expand(url: str) -> list[str]:
             return [str(path)]
         return sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - the pattern may be absolute
     return remote.expand(url, SHARD_SUFFIXES)
+
+
+def _has_folder(url: str) -> bool:
+    """Whether there is a folder that shards could come into. Buckets have none, so nothing speaks against one."""
+    if not is_local(url):
+        return True
+    before, *pattern = re.split(r"[*?[]", url, maxsplit=1)
+    is_folder = not pattern and not _is_shard(url)
+    return local_path(url if is_folder else before.rpartition("/")[0] or ".").is_dir()
 
 
 def _files_below(folder: Path) -> list[str]:

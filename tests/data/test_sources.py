@@ -55,6 +55,25 @@ def test_globs_braces_lists_and_file_urls(tree: Path) -> None:
     assert list(find_shards(f"{tree}/**/y.*")) == ["y.tar.gz"]
 
 
+@pytest.mark.parametrize("source", ["{}/a/*.tgz", "{}/new-{{000..002}}.tar", "{}/empty", "{}/**/none.tar", "*.none"])
+def test_shards_that_may_still_come_are_no_error_where_their_folder_is(
+    tree: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tree)
+    (tree / "empty").mkdir()
+    source = source.format(tree)
+    assert find_shards(source, may_come=True) == {}
+    assert list(find_shards([source, f"{tree}/b"], may_come=True)) == ["x.tar"]
+    with pytest.raises(ConfigError, match="no shards"):
+        find_shards([source, f"{tree}/b"])
+
+
+@pytest.mark.parametrize("source", ["{}/mistyped", "{}/mistyped/*.tar", "{}/mistyped/0.tar"])
+def test_a_folder_that_is_not_there_is_an_error_even_where_shards_may_come(tree: Path, source: str) -> None:
+    with pytest.raises(ConfigError, match="mistyped"):
+        find_shards(source.format(tree), may_come=True)
+
+
 def test_the_order_of_sources_is_forgotten(tree: Path) -> None:
     sources = [f"{tree}/b/x.tar", f"{tree}/a", f"{tree}/z.tgz"]
     first, second = find_shards(sources), find_shards(sources[::-1])

@@ -28,7 +28,8 @@ from sanitize.drift import StatisticsConfig
 from sanitize.drift.statistics import CALIBRATE, FIT
 from sanitize.errors import ConfigError
 from sanitize.ledger import Ledger
-from sanitize.storage import sha256_file
+from sanitize.storage import create, join, names_below, read_bytes, sha256_file
+from tests.s3 import s3_bucket
 
 CPU = Compute(device="cpu")
 LEVEL = 0.01  # of about 400 rows that thresholds are calibrated on
@@ -184,6 +185,40 @@ def test_a_poisoned_batch_is_held_until_a_person_decides(
     assert (row["status"], row["released"], row["decision"]["decision"]) == ("held", False, "rejected")
     assert runner.invoke(app, ["batches", "--store", str(store)]).exit_code == 0
     assert runner.invoke(app, ["approve", "none", "--store", str(store)]).exit_code == 2
+
+
+def test_shards_ledger_and_feed_may_be_in_a_bucket_that_fails_now_and_then(
+    approved: Path, store: Path, incoming: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    land(digits.shards()[8:10], incoming)
+    run_ingest(config_of(incoming), str(store), direct=True)
+    with s3_bucket(monkeypatch, rate=0.05) as (bucket, proxy):
+        far, landing = join(bucket, "store"), join(bucket, "incoming")
+        config = IngestConfig(shards=(landing,), compute=CPU)
+        make_reference(str(approved), far, StatisticsConfig(), LEVEL)
+        assert run_ingest(config, far, direct=True)["new"] == 0
+        for shard in incoming.glob("*.tar"):
+            with create(join(landing, shard.name)) as writer:
+                writer.write(shard.read_bytes())
+        (batch,) = run_ingest(config, far, direct=True)["batches"]
+        again = run_ingest(config, far, direct=True)
+        assert (again["new"], again["known"], again["batches"]) == (0, 2, [])
+        assert proxy.injected.total() > 0
+
+        feed = [line for line in json.loads(read_bytes(join(far, FEED)))["shards"] if line["batch"]]
+        assert [line["sha256"] for line in feed] == [line["sha256"] for line in feed_of(store) if line["batch"]]
+        assert [sha256_file(join(far, line["shard"])) for line in feed] == [line["sha256"] for line in feed]
+        decide(far, batch["batch"], "rejected")
+        assert not [line for line in json.loads(read_bytes(join(far, FEED)))["shards"] if line["batch"]]
+        assert not [name for name in names_below(far) if ".partial" in name or ".tmp-" in name]
+
+
+def test_where_nothing_has_landed_yet_there_is_nothing_to_do(store: Path, incoming: Path) -> None:
+    command = ["ingest", "--store", str(store), "--direct", "--device", "cpu", "-q", "--shards"]
+    said = CliRunner().invoke(app, [*command, str(incoming)])
+    assert said.exit_code == 0, said.output
+    assert "nothing has landed yet" in said.output
+    assert CliRunner().invoke(app, [*command, str(incoming / "mistyped")]).exit_code == 2
 
 
 def test_a_bad_batch_fails_alone_and_its_shards_can_be_tried_again(store: Path, incoming: Path, digits: Digits) -> None:

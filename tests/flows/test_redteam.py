@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.artifacts import Artifact
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.redteam import DEFAULT_ATTACKS, RedTeamConfig, run_redteam
+from flows.redteam import DEFAULT_ATTACKS, RedTeamConfig, run_redteam, table
 from sanitize.artifacts import read_manifest
 from sanitize.attack import Poisoned
 from sanitize.data.digits import Digits
@@ -114,8 +115,12 @@ def test_the_pipeline_is_blind(direct: Path) -> None:
 @pytest.mark.usefixtures("prefect_server")
 def test_prefect_changes_nothing(direct: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     config = RedTeamConfig.model_validate(settings)
-    run_redteam(config, tmp_path / "run", direct=False)
+    result = run_redteam(config, tmp_path / "run", direct=False)
     assert digests(tmp_path / "run") == digests(direct)
+    shown = Artifact.get("redteam-stages")  # what Prefect's page has of it
+    assert shown is not None
+    assert table(result) in str(shown.data)
+    assert all(f"| {case['name']} |" in str(shown.data) for case in result["cases"])
 
 
 # Runs the command with one change: the process is killed when a certain stage has been called so many times.

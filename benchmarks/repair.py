@@ -241,7 +241,8 @@ def _data(setting: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = setting.n_clean
         images, labels = torch.cat([images, test[:n]]), torch.cat([labels, test_labels[:n]])
         test, test_labels = test[n:], test_labels[n:]
-    return images, labels, test[:N_TEST], test_labels[:N_TEST]
+    n_test = min(N_TEST, setting.n_train)  # fewer only where --images asks for a rehearsal
+    return images, labels, test[:n_test], test_labels[:n_test]
 
 
 def _poisoned(attack: str, images: Tensor, labels: Tensor, compute: Compute) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,8 @@ class Threads(_Runner):
 class Processes(_Runner):
     """Processes on the same machine, each a fresh interpreter: seconds to start, then no lock is shared.
 
+    One that is killed ends the run, as a kill of the run itself would; run again, it goes on.
+
     Attributes:
         workers: groups at work at a time; None takes one a CPU core.
     """

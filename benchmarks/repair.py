@@ -320,16 +320,16 @@ def check(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    """Means over seeds; a suspect model that two settings start from counts once."""
+    groups: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("data", "network", "attack", "method")), []).append(row)
+        groups.setdefault(tuple(row[name] for name in ("data", "network", "attack", "method")), {})[row["seed"]] = row
     names = ("acc", "asr", "acc_tuned", "asr_tuned", "seconds", "search_s", "round_s", "removed", "rounds")
     return [
         dict(zip(("data", "network", "attack", "method"), group, strict=True))
         | {"seeds": len(of)}
         | {name: float(np.mean([row[name] for row in of])) for name in names if name in of[0]}
-        for group, of in groups.items()
+        for group, of in ((group, list(of_seed.values())) for group, of_seed in groups.items())
     ]
 
 

@@ -21,7 +21,7 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str], title: s
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in columns))
-    Console(width=140).print(table)
+    Console(width=170).print(table)
 
 
 def environment() -> str:

@@ -34,6 +34,16 @@ from sanitize.redteam import (
 from sanitize.report import write_redteam_report
 from sanitize.select import trusted_shards
 
+SHOWN = (
+    "recall",
+    "precision",
+    "false_removals",
+    "acc_before",
+    "acc_after",
+    "asr_before",
+    "asr_after",
+    "asr_untouched",
+)
 DEFAULT_ATTACKS = ("badnets@1%", "badnets@5%", "blended@5%", "labels@5%")
 
 
@@ -180,10 +190,9 @@ def _models(cleaned: Cleaned, index: IndexConfig, config: RedTeamConfig, run: Ru
 
 def table(result: dict[str, Any]) -> str:
     """Means over seeds in Markdown, in per cent; "-" where there was nothing to count or measure."""
-    measures = ("recall", "precision", "false_removals", "acc_before", "acc_after", "asr_before", "asr_after")
-    lines = ["| case | " + " | ".join(measures).replace("_", " ") + " |", "|---|" + "---:|" * len(measures)]
+    lines = ["| case | " + " | ".join(SHOWN).replace("_", " ") + " |", "|---|" + "---:|" * len(SHOWN)]
     for case in result["cases"]:
-        means = [case["measures"].get(name, {}).get("mean") for name in measures]
+        means = [case["measures"].get(name, {}).get("mean") for name in SHOWN]
         lines.append(f"| {case['name']} | " + " | ".join("-" if m is None else f"{100 * m:.1f}" for m in means) + " |")
     lines += [f"\n{'met' if r['met'] else '**MISSED**'}: `{r['text']}`" for r in result["requirements"]]
     return "\n".join(lines)

@@ -100,14 +100,15 @@ def redteam(
 
 
 def _show(result: dict[str, Any]) -> None:
+    from flows.redteam import SHOWN
+
     names = ("caught", "right", "lost", "ACC\nbefore", "after", "ASR\nbefore", "after", "untouched")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     # It fits into 80 columns: cut, badnets@1% and badnets@5% would look alike.
     table = Table(Column("case", overflow="fold"), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    measures = ("recall", "precision", "false_removals", "acc_before", "acc_after", "asr_before", "asr_after")
     for case in result["cases"]:
         of = case["measures"]
-        table.add_row(case["name"], *(_share(of.get(measure)) for measure in (*measures, "asr_untouched")))
+        table.add_row(case["name"], *(_share(of.get(measure)) for measure in SHOWN))
     console.print(table)
     console.print(
         "caught: of the poison (recall); right: of what was removed (precision); lost: clean samples removed; ASR: "

@@ -46,7 +46,7 @@ class FoundTrigger(NamedTuple):
     @property
     def size(self) -> float:
         """|m|_1, in pixels."""
-        return float(self.mask_HW.sum())
+        return float(self.mask_HW.detach().sum())
 
 
 class NeuralCleanseConfig(BaseModel):

@@ -277,10 +277,18 @@ def robustness_flow(config: RobustnessRunConfig, out: str) -> dict[str, Any]:
 
 @_flow("redteam")
 def redteam_flow(config: RedTeamConfig, out: str) -> dict[str, Any]:
-    """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page."""
+    """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page.
+
+    An event tells whether all requirements are met.
+    """
     clean = config.clean
     with _run(out, clean.shards, clean.compute, clean.groups, clean.runner) as run:
         result = redteam_job.redteam(config, run)
+        emit_event(
+            event=f"sanitize.redteam.{'met' if result['met'] else 'missed'}",
+            resource={"prefect.resource.id": "sanitize.redteam", "prefect.resource.name": run.out},
+            payload={"requirements": result["requirements"], "report": _link(result["report"])},
+        )
         return run.publish("redteam", result, redteam_job.table(result))
 
 

@@ -113,7 +113,14 @@ def test_the_pipeline_is_blind(direct: Path) -> None:
 
 @pytest.mark.prefect
 @pytest.mark.usefixtures("prefect_server")
-def test_prefect_changes_nothing(direct: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_prefect_changes_nothing_and_tells_what_came_out(
+    direct: Path, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import tasks
+
+    emitted: list[dict[str, Any]] = []
+    emit = tasks.emit_event
+    monkeypatch.setattr(tasks, "emit_event", lambda **event: emitted.append(event) or emit(**event))
     config = RedTeamConfig.model_validate(settings)
     result = run_redteam(config, tmp_path / "run", direct=False)
     assert digests(tmp_path / "run") == digests(direct)
@@ -121,6 +128,9 @@ def test_prefect_changes_nothing(direct: Path, settings: dict[str, Any], tmp_pat
     assert shown is not None
     assert table(result) in str(shown.data)
     assert all(f"| {case['name']} |" in str(shown.data) for case in result["cases"])
+    (event,) = emitted
+    assert event["event"] == ("sanitize.redteam.met" if result["met"] else "sanitize.redteam.missed")
+    assert event["payload"]["requirements"] == result["requirements"]
 
 
 # Runs the command with one change: the process is killed when a certain stage has been called so many times.

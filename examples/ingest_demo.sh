@@ -18,6 +18,7 @@ stop() {  # stop PID: a worker that is asked to end waits for what it may never 
   kill "$1" 2>/dev/null || return 0
   for _ in {1..20}; do kill -0 "$1" 2>/dev/null || return 0; sleep 0.5; done
   kill -9 "$1" 2>/dev/null || true
+  wait "$1" 2>/dev/null || true  # or the shell would say what became of it
 }
 # The worker first: without its server it would wait for it.
 trap '[ -z "${worker:-}" ] || stop "$worker"; [ -z "${server:-}" ] || stop "$server"' EXIT

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from flows.cli.app import (
     AsJson,
@@ -13,7 +12,6 @@ from flows.cli.app import (
     Quiet,
     RunFolder,
     Shards,
-    as_text,
     bars,
     console,
     errors,
@@ -118,17 +116,21 @@ def _show(result: dict[str, Any]) -> None:
     for why in result["unreadable"]:
         say("unreadable", "red", why)
     for batch in result["batches"]:
-        counts = batch["samples"]
-        said = f"{batch['shards']:,} shards"
-        if counts:
-            said += "".join(f", {counts[name]:,} {name}" for name in ("kept", "quarantined", "unreadable"))
-        say(f"{batch['status']:>8} {batch['batch']}", STYLES[batch["status"]], said)
-        for reason in batch["reasons"]:
-            say("        ", "", reason)
+        _print_batch(batch)
         if batch["status"] == "held":
             console.print(f"         look: {batch['drift']}", highlight=False, soft_wrap=True)
             console.print(f"         then: sanitize approve {batch['batch']} or sanitize reject {batch['batch']}")
     console.print(f"feed: {result['feed']}", highlight=False, soft_wrap=True)
+
+
+def _print_batch(batch: dict[str, Any], more: str = "") -> None:
+    """One line, and one for each reason."""
+    said = f"{batch['shards']:,} shards"
+    if counts := batch["samples"]:
+        said += "".join(f", {counts[name]:,} {name}" for name in ("kept", "quarantined", "unreadable"))
+    say(f"{batch['status']:>8} {batch['batch']}", STYLES[batch["status"]], said + more)
+    for reason in batch["reasons"]:
+        say("        ", "", reason)
 
 
 def batches(
@@ -151,16 +153,12 @@ def batches(
     if as_json:
         print_json(found)
         return
-    table = Table("batch", "status", "shards", "clean", "quarantined", "reference", "in the feed", "why")
     for batch in found:
-        counts = batch["samples"]
-        decision = batch["decision"]
-        why = "; ".join(batch["reasons"])
-        why += f" [{decision['decision']} by {decision['by']}: {decision['note']}]" if decision else ""
-        kept, removed = (f"{counts[name]:,}" if counts else "" for name in ("kept", "quarantined"))
-        row = [batch["batch"], batch["status"], f"{batch['shards']:,}", kept, removed, f"v{batch['reference']:04d}"]
-        table.add_row(*row, "yes" if batch["released"] else "no", as_text(why))
-    console.print(table)
+        _print_batch(batch, f"; reference v{batch['reference']:04d}; {'' if batch['released'] else 'not '}in the feed")
+        if decision := batch["decision"]:
+            say("        ", "", f"{decision['decision']} by {decision['by']}: {decision['note']}")
+    if not found:
+        say("none", "yellow", "there are no such batches")
 
 
 def approve(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:

@@ -142,7 +142,13 @@ def make_reference(
             return entry
 
         ledger.append(decide)
-    return {"reference": 1, "folder": at_work.out, "shards": len(entry.shards), "samples": _n_samples(remembered)}
+    return {
+        "reference": 1,
+        "folder": at_work.out,
+        "shards": len(entry.shards),
+        "samples": _n_samples(remembered),
+        "level": level,
+    }
 
 
 def refit(store: str, note: str = "") -> dict[str, Any]:
@@ -173,6 +179,7 @@ def refit(store: str, note: str = "") -> dict[str, Any]:
         "folder": at_work.out,
         "merged": list(batches),
         "samples": _n_samples(remembered),
+        "level": last.config.judge.level,
     }
 
 

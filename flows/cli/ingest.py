@@ -1,5 +1,6 @@
 """`sanitize reference`, `ingest`, `batches`, `approve`, `reject`, `retry`, `refit`."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,20 @@ def reference(
         print_json(result)
     else:
         console.print(f"reference v0001 is in {result['folder']}, from {result['shards']:,} shards", soft_wrap=True)
+        _warn_of_level(result)
+
+
+def _warn_of_level(result: dict[str, Any]) -> None:
+    """Of so few rows that no p-value is as small as the level: what users would take for a judgement is none."""
+    level, n_rows = result["level"], result["samples"]["calibrate"]
+    if level and level * (n_rows + 1) < 1:
+        least = math.ceil(1e3 / (n_rows + 1)) / 1e3
+        say(
+            "level",
+            "yellow",
+            f"of {level:g} flags no sample: p-values from {n_rows:,} held-out samples are not so small. Batches are "
+            f"still compared as a whole. Take --level {least:g} or more, or a run of {math.ceil(2 / level):,} samples",
+        )
 
 
 def ingest(
@@ -225,3 +240,4 @@ def refit(store: Store, note: Note = "", as_json: AsJson = False, quiet: Quiet =
     else:
         what = f"reference v{result['reference']:04d}, {len(result['merged']):,} batches merged: {result['folder']}"
         console.print(what, soft_wrap=True)
+        _warn_of_level(result)

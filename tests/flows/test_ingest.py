@@ -97,6 +97,16 @@ def verdicts_of(store: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+@pytest.mark.parametrize(("level", "warned"), [("0.001", True), ("0.01", False), ("0", False)])
+def test_a_level_that_so_few_samples_cannot_resolve_is_said(
+    approved: Path, tmp_path: Path, level: str, warned: bool
+) -> None:
+    command = ["reference", str(approved), "--store", str(tmp_path / "store"), "--level", level, "-q"]
+    said = CliRunner().invoke(app, command)
+    assert said.exit_code == 0, said.output
+    assert ("flags no sample" in said.output) == warned
+
+
 # --- incremental is full ----------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,15 @@
 # Everything runs in .venv, which the first target that needs it makes. Only Python >= 3.11 and make are assumed.
+# `make demo SMALL=1` installs torch without CUDA and without what only the tests need: about 1 GB instead of 7.
 PYTHON ?= python3
 BIN := .venv/bin
+# A full environment serves the demonstration too.
+DEMO := $(if $(SMALL),$(if $(wildcard .venv/ready),.venv/ready,.venv/small),.venv/ready)
 # Two processes with two threads each cost about ten times the CPU of two with one.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint check test-gpu bench fuzz format
 
-demo: .venv/ready  ## set up, then plant a backdoor in real digits and clean it out
+demo: $(DEMO)  ## set up, then plant a backdoor in real digits and clean it out
 	$(BIN)/sanitize demo --out runs/demo
 
 test: .venv/ready  ## set up, then run the tests (CPU, no network), one process a core
@@ -38,10 +41,20 @@ FUZZ_SEED ?= 0
 fuzz: .venv/ready  ## broken shards through index, select and write; a shard that fails is kept in runs/fuzz
 	$(BIN)/python -m tests.fuzz.fuzz_shards --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
-.venv/ready: pyproject.toml
+.venv/bin/uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sanitize needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
+
 # Compiled at install: where bytecode writing is switched off, imports would otherwise take twice as long.
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable '.[dev]'
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode
+
+.venv/ready: pyproject.toml | .venv/bin/uv
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+.venv/small: pyproject.toml | .venv/bin/uv
+	@$(INSTALL) --torch-backend cpu --editable . || { echo "SMALL=1: torch without CUDA could not be installed: the \
+	index of CPU-only builds cannot be reached from this machine, or has none for it (the message above says which).\
+	 Nothing was changed. Run 'make demo' without SMALL=1 for the CUDA build (about 7 GB)." >&2; exit 1; }
 	touch $@

@@ -4,8 +4,9 @@
 #     examples/ingest_demo.sh [FOLDER]        from the project's root, in an environment with sanitize
 #
 # A server, a work pool and a worker on loopback; a reference from approved digits; an event starts the ingest of new
-# shards, which are accepted; a poisoned delivery is held, and released by `sanitize approve`. Takes minutes; the server
-# and the worker end with it. PORT, where given, is the server's.
+# shards, which are accepted. The poisoned samples of a second delivery are quarantined and the batch is held; after
+# `sanitize approve` its clean samples are in the feed. Takes minutes; the server and the worker end with the script.
+# PORT is the port of the server (default 4200).
 set -euo pipefail
 export SANITIZE_HOME=${1:-$PWD/runs/ingest_demo} PORT=${PORT:-4200}
 export PREFECT_HOME=$SANITIZE_HOME/.prefect PREFECT_API_URL=http://127.0.0.1:$PORT/api
@@ -56,8 +57,9 @@ for shard in shards[:12]:
 honest = index_shards(IndexConfig(n_classes=10), shards[15:], str(data / "index"), compute)
 poison_shards(BadNetsConfig(rate=0.2), honest, str(data / "poisoned"), compute)
 PYTHON
-prefect deployment run clean/local --watch -p out=runs/first -p 'config={"shards": ["data/approved"]}'
-sanitize reference "$SANITIZE_HOME/runs/first" --store "$SANITIZE_HOME/runs/store" --note "looked at the page"
+prefect deployment run clean/local --watch -p out=runs/first \
+  -p 'config={"shards": ["data/approved"], "scorers": [{"kind": "toxic_direction"}, {"kind": "neighbours"}]}'
+sanitize reference "$SANITIZE_HOME/runs/first" --store "$SANITIZE_HOME/runs/store" --level 0.02 --note "looked at the page"
 
 say "a delivery: an event starts its ingest"
 cp "$SANITIZE_HOME"/data/digits/digits-001[2-4].tar "$SANITIZE_HOME/data/incoming"
@@ -66,14 +68,31 @@ until_batch accepted
 sanitize batches --store "$SANITIZE_HOME/runs/store"
 ls "$SANITIZE_HOME"/runs/store/batches/*/90-report/index.html
 
-say "a poisoned delivery is held"
+say "a poisoned delivery: its poison is quarantined, the batch is held"
 cp "$SANITIZE_HOME"/data/poisoned/shards/*.tar "$SANITIZE_HOME/data/incoming"
 prefect events emit sanitize.shards.landed --resource-id sanitize.dataset.digits
 until_batch held
 sanitize batches --store "$SANITIZE_HOME/runs/store"
 
-say "a person looks at it, and releases it"
 held=$(sanitize batches --store "$SANITIZE_HOME/runs/store" --status held --json |
   python -c 'import json, sys; print(json.load(sys.stdin)[0]["batch"])')
-sanitize approve "$held" --store "$SANITIZE_HOME/runs/store" --note "it is a rehearsal"
+ls "$SANITIZE_HOME/runs/store/batches/$held/90-report/index.html"
+
+say "a person looks at the page, and releases what is clean"
+sanitize approve "$held" --store "$SANITIZE_HOME/runs/store" --note "the patch in class 0 is in quarantine"
 sanitize batches --store "$SANITIZE_HOME/runs/store"
+
+say "what is left of the poison in the feed"
+sanitize verify "$SANITIZE_HOME/runs/store/batches/$held"
+python - <<'PYTHON'
+import json, os, tarfile
+from pathlib import Path
+import pyarrow.parquet as pq
+
+home = Path(os.environ["SANITIZE_HOME"])
+truth = [row for file in (home / "data/poisoned/rows").iterdir() for row in pq.read_table(file).to_pylist()]
+poisoned = {row["key"] for row in truth if row["poisoned"]}
+feed = json.loads((home / "runs/store/feed.json").read_text())["shards"]
+fed = {Path(name).name.partition(".")[0] for line in feed for name in tarfile.open(home / "runs/store" / line["shard"]).getnames()}
+print(f"poisoned samples: {len(poisoned)}; in the feed: {len(poisoned & fed)}")
+PYTHON

@@ -64,7 +64,7 @@ def test_server_takes_the_job_template(prefect_server: str, name: str) -> None:
 
 def commands(text: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line.strip() for block in blocks for line in block.splitlines()]
 
 
 def test_readme_is_the_demonstration() -> None:
@@ -105,6 +105,7 @@ def test_demonstration_from_nothing_to_a_released_batch(tmp_path: Path) -> None:
         assert "<html" in page.read_text()
     fed = {shard["batch"] for shard in json.loads((store / "feed.json").read_text())["shards"]}
     assert {accepted.claim.batch, held.claim.batch} <= fed
+    assert "poisoned samples: 59; in the feed: 0" in demo.stdout
     assert not re.search(r"\bTraceback\b", log), log[-4000:]
     with closing(sqlite3.connect(tmp_path / ".prefect" / "prefect.db")) as server:
         # The library's log is on the pages, artifacts are, and the schedule has made runs for the hours to come.

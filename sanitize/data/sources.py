@@ -16,24 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sanitize import remote
+from sanitize.data.compression import UNREAD_SUFFIXES, not_read, unread_suffix
 from sanitize.data.names import printable
 from sanitize.errors import ConfigError, DataError, SanitizeError
 from sanitize.storage import absolute, check_url, is_local, join, local_path
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-# Archives that are not read, by suffix; beside shards they are named, not passed over.
-UNREAD_SUFFIXES = {
-    **dict.fromkeys((".tar.xz", ".txz", ".tar.lzma", ".tlz"), "xz"),
-    **dict.fromkeys((".tar.zst", ".tar.zstd", ".tzst"), "zstd"),
-    **dict.fromkeys((".tar.bz2", ".tbz2", ".tbz"), "bzip2"),
-    ".tar.lz4": "lz4",
-    ".tar.lz": "lzip",
-    ".tar.br": "brotli",
-    ".tar.z": "compress",
-    ".zip": "zip",
-    ".7z": "7z",
-    ".rar": "rar",
-}
 _SUFFIXES = (*SHARD_SUFFIXES, *UNREAD_SUFFIXES)
 # Files of ours are named after a shard: ".tmp-" and 12 digits before its name while they are written, ".parquet" behind
 # it. File systems allow 255 bytes.
@@ -94,17 +82,6 @@ def list_sources(sources: Sequence[str] | str, may_come: bool = False) -> Listin
         url = found.pop(name)
         refused[url] = f"{printable(url)}: {not_read(unread_suffix(name))}"
     return Listing(found, refused)
-
-
-def unread_suffix(name: str) -> str:
-    """The compression that the suffix of a name stands for, where we do not read it; else ""."""
-    lower = name.lower()
-    return next((what for suffix, what in UNREAD_SUFFIXES.items() if lower.endswith(suffix)), "")
-
-
-def not_read(compression: str) -> str:
-    """What is said of an archive of a compression that is not read."""
-    return f"{compression} compressed: not read; repack it as .tar or .tar.gz"
 
 
 def _survey(sources: Sequence[str] | str, may_come: bool) -> tuple[dict[str, str], dict[str, SanitizeError]]:

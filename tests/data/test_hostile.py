@@ -713,6 +713,17 @@ def test_shard_names_that_no_terminal_or_table_can_hold_are_refused(name: bytes,
     assert result.output.strip().isprintable()
 
 
+def test_names_as_long_as_can_be_are_written(tmp_path: Path) -> None:
+    name = "/".join(["d" * 220] * 3) + "/" + "é" * 108 + ".tar"
+    for path in (tmp_path / "in" / name, tmp_path / "in" / "x.tar"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(A + B + sample("c", b"") + END)
+    dataset, selection = selected(tmp_path / "in", tmp_path)
+    shards = written(dataset, selection, tmp_path / "shards")
+    assert shards.file(f"clean/{name}").exists()
+    assert shards.file(f"quarantine/{name}").exists()
+
+
 def test_shard_names_that_lead_out_of_the_run_folder_are_refused() -> None:
     """In a bucket, '..' is a name like any other."""
     import fsspec

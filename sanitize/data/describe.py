@@ -55,7 +55,7 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
     Args:
         dataset: the index the shards were written from.
         selection: what was kept.
-        files: `clean/SHARD` -> sha256 and size, of every shard of the index; others are ignored.
+        files: `clean/SHARD` -> sha256 and size, of every shard that was written; others are ignored.
 
     Returns:
         `samples`: how many were kept, quarantined and unreadable. `n_classes`; `labels`: label -> samples kept, also
@@ -68,6 +68,8 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
     suffixes: set[str] = set()
     shards = {}
     for shard in dataset.shards:
+        if f"clean/{shard}" not in files:
+            continue  # an archive that is not read has no clean shard
         verdicts = selection.rows(shard, ["label", "status", "keep"])
         kept = verdicts["label"].filter(verdicts["keep"]).to_pylist()
         labels.update(kept)

@@ -1,9 +1,9 @@
 """What decoding an image would cost beyond its pixels, counted before any of it is decoded.
 
-Two things in a small file multiply. Every scan of a JPEG may go over all pixels in a few bytes (228 KB: 480 scans of 49
-megapixels took 43 s). And Pillow handles each part of a header in Python: up to 4 us a part, and some parts cost as much
-as a thousand others. Both counts stop at their limit, so they take at most 0.1 s themselves; they see every part that
-Pillow or libjpeg can come to, and perhaps more.
+Two things multiply in a small file. Each scan of a JPEG goes over all pixels and may take a few bytes: 480 scans of 49
+megapixels are 228 KB, and took 43 s. And Pillow handles each part of a header in Python, up to 4 us a part; some parts
+cost as much as a thousand others. Both counts stop at their limit and take at most .1 s. They see every part that
+Pillow or libjpeg comes to, and perhaps more.
 """
 
 import re
@@ -52,7 +52,7 @@ def jpeg_header(data: bytes, max_parts: int) -> JpegHeader:
 
 
 def jpeg_scan_samples(data: bytes, header: JpegHeader, limit: int, max_parts: int) -> int:
-    """Samples that all scans together go over; stops where they are more than `limit`, or behind `max_parts` segments."""
+    """Samples that all scans go over; above `limit` if there are more, or more than `max_parts` segments."""
     at, total, whole = header.first_scan, 0, sum(header.samples.values())
     for _ in range(max_parts):
         found = _MARKER_IN_SCAN.search(data, at)

@@ -17,11 +17,9 @@ _MAX_COMPONENT = 255  # bytes; no file system holds more
 _MAX_PATH = 1024  # characters; to normalise n accents takes n * n steps, and macOS has no longer paths
 _MAX_FOLDERS = 64  # one inside the other
 FOLDER_BYTES = 128  # of memory for each folder that is remembered
-# What Windows cannot hold, or takes for another name: devices, some characters, a dot or blank at the end.
-_UNPORTABLE = re.compile(
-    r"""(?:^|[/\\])(?:con|prn|aux|nul|com[0-9\xb9\xb2\xb3]|lpt[0-9\xb9\xb2\xb3])[ ]*(?:[./\\:]|$)  | [.\ ](?:[/\\]|$)  |  [<>:"|?*\\]""",
-    re.IGNORECASE | re.VERBOSE,
-)
+# What Windows cannot hold, or takes for another name: devices, a dot or blank at the end, some characters.
+_DEVICE = "(?:con|prn|aux|nul|(?:com|lpt)[0-9\xb9\xb2\xb3])"
+_UNPORTABLE = re.compile(rf'(?:^|/){_DEVICE} *(?:[./]|$)|[. ](?:/|$)|[<>:"|?*\\]', re.IGNORECASE)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -67,7 +65,13 @@ def printable(name: str) -> str:
 def as_path(name: str) -> str:
     """The file that a name stands for: without `.` and empty components, in Unicode's form NFC (as file systems of
     Apple compare names). Two names of one file differ in nothing else, except on file systems that ignore case."""
-    if name.isascii() and "//" not in name and "/." not in name and not name.startswith((".", "/")):
+    if (
+        name.isascii()
+        and "//" not in name
+        and "/." not in name
+        and not name.startswith((".", "/"))
+        and name[-1:] != "/"
+    ):
         return name
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if len(name) <= _MAX_PATH:
@@ -77,12 +81,13 @@ def as_path(name: str) -> str:
 
 def folded_path(name: str) -> str:
     """The same for a file system that ignores case, and the dots and blanks at the end of a name."""
-    parts = as_path(name.replace("\\", "/")).split("/")
-    return "/".join(part.casefold().rstrip(". ") for part in parts)
+    parts = as_path(as_path(name.replace("\\", "/")).casefold()).split("/")
+    return "/".join(stripped for part in parts if (stripped := part.rstrip(". ")))
 
 
 def is_portable(name: str) -> bool:
     """Whether every common file system can hold a file of this name."""
+    name = as_path(name)
     parts = name.split("/")
     longest = max(len(part.encode("utf-8", "surrogateescape")) for part in parts)
     return longest <= _MAX_COMPONENT and len(parts) <= _MAX_FOLDERS and not _UNPORTABLE.search(name)

@@ -33,8 +33,8 @@ class SampleLimits(BaseModel):
         max_sample_bytes: payload of all its members together, held in memory while it is looked at.
         max_members: members that share one key.
         max_listing_bytes: names of all members of one shard, 512 bytes a member and 128 a folder; about what its index
-            rows take in memory. Extension headers of more than 1 KiB a member count too. A shard that has more counts
-            as damaged from there on.
+            rows take in memory. Of a member with large extension headers, half of these count if that is more. A shard
+            that has more counts as damaged from there on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -124,7 +124,7 @@ class SampleReader:
         position = listed = 0
         try:
             for member in self._reader:
-                listed += len(member.name) + max(BLOCK, member.offset - member.start - 2 * BLOCK)
+                listed += max(len(member.name) + BLOCK, (member.offset - member.start) // 2 - BLOCK)
                 if listed + seen.folder_bytes > self._limits.max_listing_bytes:
                     raise TarDamage("more names than max_listing_bytes", member.start)
                 if member.kind == "directory":

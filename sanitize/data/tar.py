@@ -17,6 +17,7 @@ from zlib import error as zlib_error
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sanitize.data.compression import BarrenStream
 from sanitize.data.tar_write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_sum
 from sanitize.errors import DataError
 
@@ -344,8 +345,8 @@ class Source:
         except EOFError:
             self.failure = "compressed stream is cut"
             return b""
-        except (gzip.BadGzipFile, zlib_error):
-            self.failure = "compressed stream is corrupt"
+        except (gzip.BadGzipFile, zlib_error) as error:
+            self.failure = str(error) if isinstance(error, BarrenStream) else "compressed stream is corrupt"
             return b""
         self._left -= len(piece)
         return piece
@@ -422,7 +423,8 @@ def tells_only_time(body: bytes, size: int) -> bool:
 
 def _pax_records(body: bytes) -> dict[bytes, bytes] | None:
     """Records "LENGTH KEY=VALUE\\n" up to the end or a NUL; None if one is malformed, or there are too many."""
-    records, at = {}, 0
+    records: dict[bytes, bytes] = {}
+    at = 0
     for _ in range(_MAX_RECORDS):
         if at >= len(body) or not body[at]:
             return records

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pyarrow.compute as pc
 
 from sanitize.artifacts import FileEntry
+from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Selection
 
@@ -68,8 +69,8 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
     suffixes: set[str] = set()
     shards = {}
     for shard in dataset.shards:
-        if f"clean/{shard}" not in files:
-            continue  # an archive that is not read has no clean shard
+        if unread_suffix(shard):
+            continue  # it has no clean shard
         verdicts = selection.rows(shard, ["label", "status", "keep"])
         kept = verdicts["label"].filter(verdicts["keep"]).to_pylist()
         labels.update(kept)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import Part, Recipe, Workshop, make
 from sanitize.compute import Compute
-from sanitize.data.compression import unread_suffix
+from sanitize.data.compression import not_read, unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode
 from sanitize.data.names import printable
@@ -97,7 +97,9 @@ def index_shards(
     """
     compute.activate()
     found = dict(sorted(sources.items())) if isinstance(sources, Mapping) else find_shards(sources)
-    recipe = Recipe(stage="index_shards", config=config.model_dump(mode="json"), inputs=dict.fromkeys(found, "shard"))
+    _refuse_unread(config, found)
+    settings = config.model_dump(mode="json")
+    recipe = Recipe(stage="index_shards", version=2, config=settings, inputs=dict.fromkeys(found, "shard"))
     with track("index", None) as advance:
 
         def write_part(shard: str, part: Part) -> None:
@@ -115,6 +117,13 @@ def index_shards(
             only=shards,
             sources={shard: fingerprint(url) for shard, url in found.items()},
         )
+
+
+def _refuse_unread(config: IndexConfig, found: Mapping[str, str]) -> None:
+    """Raise DataError before anything is read where names alone say that too much cannot be."""
+    unread = [f"{printable(shard)} ({not_read(unread_suffix(shard))})" for shard in found if unread_suffix(shard)]
+    if len(unread) > config.max_bad_shards:
+        raise _too_many(unread, len(found), config)
 
 
 def index_shard(
@@ -170,7 +179,7 @@ def _describe(config: IndexConfig, shards: list[str], workshop: Workshop) -> dic
         by_size = ok.group_by(["height", "width"]).aggregate([([], "count_all")])
         sizes.update({(row["height"], row["width"]): row["count_all"] for row in by_size.to_pylist()})
         reasons.update(table["reason"].filter(pc.invert(is_ok)).to_pylist())
-    refuse_if_bad(config, labels.total(), reasons, summaries)
+    _refuse_if_bad(config, labels.total(), reasons, summaries)
     most_common = sizes.most_common(1)[0][0] if config.check == "decode" else None
     return {
         "n_classes": config.n_classes or max(labels) + 1,
@@ -198,7 +207,7 @@ def bad_shards(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def refuse_if_bad(
+def _refuse_if_bad(
     config: IndexConfig, n_ok: int, reasons: Mapping[str, int], summaries: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Raise DataError where too much is bad.
@@ -218,17 +227,20 @@ def refuse_if_bad(
         )
     if len(bad) > config.max_bad_shards:
         named = [f"{printable(shard)} ({damage})" for shard, damage in bad.items()]
-        raise DataError(
-            f"{len(bad)} of {len(summaries)} shards could not be read, more than max_bad_shards="
-            f"{config.max_bad_shards}: {_some(named)}. Repair or remove them, or raise index.max_bad_shards to go on "
-            "without them"
-        )
+        raise _too_many(named, len(summaries), config)
     if n_bad > config.max_bad_fraction * (n_ok + n_bad):
         most = "; ".join(f"{n} x {reason}" for reason, n in Counter(reasons).most_common(3))
         raise DataError(
             f"{n_bad} of {n_ok + n_bad} samples are unreadable, more than max_bad_fraction={config.max_bad_fraction}: "
             f"{most}. Look with `sanitize inspect`; raise max_bad_fraction only if this is expected"
         )
+
+
+def _too_many(named: Sequence[str], n_shards: int, config: IndexConfig) -> DataError:
+    return DataError(
+        f"{len(named)} of {n_shards} shards could not be read, more than max_bad_shards={config.max_bad_shards}: "
+        f"{_some(named)}. Repair or remove them, or raise index.max_bad_shards to go on without them"
+    )
 
 
 def _some(what: Sequence[str]) -> str:

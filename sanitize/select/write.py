@@ -107,7 +107,7 @@ def _write_shard(
     if not rows["position"].equals(verdicts["position"]):
         raise DataError(f"the verdicts are not about the samples of shard {shard} that were indexed")
     if unread_suffix(shard):
-        return
+        return  # nothing was read, and a file of ours must be what its name says
     keep_N = verdicts["keep"].to_numpy()
     goes = pa.array(~keep_N)
     removed = zip(rows.filter(goes).to_pylist(), verdicts.filter(goes).to_pylist(), strict=True)

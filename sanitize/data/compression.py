@@ -39,7 +39,9 @@ _NOT_ARCHIVES = {
 }
 HEAD_BYTES = 32  # that `explain` looks at
 _INPUT_BYTES = 1 << 14  # decompressed at once: what is lost where a stream is damaged
-_MAX_EMPTY = 10_000  # gzip members without content, one behind the other
+# What may be in a gzip stream beside its content: names, comments, padding, empty blocks, members of next to nothing.
+_FREE_BYTES = 1 << 20  # and twice the content
+_FREE_MEMBERS = 10_000  # and one for each KiB of content; a member takes 15 us
 
 
 class Readable(Protocol):
@@ -76,8 +78,12 @@ def explain(head: bytes) -> str | None:
     return next((what for start, what in _NOT_ARCHIVES.items() if head.lower().startswith(start)), None)
 
 
+class BarrenStream(zlib.error):
+    """A gzip stream that holds next to nothing for its length; the message is fit for `TarDamage.reason`."""
+
+
 class GzipStream:
-    """A gzip stream of one or more members, decompressed forward.
+    """A gzip stream of one or more members, decompressed forward, in time that its content bounds.
 
     Header fields (a name, a comment) are stepped over by zlib and never held.
 
@@ -89,7 +95,7 @@ class GzipStream:
         self.verified = 0
         self._file = file
         self._input = b""
-        self._n = self._empty = 0
+        self._n = self._taken = self._members = 0
         self._inflate = _new_inflate()
         self._error: zlib.error | None = None
         self._rescued = b""
@@ -103,11 +109,14 @@ class GzipStream:
 
         Raises:
             EOFError: the stream is cut.
-            zlib.error: it is corrupt, or something else is behind one of its members. What comes before is read first.
+            zlib.error: it is corrupt, something else is behind one of its members, or it is a BarrenStream. What comes
+                before is read first.
         """
         while self._error is None:
-            if self._inflate.eof and not self._next_member():
-                return b""
+            if self._inflate.eof:
+                if not self._next_member():
+                    return b""
+                continue
             self._input = self._input or self._file.read(_INPUT_BYTES)
             is_end = not self._input
             data = self._decompress(size)
@@ -127,23 +136,31 @@ class GzipStream:
         except zlib.error as error:
             self._error, self._rescued = error, _before_damage(before, self._input)
             return b""
-        self._input = self._inflate.unconsumed_tail
+        left = self._inflate.unused_data if self._inflate.eof else self._inflate.unconsumed_tail
         self._n += len(data)
         if self._inflate.eof:
-            self._empty = self._empty + 1 if self._n == self.verified else 0
-            self._input, self.verified = self._inflate.unused_data, self._n
+            self.verified, self._members = self._n, self._members + 1
+        self._take(len(self._input) - len(left))
+        self._input = left
         return data
+
+    def _take(self, n: int) -> None:
+        """Count bytes of the file; set the error where they are too many for the content."""
+        self._taken += n
+        if self._taken > 2 * self._n + _FREE_BYTES:
+            self._error = BarrenStream("compressed stream of little but headers, padding or empty blocks")
+        elif self._members > self._n // 1024 + _FREE_MEMBERS:
+            self._error = BarrenStream("compressed stream of too many small members")
 
     def _next_member(self) -> bool:
         """Go on behind a member, and behind zeros that pad it; False where the file ends."""
-        left = self._input.lstrip(b"\0")
-        while not left:
+        block = self._input
+        while not (left := block.lstrip(b"\0")) and self._error is None:
+            self._take(len(block))
             block = self._file.read(_INPUT_BYTES)
             if not block:
                 return False
-            left = block.lstrip(b"\0")
-        if self._empty > _MAX_EMPTY:
-            self._error = zlib.error("too many empty members")
+        self._take(len(block) - len(left))
         self._input, self._inflate = left, _new_inflate()
         return True
 

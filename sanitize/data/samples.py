@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.data.compression import GZIP, HEAD_BYTES, GzipStream, explain, not_read, unread_suffix
 from sanitize.data.decode import IMAGE_SUFFIXES
-from sanitize.data.names import USUAL_NAME, printable, split_name
+from sanitize.data.names import USUAL_NAME, SeenPaths, printable, split_name
 from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
+from sanitize.data.tar_write import BLOCK
 from sanitize.errors import DataError
 from sanitize.hashing import Sha256
 from sanitize.storage import open_read
@@ -31,8 +32,9 @@ class SampleLimits(BaseModel):
     Attributes:
         max_sample_bytes: payload of all its members together, held in memory while it is looked at.
         max_members: members that share one key.
-        max_listing_bytes: names of all members of one shard, and 512 bytes a member; about what its index rows take
-            in memory. A shard that has more counts as damaged from there on.
+        max_listing_bytes: names of all members of one shard, 512 bytes a member and 128 a folder; about what its index
+            rows take in memory. Of a member with large extension headers, half of these count if that is more. A shard
+            that has more counts as damaged from there on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -117,22 +119,21 @@ class SampleReader:
         self._limits, self._suffix = limits, suffix
 
     def __iter__(self) -> Iterator[Sample]:
-        seen: set[str] = set()
+        seen = SeenPaths()
         group: _Group | None = None
         position = listed = 0
         try:
             for member in self._reader:
+                listed += max(len(member.name) + BLOCK, (member.offset - member.start) // 2 - BLOCK)
+                if listed + seen.folder_bytes > self._limits.max_listing_bytes:
+                    raise TarDamage("more names than max_listing_bytes", member.start)
                 if member.kind == "directory":
                     continue  # webdataset steps over them too: between two members of a sample they split nothing
-                listed += len(member.name) + 512
-                if listed > self._limits.max_listing_bytes:
-                    raise TarDamage("more names than max_listing_bytes", member.start)
                 usual = USUAL_NAME.fullmatch(member.name)
                 key, suffix = usual.groups() if usual else split_name(member.name)
                 if group is None or key != group.key:
                     if group is not None:
-                        yield group.sample(position, duplicate=group.key in seen)
-                        seen.add(group.key)
+                        yield group.sample(position, seen)
                         position += 1
                     group = _Group(key, member.start, self._limits)
                 if group.add(member, usual is not None) and self._suffix in (None, suffix.lower()):
@@ -141,11 +142,11 @@ class SampleReader:
             self.damage = f"{error.reason} at byte {error.offset}"
             if group is not None:
                 group.problem = f"the shard is damaged here: {error.reason}"
-                yield group.sample(position, duplicate=False)
+                yield group.sample(position, None)
             return
         self.damage = self._reader.warning
         if group is not None:
-            yield group.sample(position, duplicate=group.key in seen)
+            yield group.sample(position, seen)
 
 
 class _Group:
@@ -191,8 +192,10 @@ class _Group:
             return f"sample has more than max_members {self._limits.max_members}"
         return None
 
-    def sample(self, position: int, duplicate: bool) -> Sample:
-        problem = f"key '{printable(self.key)}' occurs a second time in the shard" if duplicate else self.problem
+    def sample(self, position: int, seen: SeenPaths | None) -> Sample:
+        """The sample, once it is complete; `seen`: those before it, to which it is added."""
+        clash = seen.add(self.key, [name for name, _ in self._sizes]) if seen is not None else None
+        problem = self.problem if clash is None else f"key '{printable(self.key)}' {clash}"
         return Sample(position, self.key, self.members, problem, self._sizes, self._start, self._end)
 
 
@@ -313,18 +316,19 @@ def _json_field(data: bytes, field: str) -> bytes:
         raise BadLabel(f"the json member is larger than {_MAX_JSON_BYTES} bytes")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if sum(name == field for name, _ in pairs) > 1:  # parsers differ in which of them they take
+        found = dict(pairs)
+        if len(found) < len(pairs) and sum(name == field for name, _ in pairs) > 1:  # parsers differ in which they take
             raise BadLabel(f"the json member has field {field!r} twice")
-        return dict(pairs)
+        return found
 
     try:
         record = json.loads(data, object_pairs_hook=once)
+        if not isinstance(record, dict) or field not in record:
+            raise BadLabel(f"the json member has no field {field!r}")
+        value = record[field]
+        text = value if isinstance(value, str) else json.dumps(value)
     except BadLabel:
         raise
     except (ValueError, RecursionError) as error:
         raise BadLabel("the json member is not valid JSON") from error
-    if not isinstance(record, dict) or field not in record:
-        raise BadLabel(f"the json member has no field {field!r}")
-    value = record[field]
-    text = value if isinstance(value, str) else json.dumps(value)
     return text.encode("utf-8", "surrogatepass")

@@ -14,9 +14,10 @@ from sanitize.compute import Compute
 from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.describe import croissant, describe_clean
+from sanitize.data.names import SeenPaths, folded_path, is_portable
 from sanitize.data.samples import Sample
 from sanitize.data.tables import Selection
-from sanitize.data.tar import TarLimits, unsafe_name
+from sanitize.data.tar import unsafe_name
 from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
@@ -110,7 +111,7 @@ def _write_shard(
     keep_N = verdicts["keep"].to_numpy()
     goes = pa.array(~keep_N)
     removed = zip(rows.filter(goes).to_pylist(), verdicts.filter(goes).to_pylist(), strict=True)
-    taken: set[str] = set()
+    taken = SeenPaths(folded_path)
     with ExitStack() as stack:
         clean = stack.enter_context(shard_writer(part, f"clean/{shard}", config.gzip_level))
         if not keep_N.all():
@@ -133,19 +134,19 @@ def _write_shard(
 
 
 def _quarantine(
-    sample: Sample, shard: str, row: dict[str, Any], verdict: dict[str, Any], tar: TarWriter, taken: set[str]
+    sample: Sample, shard: str, row: dict[str, Any], verdict: dict[str, Any], tar: TarWriter, taken: SeenPaths
 ) -> None:
     """The members as they were, and what speaks against them. Names that no extractor should follow are replaced."""
     stem = sample.key
     renamed = {}
-    if stem.lower() in taken or not _can_be_extracted(stem, [name for name, _ in sample.members]):
+    names = [name for name, _ in sample.members]
+    fits = _can_be_extracted(stem, names) and taken.add(stem, [*names, f"{stem}.{EVIDENCE}"]) is None
+    if not fits:
         stem = f"sample-{sample.position:08d}"
-        while stem in taken:
+        while taken.add(stem, [f"{stem}.{EVIDENCE}"]) is not None:
             stem += "_"
         renamed = {f"{stem}.member{i}": row["members"][i]["name"] for i in range(len(sample.members))}
-    taken.add(stem.lower())
-    names = list(renamed) or [name for name, _ in sample.members]
-    for name, (_, data) in zip(names, sample.members, strict=True):
+    for name, (_, data) in zip(list(renamed) or names, sample.members, strict=True):
         tar.add(name, data)
     evidence = {
         "shard": shard,
@@ -164,9 +165,8 @@ def _quarantine(
 def _can_be_extracted(stem: str, names: list[str]) -> bool:
     """True where members and evidence are safe names, short enough, and different on any file system."""
     names = [*names, f"{stem}.{EVIDENCE}"]
-    longest = max(len(name.encode("utf-8", "surrogateescape")) for name in names)
     return (
         not any(unsafe_name(name) or name.endswith("/") for name in names)
-        and len({name.lower() for name in names}) == len(names)
-        and longest <= TarLimits().max_name_bytes
+        and all(map(is_portable, names))
+        and len(set(map(folded_path, names))) == len(names)
     )

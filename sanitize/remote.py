@@ -99,13 +99,14 @@ def names_below(url: str) -> list[str]:
 
 
 def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
-    """URLs that a prefix (objects with one of the suffixes below it), a glob or a single URL stands for, sorted."""
+    """URLs that a prefix, a glob or a single URL stands for, sorted. Below a prefix, the suffixes are compared in lower
+    case."""
     fs, path = filesystem(url)
     protocol = url.partition("://")[0]
     if any(c in url for c in "*?["):
         found = list(retried(lambda: fs.glob(path), f"list {url}"))
     elif protocol not in ("http", "https") and retried(lambda: fs.isdir(path), f"look at {url}"):
-        found = [name for name in retried(lambda: fs.find(path), f"list {url}") if name.endswith(suffixes)]
+        found = [name for name in retried(lambda: fs.find(path), f"list {url}") if name.lower().endswith(suffixes)]
     else:
         found = [path]
     return [name if "://" in name else f"{protocol}://{name}" for name in sorted(found)]

@@ -635,7 +635,8 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_folder_named_like_a_shard_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "x.tar").mkdir(parents=True)
-    assert run("inspect", tmp_path / "in", "--quiet").exit_code == 2  # no shards in it
+    result = run("inspect", tmp_path / "in", "--quiet")
+    assert (result.exit_code, "x.tar: it is a folder" in result.output) == (1, True), result.output
     (tmp_path / "in" / "x.tar" / "y.tar").write_bytes(A + B + END)
     dataset, selection = selected(tmp_path / "in", tmp_path)
     assert len(members_of(Path(written(dataset, selection, tmp_path / "shards").clean()[0]))) == 4

@@ -37,9 +37,9 @@ class Offered(BaseModel):
         A long name is cut to `MAX_NAME_BYTES`; the digest in it still tells shards apart.
         """
         base = self.url.rpartition("/")[2]
-        suffix = next(suffix for suffix in (".tar.gz", ".tgz", ".tar", "") if base.endswith(suffix))
+        suffix = next(suffix for suffix in (".tar.gz", ".tgz", ".tar", "") if base.lower().endswith(suffix))
         end = f"-{self.sha256[:16]}{suffix}"
-        stem = base.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(end)].decode(errors="ignore")
+        stem = base[: len(base) - len(suffix)].encode()[: MAX_NAME_BYTES - len(end)].decode(errors="ignore")
         return stem + end
 
 

@@ -148,12 +148,15 @@ class State:
                 raise ArtifactError(f"batch {entry.batch} claims bytes that were taken before (sha256 {min(twice)})")
             if len({shard.name for shard in entry.shards}) < len(entry.shards):
                 raise ArtifactError(f"batch {entry.batch} claims two shards of one name")
+        if isinstance(entry, RetryEntry) and (others := set(entry.shards) - {s.sha256 for s in self.refused.values()}):
+            raise ArtifactError(f"bytes are retried that were never refused (sha256 {min(others)})")
         if isinstance(entry, CommitEntry | DecisionEntry) and entry.batch not in self.batches:
             raise ArtifactError(f"batch {entry.batch} was never claimed")
         if isinstance(entry, CommitEntry) and self.batches[entry.batch].commit is not None:
             raise ArtifactError(f"batch {entry.batch} is committed twice")
         if isinstance(entry, DecisionEntry) and entry.decision not in self.batches[entry.batch].may_be:
-            raise ArtifactError(f"batch {entry.batch} is {self.batches[entry.batch].status}, not to be {entry.decision}")
+            batch = self.batches[entry.batch]
+            raise ArtifactError(f"batch {entry.batch} is {batch.status}; it cannot be {entry.decision}")
 
     def _add_claim(self, entry: ClaimEntry) -> None:
         self.batches[entry.batch] = Batch(claim=entry)
@@ -216,7 +219,10 @@ class State:
     def name_of(self, shards: Sequence[Offered]) -> str:
         """Name of a batch of these shards, 16 hex digits; another one where some are tried again."""
         text = "\n".join(sorted(f"{shard.sha256} {self.attempts[shard.sha256]}" for shard in shards))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        while name in self.batches:  # somebody looked for shards whose digests make it so
+            name = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return name
 
     def find_refused(self, what: str) -> list[Refused]:
         """Refused shards of this URL, of this file name, or whose sha256 begins like that."""

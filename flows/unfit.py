@@ -22,12 +22,23 @@ _LASTING = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ENOTDIR, errno
 
 
 def is_storage(error: Exception) -> bool:
-    """True where storage is why a batch could not be finished, and another attempt may do it."""
+    """True where storage, or Prefect's server, is why a batch was not finished, so that another attempt may do it."""
+    if _is_of_prefect(error):
+        return True
     cause = error if isinstance(error, OSError) else error.__cause__
     number = cause.errno if isinstance(cause, OSError) else None
     if number in _LASTING:
         return False
     return isinstance(error, StorageError) or (isinstance(error, OSError) and number is not None)
+
+
+def _is_of_prefect(error: BaseException | None) -> bool:
+    """True where the error, or one it came from, is of Prefect or of a request to its server."""
+    while error is not None:
+        if type(error).__module__.partition(".")[0] in ("prefect", "httpx", "httpcore"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def unfit_shards(dataset: Dataset, claim: ClaimEntry, config: IndexConfig) -> list[Refused]:

@@ -89,6 +89,7 @@ class ReferenceEntry(BaseModel):
     Attributes:
         version: 1, 2, …
         digests: of its artifacts, by folder.
+        config: sha256 of its `config.yaml`; "" in entries of older versions.
         merged: batches whose statistics are in this version and were not in the one before.
         shards, clean: of the run, for version 1.
         by, at, note: who approved it, when (ISO 8601), why.
@@ -99,6 +100,7 @@ class ReferenceEntry(BaseModel):
     kind: Literal["reference"] = "reference"
     version: int = Field(ge=1, le=1_000_000)
     digests: dict[str, Sha256Hex]
+    config: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     merged: tuple[BatchId, ...] = ()
     shards: tuple[Offered, ...] = ()
     clean: tuple[CleanShard, ...] = ()

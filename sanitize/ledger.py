@@ -254,6 +254,11 @@ class Ledger:
         self.folder = join(store, "ledger")
         self._state = State(())
 
+    @property
+    def so_far(self) -> State:
+        """What was read; where `read` failed, all before the entry that it names."""
+        return self._state
+
     def read(self) -> State:
         """The log as it is; the same object each time. Raises ArtifactError where an entry is missing or damaged."""
         names = [name for name in names_below(self.folder) if name[:1].isdigit()]  # others are being written

@@ -43,6 +43,7 @@ from flows.runner import Processes, Ray, RunnerConfig, Threads, is_transient
 from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
+from sanitize.data.names import printable
 from sanitize.errors import ConfigError
 from sanitize.storage import absolute, is_local
 
@@ -227,10 +228,18 @@ def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
     with _task_runner(config.runner) as runner:
         new_run = partial(PrefectRun, runner=runner)
         result = ingest_job.ingest(config, out, new_run, committed)
-    rows = [f"| {b['batch']} | {b['status']} | {b['shards']} | {'; '.join(b['reasons'])} |" for b in result["batches"]]
-    table = "\n".join(["| batch | status | shards | reasons |", "|---|---|---:|---|", *rows])
-    create_markdown_artifact(table, key="ingest-batches", description=out)
+    rows = [[b["batch"], b["status"], str(b["shards"]), "; ".join(b["reasons"])] for b in result["batches"]]
+    rows += [[r["shard"], r["status"], "1", "; ".join(r["reasons"])] for r in result["refused"]]
+    create_markdown_artifact(
+        _table(["batch or shard", "status", "shards", "reasons"], rows), key="ingest-batches", description=out
+    )
     return result
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; what strangers wrote into a cell stays in it."""
+    shown = [[printable(" ".join(cell.splitlines())).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *shown])
 
 
 @_flow("train")

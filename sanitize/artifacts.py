@@ -12,10 +12,11 @@ a stage again is resuming.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -38,6 +39,7 @@ from sanitize.storage import (
     read_bytes,
     remove,
     sha256_file,
+    stamps_below,
     sync_folder,
     sync_folders,
 )
@@ -395,6 +397,11 @@ def _finished(kind: type[A], out: str, recipe: Recipe, sources: dict[str, dict[s
     changed = [n for n, source in (sources or {}).items() if not _same_source(manifest.sources.get(n), source)]
     if changed:
         raise ArtifactError(f"{changed[0]} has changed since {out} was made from it; choose another --out")
+    if problems := altered(out, {name: (entry.size, entry.sha256) for name, entry in manifest.files.items()}):
+        more = f" ({len(problems)} files in all)" if len(problems) > 1 else ""
+        raise ArtifactError(
+            f"{problems[0]}{more}. Put back what was written, or delete {out} to make it again, or choose another --out"
+        )
     remove(partial_of(out))  # killed between the manifest and the clean-up
     return kind(path=out, digest=manifest.digest)
 
@@ -434,6 +441,31 @@ def copy(artifact: A, out: str) -> A:
     with create(join(out, MANIFEST)) as writer:
         writer.write(read_bytes(artifact.url(MANIFEST)))
     return type(artifact).load(out)
+
+
+def altered(folder: str, files: Mapping[str, tuple[int, str]]) -> list[str]:
+    """Files of a finished artifact that are not what was written, as far as sizes and times tell.
+
+    The manifest is written last, so a file that is younger was written again since: only such files are hashed. Who
+    keeps the size and sets the time back is found by `verify`, which hashes everything.
+
+    Args:
+        folder: of the artifact.
+        files: size and sha256 of each, by name; others are not looked at.
+
+    Returns:
+        One line for each file.
+    """
+    there = stamps_below(folder)
+    finished = there.get(MANIFEST, (0, math.inf))[1]
+    problems = []
+    for name, (size, sha256) in sorted(files.items()):
+        now, modified = there.get(name, (None, 0.0))
+        if now is None:
+            problems.append(f"{join(folder, name)} is gone since it was written")
+        elif now != size or (modified > finished and sha256_file(join(folder, name)) != sha256):
+            problems.append(f"{join(folder, name)} has changed since it was written")
+    return problems
 
 
 def verify(folder: str | Path) -> list[str]:

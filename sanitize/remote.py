@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,6 +97,27 @@ def names_below(url: str) -> list[str]:
     root = path.rstrip("/") + "/"
     found: list[str] = retried(lambda: fs.find(path), f"list {url}")
     return sorted(name[name.index(root) + len(root) :] for name in found if root in name)
+
+
+def stamps_below(url: str) -> dict[str, tuple[int, float]]:
+    """Size and time of modification, in seconds, of all objects below a prefix, by name relative to it."""
+    fs, path = filesystem(url)
+    root = path.rstrip("/") + "/"
+    found: dict[str, dict[str, Any]] = retried(lambda: fs.find(path, detail=True), f"list {url}")
+    return {
+        name[name.index(root) + len(root) :]: (int(of_object.get("size") or 0), _modified(of_object))
+        for name, of_object in found.items()
+        if root in name
+    }
+
+
+def _modified(found: dict[str, Any]) -> float:
+    """Seconds; 0 where the store does not say."""
+    names = ("LastModified", "last_modified", "mtime", "updated", "created")
+    said = next((found[name] for name in names if found.get(name)), 0.0)
+    if isinstance(said, str):
+        said = datetime.fromisoformat(said)
+    return said.timestamp() if isinstance(said, datetime) else float(said)
 
 
 def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:

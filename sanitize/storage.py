@@ -89,6 +89,20 @@ def names_below(folder: str | Path) -> list[str]:
     return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
 
 
+def stamps_below(folder: str | Path) -> dict[str, tuple[int, float]]:
+    """Size in bytes and time of modification, in seconds, of all files below a folder, by name relative to it."""
+    if not is_local(str(folder)):
+        return remote.stamps_below(str(folder))
+    path, found = local_path(str(folder)), {}
+    for where, _, names in os.walk(path):
+        for name in names:
+            file = Path(where, name)
+            with suppress(FileNotFoundError):  # a link to nothing
+                status = file.stat()
+                found[str(file.relative_to(path))] = status.st_size, status.st_mtime
+    return found
+
+
 def remove(url: str | Path) -> None:
     """Remove a file or a folder with all that is in it; nothing there is fine."""
     if not is_local(str(url)):

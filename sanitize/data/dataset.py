@@ -18,7 +18,7 @@ from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
 from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile, find_image
 from sanitize.data.tables import ShardTables
-from sanitize.errors import ConfigError, DataError
+from sanitize.errors import ConfigError, DataError, ShardError
 from sanitize.storage import fingerprint, open_read
 
 T = TypeVar("T")
@@ -128,8 +128,9 @@ class Dataset(ShardTables):
         if not same:
             raise self._changed(shard, f"byte {size}")
 
-    def _changed(self, shard: str, where: str) -> DataError:
-        return DataError(f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again")
+    def _changed(self, shard: str, where: str) -> ShardError:
+        said = f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again"
+        return ShardError(said, shard)
 
     def batches(self, size: int, shards: Sequence[str] | None = None) -> Iterator[Batch]:
         """Stream usable samples in batches of at most `size`; a batch never spans two shards.
@@ -207,9 +208,10 @@ class Dataset(ShardTables):
     def _bad_image(self, shard: str, key: str, error: Exception) -> DataError:
         if self.info["check"] == "decode":
             return self._changed(shard, key)
-        return DataError(
+        return ShardError(
             f"sample {key} of shard {self.urls[shard]} cannot be used: {error}. The index did not decode "
-            f"images (index.check={self.info['check']}); index with check=decode"
+            f"images (index.check={self.info['check']}); index with check=decode",
+            shard,
         )
 
     def images(self) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def package_model(
     """
     compute.activate()
     inputs = {"model": model.digest} | {f"certificates{i}": of.digest for i, of in enumerate(certificates)}
-    recipe = Recipe(stage="package_model", inputs=inputs)
+    recipe = Recipe(stage="package_model", version=2, inputs=inputs)
 
     def write(part: Part) -> None:
         training, proved = _known(model)
@@ -61,11 +61,15 @@ def package_model(
         if PROVED in model.manifest().files:
             part.write(PROVED, model.read(PROVED))
 
-    return make(ModelPackage, out, recipe, write)
+    return make(ModelPackage, out, recipe, write).trusted_like(model)
 
 
-def open_model(path: str | Path) -> Checkpoint:
+def open_model(path: str | Path, trust_code: bool = False) -> Checkpoint:
     """The model in a folder or URL: a package, what a training stage made, or a run folder with a package.
+
+    Args:
+        path: of the folder.
+        trust_code: see `load_model`.
 
     Raises:
         ArtifactError: there is none.
@@ -77,22 +81,28 @@ def open_model(path: str | Path) -> Checkpoint:
     if "config.json" not in manifest.files:
         raise ArtifactError(f"{path} is no model: it was made by {manifest.recipe.stage}")
     kind = PartitionEnsemble if manifest.recipe.stage == "train_partitions" else Checkpoint
-    return kind(path=path, digest=manifest.digest)
+    return kind(path=path, digest=manifest.digest, trust_code=trust_code)
 
 
-def load_model(path: str | Path) -> nn.Module:
+def load_model(path: str | Path, *, trust_code: bool = False) -> nn.Module:
     """A model with its preprocessing, in eval mode, on the CPU.
+
+    A package may come from a stranger: its numbers are bounded, nothing larger than its files is built, and no code is
+    run for it.
 
     Args:
         path: see `open_model`.
+        trust_code: allow the package to name a function that builds its network ("kind": "factory"). The function must
+            be in an installed package: nothing is imported from the working directory or from the model's folder.
 
     Returns:
         A module from images (B, C, H, W), uint8 or float on [0, 1], to logits (B, K), or, of an ensemble, to votes.
 
     Raises:
-        ArtifactError: there is no model, or a file is not what the manifest says.
+        ArtifactError: there is no model; a file is not what the manifest says, or describes no network; the weights do
+            not fit it; or it names code and `trust_code` is not given.
     """
-    checkpoint = open_model(path)
+    checkpoint = open_model(path, trust_code)
     return OnPixels(checkpoint.model(), checkpoint.config).eval()
 
 
@@ -131,8 +141,11 @@ def _card(
         "```python",
         "import sanitize",
         "",
-        'model = sanitize.load_model(".")  # this folder: uint8 images (B, C, H, W) to logits or votes (B, K)',
+        'model = sanitize.load_model("path/to/this/folder")  # uint8 images (B, C, H, W) to logits or votes (B, K)',
         "```",
+        "",
+        "Start Python in another folder than this one: Python imports modules from the folder it is started in, and so "
+        "would run any that somebody put here.",
         "",
         "## How it was trained",
         f"{trained}; all settings are in `training.json`. Inputs, by digest:",

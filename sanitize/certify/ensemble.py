@@ -5,7 +5,7 @@ come in the order of their digests, seeds are those of the partition, and every 
 are stacked) is a setting and not a count of samples. Shapes: M networks of a group, N their samples, B batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from sanitize.distributed import world
 from sanitize.embed.label_free import oriented_gradients
 from sanitize.errors import ConfigError
 from sanitize.loop import Batch, Objective, OptimConfig, Step, train
-from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, load_into
+from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, refuse_misfits
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.stacked import Stacked
 from sanitize.progress import track
@@ -94,13 +94,21 @@ class PartitionEnsemble(Checkpoint):
     `groups/GROUP.json`: the history of each group, and of each partition how many samples it has and how many its base
     model was trained on."""
 
-    def model(self) -> nn.Module:
-        """The `Plurality` of all base models, in eval mode, on the CPU."""
-        names = sorted(name for name in self.manifest().files if name.endswith(".safetensors"))
-        states = [safetensors.torch.load(self.read(name)) for name in names]
-        model = self.config.build()
-        load_into(model, {f"networks.{name}": torch.cat([s[name] for s in states]) for name in states[0]}, self.path)
-        return model.eval()
+    def weight_files(self) -> list[str]:
+        """One a group, in the order of the partitions."""
+        return sorted(name for name in self.manifest().files if name.endswith(".safetensors"))
+
+    def _state(self, expected: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The weights of all groups, stacked."""
+        states = [self.read_tensors(name) for name in self.weight_files()]
+        first_rows = [
+            {f"networks.{name}": tensor[:1] if tensor.ndim else tensor for name, tensor in state.items()}
+            for state in states
+        ]
+        one = first_rows[0] if expected is None else {name: tensor[:1] for name, tensor in expected.items()}
+        for file, rows in zip(self.weight_files(), first_rows, strict=True):
+            refuse_misfits(one, rows, self.url(file))
+        return {f"networks.{name}": torch.cat([state[name] for state in states]) for name in states[0]}
 
 
 def train_partitions(
@@ -155,15 +163,9 @@ def train_partitions(
         part.write_json("config.json", model_config.model_dump(mode="json"))
         part.write_json(PROVED, _proved(config, dataset, n_samples))
 
-    return make(
-        PartitionEnsemble,
-        out,
-        recipe,
-        parts=list(config.groups),
-        write_part=write_part,
-        finish=finish,
-        only=shards,
-    )
+    groups = list(config.groups)
+    made = make(PartitionEnsemble, out, recipe, parts=groups, write_part=write_part, finish=finish, only=shards)
+    return made.of_own(config.architecture)
 
 
 def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[str, Any]:
@@ -296,7 +298,7 @@ def stacked_networks(model_config: ModelConfig, numbers: Sequence[int], compute:
         for number in numbers:
             compute.seed_global("partition", number, "init")
             networks.append(model_config.build_one())
-    return Stacked(networks)
+    return Stacked.of(networks)
 
 
 class PartitionBatches:

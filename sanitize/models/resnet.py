@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sanitize.models.sizes import Widths
+
 
 class ResNetConfig(BaseModel):
     """Architecture of `ResNet`: a stage a width, each after the first at half the resolution."""
@@ -12,7 +14,7 @@ class ResNetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["resnet"] = "resnet"
-    widths: tuple[int, ...] = Field(default=(16, 32, 64), min_length=1)
+    widths: Widths = (16, 32, 64)
     blocks_per_stage: int = Field(default=1, ge=1, le=16)
 
 

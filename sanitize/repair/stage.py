@@ -112,7 +112,7 @@ def repair_model(
         write_checkpoint(part, repaired.model.cpu(), model.config, [])
         part.write_json("repair.json", report)
 
-    return make(RepairedModel, out, recipe, write)
+    return make(RepairedModel, out, recipe, write).trusted_like(model)
 
 
 def untrusted_batches(

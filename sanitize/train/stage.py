@@ -159,7 +159,7 @@ def train_robust(
             part.write("drops.safetensors", safetensors.torch.save(counts))
         part.counts.update(samples=dataset.n_samples)
 
-    return make_together(RobustModel, out, recipe, fit, write)
+    return make_together(RobustModel, out, recipe, fit, write).of_own(config.architecture)
 
 
 class _Fitted(NamedTuple):

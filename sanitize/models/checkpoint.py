@@ -170,29 +170,40 @@ class ModelConfig(BaseModel):
         with torch.device("meta"):
             return find_taps(copy.deepcopy(network).to("meta"), self.example()).penultimate
 
-    def layout(self) -> dict[str, Tensor] | None:
-        """Names, shapes and dtypes of the weights, as tensors on the meta device: nothing is allocated or initialised.
+    def outline(self) -> nn.Module | None:
+        """One of the networks on the meta device, in eval mode: nothing is allocated or initialised.
 
         None where only the network itself tells: one that other code builds, or a RegNet of torchvision, which computes
         its widths by tensors.
 
         Raises:
-            ConfigError: no network of this architecture takes such images.
+            ConfigError: there is no such network.
         """
         if isinstance(self.architecture, FactoryConfig):
             return None
         try:
-            with torch.device("meta"), torch.inference_mode():
-                network = self.build_one().eval()
-                shape = network(self.example()[:1]).shape
-                state = (network if self.n_networks == 1 else self.build_to_load()).state_dict()
+            with torch.device("meta"):
+                return self.build_one().eval()
         except NotImplementedError:  # a value of a meta tensor was asked for
             return None
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (RuntimeError, ValueError) as error:
             raise ConfigError(f"no such network takes images of {self.image_shape}: {first_line(error)}") from error
+
+    def layout(self, outline: nn.Module) -> dict[str, Tensor]:
+        """Names, shapes and dtypes of all weights, as tensors on the meta device."""
+        if self.n_networks == 1:
+            return outline.state_dict()
+        return Plurality(Stacked.empty(outline, self.n_networks)).state_dict()
+
+    def refuse_if_no_classifier(self, outline: nn.Module) -> None:
+        """Raise ConfigError unless the network takes images of `image_shape` and gives K logits."""
+        try:
+            with torch.device("meta"), torch.inference_mode():
+                shape = tuple(outline(self.example()[:1]).shape)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"the network takes no images of {self.image_shape}: {first_line(error)}") from error
         if shape != (1, self.n_classes):
-            raise ConfigError(f"such a network gives {tuple(shape[1:])} numbers an image, not {self.n_classes} logits")
-        return state
+            raise ConfigError(f"the network gives {shape[1:]} numbers an image, not {self.n_classes} logits")
 
     def example(self) -> Tensor:
         """Two black images as the network takes them, for `find_taps`."""
@@ -275,10 +286,9 @@ class Checkpoint(Artifact):
         described = self.read_json("config.json", _MAX_DESCRIPTION)
         try:
             return ModelConfig.model_validate(described)
-        except ValidationError as error:
-            raise ArtifactError(f"{where} describes no network: {first_problem(error)}") from error
-        except ConfigError as error:
-            raise ArtifactError(f"{where} describes no network: {error}") from error
+        except (ValidationError, ConfigError) as error:
+            why = first_problem(error) if isinstance(error, ValidationError) else error
+            raise ArtifactError(f"{where} describes no network: {why}") from error
 
     def model(self) -> nn.Module:
         """The network in eval mode, on the CPU.
@@ -287,20 +297,22 @@ class Checkpoint(Artifact):
             ArtifactError: the description names code that may not be run, or the weights are not those of the network
                 it describes, or are not finite.
         """
-        is_own = self._refuse_code()
-        with nullcontext() if is_own else only_installed(self.path):
-            try:
+        try:
+            is_own = self._refuse_code()
+            with nullcontext() if is_own else only_installed(self.path):
                 return self._loaded().eval()
-            except ConfigError as error:
-                raise ArtifactError(f"{self.path} cannot be loaded: {error}") from error
+        except ConfigError as error:
+            raise ArtifactError(f"{self.path} cannot be loaded: {error}") from error
 
     def _loaded(self) -> nn.Module:
-        expected = self.config.layout()
+        outline = self.config.outline()
+        expected = None if outline is None else self.config.layout(outline)
         if expected is not None:
             self._refuse_size(sum(tensor.nbytes for tensor in expected.values()))
         state = self._state(expected)
-        if expected is not None:
+        if outline is not None and expected is not None:
             refuse_misfits(expected, state, self.path)
+            self.config.refuse_if_no_classifier(outline)
         model = self.config.build_to_load()
         load_into(model, state, self.path)
         for name, tensor in state.items():

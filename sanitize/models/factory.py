@@ -7,8 +7,9 @@ the package chooses what the name of a module means.
 
 import importlib
 import importlib.util
-import os
+import site
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,8 +80,18 @@ def refuse_unless_installed(function: str, folder: str) -> None:
 
 
 def _may_hold_code(entry: str, folder: str) -> bool:
-    """False for the working directory, whatever is relative to it, and for `folder` with all below it."""
-    if not os.path.isabs(entry):  # noqa: PTH117 - "" must stay ""
-        return False
-    place, package = Path(entry).resolve(), Path(folder.removeprefix("file://")).resolve()
-    return place != Path.cwd().resolve() and not place.is_relative_to(package)
+    """False for the working directory and for `folder`, with all below them but the interpreter's own folders.
+
+    Python makes the relative entries of PYTHONPATH absolute when it starts, so that they cannot be told from others.
+    """
+    place = Path(entry).resolve()  # "" is the working directory
+    if any(place.is_relative_to(home) for home in _interpreter_folders()):
+        return True  # of a virtual environment that lies in the working directory
+    return not any(place.is_relative_to(Path(root).resolve()) for root in ("", folder.removeprefix("file://")))
+
+
+def _interpreter_folders() -> set[Path]:
+    """Where the standard library and installed packages are."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = [sysconfig.get_path(name) for name in names] + [*site.getsitepackages(), site.getusersitepackages()]
+    return {Path(folder).resolve() for folder in folders}

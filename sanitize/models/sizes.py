@@ -14,4 +14,5 @@ Means = Annotated[tuple[Mean, ...], Field(min_length=1, max_length=65_536)]
 Deviations = Annotated[tuple[Deviation, ...], Field(min_length=1, max_length=65_536)]
 MAX_CLASSES = 1_000_000
 MAX_NETWORKS = 100_000
+MAX_BLOCKS = 256
 MAX_PIXELS = 2**28  # numbers of one image, C x H x W

@@ -71,6 +71,7 @@ class IngestConfig(BatchConfig):
     Attributes:
         shards: where shards land: directories, globs, brace ranges or URLs.
         max_shards: of one batch; where more are new, there are several batches.
+        allow_factory: a function that the reference's embedder names may be run, if an installed package holds it.
         compute: device and threads; seed and precision are always the reference's.
         n_groups: groups of shards that are worked on side by side. Results do not depend on it.
         runner: threads, processes or ray: where groups of shards are worked on.
@@ -78,6 +79,7 @@ class IngestConfig(BatchConfig):
 
     shards: tuple[str, ...] = Field(min_length=1)
     max_shards: int = Field(default=64, ge=1)
+    allow_factory: bool = Field(default=False, exclude=True)
     compute: Compute = Compute()
     n_groups: int = Field(default=1, ge=1)
     runner: RunnerConfig = Threads()
@@ -228,7 +230,7 @@ def process(batch: Batch, store: str, ledger: Ledger, config: IngestConfig, new_
         state = ledger.read()
         if state.batches[name].commit is not None:
             return None
-        reference = load_reference(store, state.references[batch.claim.reference])
+        reference = load_reference(store, state.references[batch.claim.reference], config.allow_factory)
         try:
             made = _run_batch(batch, reference, folder, config, new_run)
         except StorageError:

@@ -82,8 +82,14 @@ class Reference(NamedTuple):
     scores: tuple[Scores, ...]
 
 
-def load_reference(store: str, entry: ReferenceEntry) -> Reference:
-    """A version of the ledger. Raises ArtifactError where a folder is not what the ledger says."""
+def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) -> Reference:
+    """A version of the ledger. Raises ArtifactError where a folder is not what the ledger says.
+
+    Args:
+        store: its folder or URL.
+        entry: the version.
+        trust_code: the embedder may run code that it names, see `sanitize.load_model`.
+    """
     folder = _folder(store, entry.version)
     for name, digest in entry.digests.items():
         if read_manifest(join(folder, name)).digest != digest:
@@ -92,7 +98,7 @@ def load_reference(store: str, entry: ReferenceEntry) -> Reference:
     return Reference(
         entry.version,
         config,
-        Checkpoint.load(join(folder, EMBEDDER)),
+        Checkpoint.load(join(folder, EMBEDDER)).model_copy(update={"trust_code": trust_code}),
         Projection.load(join(folder, PROJECTION)),
         Statistics.load(join(folder, STATISTICS)),
         tuple(FittedScorer.load(join(folder, f"30-scorer-{scorer.kind}")) for scorer in config.scorers),

@@ -53,6 +53,14 @@ ConfigOption = Annotated[
 ]
 Out = Annotated[str, typer.Option(help="Run folder, a path or a URL. Given again, a run that was killed goes on.")]
 ModelFolder = Annotated[str, typer.Argument(help="A model package, or a run folder of `sanitize train`.")]
+AllowFactory = Annotated[
+    bool,
+    typer.Option(
+        "--allow-factory",
+        help="Run the function that a model of kind `factory` names, if an installed package holds it. Only for models "
+        "whose makers you trust.",
+    ),
+]
 RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out: a path or a URL.")]
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.app import (
+    AllowFactory,
     AsJson,
     ConfigOption,
     Device,
@@ -34,6 +35,7 @@ def certify(
     n: Annotated[int | None, typer.Option(help="Noisy copies of an image.")] = None,
     max_images: Annotated[int | None, typer.Option(help="Certify so many samples, chosen by a hash.")] = None,
     out: Out = "runs/certify",
+    allow_factory: AllowFactory = False,
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,
@@ -55,7 +57,7 @@ def certify(
     from flows.certify import CertifyRunConfig, run_certify
 
     with errors():
-        settings = settings_of(config, model=model, shards=shards)
+        settings = settings_of(config, model=model, shards=shards, allow_factory=allow_factory)
         given = {"sigma": sigma, "n": n, "max_images": max_images}
         settings["smoothing"] = settings.get("smoothing", {}) | {k: v for k, v in given.items() if v is not None}
         set_compute(settings, seed=seed, device=device)

@@ -338,7 +338,8 @@ class Checkpoint(Artifact):
         if not self.trust_code:
             raise ArtifactError(
                 f"{self.path} is built by code that it names, {architecture.function}; none of it was run. If you "
-                "trust whoever made it and have installed that code: --allow-factory, or trust_code=True in Python"
+                "trust whoever made it and have installed that code: --allow-factory (`allow_factory: true` in the "
+                "YAML file of the run), or trust_code=True in Python"
             )
         with only_installed(self.path):
             refuse_unless_installed(architecture.function, self.path)

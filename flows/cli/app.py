@@ -160,6 +160,9 @@ def print_proved(certificates: list[dict[str, Any]]) -> None:
             table.add_row(f"{radius:g}", f"{share:.1%}")
         console.print(table)
         console.print(of["scope"]["statement"], highlight=False)
+        if "largest_radius" in of:
+            largest = f"largest radius there can be with these settings: {of['largest_radius']:.4g} {of['radius_unit']}"
+            console.print(largest, highlight=False)
 
 
 def check_there(run: str) -> None:

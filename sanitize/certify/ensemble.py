@@ -7,11 +7,11 @@ are stacked) is a setting and not a count of samples. Shapes: M networks of a gr
 
 from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from sanitize.artifacts import Part, Recipe, Workshop, make
@@ -26,6 +26,7 @@ from sanitize.errors import ConfigError
 from sanitize.loop import Batch, Objective, OptimConfig, Step, train
 from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, refuse_misfits
 from sanitize.models.mlp import MLPConfig
+from sanitize.models.sizes import MAX_NETWORKS
 from sanitize.models.stacked import Stacked
 from sanitize.progress import track
 from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig, new_scorer
@@ -58,7 +59,8 @@ class PartitionConfig(BaseModel):
     """An ensemble whose predictions are certified against poisoned training data.
 
     Attributes:
-        n_partitions: k; more of them certify more poisoned samples, at the price of less data for each base model.
+        n_partitions: k; more of them certify more poisoned samples, at the price of less data for each base model. No
+            radius is larger than k / 2, and with two partitions one sample decides: they are refused.
         key: of the hash that divides the samples.
         architecture: of the base models.
         mean, std: normalisation of each channel on the scale [0, 1].
@@ -71,7 +73,7 @@ class PartitionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_partitions: int = Field(default=50, ge=2)
+    n_partitions: int = Field(default=50, ge=1, le=MAX_NETWORKS)
     key: str = "sanitize"
     architecture: Architecture = MLPConfig(widths=(64,))
     mean: tuple[float, ...] = (0.5,)
@@ -80,6 +82,15 @@ class PartitionConfig(BaseModel):
     steps_per_epoch: int = Field(default=8, ge=1)
     group_size: int = Field(default=250, ge=1)
     filter: PartitionFilterConfig | None = None
+
+    @model_validator(mode="after")
+    def _something_can_be_certified(self) -> Self:
+        if self.n_partitions < 3:
+            raise ConfigError(
+                f"with {self.n_partitions} partitions one poisoned sample decides between two classes: take 3 or more. "
+                "The largest radius there can be is half of them, rounded down, in training samples"
+            )
+        return self
 
     @property
     def groups(self) -> dict[str, range]:
@@ -147,6 +158,7 @@ def train_partitions(
     )
     recipe = Recipe(
         stage="train_partitions",
+        version=2,
         config=config.model_dump(mode="json"),
         numerics=compute.numerics,
         inputs={"dataset": dataset.digest},
@@ -177,13 +189,15 @@ def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[s
         "integral": True,
         "open": False,
         "confidence": 1.0,
+        "largest_radius": config.n_partitions // 2,
         "parameters": config.model_dump(mode="json", include={"n_partitions", "key", "filter"}),
         "scope": {
             "threat": "poisoned training data",
             "statement": (
                 "A prediction stays what it is while no more training samples than its radius are inserted into the "
                 "training set or removed from it, whichever they are, and training is repeated with the same settings "
-                "and seed. A sample that is changed counts twice: one is removed, one inserted."
+                "and seed. A sample that is changed counts twice: one is removed, one inserted. With "
+                f"{config.n_partitions} partitions no radius can be larger than {config.n_partitions // 2}."
             ),
             "training_set": {"dataset": dataset.digest, "samples": n_samples},
             "filter": "inside each partition" if config.filter else "none",

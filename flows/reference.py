@@ -6,11 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.clean import CleanConfig, scores_folder
-from flows.restore import config_of, latest
+from flows.restore import config_of, latest, written_config
 from flows.run import Run, save_config
 from sanitize.artifacts import copy, read_manifest
 from sanitize.compute import Compute
@@ -32,7 +31,7 @@ from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.score import FittedScorer, ScorerConfig, fit_scorer, score_shards
 from sanitize.select import JudgeConfig, Shards
-from sanitize.storage import absolute, exclusive, is_local, join, read_bytes, remove
+from sanitize.storage import absolute, exclusive, is_local, join, remove
 
 EMBEDDER, PROJECTION, STATISTICS = "10-embedder", "20-projection", "21-statistics"  # folders of a version
 REMEMBERED = "60-statistics"  # folder of a batch
@@ -94,7 +93,7 @@ def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) 
     for name, digest in entry.digests.items():
         if read_manifest(join(folder, name)).digest != digest:
             raise ArtifactError(f"{join(folder, name)} is not the artifact that the ledger names")
-    config = ReferenceConfig.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
+    config = written_config(folder, ReferenceConfig)
     return Reference(
         entry.version,
         config,

@@ -2,18 +2,21 @@
 
 import json
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from flows.clean import CleanConfig, scores_folder
-from sanitize.artifacts import MANIFEST, read_manifest, verify
+from sanitize.artifacts import MANIFEST, first_line, first_problem, read_manifest, verify
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection
-from sanitize.errors import ArtifactError
+from sanitize.errors import ArtifactError, SanitizeError
 from sanitize.report import write_report
 from sanitize.select import RestoreConfig, Shards, restore_samples, write_selected
 from sanitize.storage import create, exclusive, exists, join, names_below, read_bytes
+
+C = TypeVar("C", bound=BaseModel)
 
 
 def restore(folder: str, keys: tuple[str, ...], note: str) -> dict[str, Any]:
@@ -97,10 +100,18 @@ def write_again(folder: str) -> str:
 
 def config_of(folder: str) -> CleanConfig:
     """What a finished run was asked for. Raises ArtifactError where it is none."""
+    return written_config(folder, CleanConfig)
+
+
+def written_config(folder: str, kind: type[C]) -> C:
+    """The `config.yaml` of a folder. Raises ArtifactError where there is none, or it is of another kind."""
     try:
-        return CleanConfig.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
+        return kind.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
     except OSError:
         raise ArtifactError(f"{folder} is not a finished run of `sanitize clean`: it has no config.yaml") from None
+    except (yaml.YAMLError, RecursionError, ValueError, SanitizeError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
+        raise ArtifactError(f"{join(folder, 'config.yaml')} is no {kind.__name__}: {why}") from error
 
 
 def latest(folder: str) -> tuple[Selection, int]:
@@ -117,8 +128,12 @@ def _artifacts(folder: str) -> list[str]:
 
 
 def _recorded(folder: str) -> list[dict[str, Any]]:
+    """Folder and digest of each stage in `run.json`; none where there is no such file."""
+    url = join(folder, "run.json")
     try:
-        stages: list[dict[str, Any]] = json.loads(read_bytes(join(folder, "run.json")))["stages"]
-    except (OSError, ValueError, KeyError):
+        stages: list[dict[str, Any]] = json.loads(read_bytes(url))["stages"]
+        return [{"folder": str(stage["folder"]), "digest": str(stage["digest"])} for stage in stages]
+    except OSError:
         return []
-    return stages
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{url} is damaged: {first_line(error)}") from error

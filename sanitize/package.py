@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from pydantic import BaseModel, Field, RootModel, ValidationError
 from torch import nn
 
-from sanitize.artifacts import MANIFEST, Part, Recipe, make, read_manifest
+from sanitize.artifacts import MANIFEST, Part, Recipe, first_problem, make, read_manifest
 from sanitize.certify import Certificates, PartitionEnsemble
-from sanitize.certify.certificates import excerpt
+from sanitize.certify.certificates import Proved, excerpt
 from sanitize.certify.ensemble import PROVED
 from sanitize.compute import Compute
 from sanitize.errors import ArtifactError
@@ -108,17 +109,41 @@ def load_model(path: str | Path, *, trust_code: bool = False) -> nn.Module:
 
 def _known(model: Checkpoint) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """How the model was trained, and what was proved about it before: what a package says of it is still true."""
-    if "certificate.json" in model.manifest().files:
-        return model.read_json("training.json"), model.read_json("certificate.json")["certificates"]
-    return model.manifest().recipe.model_dump(mode="json"), []
+    if "certificate.json" not in model.manifest().files:
+        return model.manifest().recipe.model_dump(mode="json"), []
+    training = _checked(model, "training.json", Recipe)
+    return training, _checked(model, "certificate.json", _Certificates)["certificates"]
+
+
+class _Certificates(BaseModel):
+    certificates: tuple[Proved, ...] = Field(max_length=20)
+
+
+class _Metrics(RootModel[dict[str, dict[str, float]]]):
+    pass
+
+
+class _History(RootModel[tuple[dict[str, float], ...]]):
+    pass
+
+
+def _checked(model: Checkpoint, name: str, kind: type[BaseModel]) -> Any:
+    """Content of a JSON file as it is, once it is known to be of this kind. Raises ArtifactError where it is not."""
+    found = model.read_json(name)
+    try:
+        kind.model_validate(found)
+    except ValidationError as error:
+        raise ArtifactError(f"{model.url(name)} is damaged: {first_problem(error)}") from error
+    return found
 
 
 def _metrics(model: Checkpoint, proved: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was measured: the last epoch of the training, and the accuracy of what was certified."""
     metrics: dict[str, Any] = {}
     if "metrics.json" in model.manifest().files:
-        metrics |= {name: of for name, of in model.read_json("metrics.json").items() if name == "training"}
-    if "history.json" in model.manifest().files and (history := model.read_json("history.json")):
+        measured = _checked(model, "metrics.json", _Metrics)
+        metrics |= {name: of for name, of in measured.items() if name == "training"}
+    if "history.json" in model.manifest().files and (history := _checked(model, "history.json", _History)):
         metrics["training"] = history[-1]
     for of in proved:
         metrics[of["kind"]] = {name: of[name] for name in ("samples", "abstained", "clean_accuracy")}
@@ -158,7 +183,12 @@ def _card(
         "## What is proved",
         *([line for of in proved for line in _proved(of)] or ["Nothing: this model carries no certificate."]),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(_plain(line) for line in lines) + "\n"
+
+
+def _plain(line: str) -> str:
+    """A line of a card in which nothing that came from another package is a link, a picture or HTML."""
+    return line.replace("<", "&lt;").replace("](", "] (") if line.isprintable() else repr(line)
 
 
 def _architecture(config: ModelConfig) -> str:

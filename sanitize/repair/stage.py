@@ -49,8 +49,7 @@ class RepairedModel(Checkpoint):
     @property
     def report(self) -> dict[str, Any]:
         """method, done, weights_changed, and where there are test shards before and after."""
-        report: dict[str, Any] = self.read_json("repair.json")
-        return report
+        return self.read_object("repair.json", "method", "weights_changed")
 
 
 def repair_model(

@@ -96,7 +96,7 @@ class RobustModel(Checkpoint):
         """dropped_N, seen_N. Raises ConfigError where the method drops no samples."""
         if not self.has_drops:
             raise ConfigError(f"{self.path} was trained without dropping samples: set train.method.select_batch")
-        counts = safetensors.torch.load(self.read("drops.safetensors"))
+        counts = self.read_tensors("drops.safetensors", "dropped", "seen")
         return counts["dropped"], counts["seen"]
 
 

@@ -90,6 +90,7 @@ class IngestConfig(BatchConfig):
     Attributes:
         shards: where shards land: directories, globs, brace ranges or URLs.
         max_shards: of one batch; where more are new, there are several batches.
+        allow_factory: a function that the reference's embedder names may be run, if an installed package holds it.
         compute: device and threads; seed and precision are always the reference's.
         n_groups: groups of shards that are worked on side by side. Results do not depend on it.
         runner: threads, processes or ray: where groups of shards are worked on.
@@ -97,6 +98,7 @@ class IngestConfig(BatchConfig):
 
     shards: tuple[str, ...] = Field(min_length=1)
     max_shards: int = Field(default=64, ge=1)
+    allow_factory: bool = Field(default=False, exclude=True)
     compute: Compute = Compute()
     n_groups: int = Field(default=1, ge=1)
     runner: RunnerConfig = Threads()
@@ -274,7 +276,7 @@ def _outcome(batch: Batch, state: State, store: str, folder: str, config: Ingest
     try:
         if batch.claim.reference not in state.references:
             raise ArtifactError(f"the ledger has no reference v{batch.claim.reference:04d}, which the batch names")
-        reference = load_reference(store, state.references[batch.claim.reference])
+        reference = load_reference(store, state.references[batch.claim.reference], config.allow_factory)
         settings = BatchConfig.model_validate(batch.claim.settings)
         index = index_config(reference, settings)
         return _run_batch(batch, reference, settings, index, folder, config, new_run)

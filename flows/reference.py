@@ -84,8 +84,14 @@ class Reference(NamedTuple):
     scores: tuple[Scores, ...]
 
 
-def load_reference(store: str, entry: ReferenceEntry) -> Reference:
-    """A version of the ledger. Raises ArtifactError where a folder is not what the ledger says."""
+def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) -> Reference:
+    """A version of the ledger. Raises ArtifactError where a folder is not what the ledger says.
+
+    Args:
+        store: its folder or URL.
+        entry: the version.
+        trust_code: the embedder may run code that it names, see `sanitize.load_model`.
+    """
     folder = version_folder(store, entry.version)
     for name, digest in entry.digests.items():
         if read_manifest(join(folder, name)).digest != digest:
@@ -94,7 +100,7 @@ def load_reference(store: str, entry: ReferenceEntry) -> Reference:
     return Reference(
         entry.version,
         config,
-        Checkpoint.load(join(folder, EMBEDDER)),
+        Checkpoint.load(join(folder, EMBEDDER)).model_copy(update={"trust_code": trust_code}),
         Projection.load(join(folder, PROJECTION)),
         Statistics.load(join(folder, STATISTICS)),
         tuple(FittedScorer.load(join(folder, f"30-scorer-{scorer.kind}")) for scorer in config.scorers),
@@ -111,7 +117,7 @@ def _read_config(url: str, sha256: str) -> ReferenceConfig:
         return ReferenceConfig.model_validate(yaml.safe_load(data))
     except FileNotFoundError:
         raise ArtifactError(f"{url} is missing") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, ConfigError) as error:
         raise ArtifactError(f"{url} is damaged: {error}") from error
 
 

@@ -2,20 +2,24 @@
 
 import json
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from flows.clean import CleanConfig, scores_folder
 from flows.verify import artifacts_of, verify_run
+from sanitize.artifacts import first_line, first_problem
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection
-from sanitize.errors import ArtifactError
+from sanitize.errors import ArtifactError, SanitizeError
 from sanitize.report import write_report
 from sanitize.select import RestoreConfig, Shards, restore_samples, write_selected
 from sanitize.storage import create, exclusive, exists, join, read_bytes
 
 __all__ = ["config_of", "latest", "restore", "verify_run", "write_again"]
+
+C = TypeVar("C", bound=BaseModel)
 
 
 def restore(folder: str, keys: tuple[str, ...], note: str) -> dict[str, Any]:
@@ -69,10 +73,18 @@ def write_again(folder: str) -> str:
 
 def config_of(folder: str) -> CleanConfig:
     """What a finished run was asked for. Raises ArtifactError where it is none."""
+    return written_config(folder, CleanConfig)
+
+
+def written_config(folder: str, kind: type[C]) -> C:
+    """The `config.yaml` of a folder. Raises ArtifactError where there is none, or it is of another kind."""
     try:
-        return CleanConfig.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
+        return kind.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
     except OSError:
         raise ArtifactError(f"{folder} is not a finished run of `sanitize clean`: it has no config.yaml") from None
+    except (yaml.YAMLError, RecursionError, ValueError, SanitizeError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
+        raise ArtifactError(f"{join(folder, 'config.yaml')} is no {kind.__name__}: {why}") from error
 
 
 def latest(folder: str) -> tuple[Selection, int]:

@@ -53,6 +53,14 @@ ConfigOption = Annotated[
 ]
 Out = Annotated[str, typer.Option(help="Run folder, a path or a URL. Given again, a run that was killed goes on.")]
 ModelFolder = Annotated[str, typer.Argument(help="A model package, or a run folder of `sanitize train`.")]
+AllowFactory = Annotated[
+    bool,
+    typer.Option(
+        "--allow-factory",
+        help="Run the function that a model of kind `factory` names, if an installed package holds it. Only for models "
+        "whose makers you trust.",
+    ),
+]
 RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out: a path or a URL.")]
 
 
@@ -152,6 +160,9 @@ def print_proved(certificates: list[dict[str, Any]]) -> None:
             table.add_row(f"{radius:g}", f"{share:.1%}")
         console.print(table)
         console.print(of["scope"]["statement"], highlight=False)
+        if "largest_radius" in of:
+            largest = f"largest radius there can be with these settings: {of['largest_radius']:.4g} {of['radius_unit']}"
+            console.print(largest, highlight=False)
 
 
 def check_there(run: str) -> None:

@@ -52,8 +52,7 @@ class Dataset(ShardTables):
     @cached_property
     def info(self) -> dict[str, Any]:
         """dataset.json: n_classes, labels (count of each), image_size, image, shards, unreadable."""
-        info: dict[str, Any] = self.read_json("dataset.json")
-        return info
+        return self.read_object("dataset.json", "n_classes", "labels", "image_size", "image", "shards", "limits")
 
     @cached_property
     def urls(self) -> dict[str, str]:

@@ -49,8 +49,7 @@ class RepairedModel(Checkpoint):
     @property
     def report(self) -> dict[str, Any]:
         """method, done, weights_changed, and where there are test shards before and after."""
-        report: dict[str, Any] = self.read_json("repair.json")
-        return report
+        return self.read_object("repair.json", "method", "weights_changed")
 
 
 def repair_model(
@@ -112,7 +111,7 @@ def repair_model(
         write_checkpoint(part, repaired.model.cpu(), model.config, [])
         part.write_json("repair.json", report)
 
-    return make(RepairedModel, out, recipe, write)
+    return make(RepairedModel, out, recipe, write).trusted_like(model)
 
 
 def untrusted_batches(

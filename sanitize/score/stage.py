@@ -1,6 +1,6 @@
 """Fit a scorer on embeddings, then score every sample: the only place where scorers meet files."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -8,10 +8,10 @@ import pyarrow as pa
 import safetensors.torch
 from pydantic import BaseModel, Field
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part, Recipe, first_line, make
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
-from sanitize.errors import ConfigError, NumericsError
+from sanitize.errors import ArtifactError, ConfigError, NumericsError
 from sanitize.progress import track
 from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
 from sanitize.score.label_margin import LabelMargin, LabelMarginConfig
@@ -51,16 +51,24 @@ class FittedScorer(Artifact):
     @cached_property
     def info(self) -> dict[str, Any]:
         """scorer.json: `config`; `classes`: label -> statistics; `held_out`: names of shards."""
-        info: dict[str, Any] = self.read_json("scorer.json")
-        return info
+        return self.read_object("scorer.json", "config", "classes")
 
     def scorer(self, config: ScorerConfig) -> Scorer:
-        """The scorer, ready to score. Raises ConfigError where `config` is not the one it was fitted with."""
+        """The scorer, ready to score.
+
+        Raises:
+            ConfigError: `config` is not the one it was fitted with.
+            ArtifactError: the files do not hold the state of such a scorer.
+        """
         if config.model_dump(mode="json") != self.info["config"]:
             raise ConfigError(f"the scorer in {self.path} was fitted with another configuration: {self.info['config']}")
         scorer = new_scorer(config)
-        state: Mapping[str, Any] = safetensors.torch.load(self.read("state.safetensors"))
-        scorer.load_state(state, {int(label): values for label, values in self.info["classes"].items()})
+        state = self.read_tensors("state.safetensors")
+        try:
+            scorer.load_state(state, {int(label): values for label, values in self.info["classes"].items()})
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise ArtifactError(f"{self.path} does not hold the state of a {config.kind} scorer ({why})") from error
         return scorer
 
 

@@ -27,6 +27,7 @@ from sanitize.drift import DriftConfig, check_drift, summarise_shards
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import embed_shards
 from sanitize.errors import ArtifactError, ConfigError, DataError, SanitizeError, StorageError
+from sanitize.lease import check_held
 from sanitize.ledger import (
     Batch,
     ClaimEntry,
@@ -235,7 +236,12 @@ def process(batch: Batch, store: str, ledger: Ledger, config: IngestConfig, new_
             raise
         except SanitizeError as error:
             made = CommitEntry(batch=name, status="failed", reasons=(str(error)[:MAX_TEXT],))
-        entry, _ = ledger.append(lambda state: None if state.batches[name].commit else made)
+
+        def decide(state: State) -> CommitEntry | None:
+            check_held(folder)  # `made` may be wrong where another process has written over the files since
+            return None if state.batches[name].commit else made
+
+        entry, _ = ledger.append(decide)
     return made if entry is not None else None
 
 

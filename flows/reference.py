@@ -28,6 +28,7 @@ from sanitize.drift import (
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import EmbedConfig
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.lease import check_held
 from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.score import FittedScorer, ScorerConfig, fit_scorer, score_shards
@@ -173,7 +174,12 @@ def refit(store: str, note: str = "") -> dict[str, Any]:
         entry = ReferenceEntry(
             version=last.version + 1, digests=_digests(at_work), merged=tuple(batches), **approval("", note)
         )
-        ledger.append(lambda _state: entry)  # nobody else makes versions while the lock is held
+
+        def decide(_state: State) -> ReferenceEntry:
+            check_held(join(store, "reference"))  # nobody else makes versions while the lock is held
+            return entry
+
+        ledger.append(decide)
     return {
         "reference": entry.version,
         "folder": at_work.out,

@@ -1,7 +1,6 @@
 """The lock of a folder in an object store: at most one process may write, whatever happens to the others."""
 
 import contextlib
-import datetime as dt
 import json
 import logging
 import os
@@ -27,24 +26,10 @@ from flows.runner import is_transient
 from sanitize import lease, remote, storage
 from sanitize.errors import ArtifactError, ConfigError, LostLeaseError, StorageError
 from sanitize.lease import Lease, take
+from tests.clock import Clock
 from tests.s3 import s3_bucket
 
 ROOT = Path(__file__).parents[1]
-
-
-class Clock:
-    """The time of the stores and of the processes that use them; it goes on when it is told to."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.now = 1_800_000_000.0
-        patch.setattr(lease, "monotonic", lambda: self.now)
-        patch.setattr(lease, "time", lambda: self.now)
-        patch.setattr("moto.s3.models.utcnow", lambda: self.datetime().replace(tzinfo=None))
-        patch.setattr("fsspec.implementations.memory.datetime", types.SimpleNamespace(now=self.datetime))
-        patch.setattr(lease, "RENEWED", 1e6)  # threads that renew know no other time than the real one
-
-    def datetime(self, tz: dt.tzinfo = dt.UTC) -> dt.datetime:
-        return dt.datetime.fromtimestamp(self.now, tz)
 
 
 @pytest.fixture
@@ -137,7 +122,7 @@ def test_an_outage_that_is_shorter_than_a_lease_costs_nothing(
     assert storage.names_below(folder) == ["x"]
 
 
-def no_answer(url: str, data: bytes) -> bool:
+def no_answer(*_: object) -> Any:
     raise StorageError("no answer")
 
 
@@ -164,7 +149,7 @@ def test_a_store_that_is_gone_at_the_end_is_said_and_the_lock_expires(
         with storage.exclusive(folder):
             outage.setattr(remote, "names_below", no_answer)
             outage.setattr(remote, "remove", no_answer)
-            outage.setattr(lease, "_read", lambda url: no_answer(url, b""))
+            outage.setattr(lease, "_read", no_answer)
         assert "expires in 120 s" in caplog.text
     with pytest.raises(ArtifactError, match="another process"):
         take(folder)
@@ -342,6 +327,30 @@ def test_a_folder_that_was_deleted_under_its_holder_is_lost(folder: str, clock: 
     assert not first.renew()
     assert second.renew()
     second.check()
+
+
+def test_a_lock_that_comes_free_again_is_not_taken_for_the_next_one(
+    folder: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, whole, removed = take(folder), remote.remove, []
+    clock.now += 130
+    with monkeypatch.context() as patch:  # the second dies before it has removed the lock of the first
+        patch.setattr(remote, "remove", no_answer)
+        take(folder)
+    clock.now += 130
+
+    def remove(url: str) -> None:
+        if "/ask-" not in url:
+            removed.append(url)
+        if len(removed) < 2:
+            whole(url)
+
+    with monkeypatch.context() as patch:  # the third is paused when it has removed one of the two
+        patch.setattr(remote, "remove", remove)
+        third = take(folder)
+    assert len(removed) == 2
+    assert not first.renew()
+    assert third.renew()
 
 
 def test_a_store_that_cannot_keep_two_apart_is_named(

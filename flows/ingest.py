@@ -43,6 +43,7 @@ from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import embed_shards
 from sanitize.entries import ClaimEntry, CommitEntry, DuplicatesEntry, Offered, Refused, RefusedEntry
 from sanitize.errors import ArtifactError, SanitizeError, StorageError
+from sanitize.lease import check_held
 from sanitize.ledger import Batch, Ledger, State
 from sanitize.report import ReportConfig, write_drift_report, write_report
 from sanitize.score import score_shards
@@ -266,7 +267,12 @@ def process(batch: Batch, store: str, ledger: Ledger, config: IngestConfig, new_
         if state.batches[name].commit is not None:
             return None
         made = _outcome(batch, state, store, folder, config, new_run)
-        entry, _ = ledger.append(lambda state: None if state.batches[name].commit else made)
+
+        def decide(state: State) -> CommitEntry | None:
+            check_held(folder)  # `made` may be wrong where another process has written over the files since
+            return None if state.batches[name].commit else made
+
+        entry, _ = ledger.append(decide)
     return made if entry is not None else None
 
 

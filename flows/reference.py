@@ -29,6 +29,7 @@ from sanitize.drift import (
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import EmbedConfig
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.lease import check_held
 from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.score import FittedScorer, ScorerConfig, fit_scorer, score_shards
@@ -201,6 +202,7 @@ def refit(store: str, note: str = "") -> dict[str, Any]:
         )
 
         def decide(state: State) -> ReferenceEntry:
+            check_held(join(store, "reference"))  # nobody else makes versions while the lock is held
             if state.reference.version != last.version:  # the lock was lost, and somebody else took it
                 raise ArtifactError(f"reference v{state.reference.version:04d} was made meanwhile; run again")
             return entry

@@ -29,6 +29,10 @@ class StorageError(SanitizeError):
     """A disk is full, a file may not be written, a store does not answer: mend that, run again; what is done stays."""
 
 
+class LostLeaseError(StorageError):
+    """Another process has taken the run folder, because this one was paused for too long: wait for it, run again."""
+
+
 class NumericsError(SanitizeError):
     """A loss, statistic or score is not finite: the message names the stage and where it happened."""
 

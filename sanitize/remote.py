@@ -6,17 +6,19 @@ object appears whole or not at all, because a store shows an upload only when al
 
 import io
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.callbacks import Callback
 
-from sanitize.errors import ConfigError, DataError, StorageError
+from sanitize.errors import ConfigError, DataError, SanitizeError, StorageError
 
 logger = logging.getLogger("sanitize.remote")
 T = TypeVar("T")
@@ -26,7 +28,7 @@ ATTEMPTS = 8
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds; 11 s of pauses in all
 # What another attempt would not change. Libraries disagree on what they raise for the rest: not all of it is OSError.
 _PERMANENT: tuple[type[Exception], ...] = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
-_PERMANENT += (ImportError, ValueError, TypeError, NotImplementedError)
+_PERMANENT += (ImportError, ValueError, TypeError, NotImplementedError, SanitizeError)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -43,7 +45,7 @@ def retried(call: Callable[[], T], what: str) -> T:
     """The result of `call`, which is repeated while it fails of something that may pass.
 
     Raises:
-        OSError, ValueError: what no other attempt would change, as it is.
+        OSError, ValueError, SanitizeError: what no other attempt would change, as it is.
         StorageError: the last of `ATTEMPTS` failed too.
     """
     pause = FIRST_PAUSE
@@ -140,26 +142,59 @@ def read(url: str) -> bytes:
         return reader.readall()
 
 
-def upload(file: Path, url: str) -> None:
-    """Make a local file an object."""
+def modified(url: str) -> float:
+    """When an object was written, in seconds since 1970 by the clock of its store. Raises FileNotFoundError."""
+    fs, path = filesystem(url)
+    return float(retried(lambda: fs.modified(path), f"look at {url}").timestamp())
+
+
+def _allowed() -> bool:
+    return True
+
+
+def upload(
+    file: Path, url: str, check: Callable[[], object] = _allowed, is_allowed: Callable[[], bool] = _allowed
+) -> None:
+    """Make a local file an object.
+
+    Args:
+        file: what is uploaded.
+        url: where it goes.
+        check: called before each attempt; raises if the object must not be written.
+        is_allowed: called after each piece of a large object, and so before the store is told that it is complete;
+            where it is False this attempt is dropped, and `check` has the word. Must not call the store.
+    """
     if url.startswith(("http://", "https://")):
         raise PermissionError("a web server is only read from")
     fs, path = filesystem(url)
     size = file.stat().st_size
 
+    def watch(*_: object, **__: object) -> None:
+        if not is_allowed():
+            raise OSError("it must be checked again whether it may be written")
+
     def put() -> None:
-        fs.put_file(str(file), path)
+        check()
+        fs.put_file(str(file), path, callback=Callback(hooks={"watch": watch}))
         if (there := fs.info(path)["size"]) != size:
             raise OSError(f"{there} of {size} bytes arrived")
 
     retried(put, f"write {url}")
 
 
+_CREATING = threading.Lock()  # fsspec's memory:// looks whether there is one, and then writes
+
+
 def write_new(url: str, data: bytes) -> bool:
     """Make an object unless there is one; False where there is. One of several writers wins, if the store can tell."""
     fs, path = filesystem(url)
+
+    def create() -> None:
+        with _CREATING if url.startswith("memory://") else nullcontext():
+            fs.pipe_file(path, data, mode="create")
+
     try:
-        retried(lambda: fs.pipe_file(path, data, mode="create"), f"write {url}")
+        retried(create, f"write {url}")
     except FileExistsError:
         return False
     return True

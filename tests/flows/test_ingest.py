@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from flows import ingest
 from flows.cli import app
 from flows.ingest import FEED, IngestConfig, decide, run_ingest
 from flows.reference import load_reference, make_reference, refit
+from flows.store import list_batches
 from sanitize.artifacts import verify
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.data.digits import Digits
@@ -23,9 +26,11 @@ from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Selection
 from sanitize.drift import StatisticsConfig
 from sanitize.drift.statistics import CALIBRATE, FIT
-from sanitize.errors import ConfigError
-from sanitize.ledger import Ledger
+from sanitize.errors import ArtifactError, ConfigError, LostLeaseError
+from sanitize.lease import take
+from sanitize.ledger import CommitEntry, Ledger
 from sanitize.storage import create, join, names_below, read_bytes, sha256_file
+from tests.clock import Clock
 from tests.flows.stores import CPU, LEVEL, config_of, feed_of, land
 from tests.s3 import s3_bucket
 
@@ -166,6 +171,35 @@ def test_shards_ledger_and_feed_may_be_in_a_bucket_that_fails_now_and_then(
         decide(far, batch["batch"], "rejected")
         assert not [line for line in json.loads(read_bytes(join(far, FEED)))["shards"] if line["batch"]]
         assert not [name for name in names_below(far) if ".partial" in name or ".tmp-" in name]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_batch_that_another_process_took_over_is_left_to_it(
+    approved: Path, incoming: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
+) -> None:
+    store = f"memory://{uuid.uuid4().hex}/store"
+    make_reference(str(approved), store, StatisticsConfig(), LEVEL)
+    land(digits.shards()[8:9], incoming)
+    whole, successors = ingest._run_batch, []
+
+    def paused_at_its_end(*args: Any) -> CommitEntry:
+        made = whole(*args)
+        clock.now += 130
+        successors.append(take(args[4]))
+        if is_damaged:  # the other process is just writing over what this one reads
+            raise ArtifactError("a file is not what the manifest says")
+        return made
+
+    with monkeypatch.context() as patch:
+        clock = Clock(patch)
+        patch.setattr(ingest, "_run_batch", paused_at_its_end)
+        with pytest.raises(LostLeaseError, match="taken over"):
+            run_ingest(config_of(incoming), store, direct=True)
+        (batch,) = list_batches(store)
+        assert batch["status"] == "claimed"
+        successors[0].give_back()
+    (batch,) = run_ingest(config_of(incoming), store, direct=True)["batches"]
+    assert batch["status"] == "accepted"
 
 
 def test_where_nothing_has_landed_yet_there_is_nothing_to_do(store: Path, incoming: Path) -> None:

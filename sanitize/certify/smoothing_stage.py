@@ -73,6 +73,7 @@ def certify_smoothing(
     compute.activate()
     recipe = Recipe(
         stage="certify_smoothing",
+        version=2,
         config=config.model_dump(mode="json"),
         numerics=compute.numerics,
         inputs={"checkpoint": checkpoint.digest, "dataset": dataset.digest},

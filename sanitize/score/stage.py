@@ -45,6 +45,9 @@ def new_scorer(config: ScorerConfig) -> Scorer:
     return _SCORERS[type(config)](config)
 
 
+_SCHEMA = pa.schema({"key": pa.string(), "position": pa.int64(), "label": pa.int64(), "score": pa.float32()})
+
+
 class FittedScorer(Artifact):
     """`state.safetensors` and `scorer.json` (config, class statistics, shards that were held out)."""
 
@@ -84,7 +87,7 @@ def fit_scorer(
     shards = [shard for shard in embeddings.shards if shard not in held_out]
     recipe = Recipe(
         stage="fit_scorer",
-        version=2,
+        version=3,
         config=config.model_dump(mode="json") | held,
         numerics=compute.numerics,
         inputs={"embeddings": embeddings.digest},
@@ -130,6 +133,7 @@ def score_shards(
     compute.activate()
     recipe = Recipe(
         stage="score_shards",
+        version=2,
         config=config.model_dump(mode="json"),
         inputs={"fitted": fitted.digest, "embeddings": embeddings.digest},
     )
@@ -148,7 +152,8 @@ def score_shards(
                 "score": scores_B.numpy(),
             }
             tables.append(pa.table({"key": batch.keys, **columns}))
-        write_rows(part, shard, pa.concat_tables(tables))
+        # The half of a small reference that is kept for calibration may have no rows.
+        write_rows(part, shard, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
         part.counts["samples"] += sum(map(len, tables))
 
     def finish(part: Part, _workshop: object) -> None:

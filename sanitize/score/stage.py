@@ -45,6 +45,9 @@ def new_scorer(config: ScorerConfig) -> Scorer:
     return _SCORERS[type(config)](config)
 
 
+_SCHEMA = pa.schema({"key": pa.string(), "position": pa.int64(), "label": pa.int64(), "score": pa.float32()})
+
+
 class FittedScorer(Artifact):
     """`state.safetensors` and `scorer.json` (config, class statistics, shards that were held out)."""
 
@@ -92,7 +95,7 @@ def fit_scorer(
     shards = [shard for shard in embeddings.shards if shard not in held_out]
     recipe = Recipe(
         stage="fit_scorer",
-        version=2,
+        version=3,
         config=config.model_dump(mode="json") | held,
         numerics=compute.numerics,
         inputs={"embeddings": embeddings.digest},
@@ -138,6 +141,7 @@ def score_shards(
     compute.activate()
     recipe = Recipe(
         stage="score_shards",
+        version=2,
         config=config.model_dump(mode="json"),
         inputs={"fitted": fitted.digest, "embeddings": embeddings.digest},
     )
@@ -156,7 +160,8 @@ def score_shards(
                 "score": scores_B.numpy(),
             }
             tables.append(pa.table({"key": batch.keys, **columns}))
-        write_rows(part, shard, pa.concat_tables(tables))
+        # The half of a small reference that is kept for calibration may have no rows.
+        write_rows(part, shard, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
         part.counts["samples"] += sum(map(len, tables))
 
     def finish(part: Part, _workshop: object) -> None:

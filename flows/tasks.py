@@ -1,15 +1,18 @@
 """Prefect: each stage wrapped once as a task, and the flows. The only module that imports Prefect."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from contextvars import copy_context
+from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import httpx
 import torch
-from prefect import flow, get_client, task
+from prefect import Flow, get_client, task
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -19,6 +22,13 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.runtime import flow_run
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    get_current_settings,
+    temporary_settings,
+)
+from prefect.states import Cancelled, Crashed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows import certify as certify_job
@@ -27,6 +37,7 @@ from flows import condense as condense_job
 from flows import denoise as denoise_job
 from flows import harden as harden_job
 from flows import ingest as ingest_job
+from flows import interrupts
 from flows import redteam as redteam_job
 from flows import robustness as robustness_job
 from flows import train as train_job
@@ -40,10 +51,11 @@ from flows.redteam import RedTeamConfig
 from flows.robustness import RobustnessRunConfig
 from flows.run import Run, claimed
 from flows.runner import Processes, Ray, RunnerConfig, Threads, is_transient
+from flows.server import does_not_answer, temporary_server, watched
 from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
-from sanitize.errors import ConfigError
+from sanitize.errors import ConfigError, SanitizeError, StorageError
 from sanitize.storage import absolute, is_local
 
 A = TypeVar("A", bound=Artifact)
@@ -198,9 +210,77 @@ def _run(
         yield PrefectRun(out, compute, n_groups, runner)
 
 
+class CalledFlow(Flow[P, dict[str, Any]]):
+    """A flow that has a server while it is called: the configured one, or a temporary one of this process.
+
+    Under a worker Prefect does not call a flow but runs it; there nothing of this happens.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the flow.
+
+        Raises:
+            SanitizeError: what the stages raise; StorageError if the server does not answer.
+        """
+        with _served() as url:
+            try:
+                return super().__call__(*args, **kwargs)
+            except SanitizeError:
+                raise
+            except Exception as error:
+                if _is_unanswered(error):
+                    raise StorageError(does_not_answer(url)) from error
+                raise
+
+
+@contextmanager
+def _served() -> Iterator[str]:
+    """API URL of the server; if it dies, a command is ended, for Prefect's client would retry for minutes."""
+    url = PREFECT_API_URL.value()
+    if url is None and not PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
+        raise ConfigError("no Prefect server is set, and a temporary one is not allowed: set PREFECT_API_URL")
+    if url is None:
+        url = temporary_server(get_current_settings().to_environment_variables(exclude_unset=True))
+
+    def end() -> None:
+        if interrupts.is_active():
+            interrupts.end(1, f"failed: {does_not_answer(url)}")
+
+    with temporary_settings({PREFECT_API_URL: url}), watched(url, end):
+        yield url
+
+
+def _is_unanswered(error: BaseException | None) -> bool:
+    """True if the error, or one that it came from, is that of a request without an answer."""
+    while error is not None:
+        if isinstance(error, httpx.TransportError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _flow(name: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict[str, Any]]]:
-    """A flow of this name, its runs named by their folders."""
-    return flow(name=name, flow_run_name=f"{name} {{out}}", persist_result=False)
+    """A flow of this name, its runs named by their folders; an interrupted command tells the server."""
+
+    def decorate(function: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
+        @wraps(function)
+        def interruptible(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+            interrupts.take_signals()
+            # The context holds the server's URL; without it, Prefect would start another server to tell.
+            context, run_id = copy_context(), flow_run.id
+            with interrupts.before_end(lambda signum: context.run(_report_interrupt, run_id, signum)):
+                return function(*args, **kwargs)
+
+        return CalledFlow(interruptible, name=name, flow_run_name=f"{name} {{out}}", persist_result=False)
+
+    return decorate
+
+
+def _report_interrupt(run_id: str, signum: int) -> None:
+    """Tell the server what became of the run: it would stay "Running" there for good."""
+    how = Cancelled if signum == signal.SIGINT else Crashed
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run_id, how(message=f"interrupted by signal {signum}"), force=True)
 
 
 @_flow("clean")

@@ -34,6 +34,12 @@ def shown(console: Console | None = None) -> Iterator[None]:
             _display = None
 
 
+def hide() -> None:
+    """Draw no more bars, and give the terminal back as it was."""
+    if _display is not None:
+        _display.stop()
+
+
 class Bar:
     """One bar, or none where nobody looks."""
 

@@ -16,9 +16,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows import interrupts
 from sanitize.errors import ConfigError, SanitizeError
 
-app = typer.Typer(
+
+class App(typer.Typer):
+    """The command line; called as a program, it handles signals."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command that the arguments name, and exit."""
+        with interrupts.handled():
+            return super().__call__(*args, **kwargs)
+
+
+app = App(
     help="The firewall for training data: poisoned shards in, clean shards, quarantine and evidence out.\n\n"
     "Start with `sanitize demo`, or with your own shards: "
     "`sanitize clean --shards 'data/*.tar' --out runs/first`.",
@@ -89,9 +100,9 @@ def as_text(text: str) -> Text:
 @contextmanager
 def bars(quiet: bool) -> Iterator[None]:
     """Progress bars on stderr, unless they are not wanted."""
-    from sanitize.progress import shown
+    from sanitize.progress import hide, shown
 
-    with nullcontext() if quiet else shown(console):
+    with nullcontext() if quiet else shown(console), interrupts.before_end(lambda _signum: hide()):
         yield
 
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial, wraps
 from inspect import signature
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import httpx
@@ -47,6 +46,7 @@ from flows.condense import CondenseRunConfig
 from flows.denoise import DenoiseRunConfig
 from flows.harden import HardenConfig
 from flows.ingest import IngestConfig
+from flows.pages import check_base, page_address
 from flows.redteam import RedTeamConfig
 from flows.robustness import RobustnessRunConfig
 from flows.run import Run, claimed
@@ -55,13 +55,14 @@ from flows.server import does_not_answer, temporary_server, watched
 from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
+from sanitize.data.names import as_markdown, printable
 from sanitize.errors import ConfigError, SanitizeError, StorageError
-from sanitize.storage import absolute, is_local
 
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
 SCHEDULED = "{scheduled}"
 TOLD_SECONDS = 5.0  # how often the server is told of progress, at most
+MAX_TEXT, MAX_REASONS = 2_000, 100  # characters of one text, and reasons of one batch, that the server is told
 
 
 JOBS: tuple[Any, ...] = (
@@ -148,12 +149,13 @@ class PrefectRun(Run):
             future.result()
 
     def publish(self, name: str, result: dict[str, Any], said: str = "") -> dict[str, Any]:
-        """Artifacts for Prefect's pages: a table of the stages and, where there is one, a link to the report."""
-        rows = [f"| {s['stage']} | {s['samples'] or ''} | {s['seconds']:.1f} |" for s in self.stages]
-        table = "\n".join([said, "", "| stage | samples | seconds |", "|---|---:|---:|", *rows])
-        create_markdown_artifact(table, key=f"{name}-stages", description=self.out)
+        """Artifacts for Prefect's pages: a table of the stages, and where the report is; `said` is Markdown."""
+        where = as_markdown(self.out)
+        rows = [(s["stage"], s["samples"] or "", f"{s['seconds']:.1f}") for s in self.stages]
+        table = _table(("stage", "samples", "seconds"), rows)
+        create_markdown_artifact(f"{said}\n\n{table}", key=f"{name}-stages", description=where)
         if "report" in result:
-            create_link_artifact(_link(result["report"]), key=f"{name}-report", description=self.out)
+            _show_report(result["report"], key=f"{name}-report", description=where)
         return result
 
 
@@ -265,6 +267,7 @@ def _flow(name: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict
     def decorate(function: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
         @wraps(function)
         def interruptible(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+            check_base()
             interrupts.take_signals()
             # The context holds the server's URL; without it, Prefect would start another server to tell.
             context, run_id = copy_context(), flow_run.id
@@ -297,19 +300,20 @@ def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
 
     def committed(batch: dict[str, Any]) -> None:
         resource = {"prefect.resource.id": f"sanitize.batch.{batch['batch']}", "prefect.resource.name": batch["batch"]}
-        links = {name: _link(batch[name]) for name in ("report", "drift") if batch[name]}
+        pages = {name: page_address(batch[name]) for name in ("report", "drift") if batch[name]}
+        reasons = {"reasons": [printable(reason)[:MAX_TEXT] for reason in batch["reasons"][:MAX_REASONS]]}
         emit_event(
             event=f"sanitize.batch.{batch['status']}",
             resource=resource | {"sanitize.store": out},
-            payload=batch | links,
+            payload=batch | reasons | pages,
         )
 
     with _task_runner(config.runner) as runner:
         new_run = partial(PrefectRun, runner=runner)
         result = ingest_job.ingest(config, out, new_run, committed)
-    rows = [f"| {b['batch']} | {b['status']} | {b['shards']} | {'; '.join(b['reasons'])} |" for b in result["batches"]]
-    table = "\n".join(["| batch | status | shards | reasons |", "|---|---|---:|---|", *rows])
-    create_markdown_artifact(table, key="ingest-batches", description=out)
+    rows = [(b["batch"], b["status"], b["shards"], "; ".join(b["reasons"])) for b in result["batches"]]
+    table = _table(("batch", "status", "shards", "reasons"), rows)
+    create_markdown_artifact(table, key="ingest-batches", description=as_markdown(out))
     return result
 
 
@@ -367,13 +371,24 @@ def redteam_flow(config: RedTeamConfig, out: str) -> dict[str, Any]:
         emit_event(
             event=f"sanitize.redteam.{'met' if result['met'] else 'missed'}",
             resource={"prefect.resource.id": "sanitize.redteam", "prefect.resource.name": run.out},
-            payload={"requirements": result["requirements"], "report": _link(result["report"])},
+            payload={"requirements": result["requirements"], "report": page_address(result["report"])},
         )
         return run.publish("redteam", result, redteam_job.table(result))
 
 
-def _link(url: str) -> str:
-    return Path(absolute(url)).as_uri() if is_local(url) else url
+def _show_report(url: str, key: str, description: str) -> None:
+    """A link to a page, or its place in words where no web server is known that shows it."""
+    address = page_address(url)
+    if address.startswith(("http://", "https://")):
+        create_link_artifact(address, link_text="report", key=key, description=description)
+    else:
+        create_markdown_artifact(f"Report: {as_markdown(address)}", key=key, description=description)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown; cells may come from data."""
+    cells = [[as_markdown(str(cell), MAX_TEXT) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
 
 
 def _counted(samples: dict[str, int]) -> str:

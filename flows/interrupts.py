@@ -23,10 +23,12 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = "interrupted; run the same command again to go on"
+LAST = 0  # in the pipe of signals: no signal has this number
 CLEANUP_SECONDS = 2.5  # for what was registered by `before_end`; then the process ends all the same
 
 _cleanups: list[Callable[[int], None]] = []
 _signalled = threading.Event()
+_seen = threading.Event()  # by the thread: all signals that came while the block ran
 _ending = threading.Lock()
 _is_active = False
 
@@ -47,12 +49,9 @@ def handled() -> Iterator[None]:
     take_signals()
     try:
         yield
-    except (Exception, SystemExit):
-        raise
-    except BaseException:  # raised by another's handler for a signal, which the thread has seen or will see now
-        _signalled.wait(1)
-        raise
     finally:
+        os.write(writer, bytes([LAST]))
+        _seen.wait(5)  # what ends the block may be an exception from another's handler of a signal
         if _signalled.is_set():
             threading.Event().wait()  # the thread ends the process
         _set_handlers(_end_now)
@@ -106,8 +105,10 @@ def _end_now(signum: int, frame: FrameType | None) -> None:
 
 def _wait_for_signal(reader: int) -> None:
     while (signum := os.read(reader, 1)[0]) not in SIGNALS:
-        pass
+        if signum == LAST:
+            _seen.set()
     _signalled.set()
+    _seen.set()
     cleanup = threading.Thread(target=_clean_up, args=(signum,), daemon=True)
     cleanup.start()
     deadline = time.monotonic() + CLEANUP_SECONDS

@@ -38,7 +38,32 @@ app = App(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(stderr=True)
+
+
+class Terminal(Console):
+    """A console for what strangers wrote: strings, in tables too, neither style nor drive the terminal.
+
+    Style is given by `style=`, by `Text`, or by `markup=True` where a line holds nothing but numbers.
+    """
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(markup=False, emoji=False, **more)
+
+    def render_str(self, text: str, **more: Any) -> Text:
+        """All that rich shows as text comes through here."""
+        from sanitize.data.names import printable
+
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **more)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        from sanitize.data.names import printable
+
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+console = Terminal(stderr=True)
 
 Shards = Annotated[
     list[str] | None,
@@ -144,7 +169,9 @@ def main(
     """Common options."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Printable("%(asctime)s %(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def print_places(places: dict[str, Any]) -> None:

@@ -83,7 +83,8 @@ def _show_clean(result: dict[str, Any], out: str) -> None:
     counts = result["samples"]
     console.print(
         f"[bold]{counts['samples']:,}[/bold] samples = {counts['kept']:,} clean "
-        f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable"
+        f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable",
+        markup=True,
     )
     for label, of_class in result["classes_touched"].items():
         flags = ", ".join(f"{kind} {by['flagged']:,}" for kind, by in of_class["scorers"].items() if by["flagged"])

@@ -20,6 +20,7 @@ from sanitize.certify import Certificates, PartitionEnsemble
 from sanitize.certify.certificates import Proved, excerpt
 from sanitize.certify.ensemble import PROVED
 from sanitize.compute import Compute
+from sanitize.data.names import as_markdown
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint, ModelConfig
 from sanitize.models.pixels import OnPixels
@@ -154,7 +155,8 @@ def _card(
     config: ModelConfig, training: dict[str, Any], proved: Sequence[dict[str, Any]], metrics: dict[str, Any]
 ) -> str:
     channels, height, width = config.image_shape
-    trained = f"Stage `{training['stage']}`" + "".join(f", {name} {v}" for name, v in training["numerics"].items())
+    trained = f"Stage {_shown(training['stage'])}"
+    trained += "".join(f", {_shown(name)} {_shown(value)}" for name, value in training["numerics"].items())
     lines = [
         "# Model card",
         "",
@@ -175,7 +177,7 @@ def _card(
         "## How it was trained",
         f"{trained}; all settings are in `training.json`. Inputs, by digest:",
         "",
-        *(f"- {name}: `{digest}`" for name, digest in sorted(training["inputs"].items())),
+        *(f"- {_shown(name)}: {_shown(digest)}" for name, digest in sorted(training["inputs"].items())),
         "",
         "## What was measured",
         *(_measured(metrics) or ["Nothing but the loss."]),
@@ -197,23 +199,34 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def _measured(metrics: dict[str, Any]) -> list[str]:
-    return [f"- {kind}: " + ", ".join(f"{n} {v:.4g}" for n, v in of.items()) for kind, of in metrics.items()]
+    return [
+        f"- {_shown(kind)}: " + ", ".join(f"{_shown(name)} {value:.4g}" for name, value in measured.items())
+        for kind, measured in metrics.items()
+    ]
 
 
 def _proved(of: dict[str, Any]) -> list[str]:
     """A section of the card: the statement, a short table, and what it does not say."""
     shown = excerpt(of["certified_accuracy"])
-    parameters = ", ".join(f"{name} {value}" for name, value in of["parameters"].items() if value is not None)
+    scope = of["scope"]
+    parameters = ", ".join(
+        f"{_shown(name)} {_shown(value)}" for name, value in of["parameters"].items() if value is not None
+    )
     return [
-        f"### Against {of['scope']['threat']}: {of['kind']}",
-        f"{of['scope']['statement']} ({of['source']}; {parameters}.)",
+        f"### Against {_shown(scope['threat'])}: {_shown(of['kind'])}",
+        f"{_shown(scope['statement'])} ({_shown(of['source'])}; {parameters}.)",
         "",
-        f"Of {of['samples']} samples ({of['abstained']} of them abstained from):",
+        f"Of {_shown(of['samples'])} samples ({_shown(of['abstained'])} of them abstained from):",
         "",
-        f"| radius ({of['radius_unit']}) | " + " | ".join(f"{radius:g}" for radius, _ in shown) + " |",
+        f"| radius ({_shown(of['radius_unit'])}) | " + " | ".join(f"{radius:g}" for radius, _ in shown) + " |",
         "|---" * (len(shown) + 1) + "|",
         "| certified accuracy | " + " | ".join(f"{share:.1%}" for _, share in shown) + " |",
         "",
-        "It says nothing about " + "; ".join(of["scope"]["not_covered"]) + ".",
+        "It says nothing about " + "; ".join(map(_shown, scope["not_covered"])) + ".",
         "",
     ]
+
+
+def _shown(value: Any) -> str:
+    """A value from a package, which may come from strangers."""
+    return as_markdown(str(value), 2_000)

@@ -198,7 +198,7 @@ def create_new(url: str | Path, data: bytes) -> bool:
 
 @contextmanager
 def _create_object(url: str) -> Iterator[HashingWriter]:
-    with tempfile.TemporaryDirectory(prefix="sanitize-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"sanitize-{os.getpid()}-") as folder:
         file = Path(folder) / "object"
         with _create_file(file) as writer:
             yield writer

@@ -90,6 +90,7 @@ def _show_clean(result: dict[str, Any], out: str) -> None:
             else ""
         ),
         style="yellow" if n_damaged else None,
+        markup=True,
         soft_wrap=True,
     )
     for label, of_class in result["classes_touched"].items():

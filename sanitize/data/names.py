@@ -141,3 +141,35 @@ class SeenPaths:
     def _is_member(self, path: str) -> bool:
         key, suffix = split_name(path)
         return suffix in self._samples.get(key, ("", ()))[1]
+
+
+# Words with nothing in them that Markdown, in any dialect, would take for more than words.
+_PLAIN_WORD = r"(?:\(?[^\W_]+(?:[-'_][^\W_]+|(?<=\d)\.\d+)*(?:\)| %)?[,;:.]?|&)"
+_PROSE = re.compile(rf"(?!\d+[.)](?: |$)){_PLAIN_WORD}(?: {_PLAIN_WORD})*")
+_SPAN = re.compile(r"\|+|[^|]+")
+_CUT = " …"
+
+
+def as_markdown(text: str, limit: int = 300) -> str:
+    """What strangers wrote, as Markdown that shows it and does nothing: no link, image, HTML or layout comes of it.
+
+    Anything but plain words becomes a code span, in which no dialect looks for links. Line breaks become spaces; what
+    cannot be printed is escaped as in `printable`.
+
+    Args:
+        text: a label, name, path or message.
+        limit: characters that are shown of it.
+    """
+    line = printable(" ".join(text[: 2 * limit].split()))
+    if len(line) > limit or len(text) > 2 * limit:
+        line = line[: limit - len(_CUT)] + _CUT
+    if _PROSE.fullmatch(line):
+        return line
+    # A pipe would end the cell of a table, even in a code span; dialects disagree on how to escape it there.
+    return "".join("&#124;" * len(part) if part[0] == "|" else _code(part) for part in _SPAN.findall(line))
+
+
+def _code(text: str) -> str:
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    edge = " " if text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{edge}{text}{edge}{fence}"

@@ -270,4 +270,4 @@ def test_as_a_flow_the_digests_are_the_same_and_an_event_tells(
     assert event["event"] == "sanitize.batch.accepted"
     assert event["resource"]["prefect.resource.id"] == f"sanitize.batch.{batch['batch']}"
     assert event["payload"]["samples"] == batch["samples"]
-    assert event["payload"]["drift"].startswith("file://")
+    assert event["payload"]["drift"] == f"{store}/batches/{batch['batch']}/91-drift-report/index.html"

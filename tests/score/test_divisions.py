@@ -36,9 +36,7 @@ SCORERS: dict[str, ScorerConfig] = {
     "neighbours": NeighboursConfig(k=10),
     "rca": RCAScorerConfig(embedding="pixels", model=RCAConfig(epochs=2, n_passes=7, widths=(13,), n_codes=5)),
     "rca variational": RCAScorerConfig(embedding="pixels", model=RCAConfig(epochs=1, variational=True, n_passes=3)),
-    "robust_realnvp": RobustRealNVPScorerConfig(
-        embedding="pixels", model=RobustRealNVPConfig(epochs=2, widths=(9, 7))
-    ),
+    "robust_realnvp": RobustRealNVPScorerConfig(embedding="pixels", model=RobustRealNVPConfig(epochs=2, widths=(9, 7))),
     "spectral": SpectralConfig(embedding="pixels", n_directions=5),
     "spectral robust": SpectralConfig(embedding="pixels", whiten="robust"),
     "toxic_direction": ToxicDirectionConfig(embedding="pixels", n_starts=16),

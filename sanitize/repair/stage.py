@@ -89,6 +89,7 @@ def repair_model(
     used = {name: of for name, of in (given | {"test": test, "truth": truth}).items() if of is not None}
     recipe = Recipe(
         stage="repair_model",
+        version=2,
         config=config.model_dump(mode="json"),
         numerics=compute.numerics,
         inputs={"model": model.digest} | {name: of.digest for name, of in used.items()},

@@ -201,10 +201,11 @@ class Dataset(ShardTables):
             try:
                 pixels_HWC[:] = decode_pixels(data, config, (height, width))
             except BadImage as error:
-                raise self._bad_image(shard, key, error) from error
+                raise self.bad_image(shard, key, error) from error
         images_NCHW.copy_(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))  # once: of each image it costs as much
 
-    def _bad_image(self, shard: str, key: str, error: Exception) -> DataError:
+    def bad_image(self, shard: str, key: str, error: Exception) -> DataError:
+        """The error to raise where the image of a usable sample cannot be decoded."""
         if self.info["check"] == "decode":
             return self._changed(shard, key)
         return ShardError(

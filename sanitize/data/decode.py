@@ -64,7 +64,7 @@ class ImageConfig(BaseModel):
     size: tuple[int, int] | None = None
     channels: Literal[1, 3] = 3
     max_pixels: int = Field(default=50_000_000, gt=0)
-    max_scan_pixels: int = Field(default=500_000_000, gt=0)
+    max_scan_pixels: int = Field(default=400_000_000, gt=0)
     max_chunks: int = Field(default=2**16, gt=0)
 
 

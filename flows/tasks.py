@@ -44,12 +44,13 @@ from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
 from sanitize.data.names import printable
-from sanitize.errors import ConfigError
+from sanitize.errors import ConfigError, StorageError
 from sanitize.storage import absolute, is_local
 
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
 SCHEDULED = "{scheduled}"
+MAX_TOLD = 20  # refused shards that an event names
 TOLD_SECONDS = 5.0  # how often the server is told of progress, at most
 
 
@@ -214,7 +215,10 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
 
 @_flow("ingest")
 def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
-    """Sanitize what has landed, batch by batch, into the store `out`; an event tells what became of each batch."""
+    """Sanitize what has landed, batch by batch, into the store `out`; an event tells what became of each batch.
+
+    Another one names shards that were refused. The flow fails where storage kept a batch from being finished.
+    """
 
     def committed(batch: dict[str, Any]) -> None:
         resource = {"prefect.resource.id": f"sanitize.batch.{batch['batch']}", "prefect.resource.name": batch["batch"]}
@@ -228,11 +232,19 @@ def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
     with _task_runner(config.runner) as runner:
         new_run = partial(PrefectRun, runner=runner)
         result = ingest_job.ingest(config, out, new_run, committed)
+    if refused := result["refused"]:
+        emit_event(
+            event="sanitize.shards.refused",
+            resource={"prefect.resource.id": "sanitize.store", "prefect.resource.name": out},
+            payload={"n": len(refused), "first": refused[:MAX_TOLD]},
+        )
     rows = [[b["batch"], b["status"], str(b["shards"]), "; ".join(b["reasons"])] for b in result["batches"]]
     rows += [[r["shard"], r["status"], "1", "; ".join(r["reasons"])] for r in result["refused"]]
     create_markdown_artifact(
         _table(["batch or shard", "status", "shards", "reasons"], rows), key="ingest-batches", description=out
     )
+    if stuck := [batch for batch in result["batches"] if batch["status"] == "claimed"]:
+        raise StorageError(f"batch {stuck[0]['batch']} was not finished: {stuck[0]['reasons'][0]}; run again")
     return result
 
 

@@ -50,7 +50,7 @@ from sanitize.storage import absolute, is_local
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
 SCHEDULED = "{scheduled}"
-MAX_TOLD = 20  # refused shards that an event names
+MAX_TOLD = 100  # refused shards that an event or a page names; `sanitize batches` names all
 TOLD_SECONDS = 5.0  # how often the server is told of progress, at most
 
 
@@ -239,7 +239,7 @@ def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
             payload={"n": len(refused), "first": refused[:MAX_TOLD]},
         )
     rows = [[b["batch"], b["status"], str(b["shards"]), "; ".join(b["reasons"])] for b in result["batches"]]
-    rows += [[r["shard"], r["status"], "1", "; ".join(r["reasons"])] for r in result["refused"]]
+    rows += [[r["shard"], r["status"], "1", "; ".join(r["reasons"])] for r in refused[:MAX_TOLD]]
     create_markdown_artifact(
         _table(["batch or shard", "status", "shards", "reasons"], rows), key="ingest-batches", description=out
     )

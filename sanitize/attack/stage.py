@@ -15,6 +15,7 @@ from sanitize.artifacts import Part, Recipe, Workshop, make
 from sanitize.attack.clean_label import CleanLabelConfig
 from sanitize.attack.several import AttackConfig, OneAttack, SeveralConfig
 from sanitize.compute import Compute
+from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode, encode_png
 from sanitize.data.names import split_name
@@ -87,6 +88,8 @@ def poison_shards(
     chosen: dict[str, dict[int, Choice]] = {}
 
     def write_part(shard: str, part: Part) -> None:
+        if unread_suffix(shard):
+            return  # nothing was read, and a file of ours must be what its name says
         if not chosen:
             chosen.update(choose(config, dataset, compute, spared))
         rows = []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
-from sanitize.data.samples import Sample, SampleLimits, ShardFile, ShardReader, find_image, is_compressed
+from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile, find_image
 from sanitize.data.tables import ShardTables
 from sanitize.errors import ConfigError, DataError, ShardError
 from sanitize.storage import fingerprint, open_read
@@ -107,14 +107,12 @@ class Dataset(ShardTables):
         url, limits = self.urls[shard], SampleLimits.model_validate(self.info["limits"])
         digest = self.info["shards"][shard]["sha256"] is not None
         try:
-            if is_compressed(shard):
-                reader = ShardReader(url, limits, digest=digest)
-                yield from as_indexed(reader, rows)
-                self._confirm(shard, reader.sha256, reader.size)
-                return
             with open_read(url) as stream:
                 file = ShardFile(stream, url, digest)
-                yield from read_pieces(file, rows, limits)
+                if file.is_gzip and len(rows):
+                    yield from as_indexed(SampleReader(file.archive(), limits), rows)
+                else:
+                    yield from read_pieces(file, rows, limits)
                 self._confirm(shard, *file.finish())
         except Moved as moved:
             raise self._changed(shard, f"sample {moved.position}") from moved

@@ -4,7 +4,6 @@ A sample is a run of members that share a key, the name up to the first dot of i
 sample, or the rest of one shard, never more; whatever is wrong is said in words and carried along.
 """
 
-import gzip
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sanitize.data.compression import GZIP, HEAD_BYTES, GzipStream, explain, not_read, unread_suffix
 from sanitize.data.decode import IMAGE_SUFFIXES
 from sanitize.data.names import USUAL_NAME, printable, split_name
 from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
@@ -64,7 +64,7 @@ class Sample(NamedTuple):
 
 
 class ShardReader:
-    """Iterate over the samples of one shard (.tar or gzip-compressed); after the last one, see what was found.
+    """Iterate over the samples of one shard (a tar archive, gzip-compressed or not); then see what was found.
 
     Args:
         url: of the shard.
@@ -74,6 +74,7 @@ class ShardReader:
 
     Attributes:
         damage: why reading stopped early, or what is odd about the archive; None when all is well.
+        is_gzip: whether the file is gzip-compressed, whatever its name; known with the first sample.
         sha256: of the shard file as it is stored, known after the last sample; "" without `digest`.
         size: its bytes.
     """
@@ -84,18 +85,27 @@ class ShardReader:
         self.url = url
         self.limits = limits or SampleLimits()
         self.damage: str | None = None
+        self.is_gzip = False
         self.sha256 = ""
         self.size = 0
         self._suffix, self._digest = suffix, digest
 
     def __iter__(self) -> Iterator[Sample]:
-        with open_read(self.url) as file:
-            raw = ShardFile(file, self.url, self._digest)
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=cast(Any, raw)) if is_compressed(self.url) else raw)
-            samples = SampleReader(stream, self.limits, self._suffix)
-            yield from samples
-            self.damage = samples.damage
-            self.sha256, self.size = raw.finish()
+        with open_read(self.url) as stream:
+            file = ShardFile(stream, self.url, self._digest)
+            self.is_gzip = file.is_gzip
+            if unread := unread_suffix(self.url):
+                self.damage = not_read(unread)
+            else:
+                samples = SampleReader(file.archive(), self.limits, self._suffix)
+                is_empty = True
+                for sample in samples:
+                    is_empty = False
+                    yield sample
+                self.damage = samples.damage
+                if is_empty and self.damage:
+                    self.damage = explain(file.head) or self.damage
+            self.sha256, self.size = file.finish()
 
 
 class SampleReader:
@@ -187,12 +197,34 @@ class _Group:
 
 
 class ShardFile:
-    """A shard as it is stored: hashed as it goes by, and then read forward only; or seekable."""
+    """A shard as it is stored, from its beginning: hashed as it goes by, and then read forward only; or seekable.
+
+    Attributes:
+        head: its first bytes.
+    """
 
     def __init__(self, file: BinaryIO, url: str, digest: bool) -> None:
         self._file, self._url = file, url
+        self.head = self._look()
         self._sha256 = Sha256() if digest else None
         self._size = 0
+
+    def _look(self) -> bytes:
+        try:
+            head = self._file.read(HEAD_BYTES)
+            self._file.seek(0)
+        except OSError as error:
+            raise DataError(f"cannot read {self._url}: {error}") from error
+        return head
+
+    @property
+    def is_gzip(self) -> bool:
+        """Whether the file is gzip-compressed, whatever its name."""
+        return self.head.startswith(GZIP)
+
+    def archive(self) -> BinaryIO:
+        """The tar archive: this stream, or what it decompresses to."""
+        return cast(BinaryIO, GzipStream(self) if self.is_gzip else self)
 
     def read(self, size: int = -1) -> bytes:
         """As that of any stream. Raises DataError where the disk or the store fails."""
@@ -232,11 +264,6 @@ class ShardFile:
         while self.read(_SKIPPED_BYTES):
             pass
         return self._sha256.hexdigest(), self._size
-
-
-def is_compressed(name: str) -> bool:
-    """True for .tar.gz and .tgz."""
-    return name.endswith((".gz", ".tgz"))
 
 
 class BadLabel(ValueError):

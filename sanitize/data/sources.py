@@ -16,28 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sanitize import remote
+from sanitize.data.compression import UNREAD_SUFFIXES, not_read, unread_suffix
 from sanitize.data.names import printable
 from sanitize.errors import ConfigError, DataError, SanitizeError
 from sanitize.storage import absolute, check_url, is_local, join, local_path
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-# Archives that are not read, by suffix; beside shards they are named, not passed over.
-UNREAD_SUFFIXES = {
-    **dict.fromkeys((".tar.xz", ".txz", ".tar.lzma", ".tlz"), "xz"),
-    **dict.fromkeys((".tar.zst", ".tar.zstd", ".tzst"), "zstd"),
-    **dict.fromkeys((".tar.bz2", ".tbz2", ".tbz"), "bzip2"),
-    ".tar.lz4": "lz4",
-    ".tar.lz": "lzip",
-    ".tar.br": "brotli",
-    ".tar.z": "compress",
-    ".zip": "zip",
-    ".7z": "7z",
-    ".rar": "rar",
-}
 _SUFFIXES = (*SHARD_SUFFIXES, *UNREAD_SUFFIXES)
 # Files of ours are named after a shard: ".tmp-" and 12 digits before its name while they are written, ".parquet" behind
 # it. File systems allow 255 bytes.
 MAX_NAME_BYTES = 220
+MAX_PATH_BYTES = 1024  # of a name with its folders; systems allow 4096, of which the run folder takes some
 # The name of a shard becomes that of files we write, and is printed: no control characters, and all of it UTF-8.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _MAX_LISTED = 100_000  # entries of a folder that are looked at to say what it holds
@@ -96,17 +85,6 @@ def list_sources(sources: Sequence[str] | str, may_come: bool = False) -> Listin
     return Listing(found, refused)
 
 
-def unread_suffix(name: str) -> str:
-    """The compression that the suffix of a name stands for, where we do not read it; else ""."""
-    lower = name.lower()
-    return next((what for suffix, what in UNREAD_SUFFIXES.items() if lower.endswith(suffix)), "")
-
-
-def not_read(compression: str) -> str:
-    """What is said of an archive of a compression that is not read."""
-    return f"{compression} compressed: not read; repack it as .tar or .tar.gz"
-
-
 def _survey(sources: Sequence[str] | str, may_come: bool) -> tuple[dict[str, str], dict[str, SanitizeError]]:
     """Shards by name, sorted, and what is wrong with others, by URL."""
     urls: list[str] = []
@@ -125,8 +103,11 @@ def _survey(sources: Sequence[str] | str, may_come: bool) -> tuple[dict[str, str
         raise ConfigError("no shards: the list of sources is empty")
     urls, twice = _once([absolute(url) if is_local(url) else url for url in urls])
     named = {}
-    for name, url in _names(urls).items():
-        if (unfit := _unfit(name)) is None:
+    names = _names(urls)
+    folders = {str(folder) for name in names for folder in Path(name).parents}
+    for name, url in names.items():
+        unfit = _unfit(name) or ("it is the folder of other shards as well" if name in folders else None)
+        if unfit is None:
             named[name] = url
         else:
             refused[url] = ConfigError(f"shard '{printable(name)}' is refused: {unfit}; rename it")
@@ -188,6 +169,8 @@ def _unfit(name: str) -> str | None:
         return "readers chain URLs by '::', which is in its name"
     if max(len(part.encode()) for part in name.split("/")) > MAX_NAME_BYTES:
         return f"its name is longer than {MAX_NAME_BYTES} bytes, and files named after it would be too long"
+    if len(name.encode()) > MAX_PATH_BYTES:
+        return f"its name with all folders is longer than {MAX_PATH_BYTES} bytes"
     return None
 
 
@@ -250,6 +233,8 @@ def _expand(url: str, may_come: bool) -> _Found:
     found = _Found()
     if not is_local(url):
         found.urls = remote.expand(url, _SUFFIXES)
+        if not (found.urls or _PATTERN.search(url)):
+            found.others = _suffixes(islice(remote.names_below(url), _MAX_LISTED))
         return found
     path = local_path(url)
     if path.is_dir():

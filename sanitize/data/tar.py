@@ -249,8 +249,11 @@ class TarReader:
             if seen > self.limits.max_trailing_bytes:
                 self._warn("more than max_trailing_bytes behind the end-of-archive marker")
                 return
-        if self._source.failure:
+        if not self._source.failure:
+            return
+        if self._source.verified < at + len(second):
             raise self._damage("", at)
+        self._warn("data behind the end of the compressed stream")  # the checksum of what holds the samples was right
 
     def _damage(self, reason: str, offset: int) -> TarDamage:
         return TarDamage(self._source.failure or reason, offset)
@@ -275,6 +278,11 @@ class Source:
             self._origin = stream.tell()
             self.present = stream.seek(0, os.SEEK_END) - self._origin
             stream.seek(self._origin)
+
+    @property
+    def verified(self) -> int:
+        """Bytes whose checksum was right, where the stream has checksums."""
+        return int(getattr(self._stream, "verified", 0))
 
     def cover(self, start: int, n: int) -> bool:
         """Make the window hold bytes start : start + n, start >= base; False where they end before."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import Artifact, Part, Recipe, Workshop, make
 from sanitize.compute import Compute
+from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.describe import croissant, describe_clean
 from sanitize.data.samples import Sample
@@ -26,10 +27,10 @@ _BLOCK_BYTES = 1 << 20  # that are copied at once
 
 
 class WriteConfig(BaseModel):
-    """How shards are written. A shard that came compressed is compressed again.
+    """How shards are written: compressed where their name says so (.tar.gz, .tgz), whatever the shard was.
 
     Attributes:
-        gzip_level: 0 (fast) to 9 (small), for .tar.gz shards.
+        gzip_level: 0 (fast) to 9 (small), for those.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,8 +66,8 @@ def write_selected(
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Returns:
-        The Shards, and their description. A shard of which nothing is kept is still written, empty; quarantine holds
-        only shards that have something in it.
+        The Shards, and their description. A shard of which nothing is kept is still written, empty, unless its name is
+        that of an archive which is not read (`.tar.xz`); quarantine holds only shards that have something in it.
 
     Raises:
         DataError: a shard has changed since it was indexed, or the counts do not add up.
@@ -104,6 +105,8 @@ def _write_shard(
     rows, verdicts = dataset.rows(shard), selection.rows(shard)
     if not rows["position"].equals(verdicts["position"]):
         raise DataError(f"the verdicts are not about the samples of shard {shard} that were indexed")
+    if unread_suffix(shard):
+        return  # nothing was read, and a file of ours must be what its name says
     keep_N = verdicts["keep"].to_numpy()
     goes = pa.array(~keep_N)
     removed = zip(rows.filter(goes).to_pylist(), verdicts.filter(goes).to_pylist(), strict=True)

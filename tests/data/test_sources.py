@@ -179,6 +179,13 @@ def test_a_file_system_that_is_not_installed_is_an_error_of_ours() -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 Plant = Callable[[Path], object]
+
+
+def touch_deep(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.touch()
+
+
 REFUSED: dict[str, tuple[str, Plant, str]] = {
     "link out of the folder": ("b/l.tar", lambda p: p.symlink_to("/etc/hostname"), "leads out of"),
     "link to a folder elsewhere": ("b/l", lambda p: p.symlink_to("/usr"), "leads out of"),
@@ -192,6 +199,7 @@ REFUSED: dict[str, tuple[str, Plant, str]] = {
     "not UTF-8": ("b/\udce9.tar", Path.touch, "control characters"),
     "chain of URLs": ("b/x::y.tar", Path.touch, "'::'"),
     "too long a name": (f"b/{'n' * 251}.tar", Path.touch, "longer than 220 bytes"),
+    "too deep a folder": ("/".join(["b", *["d" * 200] * 6, "x.tar"]), touch_deep, "longer than 1024 bytes"),
     "xz": ("b/c.tar.xz", Path.touch, "xz compressed: not read"),
     "zstd": ("b/c.TAR.ZST", Path.touch, "zstd compressed: not read"),
     "zip": ("b/c.zip", Path.touch, "zip compressed: not read"),
@@ -276,6 +284,25 @@ def test_a_folder_without_shards_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="found there: no files"):
         find_shards(f"{tmp_path}/empty")
+
+
+def test_a_bucket_without_shards_says_what_it_holds(memory: str) -> None:
+    with fsspec.open(f"{memory}/pictures/1.jpg", "wb") as file:
+        file.write(b"x")
+    with pytest.raises(ConfigError, match=r"found there: 1 \.jpg"):
+        find_shards(f"{memory}/pictures")
+
+
+@pytest.mark.hostile
+def test_a_shard_that_is_a_folder_of_others_too_is_refused(memory: str) -> None:
+    """A bucket may hold both; a run folder cannot."""
+    store = fsspec.filesystem("memory").store
+    store[f"{memory.removeprefix('memory:/')}/train/0.tar/x.tar"] = fsspec.implementations.memory.MemoryFile()
+    shards, refused = list_sources(memory)
+    assert list(shards) == ["extra/0.tar", "train/0.tar/x.tar", "train/1.tar"]
+    assert [url.endswith("/train/0.tar") for url in refused] == [True]
+    with pytest.raises(ConfigError, match="folder of other shards"):
+        find_shards(memory)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list everything")

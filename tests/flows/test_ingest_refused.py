@@ -114,11 +114,10 @@ def test_hostile_files_are_refused_once_and_by_name_and_the_rest_is_released(
     result = json.loads(again.stdout)
     assert (result["batches"], result["refused"], result["new"], result["duplicates"]) == ([], [], 0, 1)
     assert Ledger(str(store)).read().n_entries == entries + 1  # the copy was noted
-    assert Ledger(str(store)).read().refused == Ledger(str(store)).read().refused
 
     shown = runner.invoke(app, ["batches", "--store", str(store)]).output
     assert "labels.tar" in shown
-    assert "line\\x0abreak.tar" in shown.replace("line break", "line\\x0abreak")
+    assert "line break.tar" in shown  # on one line
     rows = json.loads(runner.invoke(app, ["batches", "--store", str(store), "--json", "--status", "refused"]).stdout)
     assert {row["shard"].rpartition("/")[2] for row in rows} == set(refused)
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from sanitize import exact
 from sanitize.artifacts import Part, Recipe, make

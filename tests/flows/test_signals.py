@@ -240,6 +240,7 @@ def test_the_temporary_server_ends_with_a_process_that_is_killed(start: Start) -
 # --- commands ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)  # a busy machine takes a minute for each start
 def test_a_direct_run_ends_in_one_line_and_goes_on(
     settings: dict[str, Any], direct: Path, tmp_path: Path, start: Start
 ) -> None:
@@ -254,6 +255,7 @@ def test_a_direct_run_ends_in_one_line_and_goes_on(
     assert digests(out) == digests(direct)
 
 
+@pytest.mark.timeout(900)  # a busy machine takes a minute for each start
 @pytest.mark.prefect
 def test_ctrl_c_ends_a_flow_with_server_and_workers_and_it_goes_on(
     settings: dict[str, Any], direct: Path, tmp_path: Path, start: Start
@@ -276,6 +278,7 @@ def test_ctrl_c_ends_a_flow_with_server_and_workers_and_it_goes_on(
     assert digests(out) == digests(direct)
 
 
+@pytest.mark.timeout(900)  # a busy machine takes a minute for each start
 @pytest.mark.prefect
 def test_a_server_that_dies_is_said_in_one_line(settings: dict[str, Any], tmp_path: Path, start: Start) -> None:
     out = tmp_path / "run"

@@ -119,6 +119,16 @@ def test_there_are_commands_and_wrong_ones_are_found() -> None:
         parse(["harden"])
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_parse(command: str) -> None:
+    """Who reads only `sanitize COMMAND --help` finds a command line that works."""
+    paragraphs = [" ".join(text.split()) for text in re.split(r"\n\s*\n", COMMANDS[command].help or "")]
+    examples = [text.replace("\\ ", "") for text in paragraphs if text.startswith(f"sanitize {command}")]
+    assert examples
+    for words in command_lines("\n".join(examples)):
+        parse(words)
+
+
 def test_every_page_is_in_the_navigation_and_the_map() -> None:
     def pages(nav: object) -> Iterator[str]:
         if isinstance(nav, str):

@@ -1,4 +1,4 @@
-"""Every YAML in configs/ validates."""
+"""Every YAML in configs/ and in docs/ validates."""
 
 import re
 from pathlib import Path
@@ -14,22 +14,22 @@ from flows.ingest import IngestConfig
 from flows.redteam import RedTeamConfig
 from flows.train import TrainRunConfig
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = {path.name: path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))}
+EXAMPLES = {
+    f"{page.name}-{number}": block
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL))
+}
 
 
 def test_there_are_configs() -> None:
     assert CONFIGS
+    assert {name.partition(".")[0] for name in EXAMPLES} >= {"clean", "train", "repair", "certify", "ingest"}
 
 
-def test_the_readmes_config_validates() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
-    assert len(CleanConfig.model_validate(yaml.safe_load(example)).scorers) == 3
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_config_validates(path: Path) -> None:
-    text = path.read_text()
+@pytest.mark.parametrize("text", (CONFIGS | EXAMPLES).values(), ids=CONFIGS | EXAMPLES)
+def test_config_validates(text: str) -> None:
     command = re.match(r"# sanitize (\w+)", text)  # the first line says how to use it
     kinds = {
         "train": TrainRunConfig,

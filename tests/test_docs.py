@@ -1,0 +1,194 @@
+"""README and docs/: links lead somewhere, commands parse, examples run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from flows.cli import app
+from sanitize import Compute, index_shards
+from sanitize.data.digits import write_digits
+from sanitize.data.index import IndexConfig
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS, ROOT / "deployments/README.md", ROOT / "benchmarks/README.md"]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+_OPERATORS = {"&", "&&", "|", "||", ";", ">", "2>&1"}
+
+
+def tokens(page: Path) -> list[Token]:
+    """Block tokens of a Markdown page."""
+    return MarkdownIt().enable("table").parse(page.read_text())
+
+
+def links(page: Path) -> list[str]:
+    """Targets of the links and images of a page."""
+    inline = [child for token in tokens(page) for child in token.children or ()]
+    return [
+        str(token.attrs.get("href") or token.attrs["src"]) for token in inline if token.type in ("link_open", "image")
+    ]
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of headings that GitHub and mkdocs make alike."""
+    titles = [
+        after.content
+        for token, after in zip(tokens(page), tokens(page)[1:], strict=False)
+        if token.type == "heading_open"
+    ]
+    plain = [re.sub(r"[^\w\s-]", "", title).strip().lower() for title in titles]
+    return {title.replace(" ", "-") for title in plain} & {re.sub(r"[-\s]+", "-", title) for title in plain}
+
+
+def fences(page: Path, language: str) -> list[str]:
+    """Fenced blocks of a language."""
+    return [token.content for token in tokens(page) if token.type == "fence" and token.info == language]
+
+
+def command_lines(script: str) -> Iterator[list[str]]:
+    """The words of each `sanitize ...` command of a shell script, without the first."""
+    for line in script.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if "sanitize" in words:
+            rest = words[words.index("sanitize") + 1 :]
+            end = next((i for i, word in enumerate(rest) if word in _OPERATORS), len(rest))
+            yield rest[:end]
+
+
+def parse(words: list[str]) -> None:
+    """Parse a command line as Typer does, without running it.
+
+    Raises:
+        KeyError: there is no such command.
+        Exception: a UsageError of click's: an unknown option, a missing argument, a value of the wrong type.
+    """
+    name, *arguments = [word for word in words if word not in ("-v", "--verbose")]
+    COMMANDS[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in links(page):
+        if re.match(r"[a-z]+:", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), link
+        assert page not in DOCS or target.is_relative_to(ROOT / "docs"), f"{link}: mkdocs serves only docs/"
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_names_every_command(command: str) -> None:
+    assert re.search(rf"`(sanitize )?{command}[` ]", (ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_parse(page: Path) -> None:
+    for script in fences(page, "bash"):
+        for words in command_lines(script):
+            try:
+                parse(words)
+            except Exception as error:
+                pytest.fail(f"sanitize {shlex.join(words)}: {error!r}")
+
+
+def test_there_are_commands_and_wrong_ones_are_found() -> None:
+    found = [words for page in DOCS for script in fences(page, "bash") for words in command_lines(script)]
+    assert {words[0] for words in found} > {"clean", "train", "repair", "certify", "ingest", "redteam"}
+    (words,) = command_lines("FOO=1 sanitize clean --shards 'a b' \\\n  --out x > log  # and a comment\n")
+    assert words == ["clean", "--shards", "a b", "--out", "x"]
+    parse(words)
+    for wrong in (["clean", "--shard-s", "x"], ["restore", "runs/first"], ["redteam", "--repeats", "many"]):
+        with pytest.raises(Exception, match=r"No such option|Missing parameter|should be a valid|not a valid"):
+            parse(wrong)
+    with pytest.raises(KeyError):
+        parse(["harden"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_parse(command: str) -> None:
+    """Who reads only `sanitize COMMAND --help` finds a command line that works."""
+    paragraphs = [" ".join(text.split()) for text in re.split(r"\n\s*\n", COMMANDS[command].help or "")]
+    examples = [text.replace("\\ ", "") for text in paragraphs if text.startswith(f"sanitize {command}")]
+    assert examples
+    for words in command_lines("\n".join(examples)):
+        parse(words)
+
+
+def test_every_page_is_in_the_navigation_and_the_map() -> None:
+    def pages(nav: object) -> Iterator[str]:
+        if isinstance(nav, str):
+            yield nav
+        elif isinstance(nav, list | dict):
+            for entry in nav.values() if isinstance(nav, dict) else nav:
+                yield from pages(entry)
+
+    names = {page.name for page in DOCS}
+    assert set(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])) == names
+    assert {link.partition("#")[0] for link in links(ROOT / "docs/index.md")} == names - {"index.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_compiles(page: Path) -> None:
+    for code in fences(page, "python"):
+        compile(code, str(page), "exec")
+
+
+def test_examples_of_the_python_api_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for code in fences(ROOT / "docs/python-api.md", "python"):
+        exec(compile(code, "docs/python-api.md", "exec"), names)
+    assert (tmp_path / "api/50-shards/clean").is_dir()
+    assert (tmp_path / "api/80-package/MODEL_CARD.md").is_file()
+    assert tuple(names["logits"].shape) == (4, 10)  # type: ignore[attr-defined]
+    assert names["outliers"][:6].all()  # type: ignore[index]
+
+
+def test_class_folders_become_shards(tmp_path: Path) -> None:
+    """The first step of docs/quickstart.md: images in class folders are packed, byte for byte."""
+    compute = Compute(device="cpu")
+    digits = index_shards(
+        IndexConfig(), write_digits(str(tmp_path / "digits"), compute).shards(), str(tmp_path / "i"), compute
+    )
+    images = tmp_path / "images"
+    for shard in digits.shards[:1]:
+        subprocess.run(["tar", "-xf", str(tmp_path / "digits" / shard), "-C", str(tmp_path)], check=True)
+    written = {}
+    for label in sorted(tmp_path.glob("*.cls")):
+        picture = label.with_suffix(".png")
+        folder = images / f"digit {label.read_text().strip()}" / "nested"
+        folder.mkdir(parents=True, exist_ok=True)
+        written[f"{folder.parent.name}/nested/{picture.name}"] = picture.read_bytes()
+        picture.rename(folder / picture.name)
+    (images / "digit 0/notes.txt").write_text("no image")
+
+    script = [
+        sys.executable,
+        str(ROOT / "examples/pack_folders.py"),
+        str(images),
+        str(tmp_path / "data"),
+        "--per-shard",
+        "60",
+    ]
+    done = subprocess.run(script, check=True, capture_output=True, text=True)
+    assert "1 other files left out" in done.stdout
+    packed = index_shards(IndexConfig(), str(tmp_path / "data"), str(tmp_path / "index"), compute)
+    assert packed.manifest().counts["samples"] == len(written) > 60
+    assert len(packed.shards) == -(-len(written) // 60)
+    again = subprocess.run(script, capture_output=True, text=True)
+    assert again.returncode != 0  # shards of two calls are not mixed

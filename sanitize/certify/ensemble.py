@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Recipe, Workshop, make
+from sanitize.artifacts import Part, Workshop
 from sanitize.certify.partition import content_digest, partition_of
 from sanitize.certify.provenance import refuse_if_void
 from sanitize.compute import Compute
@@ -29,6 +29,7 @@ from sanitize.models.mlp import MLPConfig
 from sanitize.models.stacked import Stacked
 from sanitize.progress import track
 from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig, new_scorer
+from sanitize.stage import Advance, Work, stage
 
 PROVED = "partitions.json"
 _NO_LABEL = -100  # what cross_entropy ignores
@@ -103,9 +104,10 @@ class PartitionEnsemble(Checkpoint):
         return model.eval()
 
 
+@stage(PartitionEnsemble)
 def train_partitions(
     config: PartitionConfig, dataset: Dataset, out: str, compute: Compute, shards: Sequence[str] | None = None
-) -> PartitionEnsemble:
+) -> Work:
     """Train one base model on each partition.
 
     Args:
@@ -120,7 +122,6 @@ def train_partitions(
         ConfigError: what was done before voids the certificate; or settings that do not go with stacked networks.
         NumericsError: training diverged.
     """
-    compute.activate()
     if config.optim.max_grad_norm is not None:
         raise ConfigError("partition.optim.max_grad_norm would make each base model depend on all: leave it out")
     if world()[1] > 1:
@@ -137,14 +138,8 @@ def train_partitions(
         std=config.std,
         n_networks=config.n_partitions,
     )
-    recipe = Recipe(
-        stage="train_partitions",
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={"dataset": dataset.digest},
-    )
 
-    def write_part(group: str, part: Part) -> None:
+    def write_part(group: str, part: Part, _advance: Advance) -> None:
         networks, history, counts = _train_group(config, model_config, config.groups[group], dataset, compute)
         part.write(f"groups/{group}.safetensors", safetensors.torch.save(networks.state_dict()))
         part.write_json(f"groups/{group}.json", {"history": history, "partitions": counts})
@@ -155,15 +150,7 @@ def train_partitions(
         part.write_json("config.json", model_config.model_dump(mode="json"))
         part.write_json(PROVED, _proved(config, dataset, n_samples))
 
-    return make(
-        PartitionEnsemble,
-        out,
-        recipe,
-        parts=list(config.groups),
-        write_part=write_part,
-        finish=finish,
-        only=shards,
-    )
+    return Work(parts=list(config.groups), write_part=write_part, finish=finish)
 
 
 def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """Demo data that needs no download: scikit-learn's 1,797 handwritten digits, written as WebDataset shards."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import sklearn.datasets
 import torch
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part, Recipe
 from sanitize.compute import Compute
 from sanitize.data.decode import encode_png
 from sanitize.data.writer import shard_writer
+from sanitize.stage import Work, stage
 
 
 class Digits(Artifact):
@@ -17,9 +21,13 @@ class Digits(Artifact):
         return [self.url(name) for name in sorted(self.manifest().files)]
 
 
-def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Digits:
+def _n_shards(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    return recipe.model_copy(update={"config": {"n_shards": given["n_shards"]}})
+
+
+@stage(Digits, gpu=False, adjust=_n_shards)
+def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Work:
     """Write the digits, shuffled by the seed, about equally many in each shard."""
-    recipe = Recipe(stage="write_digits", config={"n_shards": n_shards}, numerics=compute.numerics)
 
     def write(part: Part) -> None:
         digits = sklearn.datasets.load_digits()
@@ -32,4 +40,4 @@ def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Digits:
                     tar.add(f"digit-{row:04d}.cls", str(digits.target[row]).encode())
         part.counts["samples"] = len(order_N)
 
-    return make(Digits, out, recipe, write)
+    return Work(write=write)

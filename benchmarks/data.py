@@ -1,4 +1,8 @@
-"""Real data for benchmarks, from the folder `../shared/data` beside the checkout, written as shards on the fly."""
+"""Real data for benchmarks, from the folder `../shared/data` beside the checkout, written as shards on the fly.
+
+Images have the size and the channels they are stored with, and networks take them so: `Trigger.apply` on them is what
+`sanitize.attack.triggered` gives of their shards.
+"""
 
 import csv
 import gzip

@@ -38,6 +38,7 @@ server=$!
 until curl --silent --fail "$PREFECT_API_URL/health" > /dev/null; do sleep 1; done
 prefect work-pool create cpu-pool --type process --overwrite
 prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
+prefect automation create --from-file deployments/automations.yaml
 prefect worker start --pool cpu-pool --limit 1 > "$SANITIZE_HOME/worker.log" 2>&1 &
 worker=$!
 

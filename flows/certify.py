@@ -26,6 +26,8 @@ class CertifyRunConfig(BaseModel):
         shards: test samples: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
         index: how they are read; sizes and classes are those of the model.
         smoothing: for one network; an ensemble of partitions is certified by its votes, which has no settings.
+        allow_factory: a function that the model names may be run, if an installed package holds it (a model of kind
+            "factory"). It is not kept in `config.yaml`.
         n_groups: groups of shards that are worked on side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
         runner: threads, processes or ray: where groups of shards are worked on.
@@ -34,6 +36,7 @@ class CertifyRunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str
+    allow_factory: bool = Field(default=False, exclude=True)  # never written down: a copied config.yaml grants nothing
     shards: tuple[str, ...] = Field(min_length=1)
     index: IndexConfig = IndexConfig()
     smoothing: CertifySmoothingConfig = CertifySmoothingConfig()
@@ -48,7 +51,7 @@ def certify(config: CertifyRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and what is proved.
     """
-    model = open_model(config.model)
+    model = open_model(config.model, config.allow_factory)
     shards = list(find_shards(config.shards))
     dataset = run.sharded(
         "00-index", index_shards, shards, as_the_model_sees(config.index, model.config), config.shards

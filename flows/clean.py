@@ -11,7 +11,7 @@ from flows.run import Run, claimed, save_config
 from flows.runner import RunnerConfig, Threads
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.index import IndexConfig, bad_shards, index_shards
 from sanitize.data.sources import find_shards
 from sanitize.data.tables import Embeddings, Scores, Selection
 from sanitize.embed import (
@@ -152,12 +152,12 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
     """Counts and places, for people and machines."""
     counts = cleaned.selection.manifest().counts
     classes = cleaned.selection.read_json("selection.json")["classes"]
+    damaged = {name: shard["damage"] for name, shard in cleaned.dataset.info["shards"].items() if shard["damage"]}
     return {
         "samples": {name: counts.get(name, 0) for name in ("samples", "kept", "quarantined", "unreadable")},
         "classes_touched": {label: c for label, c in classes.items() if c["removed"]},
-        "damaged_shards": {
-            name: shard["damage"] for name, shard in cleaned.dataset.info["shards"].items() if shard["damage"]
-        },
+        "damaged_shards": damaged,
+        "bad_shards": sorted(bad_shards(cleaned.dataset.info["shards"])),
         "clean": cleaned.shards.url("clean"),
         "quarantine": cleaned.shards.url("quarantine"),
         "report": cleaned.report.url("index.html"),

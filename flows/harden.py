@@ -35,6 +35,8 @@ class HardenConfig(BaseModel):
         repair: the method.
         truth: folder of the artifact of `poison_shards` that made the shards, where the poison is known.
         smoothing: given, the repaired model is certified on the test shards.
+        allow_factory: a function that the model names may be run, if an installed package holds it (a model of kind
+            "factory"). It is not kept in `config.yaml`.
         n_groups: groups of shards that are worked on side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
         runner: threads, processes or ray: where groups of shards are worked on.
@@ -43,6 +45,7 @@ class HardenConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str
+    allow_factory: bool = Field(default=False, exclude=True)  # never written down: a copied config.yaml grants nothing
     shards: tuple[str, ...] = ()
     clean_shards: tuple[str, ...] = ()
     test_shards: tuple[str, ...] = ()
@@ -68,7 +71,7 @@ def harden(config: HardenConfig, run: Run) -> dict[str, Any]:
     """
     if config.smoothing is not None and not config.test_shards:
         raise ConfigError("`smoothing:` certifies predictions on test shards: give test_shards")
-    model = open_model(config.model)
+    model = open_model(config.model, config.allow_factory)
     given = {
         "untrusted": _indexed("00-index", config.shards, config, model.config, run),
         "clean": _indexed("01-index-clean", config.clean_shards, config, model.config, run),

@@ -4,48 +4,65 @@ training jobs if the batch as a whole is like what was approved.
 What was done is in the ledger (`sanitize/ledger.py`); nothing else decides what is new, what is a batch, and what
 became of it. A batch is claimed by one entry and committed by one. Between the two any process may die: the folder of
 the batch is an ordinary run folder, and the next ingest goes on there before it claims anything.
+
+No shard stops the others. What cannot be in a batch is refused, with its reason, in the ledger: before it is claimed
+where its name or its place is why; later, where its bytes are, by splitting the batch: one commit refuses the bad
+shards and makes the others new again, so that the next batch takes them. It indexes them a second time; in return a
+claim alone still says what is in the folder of a batch, so that two processes at work there write the same bytes.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.clean import scores_folder
-from flows.reference import REMEMBERED, Reference, approval, clean_shards, load_reference
+from flows.landed import as_utf8, list_shards
+from flows.reference import REMEMBERED, Reference, clean_shards, load_reference
 from flows.run import Run
 from flows.runner import RunnerConfig, Threads
+from flows.store import (
+    FEED,
+    SHARDS,
+    altered_shards,
+    decide,
+    list_batches,
+    list_refused,
+    told,
+    told_refused,
+    write_feed,
+)
+from flows.unfit import is_storage, look_again, unfit_shards
 from sanitize.compute import Compute
-from sanitize.data.dataset import Dataset
-from sanitize.data.index import index_shards
-from sanitize.data.sources import find_shards, refuse_inside
+from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.sources import refuse_inside
 from sanitize.drift import DriftConfig, check_drift, summarise_shards
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import embed_shards
-from sanitize.errors import ArtifactError, ConfigError, DataError, SanitizeError, StorageError
-from sanitize.ledger import (
-    Batch,
-    ClaimEntry,
-    CommitEntry,
-    Decision,
-    DecisionEntry,
-    DuplicatesEntry,
-    Ledger,
-    Offered,
-    State,
-)
-from sanitize.progress import track
+from sanitize.entries import ClaimEntry, CommitEntry, DuplicatesEntry, Offered, Refused, RefusedEntry
+from sanitize.errors import ArtifactError, SanitizeError, StorageError
+from sanitize.lease import check_held
+from sanitize.ledger import Batch, Ledger, State
 from sanitize.report import ReportConfig, write_drift_report, write_report
 from sanitize.score import score_shards
 from sanitize.select import WriteConfig, judge_shards, write_selected
-from sanitize.storage import create, exclusive, exists, fingerprint, join, read_bytes, sha256_file
+from sanitize.storage import exclusive, join
+
+__all__ = [
+    "FEED",
+    "STAGES",
+    "BatchConfig",
+    "IngestConfig",
+    "decide",
+    "ingest",
+    "list_batches",
+    "list_refused",
+    "run_ingest",
+]
 
 logger = logging.getLogger("sanitize.ingest")
-FEED = "feed.json"
 STATUSES: dict[str, Literal["accepted", "held"]] = {"accept": "accepted", "hold": "held", "refit": "held"}
 MAX_TEXT = 2_000  # characters of what is said of a failed batch
 
@@ -54,12 +71,15 @@ class BatchConfig(BaseModel):
     """What becomes of a batch depends on this and on the reference alone; it is written into the claim.
 
     Attributes:
+        max_bad_fraction: share of unreadable samples in [0, 1] above which a shard is refused; None takes
+            `index.max_bad_fraction` of the approved run.
         drift: when a batch is held.
         write, report: one section a stage.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    max_bad_fraction: float | None = Field(default=None, ge=0, le=1)
     drift: DriftConfig = DriftConfig()
     write: WriteConfig = WriteConfig()
     report: ReportConfig = ReportConfig(title="New training data")
@@ -71,6 +91,7 @@ class IngestConfig(BatchConfig):
     Attributes:
         shards: where shards land: directories, globs, brace ranges or URLs.
         max_shards: of one batch; where more are new, there are several batches.
+        allow_factory: a function that the reference's embedder names may be run, if an installed package holds it.
         compute: device and threads; seed and precision are always the reference's.
         n_groups: groups of shards that are worked on side by side. Results do not depend on it.
         runner: threads, processes or ray: where groups of shards are worked on.
@@ -78,6 +99,7 @@ class IngestConfig(BatchConfig):
 
     shards: tuple[str, ...] = Field(min_length=1)
     max_shards: int = Field(default=64, ge=1)
+    allow_factory: bool = Field(default=False, exclude=True)
     compute: Compute = Compute()
     n_groups: int = Field(default=1, ge=1)
     runner: RunnerConfig = Threads()
@@ -85,14 +107,6 @@ class IngestConfig(BatchConfig):
 
 NewRun = Callable[[str, Compute, int], Run]
 Committed = Callable[[dict[str, Any]], None]
-
-
-class Listing(NamedTuple):
-    """What is there: shards, those of them that had to be read, and what is wrong with others."""
-
-    offered: list[Offered]
-    was_read: list[Offered]
-    unreadable: list[str]
 
 
 def run_ingest(config: IngestConfig, store: str, direct: bool) -> dict[str, Any]:
@@ -119,86 +133,110 @@ def ingest(config: IngestConfig, store: str, new_run: NewRun, committed: Committ
         committed: is told of every batch that this call commits.
 
     Returns:
-        `batches` that were committed here; how many shards were `new`, `duplicates` or `known`; those that are
-        `unreadable`; the `feed`; version of the `reference`.
+        `batches` that were committed here, and those that storage kept from it (status `claimed`); shards that were
+        `refused` here; how many shards were `new`, `duplicates` or `known`; those that were `changing` while they were
+        read, and those that were `unreadable`; the `feed`, and what was `altered` in it; version of the `reference`.
     """
     refuse_inside(config.shards, store)
     ledger = Ledger(store)
-    found = []
-
-    def finish(batch: Batch) -> None:
-        if (entry := process(batch, store, ledger, config, new_run)) is not None:
-            found.append(told(store, batch, entry))
-            write_feed(store, ledger)
-            committed(found[-1])
-
+    load_reference(store, ledger.read().reference)  # one that is damaged is said before anything is claimed
+    work = _Work(config, store, ledger, new_run, committed, [], [])
     for begun in ledger.read().unfinished:
-        finish(begun)
-    listing = list_shards(config.shards, ledger.read())
-    claimed: set[Offered] = set()
-    while (batch := claim(config, listing.offered, ledger)) is not None:
-        claimed |= set(batch.claim.shards)
-        finish(batch)
-    state = note_duplicates(listing.offered, ledger)
+        work.finish(begun)
+    landed = list_shards(config.shards, ledger.read())
+    note_refused(landed.refused, ledger, work.refused)
+    claimed = work.claim_all(landed.offered)
+    state = note_duplicates(landed.offered, ledger)
     write_feed(store, ledger)
     return {
-        "batches": found,
+        "batches": work.found,
+        "refused": [told_refused(shard) for shard in work.refused],
         "new": len(claimed),
-        "duplicates": len(set(listing.was_read) - claimed),
-        "known": len(listing.offered) - len(listing.was_read),
-        "unreadable": listing.unreadable,
+        "duplicates": len(set(landed.was_read) - claimed),
+        "known": len(landed.offered) - len(landed.was_read),
+        "changing": landed.changing,
+        "unreadable": landed.unreadable,
+        "altered": altered_shards(store, state),
         "feed": join(store, FEED),
         "reference": state.reference.version,
     }
 
 
-def list_shards(sources: Sequence[str], state: State) -> Listing:
-    """All shards that are there; one that was seen before is known by size and time, and is not read again."""
-    state.reference  # noqa: B018 - raises where there is none, before anything is read
-    urls = list(find_shards(sources, may_come=True).values())
-    offered, was_read, unreadable = [], [], []
+class _Work(NamedTuple):
+    """One ingest: what it needs, the batches it has `found` an end for, and the shards it has `refused`."""
 
-    def look(url: str) -> Offered | str:
+    config: IngestConfig
+    store: str
+    ledger: Ledger
+    new_run: NewRun
+    committed: Committed
+    found: list[dict[str, Any]]
+    refused: list[Refused]
+
+    def finish(self, batch: Batch) -> str:
+        """Process a batch and tell of it; its status, or "" where another process is at work on it."""
         try:
-            seen = _fingerprint(url)
-            known = state.seen.get(seen)
-            digest = known or sha256_file(url)
-            if known is None and _fingerprint(url) != seen:
-                return f"{url} changed while it was read; it will be looked at again"
-        except DataError as error:
-            return str(error)
-        advance(1)
-        return Offered(url=url, size=seen[1], modified=seen[2], sha256=digest)
+            entry = process(batch, self.store, self.ledger, self.config, self.new_run)
+        except (StorageError, OSError) as error:
+            logger.exception("batch %s: storage does not answer", batch.claim.batch)
+            self.found.append(told(self.store, batch, None, (_said(error),)))
+            return "claimed"
+        if entry is None:
+            return ""
+        self.refused.extend(entry.refused)
+        self.found.append(told(self.store, batch, entry))
+        write_feed(self.store, self.ledger)
+        self.committed(self.found[-1])
+        return entry.status
 
-    # One by one, a far store takes minutes to say what it has.
-    with track("list", len(urls), "shards") as advance, ThreadPoolExecutor(16) as pool:
-        for shard in pool.map(look, urls):
-            if isinstance(shard, str):
-                unreadable.append(shard)
+    def claim_all(self, offered: Sequence[Offered]) -> set[Offered]:
+        """Claim and process batch by batch until all shards are somebody's; the shards that were claimed here."""
+        claimed: set[Offered] = set()
+        waiting = self.ledger.read().new(offered)
+        while (batch := claim(self.config, waiting, self.ledger)) is not None:
+            claimed |= set(batch.claim.shards)
+            status = self.finish(batch)
+            if status == "claimed":
+                break  # storage failed a batch that nobody had begun: it may fail all; what is new waits
+            state = self.ledger.read()
+            if status == "split":  # what was refused for another reason than its bytes is not offered again here
+                gone = {(shard.url, shard.size, shard.modified) for shard in self.refused}
+                waiting = state.new(shard for shard in offered if shard.fingerprint not in gone)
             else:
-                offered.append(shard)
-                was_read += [] if shard.fingerprint in state.seen else [shard]
-    return Listing(offered, was_read, unreadable)
+                waiting = [shard for shard in waiting if shard.sha256 not in state.taken]
+        return claimed
 
 
-def _fingerprint(url: str) -> tuple[str, int, str]:
-    found = fingerprint(url)
-    return str(found["url"]), int(found["size"]), str(found["modified"])
-
-
-def claim(config: IngestConfig, offered: Sequence[Offered], ledger: Ledger) -> Batch | None:
-    """The next batch of shards that nobody has; None where all are somebody's."""
+def claim(config: IngestConfig, waiting: Sequence[Offered], ledger: Ledger) -> Batch | None:
+    """The next batch of shards that nobody has, in the order in which they wait; None where all are somebody's."""
     settings = config.model_dump(mode="json", include=set(BatchConfig.model_fields))
 
     def decide(state: State) -> ClaimEntry | None:
-        shards = state.new(offered)[: config.max_shards]
+        shards: dict[str, Offered] = {}
+        for shard in waiting:
+            if shard.sha256 not in state.taken:
+                shards.setdefault(shard.name, shard)  # of two with one name the other waits for the next batch
+            if len(shards) == config.max_shards:
+                break
         if not shards:
             return None
-        name, version = state.name_of(shards), state.reference.version
-        return ClaimEntry(batch=name, reference=version, shards=tuple(shards), settings=settings)
+        name, version = state.name_of(list(shards.values())), state.reference.version
+        return ClaimEntry(batch=name, reference=version, shards=tuple(shards.values()), settings=settings)
 
     entry, _ = ledger.append(decide)
     return Batch(claim=entry) if isinstance(entry, ClaimEntry) else None
+
+
+def note_refused(refused: Sequence[Refused], ledger: Ledger, said: list[Refused]) -> None:
+    """Name what cannot be a shard in the ledger, and in `said`, once for each reason."""
+
+    def decide(state: State) -> RefusedEntry | None:
+        new = tuple(shard for shard in refused if state.refused.get((shard.url, "")) != shard)
+        return RefusedEntry(shards=new) if new else None
+
+    entry, _ = ledger.append(decide)
+    if isinstance(entry, RefusedEntry):
+        said.extend(entry.shards)
 
 
 def note_duplicates(offered: Sequence[Offered], ledger: Ledger) -> State:
@@ -228,38 +266,86 @@ def process(batch: Batch, store: str, ledger: Ledger, config: IngestConfig, new_
         state = ledger.read()
         if state.batches[name].commit is not None:
             return None
-        reference = load_reference(store, state.references[batch.claim.reference])
-        try:
-            made = _run_batch(batch, reference, folder, config, new_run)
-        except StorageError:
-            raise
-        except SanitizeError as error:
-            made = CommitEntry(batch=name, status="failed", reasons=(str(error)[:MAX_TEXT],))
-        entry, _ = ledger.append(lambda state: None if state.batches[name].commit else made)
+        made = _outcome(batch, state, store, folder, config, new_run)
+
+        def decide(state: State) -> CommitEntry | None:
+            check_held(folder)  # `made` may be wrong where another process has written over the files since
+            return None if state.batches[name].commit else made
+
+        entry, _ = ledger.append(decide)
     return made if entry is not None else None
 
 
-def _run_batch(batch: Batch, reference: Reference, folder: str, config: IngestConfig, new_run: NewRun) -> CommitEntry:
+def _outcome(batch: Batch, state: State, store: str, folder: str, config: IngestConfig, new_run: NewRun) -> CommitEntry:
+    """What became of a batch, whatever happens to it short of storage that does not answer."""
+    index = None
+    try:
+        if batch.claim.reference not in state.references:
+            raise ArtifactError(f"the ledger has no reference v{batch.claim.reference:04d}, which the batch names")
+        reference = load_reference(store, state.references[batch.claim.reference], config.allow_factory)
+        settings = BatchConfig.model_validate(batch.claim.settings)
+        index = index_config(reference, settings)
+        return _run_batch(batch, reference, settings, index, folder, config, new_run)
+    except Exception as error:
+        if is_storage(error):
+            raise
+        if not isinstance(error, SanitizeError):
+            logger.exception("batch %s failed", batch.claim.batch)
+        refused = [] if index is None else look_again(batch.claim, index, folder, error)
+        if refused:
+            return _split(batch, refused)
+        return CommitEntry(batch=batch.claim.batch, status="failed", reasons=(_said(error),))
+
+
+def index_config(reference: Reference, settings: BatchConfig) -> IndexConfig:
+    """How the shards of a batch are indexed."""
+    limit = settings.max_bad_fraction
+    index = reference.config.index
+    return index if limit is None else index.model_copy(update={"max_bad_fraction": limit})
+
+
+def _said(error: Exception) -> str:
+    """What is said of an error; of one that nobody foresaw, its class too."""
+    said = str(error) if isinstance(error, SanitizeError | OSError) else f"{type(error).__name__}: {error}"
+    return as_utf8(said)[:MAX_TEXT]
+
+
+def _split(batch: Batch, refused: Sequence[Refused]) -> CommitEntry:
+    n, of_all = len(refused), len(batch.claim.shards)
+    reason = f"{n} of {of_all} shards refused; the others are new again" if n < of_all else f"all {n} shards refused"
+    return CommitEntry(batch=batch.claim.batch, status="split", reasons=(reason,), refused=tuple(refused))
+
+
+def _run_batch(
+    batch: Batch,
+    reference: Reference,
+    settings: BatchConfig,
+    index: IndexConfig,
+    folder: str,
+    config: IngestConfig,
+    new_run: NewRun,
+) -> CommitEntry:
     """The order of work in a batch: index, embed, score, judge, write, remember, compare, report."""
-    settings, of = BatchConfig.model_validate(batch.claim.settings), reference.config
-    numerics = {"seed": of.compute.seed, "precision": of.compute.precision}
+    known = reference.config
+    numerics = {"seed": known.compute.seed, "precision": known.compute.precision}
     run = new_run(folder, config.compute.model_copy(update=numerics), config.n_groups)
     places = {shard.name: shard.url for shard in batch.claim.shards}
     names = list(places)
-    dataset = run.sharded("00-index", index_shards, names, of.index, places)
-    _refuse_changed(dataset, batch.claim)
-    embeddings = run.sharded("20-embeddings", embed_shards, names, of.embed, dataset, reference.embedder)
+    dataset = run.sharded("00-index", index_shards, names, index, places)
+    if refused := unfit_shards(dataset, batch.claim, index):
+        return _split(batch, refused)
+    embeddings = run.sharded("20-embeddings", embed_shards, names, known.embed, dataset, reference.embedder)
     scores = tuple(
         run.sharded(scores_folder(scorer), score_shards, embeddings.shards, scorer, fitted, embeddings)
-        for scorer, fitted in zip(of.scorers, reference.fitted, strict=True)
+        for scorer, fitted in zip(known.scorers, reference.fitted, strict=True)
     )
-    judged = of.judge, dataset, scores, reference.scores
+    judged = known.judge, dataset, scores, reference.scores
     selection = run.stage("40-selection", judge_shards, *judged, held_out=(CALIBRATE,))
-    shards = run.sharded("50-shards", write_selected, names, settings.write, dataset, selection)
-    read = of.statistics, dataset, embeddings, selection, reference.projection
+    shards = run.sharded(SHARDS, write_selected, names, settings.write, dataset, selection)
+    read = known.statistics, dataset, embeddings, selection, reference.projection
     remembered = run.stage(REMEMBERED, summarise_shards, *read)
     compared = settings.drift, reference.statistics, remembered, reference.projection
-    by_design = of.judge.false_flags(len(of.scorers))
+    by_design = known.judge.false_flags(len(known.scorers))
     drift = run.stage("70-drift", check_drift, *compared, by_design=by_design)
     run.stage("90-report", write_report, settings.report, dataset, scores, selection, shards)
     run.stage("91-drift-report", write_drift_report, drift)
@@ -272,99 +358,8 @@ def _run_batch(batch: Batch, reference: Reference, folder: str, config: IngestCo
         reasons=tuple(drift.info["reasons"]),
         samples={status: counts.get(status, 0) for status in ("samples", "kept", "quarantined", "unreadable")},
         digests={stage["folder"]: stage["digest"] for stage in run.stages},
-        clean=clean_shards(shards, name, join("batches", name, "50-shards")),
+        clean=clean_shards(shards, name, join("batches", name, SHARDS)),
     )
-
-
-def _refuse_changed(dataset: Dataset, entry: ClaimEntry) -> None:
-    for shard in entry.shards:
-        if dataset.info["shards"][shard.name]["sha256"] != shard.sha256:
-            raise DataError(f"shard {shard.url} has changed since it was claimed; offer it again under its new content")
-
-
-def write_feed(store: str, ledger: Ledger) -> None:
-    """Write what trainers may read, from the ledger; whoever writes last has read it last."""
-    n_written = -1
-    while (state := ledger.read()).n_entries != n_written:  # who writes an older one than is there, writes again
-        n_written, url = state.n_entries, join(store, FEED)
-        feed = {"format": 1, "shards": [line.model_dump() for line in state.feed()]}
-        data = json.dumps(feed, indent=1).encode() + b"\n"
-        if not exists(url) or read_bytes(url) != data:
-            with create(url) as writer:
-                writer.write(data)
-
-
-def told(store: str, batch: Batch, entry: CommitEntry) -> dict[str, Any]:
-    """What became of a batch, for people and machines."""
-    folder = join(store, "batches", entry.batch)
-    pages = {"report": "90-report/index.html", "drift": "91-drift-report/index.html"}
-    return {
-        "batch": entry.batch,
-        "status": entry.status,
-        "verdict": entry.verdict,
-        "reasons": list(entry.reasons),
-        "shards": len(batch.claim.shards),
-        "samples": entry.samples,
-        "reference": batch.claim.reference,
-        **{name: join(folder, page) if entry.verdict else None for name, page in pages.items()},
-    }
-
-
-def list_batches(store: str, status: str | None = None) -> list[dict[str, Any]]:
-    """All batches as the ledger has them, the oldest first."""
-    found = []
-    for batch in Ledger(store).read().batches.values():
-        commit = batch.commit or CommitEntry(batch=batch.claim.batch, status="failed")  # nothing is known of it yet
-        decision = None if batch.decision is None else batch.decision.model_dump(exclude={"kind", "batch"})
-        state = {"status": batch.status, "decision": decision, "released": batch.is_released}
-        found.append(told(store, batch, commit) | state)
-    return [row for row in found if status in (None, row["status"])]
-
-
-DECISIONS: dict[Decision, tuple[str, ...]] = {
-    "approved": ("held", "accepted"),
-    "rejected": ("held", "accepted"),
-    "retried": ("failed",),
-}
-
-
-def decide(store: str, name: str, decision: Decision, by: str = "", note: str = "") -> dict[str, Any]:
-    """A person's decision on a batch: a record in the ledger, and the feed that follows from it.
-
-    Args:
-        store: folder or URL.
-        name: of the batch, or how it begins.
-        decision: approved or rejected, of a held or accepted batch; retried, of a failed one.
-        by: who; the user's name where it is empty.
-        note: why.
-
-    Raises:
-        ConfigError: there is no such batch, or it cannot be decided like that.
-    """
-    ledger = Ledger(store)
-
-    def entry(state: State) -> DecisionEntry:
-        batch = state.find(name)
-        allowed = DECISIONS[decision]
-        if batch.status not in allowed:
-            raise ConfigError(f"batch {batch.claim.batch} is {batch.status}; only {' or '.join(allowed)} is {decision}")
-        if decision == "retried" and batch.decision is not None:
-            raise ConfigError(f"batch {batch.claim.batch} was retried; its shards are in other batches by now")
-        merged_in = [v for v, reference in state.references.items() if batch.claim.batch in reference.merged]
-        if decision == "rejected" and merged_in:
-            raise ConfigError(f"reference v{merged_in[0]:04d} has learned from it; begin another store")
-        return DecisionEntry(batch=batch.claim.batch, decision=decision, **approval(by, note))
-
-    added, state = ledger.append(entry)
-    write_feed(store, ledger)
-    assert isinstance(added, DecisionEntry)
-    batch = state.batches[added.batch]
-    return {
-        "batch": added.batch,
-        "status": batch.status,
-        "released": batch.is_released,
-        **added.model_dump(include={"decision", "by", "at", "note"}),
-    }
 
 
 STAGES: Sequence[Any] = (

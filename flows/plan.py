@@ -7,7 +7,7 @@ is the cost of a sample; the rest is paid once. docs/scale.md says what grows, w
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.clean import CleanConfig, clean
 from flows.run import Run
 from sanitize.artifacts import Artifact, Part, Recipe, make
-from sanitize.data.samples import Sample, ShardReader, is_compressed
+from sanitize.data.samples import ShardReader
 from sanitize.data.sources import find_shards
 from sanitize.data.writer import shard_writer
 from sanitize.embed import EmbedderConfig
@@ -141,14 +141,14 @@ def _try(
 
     def write(part: Part) -> None:
         for i, name in enumerate(chosen):
-            suffix = re.search(r"\.(tar|tar\.gz|tgz)$", name)
-            copied = f"{'trusted' if name in trusted else 'shard'}-{i}{suffix[0] if suffix else '.tar'}"
-            samples = list(islice(_samples(found[name], config), n))
+            reader = ShardReader(found[name], config.index.limits, digest=False)
+            samples = list(islice((sample for sample in reader if sample.problem is None), n))
+            copied = f"{'trusted' if name in trusted else 'shard'}-{i}{'.tar.gz' if reader.is_gzip else '.tar'}"
             with shard_writer(part, copied) as tar:
                 for member, payload in (member for sample in samples for member in sample.members):
                     tar.add(member, payload)
             counts.append(len(samples))
-            as_stored = part.files[copied].size if is_compressed(name) else samples[-1].end if samples else 0
+            as_stored = part.files[copied].size if reader.is_gzip else samples[-1].end if samples else 0
             sizes.append(as_stored)
 
     make(Artifact, scratch / "in", Recipe(stage="plan"), write)
@@ -157,16 +157,11 @@ def _try(
     return run, sum(counts), sum(sizes) / max(1, sum(counts))
 
 
-def _samples(url: str, config: CleanConfig) -> Iterator[Sample]:
-    reader = ShardReader(url, config.index.limits, digest=False)
-    return (sample for sample in reader if sample.problem is None)
-
-
 def _tried(config: CleanConfig, shards: Path, has_trusted: bool) -> CleanConfig:
     """The run on the sample: one pass of training, and bad samples stop nothing."""
     embedder = config.embedder
     once = embedder.model_copy(update={"optim": embedder.optim.model_copy(update={"epochs": 1})})
-    index = config.index.model_copy(update={"max_bad_fraction": 1.0})
+    index = config.index.model_copy(update={"max_bad_fraction": 1.0, "max_bad_shards": len(list(shards.iterdir()))})
     trusted = tuple(path.name for path in shards.glob("trusted-*")) if has_trusted else ()
     return config.model_copy(
         update={"shards": (str(shards),), "trusted": trusted, "embedder": once, "index": index, "n_groups": 1}

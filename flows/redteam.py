@@ -11,6 +11,7 @@ from flows.run import Run, claimed, save_config
 from sanitize.attack import AttackConfig, CleanLabelConfig, attacks_of, poison_shards
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.names import as_markdown
 from sanitize.data.sources import find_shards
 from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ConfigError
@@ -193,8 +194,9 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| case | " + " | ".join(SHOWN).replace("_", " ") + " |", "|---|" + "---:|" * len(SHOWN)]
     for case in result["cases"]:
         means = [case["measures"].get(name, {}).get("mean") for name in SHOWN]
-        lines.append(f"| {case['name']} | " + " | ".join("-" if m is None else f"{100 * m:.1f}" for m in means) + " |")
-    lines += [f"\n{'met' if r['met'] else '**MISSED**'}: `{r['text']}`" for r in result["requirements"]]
+        cells = [as_markdown(case["name"]), *("-" if m is None else f"{100 * m:.1f}" for m in means)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\n{'met' if r['met'] else '**MISSED**'}: {as_markdown(r['text'])}" for r in result["requirements"]]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 one by merging what is remembered of the batches that were accepted since; no shard of the past is read for it."""
 
 import getpass
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
@@ -28,14 +29,16 @@ from sanitize.drift import (
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import EmbedConfig
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.lease import check_held
 from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.score import FittedScorer, ScorerConfig, fit_scorer, score_shards
 from sanitize.select import JudgeConfig, Shards
-from sanitize.storage import absolute, exclusive, is_local, join, read_bytes, remove
+from sanitize.storage import absolute, exclusive, is_local, join, read_bytes, remove, sha256_file
 
 EMBEDDER, PROJECTION, STATISTICS = "10-embedder", "20-projection", "21-statistics"  # folders of a version
 REMEMBERED = "60-statistics"  # folder of a batch
+CONFIG = "config.yaml"
 
 
 class ReferenceConfig(BaseModel):
@@ -82,22 +85,41 @@ class Reference(NamedTuple):
     scores: tuple[Scores, ...]
 
 
-def load_reference(store: str, entry: ReferenceEntry) -> Reference:
-    """A version of the ledger. Raises ArtifactError where a folder is not what the ledger says."""
-    folder = _folder(store, entry.version)
+def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) -> Reference:
+    """A version of the ledger. Raises ArtifactError where a folder is not what the ledger says.
+
+    Args:
+        store: its folder or URL.
+        entry: the version.
+        trust_code: the embedder may run code that it names, see `sanitize.load_model`.
+    """
+    folder = version_folder(store, entry.version)
     for name, digest in entry.digests.items():
         if read_manifest(join(folder, name)).digest != digest:
             raise ArtifactError(f"{join(folder, name)} is not the artifact that the ledger names")
-    config = ReferenceConfig.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
+    config = _read_config(join(folder, CONFIG), entry.config)
     return Reference(
         entry.version,
         config,
-        Checkpoint.load(join(folder, EMBEDDER)),
+        Checkpoint.load(join(folder, EMBEDDER)).model_copy(update={"trust_code": trust_code}),
         Projection.load(join(folder, PROJECTION)),
         Statistics.load(join(folder, STATISTICS)),
         tuple(FittedScorer.load(join(folder, f"30-scorer-{scorer.kind}")) for scorer in config.scorers),
         tuple(Scores.load(join(folder, scores_folder(scorer))) for scorer in config.scorers),
     )
+
+
+def _read_config(url: str, sha256: str) -> ReferenceConfig:
+    """What new shards are processed by; a ledger of older versions does not say its sha256."""
+    try:
+        data = read_bytes(url)
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise ArtifactError(f"{url} is not what the ledger names")
+        return ReferenceConfig.model_validate(yaml.safe_load(data))
+    except FileNotFoundError:
+        raise ArtifactError(f"{url} is missing") from None
+    except (yaml.YAMLError, ValueError, RecursionError, ConfigError) as error:
+        raise ArtifactError(f"{url} is damaged: {error}") from error
 
 
 def make_reference(
@@ -132,6 +154,7 @@ def make_reference(
         entry = ReferenceEntry(
             version=1,
             digests=_digests(at_work),
+            config=sha256_file(join(at_work.out, CONFIG)),
             shards=_offered(dataset),
             clean=clean_shards(shards, "", absolute(shards.path) if is_local(shards.path) else shards.path),
             **approval("", note),
@@ -171,9 +194,20 @@ def refit(store: str, note: str = "") -> dict[str, Any]:
         remembered = at_work.stage(STATISTICS, merge_statistics, last.config.statistics, parts)
         _fit(last.config, remembered, at_work)
         entry = ReferenceEntry(
-            version=last.version + 1, digests=_digests(at_work), merged=tuple(batches), **approval("", note)
+            version=last.version + 1,
+            digests=_digests(at_work),
+            config=sha256_file(join(at_work.out, CONFIG)),
+            merged=tuple(batches),
+            **approval("", note),
         )
-        ledger.append(lambda _state: entry)  # nobody else makes versions while the lock is held
+
+        def decide(state: State) -> ReferenceEntry:
+            check_held(join(store, "reference"))  # nobody else makes versions while the lock is held
+            if state.reference.version != last.version:  # the lock was lost, and somebody else took it
+                raise ArtifactError(f"reference v{state.reference.version:04d} was made meanwhile; run again")
+            return entry
+
+        ledger.append(decide)
     return {
         "reference": entry.version,
         "folder": at_work.out,
@@ -220,12 +254,13 @@ def _fit(config: ReferenceConfig, remembered: Statistics, run: Run) -> None:
 
 def _begin(store: str, version: int, config: ReferenceConfig) -> Run:
     """The folder of a version that the ledger does not have; what was left there may be of other batches."""
-    folder = _folder(store, version)
+    folder = version_folder(store, version)
     remove(folder)
     return Run(folder, config.compute)
 
 
-def _folder(store: str, version: int) -> str:
+def version_folder(store: str, version: int) -> str:
+    """Where a version of the reference is."""
     return join(store, "reference", f"v{version:04d}")
 
 

@@ -1,19 +1,25 @@
-"""What a person does with a finished run: put samples back, verify it, write its report again."""
+"""What a person does with a finished run: put samples back, write its report again."""
 
 import json
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from flows.clean import CleanConfig, scores_folder
-from sanitize.artifacts import MANIFEST, read_manifest, verify
+from flows.verify import artifacts_of, verify_run
+from sanitize.artifacts import first_line, first_problem
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection
-from sanitize.errors import ArtifactError
+from sanitize.errors import ArtifactError, SanitizeError
 from sanitize.report import write_report
 from sanitize.select import RestoreConfig, Shards, restore_samples, write_selected
-from sanitize.storage import create, exclusive, exists, join, names_below, read_bytes
+from sanitize.storage import create, exclusive, exists, join, read_bytes
+
+__all__ = ["config_of", "latest", "restore", "verify_run", "write_again"]
+
+C = TypeVar("C", bound=BaseModel)
 
 
 def restore(folder: str, keys: tuple[str, ...], note: str) -> dict[str, Any]:
@@ -47,36 +53,6 @@ def restore(folder: str, keys: tuple[str, ...], note: str) -> dict[str, Any]:
     return {"restored": restored, "clean": shards.url("clean"), "quarantine": shards.url("quarantine")}
 
 
-def verify_run(folder: str) -> tuple[int, list[str]]:
-    """Re-hash all artifacts of a run, and check the chain: every input digest is that of an artifact of the run.
-
-    Returns:
-        Number of files checked, and one line a problem.
-
-    Raises:
-        ArtifactError: there is no artifact in the folder.
-    """
-    artifacts = _artifacts(folder)
-    if not artifacts:
-        raise ArtifactError(f"{folder} holds no finished artifact; give the folder of a run")
-    manifests = {name: read_manifest(join(folder, name)) for name in artifacts}
-    digests = {manifest.digest for manifest in manifests.values()}
-    problems = []
-    for artifact, manifest in manifests.items():
-        path = join(folder, artifact)
-        problems += verify(path)
-        for name, digest in manifest.recipe.inputs.items():
-            if len(digest) == 64 and name != "weights" and digest not in digests:
-                problems.append(f"{path}: its input {name} ({digest[:12]}) is no artifact of this run")
-    for stage in _recorded(folder):
-        artifact = stage["folder"]
-        if artifact not in manifests:
-            problems.append(f"{join(folder, artifact)}: run.json lists it, but it is not there")
-        elif manifests[artifact].digest != stage["digest"]:
-            problems.append(f"{join(folder, artifact)}: its manifest is not the one run.json lists")
-    return sum(len(manifest.files) for manifest in manifests.values()), problems
-
-
 def write_again(folder: str) -> str:
     """Write the report of the latest selection; path of the page."""
     with exclusive(folder):
@@ -97,28 +73,22 @@ def write_again(folder: str) -> str:
 
 def config_of(folder: str) -> CleanConfig:
     """What a finished run was asked for. Raises ArtifactError where it is none."""
+    return written_config(folder, CleanConfig)
+
+
+def written_config(folder: str, kind: type[C]) -> C:
+    """The `config.yaml` of a folder. Raises ArtifactError where there is none, or it is of another kind."""
     try:
-        return CleanConfig.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
+        return kind.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
     except OSError:
         raise ArtifactError(f"{folder} is not a finished run of `sanitize clean`: it has no config.yaml") from None
+    except (yaml.YAMLError, RecursionError, ValueError, SanitizeError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
+        raise ArtifactError(f"{join(folder, 'config.yaml')} is no {kind.__name__}: {why}") from error
 
 
 def latest(folder: str) -> tuple[Selection, int]:
     """The selection of a finished run that is in force, and how many times samples were put back."""
-    names = _artifacts(folder)
+    names = artifacts_of(folder)
     number = max((int(name.rpartition(".r")[2]) for name in names if name.startswith("50-shards.r")), default=0)
     return Selection.load(join(folder, f"40-selection.r{number}" if number else "40-selection")), number
-
-
-def _artifacts(folder: str) -> list[str]:
-    """Names of the finished artifacts of a run, sorted."""
-    names = (name.split("/") for name in names_below(folder))
-    return sorted(parts[0] for parts in names if parts[1:] == [MANIFEST])
-
-
-def _recorded(folder: str) -> list[dict[str, Any]]:
-    try:
-        stages: list[dict[str, Any]] = json.loads(read_bytes(join(folder, "run.json")))["stages"]
-    except (OSError, ValueError, KeyError):
-        return []
-    return stages

@@ -28,6 +28,8 @@ class RobustnessRunConfig(BaseModel):
         train_shards: images whose principal components gradients are measured against; none takes those of `shards`.
         index: how both are read; sizes and classes are those of the model.
         pca, robustness: one section a stage.
+        allow_factory: a function that the model names may be run, if an installed package holds it (a model of kind
+            "factory"). It is not kept in `config.yaml`.
         n_groups: groups of shards that are indexed side by side. Results do not depend on it.
         compute: device, precision, seed, threads.
         runner: threads, processes or ray: where groups of shards are worked on.
@@ -36,6 +38,7 @@ class RobustnessRunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str
+    allow_factory: bool = Field(default=False, exclude=True)  # never written down: a copied config.yaml grants nothing
     shards: tuple[str, ...] = Field(min_length=1)
     train_shards: tuple[str, ...] = ()
     index: IndexConfig = IndexConfig()
@@ -57,7 +60,7 @@ def robustness(config: RobustnessRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, and what was measured.
     """
-    model = open_model(config.model)
+    model = open_model(config.model, config.allow_factory)
     if model.config.n_networks > 1:
         raise ConfigError(f"{config.model} votes, and votes have no gradient to attack by: certify it instead")
     index = as_the_model_sees(config.index, model.config)

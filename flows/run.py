@@ -39,12 +39,13 @@ class Run:
         self.compute = compute
         self.n_groups = n_groups
         self.stages: list[dict[str, Any]] = []
+        self.given: dict[str, str] = {}  # digest -> place of artifacts of others that stages here were given
         logger.info("sanitize %s on %s", __version__, compute.describe())
 
     def inside(self, folder: str, compute: Compute) -> Self:
         """A run of its own in a folder of this one, called in the same way."""
         run = copy(self)
-        run.out, run.compute, run.stages = join(self.out, folder), compute, []
+        run.out, run.compute, run.stages, run.given = join(self.out, folder), compute, [], {}
         return run
 
     def stage(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
@@ -53,6 +54,7 @@ class Run:
 
     def together(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
         """Run a stage at which all processes are at work."""
+        self._note_given([*inputs, *more.values()])
         return self._timed(folder, function, lambda out: self._call(function, *inputs, out, self.compute, **more))
 
     def sharded(self, folder: str, function: Callable[..., A], shards: Sequence[str], *inputs: Any) -> A:
@@ -64,7 +66,20 @@ class Run:
                 self._call_groups(function, groups, *inputs, out, self.compute)
             return self._call(function, *inputs, out, self.compute)
 
+        self._note_given(inputs)
         return first_before_others(lambda: self._timed(folder, function, call))
+
+    def _note_given(self, inputs: Sequence[Any]) -> None:
+        """Remember artifacts that no stage of this run made, so that `sanitize verify` knows where they are from."""
+        made = {stage["digest"] for stage in self.stages}
+        for value in inputs:
+            if isinstance(value, Artifact):
+                if value.digest not in made:
+                    self.given[value.digest] = value.path
+            elif isinstance(value, list | tuple):
+                self._note_given(value)
+            elif isinstance(value, dict):
+                self._note_given(list(value.values()))
 
     def _call(self, function: Callable[..., A], *args: Any, **more: Any) -> A:
         return function(*args, **more)
@@ -100,6 +115,7 @@ class Run:
         record = {
             "status": status,
             "stages": self.stages,
+            "inputs": self.given,
             "versions": versions(),
             "compute": self.compute.model_dump(mode="json"),
             "device": self.compute.describe(),

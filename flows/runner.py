@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.errors import StorageError
+from sanitize.errors import LostLeaseError, StorageError
 
 
 class _Runner(BaseModel):
@@ -67,4 +67,4 @@ def is_transient(_task: Any, _run: Any, state: Any) -> bool:
     Not in `tasks`: a worker imports the module this is in, and there that would be every job there is.
     """
     error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | StorageError)
+    return isinstance(error, OSError | StorageError) and not isinstance(error, LostLeaseError)

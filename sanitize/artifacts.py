@@ -12,17 +12,20 @@ a stage again is resuming.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+import safetensors.torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from sanitize.distributed import first_before_others, said_by_first, world
 from sanitize.errors import ArtifactError, DataError
@@ -35,14 +38,17 @@ from sanitize.storage import (
     join,
     local_path,
     names_below,
+    open_read,
     read_bytes,
     remove,
     sha256_file,
+    stamps_below,
     sync_folder,
     sync_folders,
 )
 
 MANIFEST = "manifest.json"
+MAX_JSON = 1 << 28  # bytes: what a million shards take in a manifest; a larger file is not read
 
 
 class Recipe(BaseModel):
@@ -68,18 +74,30 @@ class Recipe(BaseModel):
 class FileEntry(BaseModel):
     """One file of an artifact: hex sha256 and size in bytes."""
 
-    sha256: str
-    size: int
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0, lt=2**63)
+
+
+def _inside(name: str) -> str:
+    """The name of a file of an artifact; ValueError if it would lead anywhere else than into its folder."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\0" in name or "::" in name or name == MANIFEST:
+        raise ValueError("it names no file inside the folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+Count = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
 
 class Manifest(BaseModel):
     """What an artifact holds. `sources` locates inputs that are no artifacts; it is not part of the digest, because
     a copy of the same bytes elsewhere is the same data."""
 
-    format: int = 1
+    format: Literal[1] = 1
     recipe: Recipe
-    files: dict[str, FileEntry] = {}
-    counts: dict[str, int] = {}
+    files: dict[FileName, FileEntry] = {}
+    counts: dict[str, Count] = {}
     sources: dict[str, dict[str, str | int]] = {}
 
     @property
@@ -118,30 +136,67 @@ class Artifact(BaseModel):
             raise ArtifactError(f"{self.url(name)} is not on this machine; read it with read()")
         return local_path(self.path) / name
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, at_most: int | None = None) -> bytes:
         """Content of a file that fits into memory.
 
+        Args:
+            name: of the file.
+            at_most: size in bytes above which it is not read.
+
         Raises:
-            ArtifactError: the manifest does not list it, or it is not what the manifest says.
+            ArtifactError: the manifest does not list it, it is too large, it is no regular file inside the folder, or
+                it is not what the manifest says.
         """
-        entry = self._listed.get(name)
-        try:
-            data = read_bytes(self.url(name)) if entry else b""
-        except FileNotFoundError:
-            entry = None
-        if entry is None:
+        entry, url = self._listed.get(name), self.url(name)
+        if entry is None or not exists(url):
             raise ArtifactError(f"{self.path} has no {name}")
-        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ArtifactError(f"{self.url(name)} is not what the manifest says; delete {self.path} and run again")
+        if at_most is not None and entry.size > at_most:
+            raise ArtifactError(f"{url} has {entry.size:,} bytes; no such file has more than {at_most:,}")
+        if is_local(url) and not local_path(url).resolve().is_relative_to(local_path(self.path).resolve()):
+            raise ArtifactError(f"{url} is a link that leads out of {self.path}")
+        data = _read_if(url, lambda size: size == entry.size)
+        if data is None or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ArtifactError(f"{url} is not what the manifest says; delete {self.path} and run again")
         return data
 
     @cached_property
     def _listed(self) -> dict[str, FileEntry]:
         return self.manifest().files
 
-    def read_json(self, name: str) -> Any:
-        """Content of a JSON file inside the folder."""
-        return json.loads(self.read(name))
+    def read_json(self, name: str, at_most: int = MAX_JSON) -> Any:
+        """Content of a JSON file inside the folder. Raises ArtifactError as `read` does, and where it is no JSON."""
+        try:
+            return json.loads(self.read(name, at_most))
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{self.url(name)} is no JSON file: {first_line(error)}") from error
+
+    def read_object(self, name: str, *fields: str) -> dict[str, Any]:
+        """Content of a JSON file that holds an object with at least these fields; ArtifactError where it does not."""
+        found = self.read_json(name)
+        if not isinstance(found, dict) or (missing := [field for field in fields if field not in found]):
+            what = "is no object" if not isinstance(found, dict) else f"has no {', '.join(missing)}"
+            raise ArtifactError(f"{self.url(name)} {what}; it was not written by this version, or is damaged")
+        return found
+
+    def read_tensors(self, name: str, *needed: str) -> dict[str, Tensor]:
+        """Tensors of a safetensors file inside the folder, by name.
+
+        Args:
+            name: of the file.
+            needed: names of tensors that must be there.
+
+        Raises:
+            ArtifactError: as `read`; the file is not of that format, or a tensor is missing.
+        """
+        try:
+            tensors = safetensors.torch.load(self.read(name))
+        except ArtifactError:
+            raise
+        except Exception as error:  # a header that lies: the library raises errors of many types
+            raise ArtifactError(f"{self.url(name)} is no safetensors file: {first_line(error)}") from error
+        if missing := [of for of in needed if of not in tensors]:
+            raise ArtifactError(f"{self.url(name)} has no tensor {', '.join(missing)}; it is damaged")
+        return tensors
 
 
 A = TypeVar("A", bound=Artifact)
@@ -152,11 +207,39 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read `folder/manifest.json`. Raises ArtifactError where it is missing or not a manifest."""
     url = join(folder, MANIFEST)
     try:
-        return Manifest.model_validate_json(read_bytes(url))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(f"{folder} is not a finished artifact: it has no {MANIFEST}") from None
-    except ValueError as error:
+        data = _read_if(url, lambda size: size <= MAX_JSON)
+    except DataError as error:
+        if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise ArtifactError(f"{folder} is not a finished artifact: it has no {MANIFEST}") from None
         raise ArtifactError(f"{url} is damaged: {error}") from error
+    if data is None:
+        raise ArtifactError(f"{url} is damaged: it has more than {MAX_JSON:,} bytes")
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        raise ArtifactError(f"{url} is damaged: {first_problem(error)}") from error
+
+
+def _read_if(url: str, is_right: Callable[[int], bool]) -> bytes | None:
+    """All of a file if its size is right, and None otherwise. Raises DataError where it is no regular file."""
+    with open_read(url) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        return stream.read(size) if is_right(size) else None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong, on one line: where and what."""
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part)[:80] for part in problem["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return first_line(f"{where}: {problem['msg']}{more}" if where else problem["msg"])
+
+
+def first_line(error: Exception | str) -> str:
+    """At most 300 characters of a message, on one line, without control characters: a stranger may have written it."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:300])
 
 
 class Part:
@@ -395,6 +478,11 @@ def _finished(kind: type[A], out: str, recipe: Recipe, sources: dict[str, dict[s
     changed = [n for n, source in (sources or {}).items() if not _same_source(manifest.sources.get(n), source)]
     if changed:
         raise ArtifactError(f"{changed[0]} has changed since {out} was made from it; choose another --out")
+    if problems := altered(out, {name: (entry.size, entry.sha256) for name, entry in manifest.files.items()}):
+        more = f" ({len(problems)} files in all)" if len(problems) > 1 else ""
+        raise ArtifactError(
+            f"{problems[0]}{more}. Put back what was written, or delete {out} to make it again, or choose another --out"
+        )
     remove(partial_of(out))  # killed between the manifest and the clean-up
     return kind(path=out, digest=manifest.digest)
 
@@ -434,6 +522,31 @@ def copy(artifact: A, out: str) -> A:
     with create(join(out, MANIFEST)) as writer:
         writer.write(read_bytes(artifact.url(MANIFEST)))
     return type(artifact).load(out)
+
+
+def altered(folder: str, files: Mapping[str, tuple[int, str]]) -> list[str]:
+    """Files of a finished artifact that are not what was written, as far as sizes and times tell.
+
+    The manifest is written last, so a file that is younger was written again since: only such files are hashed. Who
+    keeps the size and sets the time back is found by `verify`, which hashes everything.
+
+    Args:
+        folder: of the artifact.
+        files: size and sha256 of each, by name; others are not looked at.
+
+    Returns:
+        One line for each file.
+    """
+    there = stamps_below(folder)
+    finished = there.get(MANIFEST, (0, math.inf))[1]
+    problems = []
+    for name, (size, sha256) in sorted(files.items()):
+        now, modified = there.get(name, (None, 0.0))
+        if now is None:
+            problems.append(f"{join(folder, name)} is gone since it was written")
+        elif now != size or (modified > finished and sha256_file(join(folder, name)) != sha256):
+            problems.append(f"{join(folder, name)} has changed since it was written")
+    return problems
 
 
 def verify(folder: str | Path) -> list[str]:

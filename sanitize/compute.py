@@ -3,13 +3,17 @@
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
 from sanitize.errors import ConfigError
+
+_CPU_ROWS = 32  # of a block of `Compute.full_blocks`
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,18 @@ class Compute(BaseModel):
     def numerics(self) -> dict[str, str | int]:
         """What of this can change results on purpose, for a `Recipe`; device and threads are not part of it."""
         return {"seed": self.seed, "precision": self.precision}
+
+    def full_blocks(self, x_BX: Tensor, batch_size: int) -> Iterator[tuple[Tensor, int]]:
+        """Rows (B, ...) in blocks of one shape, the last one filled up with zeros; and how many rows each block has.
+
+        Kernels are chosen by the shape of a batch and round differently, so a network gives a row the same bits in
+        every division of the data only if all its batches have one shape. It is `batch_size` on a GPU, which wants
+        large ones; and 32 on a CPU, where larger ones are no faster and a shard of one sample costs a whole block.
+        """
+        size = _CPU_ROWS if self.torch_device.type == "cpu" else batch_size
+        for rows_bX in x_BX.split(size) if len(x_BX) else ():
+            n = len(rows_bX)
+            yield (rows_bX if n == size else torch.cat([rows_bX, x_BX.new_zeros(size - n, *x_BX.shape[1:])])), n
 
     def activate(self) -> None:
         """Apply threads and deterministic kernels to the calling thread; every stage calls it first."""

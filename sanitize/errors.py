@@ -13,8 +13,24 @@ class DataError(SanitizeError):
     """The data cannot be read, or too much of it is bad: look at the shard and key the message names."""
 
 
+class ShardError(DataError):
+    """One shard stops a stage that works on several.
+
+    Attributes:
+        shard: its name in the data set.
+    """
+
+    def __init__(self, message: str, shard: str = "") -> None:
+        super().__init__(message)
+        self.shard = shard
+
+
 class StorageError(SanitizeError):
     """A disk is full, a file may not be written, a store does not answer: mend that, run again; what is done stays."""
+
+
+class LostLeaseError(StorageError):
+    """Another process has taken the run folder, because this one was paused for too long: wait for it, run again."""
 
 
 class NumericsError(SanitizeError):

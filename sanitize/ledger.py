@@ -8,150 +8,59 @@ again, and the decision made anew. This is optimistic concurrency as in Delta La
 
 Nothing here is measured by the clock but the `at` of a person's decision. A shard is what its bytes are, whatever its
 name; `url`, `size` and `modified` serve to recognise without reading one that was seen.
+
+A store may come from a stranger, so entries are not trusted: names and numbers are bounded when an entry is parsed
+(`entries.py`), and one that does not follow from those before it (a commit without a claim, say) is an error.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel
 
-from sanitize.errors import ArtifactError, ConfigError
-from sanitize.storage import create_new, is_local, join, names_below, read_bytes
+from sanitize.entries import (
+    PARSER,
+    ClaimEntry,
+    CleanShard,
+    CommitEntry,
+    Decision,
+    DecisionEntry,
+    DuplicatesEntry,
+    Entry,
+    Fingerprint,
+    Offered,
+    ReferenceEntry,
+    Refused,
+    RefusedEntry,
+    RetryEntry,
+)
+from sanitize.errors import ArtifactError, ConfigError, DataError
+from sanitize.storage import create_new, is_local, join, names_below, open_read
+
+__all__ = [
+    "Batch",
+    "ClaimEntry",
+    "CleanShard",
+    "CommitEntry",
+    "Decision",
+    "DecisionEntry",
+    "DuplicatesEntry",
+    "Entry",
+    "Ledger",
+    "Offered",
+    "ReferenceEntry",
+    "Refused",
+    "RefusedEntry",
+    "RetryEntry",
+    "State",
+]
 
 _ENTRY = "{:08d}.json"
-Status = Literal["claimed", "accepted", "held", "failed"]
-Decision = Literal["approved", "rejected", "retried"]
-Fingerprint = tuple[str, int, str]  # url, size, modification time or ETag
-
-
-class Offered(BaseModel):
-    """A shard that was offered: where it was seen, and the sha256 of its bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    url: str
-    size: int
-    modified: str
-    sha256: str
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """What tells, without reading it, that it is still the same."""
-        return self.url, self.size, self.modified
-
-    @property
-    def name(self) -> str:
-        """Its name in its batch: no two shards share one, and it does not depend on what else is in the batch."""
-        base = self.url.rpartition("/")[2]
-        suffix = next(suffix for suffix in (".tar.gz", ".tgz", ".tar", "") if base.endswith(suffix))
-        return f"{base.removesuffix(suffix)}-{self.sha256[:16]}{suffix}"
-
-
-class CleanShard(BaseModel):
-    """One line of the feed: a clean shard, by its place below the store or its URL."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shard: str
-    sha256: str
-    size: int
-    samples: int
-    batch: str
-
-
-class ReferenceEntry(BaseModel):
-    """A version of the reference was approved. Version 1 brings the shards of the run it was made from.
-
-    Attributes:
-        version: 1, 2, …
-        digests: of its artifacts, by folder.
-        merged: batches whose statistics are in this version and were not in the one before.
-        shards, clean: of the run, for version 1.
-        by, at, note: who approved it, when (ISO 8601), why.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["reference"] = "reference"
-    version: int = Field(ge=1)
-    digests: dict[str, str]
-    merged: tuple[str, ...] = ()
-    shards: tuple[Offered, ...] = ()
-    clean: tuple[CleanShard, ...] = ()
-    by: str = ""
-    at: str = ""
-    note: str = ""
-
-
-class ClaimEntry(BaseModel):
-    """These shards are a batch: nobody else takes them.
-
-    Attributes:
-        batch: its name, from the contents of its shards.
-        reference: version it is judged against.
-        shards: sorted by name.
-        settings: all that its verdicts depend on beside the reference.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["claim"] = "claim"
-    batch: str
-    reference: int
-    shards: tuple[Offered, ...] = Field(min_length=1)
-    settings: dict[str, Any] = {}
-
-
-class DuplicatesEntry(BaseModel):
-    """Shards whose bytes had been offered before, so that they need not be read again to see it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["duplicates"] = "duplicates"
-    shards: tuple[Offered, ...] = Field(min_length=1)
-
-
-class CommitEntry(BaseModel):
-    """What became of a batch; there is one for each, ever.
-
-    Attributes:
-        verdict: of the drift rule; None where the batch failed before.
-        reasons: in plain words.
-        samples: counts by status.
-        digests: of its artifacts, by folder.
-        clean: what it adds to the feed, if it is accepted or approved.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["commit"] = "commit"
-    batch: str
-    status: Literal["accepted", "held", "failed"]
-    verdict: Literal["accept", "hold", "refit"] | None = None
-    reasons: tuple[str, ...] = ()
-    samples: dict[str, int] = {}
-    digests: dict[str, str] = {}
-    clean: tuple[CleanShard, ...] = ()
-
-
-class DecisionEntry(BaseModel):
-    """A person's word: a held or accepted batch is approved or rejected, the shards of a failed one are tried again."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["decision"] = "decision"
-    batch: str
-    decision: Decision
-    by: str
-    at: str
-    note: str = ""
-
-
-Entry = ReferenceEntry | ClaimEntry | DuplicatesEntry | CommitEntry | DecisionEntry
-_PARSER: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
+MAX_ENTRY_BYTES = 1 << 30  # a reference from a million shards has half of that
+Status = Literal["claimed", "accepted", "held", "failed", "split"]
 
 
 class Batch(BaseModel):
@@ -165,6 +74,15 @@ class Batch(BaseModel):
     def status(self) -> Status:
         """As it was committed."""
         return "claimed" if self.commit is None else self.commit.status
+
+    @property
+    def may_be(self) -> tuple[Decision, ...]:
+        """What a person can decide on it: nothing before it is committed, and nothing once its shards are new again."""
+        if self.decision is not None and self.decision.decision == "retried":
+            return ()
+        if self.status in ("held", "accepted"):
+            return "approved", "rejected"
+        return ("rejected", "retried") if self.status == "failed" else ()
 
     @property
     def is_released(self) -> bool:
@@ -182,7 +100,9 @@ class State:
         references: by version.
         batches: by name, in the order they were claimed.
         seen: fingerprint of a shard -> sha256.
-        taken: sha256 of all shards that are in a batch or in the first reference.
+        taken: sha256 of all shards that are in a batch, in the first reference, or refused.
+        refused: shards that are in no batch, by URL and sha256, in the order they were refused.
+        attempts: sha256 of a shard -> how many times it was in a batch that ended without a verdict on it.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -191,29 +111,90 @@ class State:
         self.batches: dict[str, Batch] = {}
         self.seen: dict[Fingerprint, str] = {}
         self.taken: set[str] = set()
+        self.refused: dict[tuple[str, str], Refused] = {}
         self.attempts: Counter[str] = Counter()
         for entry in entries:
             self.add(entry)
 
     def add(self, entry: Entry) -> None:
-        """The next entry."""
+        """The next entry. Raises ArtifactError where it does not follow from those before it."""
+        self.check(entry)
         self.n_entries += 1
-        if isinstance(entry, ReferenceEntry | ClaimEntry | DuplicatesEntry):
-            self.seen |= {shard.fingerprint: shard.sha256 for shard in entry.shards}
-            self.taken |= {shard.sha256 for shard in entry.shards}
         if isinstance(entry, ReferenceEntry):
             self.references[entry.version] = entry
+            self._take(entry.shards)
         elif isinstance(entry, ClaimEntry):
-            self.batches[entry.batch] = Batch(claim=entry)
+            self._add_claim(entry)
+        elif isinstance(entry, DuplicatesEntry):
+            self._take(entry.shards)
+        elif isinstance(entry, RefusedEntry):
+            self._refuse(entry.shards)
         elif isinstance(entry, CommitEntry):
-            self.batches[entry.batch].commit = entry
+            self._add_commit(entry)
         elif isinstance(entry, DecisionEntry):
+            self._add_decision(entry)
+        else:
+            self._offer_again(entry.shards)
+            self.refused = {key: shard for key, shard in self.refused.items() if shard.sha256 not in entry.shards}
+
+    def check(self, entry: Entry) -> None:
+        """Raises ArtifactError where the entry does not follow from those before it."""
+        if isinstance(entry, ReferenceEntry) and entry.version != len(self.references) + 1:
+            raise ArtifactError(f"reference v{entry.version:04d} follows {len(self.references)} others")
+        if isinstance(entry, ClaimEntry):
+            if entry.batch in self.batches:
+                raise ArtifactError(f"batch {entry.batch} is claimed twice")
+            if twice := {shard.sha256 for shard in entry.shards} & self.taken:
+                raise ArtifactError(f"batch {entry.batch} claims bytes that were taken before (sha256 {min(twice)})")
+            if len({shard.name for shard in entry.shards}) < len(entry.shards):
+                raise ArtifactError(f"batch {entry.batch} claims two shards of one name")
+        if isinstance(entry, RetryEntry) and (others := set(entry.shards) - {s.sha256 for s in self.refused.values()}):
+            raise ArtifactError(f"bytes are retried that were never refused (sha256 {min(others)})")
+        if isinstance(entry, CommitEntry | DecisionEntry) and entry.batch not in self.batches:
+            raise ArtifactError(f"batch {entry.batch} was never claimed")
+        if isinstance(entry, CommitEntry) and self.batches[entry.batch].commit is not None:
+            raise ArtifactError(f"batch {entry.batch} is committed twice")
+        if isinstance(entry, DecisionEntry) and entry.decision not in self.batches[entry.batch].may_be:
             batch = self.batches[entry.batch]
-            batch.decision = entry
-            if entry.decision == "retried":
-                digests = {shard.sha256 for shard in batch.claim.shards}
-                self.taken -= digests
-                self.attempts.update(digests)
+            raise ArtifactError(f"batch {entry.batch} is {batch.status}; it cannot be {entry.decision}")
+
+    def _add_claim(self, entry: ClaimEntry) -> None:
+        self.batches[entry.batch] = Batch(claim=entry)
+        self._take(entry.shards)
+        for shard in entry.shards:
+            self.refused.pop((shard.url, ""), None)
+
+    def _add_commit(self, entry: CommitEntry) -> None:
+        batch = self.batches[entry.batch]
+        batch.commit = entry
+        if entry.status == "split":
+            kept_out = {shard.sha256 for shard in entry.refused}
+            self._offer_again(shard.sha256 for shard in batch.claim.shards if shard.sha256 not in kept_out)
+            self._refuse(entry.refused)
+
+    def _add_decision(self, entry: DecisionEntry) -> None:
+        batch = self.batches[entry.batch]
+        batch.decision = entry
+        if entry.decision == "retried":
+            self._offer_again(shard.sha256 for shard in batch.claim.shards)
+
+    def _take(self, shards: Iterable[Offered]) -> None:
+        for shard in shards:
+            self.seen[shard.fingerprint] = shard.sha256
+            self.taken.add(shard.sha256)
+
+    def _offer_again(self, digests: Iterable[str]) -> None:
+        for sha256 in digests:
+            self.taken.discard(sha256)
+            self.attempts[sha256] += 1
+
+    def _refuse(self, shards: Iterable[Refused]) -> None:
+        for shard in shards:
+            self.refused[shard.url, shard.sha256] = shard
+            if shard.sha256:
+                self.taken.add(shard.sha256)
+            else:  # it is read again: its bytes may not be what the ledger has for this fingerprint
+                self.seen.pop((shard.url, shard.size, shard.modified), None)
 
     @property
     def reference(self) -> ReferenceEntry:
@@ -238,7 +219,18 @@ class State:
     def name_of(self, shards: Sequence[Offered]) -> str:
         """Name of a batch of these shards, 16 hex digits; another one where some are tried again."""
         text = "\n".join(sorted(f"{shard.sha256} {self.attempts[shard.sha256]}" for shard in shards))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        while name in self.batches:  # somebody looked for shards whose digests make it so
+            name = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return name
+
+    def find_refused(self, what: str) -> list[Refused]:
+        """Refused shards of this URL, of this file name, or whose sha256 begins like that."""
+        return [
+            shard
+            for shard in self.refused.values()
+            if what and (what in (shard.url, shard.url.rpartition("/")[2]) or shard.sha256.startswith(what))
+        ]
 
     def find(self, name: str) -> Batch:
         """The batch whose name begins like that. Raises ConfigError where it is not one."""
@@ -262,21 +254,34 @@ class Ledger:
         self.folder = join(store, "ledger")
         self._state = State(())
 
+    @property
+    def so_far(self) -> State:
+        """What was read; where `read` failed, all before the entry that it names."""
+        return self._state
+
     def read(self) -> State:
         """The log as it is; the same object each time. Raises ArtifactError where an entry is missing or damaged."""
         names = [name for name in names_below(self.folder) if name[:1].isdigit()]  # others are being written
         if names != [_ENTRY.format(number) for number in range(len(names))]:
             raise ArtifactError(f"{self.folder} is not whole: it has {len(names)} entries, and the last is {names[-1]}")
+        new = names[self._state.n_entries :]
         with ThreadPoolExecutor(1 if is_local(self.folder) else 16) as pool:  # one by one, a far store takes minutes
-            for entry in pool.map(self._entry, names[self._state.n_entries :]):
-                self._state.add(entry)
+            for name, entry in zip(new, pool.map(self._entry, new), strict=True):
+                try:
+                    self._state.add(entry)
+                except ArtifactError as error:
+                    raise ArtifactError(f"{join(self.folder, name)} does not follow from the log: {error}") from error
         return self._state
 
     def _entry(self, name: str) -> Entry:
         url = join(self.folder, name)
         try:
-            return _PARSER.validate_json(read_bytes(url))
-        except ValueError as error:
+            with open_read(url) as stream:
+                data = stream.read(MAX_ENTRY_BYTES + 1)
+            if len(data) > MAX_ENTRY_BYTES:
+                raise ValueError(f"it has more than {MAX_ENTRY_BYTES:,} bytes")
+            return PARSER.validate_json(data)
+        except (DataError, ValueError) as error:
             raise ArtifactError(f"{url} is damaged: {error}") from error
 
     def append(self, decide: Callable[[State], Entry | None]) -> tuple[Entry | None, State]:
@@ -293,6 +298,7 @@ class Ledger:
             entry = decide(state)
             if entry is None:
                 return None, state
+            state.check(entry)
             data = entry.model_dump_json(indent=1).encode() + b"\n"
             if create_new(join(self.folder, _ENTRY.format(state.n_entries)), data):
                 state.add(entry)

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from pydantic import BaseModel, Field, RootModel, ValidationError
 from torch import nn
 
-from sanitize.artifacts import MANIFEST, Part, Recipe, make, read_manifest
+from sanitize.artifacts import MANIFEST, Part, Recipe, first_problem, make, read_manifest
 from sanitize.certify import Certificates, PartitionEnsemble
-from sanitize.certify.certificates import excerpt
+from sanitize.certify.certificates import Proved, excerpt
 from sanitize.certify.ensemble import PROVED
 from sanitize.compute import Compute
+from sanitize.data.names import as_markdown
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint, ModelConfig
 from sanitize.models.pixels import OnPixels
@@ -44,7 +46,7 @@ def package_model(
     """
     compute.activate()
     inputs = {"model": model.digest} | {f"certificates{i}": of.digest for i, of in enumerate(certificates)}
-    recipe = Recipe(stage="package_model", inputs=inputs)
+    recipe = Recipe(stage="package_model", version=2, inputs=inputs)
 
     def write(part: Part) -> None:
         training, proved = _known(model)
@@ -61,11 +63,15 @@ def package_model(
         if PROVED in model.manifest().files:
             part.write(PROVED, model.read(PROVED))
 
-    return make(ModelPackage, out, recipe, write)
+    return make(ModelPackage, out, recipe, write).trusted_like(model)
 
 
-def open_model(path: str | Path) -> Checkpoint:
+def open_model(path: str | Path, trust_code: bool = False) -> Checkpoint:
     """The model in a folder or URL: a package, what a training stage made, or a run folder with a package.
+
+    Args:
+        path: of the folder.
+        trust_code: see `load_model`.
 
     Raises:
         ArtifactError: there is none.
@@ -77,38 +83,68 @@ def open_model(path: str | Path) -> Checkpoint:
     if "config.json" not in manifest.files:
         raise ArtifactError(f"{path} is no model: it was made by {manifest.recipe.stage}")
     kind = PartitionEnsemble if manifest.recipe.stage == "train_partitions" else Checkpoint
-    return kind(path=path, digest=manifest.digest)
+    return kind(path=path, digest=manifest.digest, trust_code=trust_code)
 
 
-def load_model(path: str | Path) -> nn.Module:
+def load_model(path: str | Path, *, trust_code: bool = False) -> nn.Module:
     """A model with its preprocessing, in eval mode, on the CPU.
+
+    A package may come from a stranger: its numbers are bounded, nothing larger than its files is built, and no code is
+    run for it.
 
     Args:
         path: see `open_model`.
+        trust_code: allow the package to name a function that builds its network ("kind": "factory"). The function must
+            be in an installed package: nothing is imported from the working directory or from the model's folder.
 
     Returns:
         A module from images (B, C, H, W), uint8 or float on [0, 1], to logits (B, K), or, of an ensemble, to votes.
 
     Raises:
-        ArtifactError: there is no model, or a file is not what the manifest says.
+        ArtifactError: there is no model; a file is not what the manifest says, or describes no network; the weights do
+            not fit it; or it names code and `trust_code` is not given.
     """
-    checkpoint = open_model(path)
+    checkpoint = open_model(path, trust_code)
     return OnPixels(checkpoint.model(), checkpoint.config).eval()
 
 
 def _known(model: Checkpoint) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """How the model was trained, and what was proved about it before: what a package says of it is still true."""
-    if "certificate.json" in model.manifest().files:
-        return model.read_json("training.json"), model.read_json("certificate.json")["certificates"]
-    return model.manifest().recipe.model_dump(mode="json"), []
+    if "certificate.json" not in model.manifest().files:
+        return model.manifest().recipe.model_dump(mode="json"), []
+    training = _checked(model, "training.json", Recipe)
+    return training, _checked(model, "certificate.json", _Certificates)["certificates"]
+
+
+class _Certificates(BaseModel):
+    certificates: tuple[Proved, ...] = Field(max_length=20)
+
+
+class _Metrics(RootModel[dict[str, dict[str, float]]]):
+    pass
+
+
+class _History(RootModel[tuple[dict[str, float], ...]]):
+    pass
+
+
+def _checked(model: Checkpoint, name: str, kind: type[BaseModel]) -> Any:
+    """Content of a JSON file as it is, once it is known to be of this kind. Raises ArtifactError where it is not."""
+    found = model.read_json(name)
+    try:
+        kind.model_validate(found)
+    except ValidationError as error:
+        raise ArtifactError(f"{model.url(name)} is damaged: {first_problem(error)}") from error
+    return found
 
 
 def _metrics(model: Checkpoint, proved: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was measured: the last epoch of the training, and the accuracy of what was certified."""
     metrics: dict[str, Any] = {}
     if "metrics.json" in model.manifest().files:
-        metrics |= {name: of for name, of in model.read_json("metrics.json").items() if name == "training"}
-    if "history.json" in model.manifest().files and (history := model.read_json("history.json")):
+        measured = _checked(model, "metrics.json", _Metrics)
+        metrics |= {name: of for name, of in measured.items() if name == "training"}
+    if "history.json" in model.manifest().files and (history := _checked(model, "history.json", _History)):
         metrics["training"] = history[-1]
     for of in proved:
         metrics[of["kind"]] = {name: of[name] for name in ("samples", "abstained", "clean_accuracy")}
@@ -119,7 +155,8 @@ def _card(
     config: ModelConfig, training: dict[str, Any], proved: Sequence[dict[str, Any]], metrics: dict[str, Any]
 ) -> str:
     channels, height, width = config.image_shape
-    trained = f"Stage `{training['stage']}`" + "".join(f", {name} {v}" for name, v in training["numerics"].items())
+    trained = f"Stage {_shown(training['stage'])}"
+    trained += "".join(f", {_shown(name)} {_shown(value)}" for name, value in training["numerics"].items())
     lines = [
         "# Model card",
         "",
@@ -131,13 +168,16 @@ def _card(
         "```python",
         "import sanitize",
         "",
-        'model = sanitize.load_model(".")  # this folder: uint8 images (B, C, H, W) to logits or votes (B, K)',
+        'model = sanitize.load_model("path/to/this/folder")  # uint8 images (B, C, H, W) to logits or votes (B, K)',
         "```",
+        "",
+        "Start Python in another folder than this one: Python imports modules from the folder it is started in, and so "
+        "would run any that somebody put here.",
         "",
         "## How it was trained",
         f"{trained}; all settings are in `training.json`. Inputs, by digest:",
         "",
-        *(f"- {name}: `{digest}`" for name, digest in sorted(training["inputs"].items())),
+        *(f"- {_shown(name)}: {_shown(digest)}" for name, digest in sorted(training["inputs"].items())),
         "",
         "## What was measured",
         *(_measured(metrics) or ["Nothing but the loss."]),
@@ -145,7 +185,12 @@ def _card(
         "## What is proved",
         *([line for of in proved for line in _proved(of)] or ["Nothing: this model carries no certificate."]),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(_plain(line) for line in lines) + "\n"
+
+
+def _plain(line: str) -> str:
+    """A line of a card in which nothing that came from another package is a link, a picture or HTML."""
+    return line.replace("<", "&lt;").replace("](", "] (") if line.isprintable() else repr(line)
 
 
 def _architecture(config: ModelConfig) -> str:
@@ -154,23 +199,34 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def _measured(metrics: dict[str, Any]) -> list[str]:
-    return [f"- {kind}: " + ", ".join(f"{n} {v:.4g}" for n, v in of.items()) for kind, of in metrics.items()]
+    return [
+        f"- {_shown(kind)}: " + ", ".join(f"{_shown(name)} {value:.4g}" for name, value in measured.items())
+        for kind, measured in metrics.items()
+    ]
 
 
 def _proved(of: dict[str, Any]) -> list[str]:
     """A section of the card: the statement, a short table, and what it does not say."""
     shown = excerpt(of["certified_accuracy"])
-    parameters = ", ".join(f"{name} {value}" for name, value in of["parameters"].items() if value is not None)
+    scope = of["scope"]
+    parameters = ", ".join(
+        f"{_shown(name)} {_shown(value)}" for name, value in of["parameters"].items() if value is not None
+    )
     return [
-        f"### Against {of['scope']['threat']}: {of['kind']}",
-        f"{of['scope']['statement']} ({of['source']}; {parameters}.)",
+        f"### Against {_shown(scope['threat'])}: {_shown(of['kind'])}",
+        f"{_shown(scope['statement'])} ({_shown(of['source'])}; {parameters}.)",
         "",
-        f"Of {of['samples']} samples ({of['abstained']} of them abstained from):",
+        f"Of {_shown(of['samples'])} samples ({_shown(of['abstained'])} of them abstained from):",
         "",
-        f"| radius ({of['radius_unit']}) | " + " | ".join(f"{radius:g}" for radius, _ in shown) + " |",
+        f"| radius ({_shown(of['radius_unit'])}) | " + " | ".join(f"{radius:g}" for radius, _ in shown) + " |",
         "|---" * (len(shown) + 1) + "|",
         "| certified accuracy | " + " | ".join(f"{share:.1%}" for _, share in shown) + " |",
         "",
-        "It says nothing about " + "; ".join(of["scope"]["not_covered"]) + ".",
+        "It says nothing about " + "; ".join(map(_shown, scope["not_covered"])) + ".",
         "",
     ]
+
+
+def _shown(value: Any) -> str:
+    """A value from a package, which may come from strangers."""
+    return as_markdown(str(value), 2_000)

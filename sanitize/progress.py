@@ -25,13 +25,19 @@ class _Rate(Column):
 def shown(console: Console | None = None) -> Iterator[None]:
     """Draw the bars of everything that runs inside on `console` (default: stderr)."""
     global _display
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, _Rate(), TimeElapsedColumn(), console=console or Console(stderr=True)) as display:
         _display = display
         try:
             yield
         finally:
             _display = None
+
+
+def hide() -> None:
+    """Draw no more bars, and give the terminal back as it was."""
+    if _display is not None:
+        _display.stop()
 
 
 class Bar:

@@ -6,16 +6,19 @@ object appears whole or not at all, because a store shows an upload only when al
 
 import io
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.callbacks import Callback
 
-from sanitize.errors import ConfigError, DataError, StorageError
+from sanitize.errors import ConfigError, DataError, SanitizeError, StorageError
 
 logger = logging.getLogger("sanitize.remote")
 T = TypeVar("T")
@@ -25,7 +28,7 @@ ATTEMPTS = 8
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds; 11 s of pauses in all
 # What another attempt would not change. Libraries disagree on what they raise for the rest: not all of it is OSError.
 _PERMANENT: tuple[type[Exception], ...] = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
-_PERMANENT += (ImportError, ValueError, TypeError, NotImplementedError)
+_PERMANENT += (ImportError, ValueError, TypeError, NotImplementedError, SanitizeError)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -42,7 +45,7 @@ def retried(call: Callable[[], T], what: str) -> T:
     """The result of `call`, which is repeated while it fails of something that may pass.
 
     Raises:
-        OSError, ValueError: what no other attempt would change, as it is.
+        OSError, ValueError, SanitizeError: what no other attempt would change, as it is.
         StorageError: the last of `ATTEMPTS` failed too.
     """
     pause = FIRST_PAUSE
@@ -98,14 +101,36 @@ def names_below(url: str) -> list[str]:
     return sorted(name[name.index(root) + len(root) :] for name in found if root in name)
 
 
+def stamps_below(url: str) -> dict[str, tuple[int, float]]:
+    """Size and time of modification, in seconds, of all objects below a prefix, by name relative to it."""
+    fs, path = filesystem(url)
+    root = path.rstrip("/") + "/"
+    found: dict[str, dict[str, Any]] = retried(lambda: fs.find(path, detail=True), f"list {url}")
+    return {
+        name[name.index(root) + len(root) :]: (int(of_object.get("size") or 0), _modified(of_object))
+        for name, of_object in found.items()
+        if root in name
+    }
+
+
+def _modified(found: dict[str, Any]) -> float:
+    """Seconds; 0 where the store does not say."""
+    names = ("LastModified", "last_modified", "mtime", "updated", "created")
+    said = next((found[name] for name in names if found.get(name)), 0.0)
+    if isinstance(said, str):
+        said = datetime.fromisoformat(said)
+    return said.timestamp() if isinstance(said, datetime) else float(said)
+
+
 def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
-    """URLs that a prefix (objects with one of the suffixes below it), a glob or a single URL stands for, sorted."""
+    """URLs that a prefix, a glob or a single URL stands for, sorted. Below a prefix, the suffixes are compared in lower
+    case."""
     fs, path = filesystem(url)
     protocol = url.partition("://")[0]
     if any(c in url for c in "*?["):
         found = list(retried(lambda: fs.glob(path), f"list {url}"))
     elif protocol not in ("http", "https") and retried(lambda: fs.isdir(path), f"look at {url}"):
-        found = [name for name in retried(lambda: fs.find(path), f"list {url}") if name.endswith(suffixes)]
+        found = [name for name in retried(lambda: fs.find(path), f"list {url}") if name.lower().endswith(suffixes)]
     else:
         found = [path]
     return [name if "://" in name else f"{protocol}://{name}" for name in sorted(found)]
@@ -117,26 +142,59 @@ def read(url: str) -> bytes:
         return reader.readall()
 
 
-def upload(file: Path, url: str) -> None:
-    """Make a local file an object."""
+def modified(url: str) -> float:
+    """When an object was written, in seconds since 1970 by the clock of its store. Raises FileNotFoundError."""
+    fs, path = filesystem(url)
+    return float(retried(lambda: fs.modified(path), f"look at {url}").timestamp())
+
+
+def _allowed() -> bool:
+    return True
+
+
+def upload(
+    file: Path, url: str, check: Callable[[], object] = _allowed, is_allowed: Callable[[], bool] = _allowed
+) -> None:
+    """Make a local file an object.
+
+    Args:
+        file: what is uploaded.
+        url: where it goes.
+        check: called before each attempt; raises if the object must not be written.
+        is_allowed: called after each piece of a large object, and so before the store is told that it is complete;
+            where it is False this attempt is dropped, and `check` has the word. Must not call the store.
+    """
     if url.startswith(("http://", "https://")):
         raise PermissionError("a web server is only read from")
     fs, path = filesystem(url)
     size = file.stat().st_size
 
+    def watch(*_: object, **__: object) -> None:
+        if not is_allowed():
+            raise OSError("it must be checked again whether it may be written")
+
     def put() -> None:
-        fs.put_file(str(file), path)
+        check()
+        fs.put_file(str(file), path, callback=Callback(hooks={"watch": watch}))
         if (there := fs.info(path)["size"]) != size:
             raise OSError(f"{there} of {size} bytes arrived")
 
     retried(put, f"write {url}")
 
 
+_CREATING = threading.Lock()  # fsspec's memory:// looks whether there is one, and then writes
+
+
 def write_new(url: str, data: bytes) -> bool:
     """Make an object unless there is one; False where there is. One of several writers wins, if the store can tell."""
     fs, path = filesystem(url)
+
+    def create() -> None:
+        with _CREATING if url.startswith("memory://") else nullcontext():
+            fs.pipe_file(path, data, mode="create")
+
     try:
-        retried(lambda: fs.pipe_file(path, data, mode="create"), f"write {url}")
+        retried(create, f"write {url}")
     except FileExistsError:
         return False
     return True

@@ -48,6 +48,7 @@ class Work(NamedTuple):
         write_fitted: writes the value of `fit`.
         sources: size and modification time of inputs that are no artifacts.
         bar: the progress bar over all parts.
+        handle: changes the handle that the stage returns, in ways that are no property of the files.
     """
 
     write: Callable[[Part], None] | None = None
@@ -58,6 +59,7 @@ class Work(NamedTuple):
     write_fitted: Callable[[Part, Any], None] | None = None
     sources: dict[str, dict[str, str | int]] | None = None
     bar: Bars | None = None
+    handle: Callable[[Any], Any] | None = None
 
 
 class Stage(NamedTuple):
@@ -123,12 +125,12 @@ def stage(
             given = bound.arguments
             compute: Compute = given["compute"]
             compute.activate()
+            work = function(*args, **kwargs)
             recipe = _recipe(function.__name__, version, draws, exclude, given)
             if adjust is not None:
                 recipe = adjust(recipe, given)
-            return _made(
-                kind, str(given["out"]), recipe, function(*args, **kwargs), given["shards"] if sharded else None
-            )
+            made = _made(kind, str(given["out"]), recipe, work, given["shards"] if sharded else None)
+            return made if work.handle is None else work.handle(made)
 
         run.__signature__ = form.replace(return_annotation=kind)  # type: ignore[attr-defined]
         STAGES[function.__name__] = Stage(run, kind, version, sharded, gpu, draws)

@@ -8,23 +8,21 @@ import errno
 import fcntl
 import hashlib
 import io
-import json
 import os
 import shutil
-import socket
 import stat
 import tempfile
-import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 from sanitize import remote
 from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
 from sanitize.hashing import Sha256
+from sanitize.lease import check_held, is_surely_held, leased
 
 # fsspec protocols that name bytes and do nothing else; others reach into archives, caches and programs on behalf of
 # whoever wrote the URL, and `pipe:`, which webdataset knows, runs a shell.
@@ -89,9 +87,24 @@ def names_below(folder: str | Path) -> list[str]:
     return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
 
 
+def stamps_below(folder: str | Path) -> dict[str, tuple[int, float]]:
+    """Size in bytes and time of modification, in seconds, of all files below a folder, by name relative to it."""
+    if not is_local(str(folder)):
+        return remote.stamps_below(str(folder))
+    path, found = local_path(str(folder)), {}
+    for where, _, names in os.walk(path):
+        for name in names:
+            file = Path(where, name)
+            with suppress(FileNotFoundError):  # a link to nothing
+                status = file.stat()
+                found[str(file.relative_to(path))] = status.st_size, status.st_mtime
+    return found
+
+
 def remove(url: str | Path) -> None:
     """Remove a file or a folder with all that is in it; nothing there is fine."""
     if not is_local(str(url)):
+        check_held(str(url))
         remote.remove(str(url))
     elif (path := local_path(str(url))).is_dir():
         shutil.rmtree(path)
@@ -152,6 +165,7 @@ def create(url: str | Path) -> Iterator[HashingWriter]:
 
     Raises:
         StorageError: the disk is full, the file may not be written, or the store cannot be reached.
+        LostLeaseError: it is in a folder that this process had to itself, and another has taken; see `exclusive`.
     """
     with _create_file(local_path(str(url))) if is_local(str(url)) else _create_object(str(url)) as writer:
         yield writer
@@ -164,6 +178,7 @@ def create_new(url: str | Path, data: bytes) -> bool:
         StorageError: the file may not be written, or the store cannot be reached.
     """
     if not is_local(str(url)):
+        check_held(str(url))
         return remote.write_new(str(url), data)
     path = local_path(str(url))
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
@@ -183,12 +198,12 @@ def create_new(url: str | Path, data: bytes) -> bool:
 
 @contextmanager
 def _create_object(url: str) -> Iterator[HashingWriter]:
-    with tempfile.TemporaryDirectory(prefix="sanitize-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"sanitize-{os.getpid()}-") as folder:
         file = Path(folder) / "object"
         with _create_file(file) as writer:
             yield writer
         try:
-            remote.upload(file, url)
+            remote.upload(file, url, partial(check_held, url), partial(is_surely_held, url))
         except OSError as error:
             raise StorageError(f"cannot write {url}: {error}") from error
 
@@ -257,8 +272,9 @@ def exclusive(url: str | Path) -> Iterator[None]:
 
     Raises:
         ArtifactError: another process holds it.
+        LostLeaseError: the folder is in an object store, and another process has taken it; see `lease`.
     """
-    with _locked(local_path(str(url))) if is_local(str(url)) else _leased(str(url)):
+    with _locked(local_path(str(url))) if is_local(str(url)) else leased(str(url)):
         yield
 
 
@@ -271,53 +287,3 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise ArtifactError(f"another process is writing {folder}; wait for it, or choose another --out") from error
         yield
-
-
-RENEWED, EXPIRED = 20.0, 120.0  # seconds: how often a lease is renewed, and when one that is not counts as abandoned
-
-
-@contextmanager
-def _leased(folder: str) -> Iterator[None]:
-    """A lock in an object store, where nothing is released when its holder dies: it must be renewed, or it expires."""
-    url, holder = join(folder, ".lock"), f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex}"
-
-    def lease() -> bytes:
-        return json.dumps({"holder": holder, "time": time.time()}).encode()
-
-    def held_by() -> dict[str, Any]:
-        try:
-            held: dict[str, Any] = json.loads(remote.read(url))
-        except FileNotFoundError:
-            return {"holder": "", "time": 0.0}
-        return held
-
-    if not remote.write_new(url, lease()):
-        if time.time() - (held := held_by())["time"] < EXPIRED and held["holder"] != holder:
-            raise ArtifactError(
-                f"another process ({held['holder']}) is writing {folder}; wait for it, or choose another --out. If it "
-                f"is dead, its lock {url} expires {EXPIRED:.0f} s after its last sign of life"
-            )
-        _write_object(url, lease())
-        time.sleep(0.5)  # two that take over at once: the later one wins, and the other sees it
-        if held_by()["holder"] != holder:
-            raise ArtifactError(f"another process has just begun to write {folder}; wait for it")
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(RENEWED):
-            with suppress(StorageError):  # the next one may get through; the work itself says if the store is gone
-                _write_object(url, lease())
-
-    thread = threading.Thread(target=renew, name="sanitize-lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        remote.remove(url)
-
-
-def _write_object(url: str, data: bytes) -> None:
-    with create(url) as writer:
-        writer.write(data)

@@ -1,7 +1,6 @@
 """Objects behind URLs: what fails is tried again, and what is read or written is whole."""
 
 import hashlib
-import json
 import os
 import random
 import threading
@@ -179,7 +178,7 @@ def test_a_store_that_never_answers_is_an_error_that_says_so(
             storage.read_bytes(f"{proxy.url}/x")
     fs, _ = remote.filesystem(memory)
 
-    def put_file(*_: str) -> None:
+    def put_file(*_: str, **__: Any) -> None:
         raise ConnectionResetError("gone")
 
     monkeypatch.setattr(fs, "put_file", put_file)
@@ -199,9 +198,9 @@ def test_a_store_that_keeps_less_than_was_sent_is_sent_all_of_it_again(
     fs, _ = remote.filesystem(memory)
     whole, calls = fs.put_file, []
 
-    def put_file(file: str, path: str) -> None:
+    def put_file(file: str, path: str, **more: Any) -> None:
         calls.append(path)
-        whole(file, path)
+        whole(file, path, **more)
         if len(calls) == 1:
             fs.pipe_file(path, b"ha")
 
@@ -313,29 +312,6 @@ def test_readers_trust_only_what_the_manifest_lists(memory: str) -> None:
         "z: not listed in the manifest",
         "a: content differs from the manifest",
     ]
-
-
-def test_a_lease_keeps_others_out_until_it_is_given_back_or_expires(
-    memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with storage.exclusive(memory):
-        with pytest.raises(ArtifactError, match="another process"), storage.exclusive(memory):
-            pass
-        monkeypatch.setattr(storage, "EXPIRED", 0.0)
-        with storage.exclusive(memory):  # its holder has shown no sign of life for that long
-            assert storage.exists(f"{memory}/.lock")
-    assert not storage.exists(f"{memory}/.lock")
-
-
-def test_a_lease_is_renewed_while_it_is_held(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "RENEWED", 0.05)
-    with storage.exclusive(memory):
-        first = json.loads(storage.read_bytes(f"{memory}/.lock"))
-        deadline = time.monotonic() + 20
-        while json.loads(storage.read_bytes(f"{memory}/.lock"))["time"] == first["time"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    assert "sanitize-lease" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_run_folder_inside_a_searched_prefix_is_refused() -> None:

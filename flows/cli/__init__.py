@@ -1,7 +1,8 @@
 """The `sanitize` command: one file a subcommand, which says what it takes and shows what came of it.
 
 Exit codes: 0 done, 1 the run failed, 2 bad usage or configuration, 3 a batch of `ingest` is held for a person, or a
-requirement of `redteam` was missed. Samples in quarantine are a result, not a failure.
+requirement of `redteam` was missed; 130, 143, 129 it was interrupted by SIGINT, SIGTERM, SIGHUP. Samples in quarantine
+are a result, not a failure.
 """
 
 from flows.cli.app import app

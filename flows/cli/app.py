@@ -16,9 +16,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows import interrupts
 from sanitize.errors import ConfigError, SanitizeError
 
-app = typer.Typer(
+
+class App(typer.Typer):
+    """The command line; called as a program, it handles signals."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command that the arguments name, and exit."""
+        with interrupts.handled():
+            return super().__call__(*args, **kwargs)
+
+
+app = App(
     help="The firewall for training data: poisoned shards in, clean shards, quarantine and evidence out.\n\n"
     "Start with `sanitize demo`, or with your own shards: "
     "`sanitize clean --shards 'data/*.tar' --out runs/first`.",
@@ -27,7 +38,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(stderr=True)
+
+
+class Terminal(Console):
+    """A console for what strangers wrote: strings, in tables too, neither style nor drive the terminal.
+
+    Style is given by `style=`, by `Text`, or by `markup=True` where a line holds nothing but numbers.
+    """
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(markup=False, emoji=False, **more)
+
+    def render_str(self, text: str, **more: Any) -> Text:
+        """All that rich shows as text comes through here."""
+        from sanitize.data.names import printable
+
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **more)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        from sanitize.data.names import printable
+
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+console = Terminal(stderr=True)
 
 Shards = Annotated[
     list[str] | None,
@@ -53,6 +89,14 @@ ConfigOption = Annotated[
 ]
 Out = Annotated[str, typer.Option(help="Run folder, a path or a URL. Given again, a run that was killed goes on.")]
 ModelFolder = Annotated[str, typer.Argument(help="A model package, or a run folder of `sanitize train`.")]
+AllowFactory = Annotated[
+    bool,
+    typer.Option(
+        "--allow-factory",
+        help="Run the function that a model of kind `factory` names, if an installed package holds it. Only for models "
+        "whose makers you trust.",
+    ),
+]
 RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out: a path or a URL.")]
 
 
@@ -89,9 +133,9 @@ def as_text(text: str) -> Text:
 @contextmanager
 def bars(quiet: bool) -> Iterator[None]:
     """Progress bars on stderr, unless they are not wanted."""
-    from sanitize.progress import shown
+    from sanitize.progress import hide, shown
 
-    with nullcontext() if quiet else shown(console):
+    with nullcontext() if quiet else shown(console), interrupts.before_end(lambda _signum: hide()):
         yield
 
 
@@ -133,7 +177,9 @@ def main(
     """Common options."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Printable("%(asctime)s %(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def print_places(places: dict[str, Any]) -> None:
@@ -152,6 +198,9 @@ def print_proved(certificates: list[dict[str, Any]]) -> None:
             table.add_row(f"{radius:g}", f"{share:.1%}")
         console.print(table)
         console.print(of["scope"]["statement"], highlight=False)
+        if "largest_radius" in of:
+            largest = f"largest radius there can be with these settings: {of['largest_radius']:.4g} {of['radius_unit']}"
+            console.print(largest, highlight=False)
 
 
 def check_there(run: str) -> None:

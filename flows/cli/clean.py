@@ -80,10 +80,18 @@ def _show_clean(result: dict[str, Any], out: str) -> None:
         table.add_row(name, f"{n:,}" if n else "", f"{seconds:.1f}", rate)
     table.add_row("total", "", f"{sum(stage['seconds'] for stage in stages):.1f}", "", style="bold")
     console.print(table)
-    counts = result["samples"]
+    counts, n_damaged = result["samples"], len(result["damaged_shards"])
     console.print(
         f"[bold]{counts['samples']:,}[/bold] samples = {counts['kept']:,} clean "
         f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable"
+        + (
+            f"; {n_damaged:,} shards are damaged, and what could not be read of them is not counted"
+            if n_damaged
+            else ""
+        ),
+        style="yellow" if n_damaged else None,
+        markup=True,
+        soft_wrap=True,
     )
     for label, of_class in result["classes_touched"].items():
         flags = ", ".join(f"{kind} {by['flagged']:,}" for kind, by in of_class["scorers"].items() if by["flagged"])
@@ -93,6 +101,7 @@ def _show_clean(result: dict[str, Any], out: str) -> None:
     if not result["classes_touched"]:
         console.print("  no class stood out; nothing was removed")
     for shard, damage in result["damaged_shards"].items():
-        say("  damaged shard", "yellow", f"{shard}: {damage}")
+        lost = "  nothing read of shard" if shard in result["bad_shards"] else "  damaged shard"
+        say(lost, "yellow", f"{shard}: {damage}")
     for name in ("clean", "quarantine", "report"):
         console.print(f"{name:>10}: {result[name]}", highlight=False, soft_wrap=True)

@@ -26,7 +26,10 @@ Store = Annotated[str, typer.Option(help="Folder or s3:// URL of reference, ledg
 BatchName = Annotated[str, typer.Argument(help="Name of a batch, or how it begins; `sanitize batches` lists them.")]
 By = Annotated[str, typer.Option(help="Who decides (default: your user name).")]
 Note = Annotated[str, typer.Option(help="Why; kept in the ledger.")]
-STYLES = {"accepted": "green", "held": "yellow", "failed": "red", "claimed": "cyan"}
+Retried = Annotated[
+    str, typer.Argument(help="A batch, by how its name begins; or a refused shard: its file name, URL or sha256.")
+]
+STYLES = {"accepted": "green", "held": "yellow", "failed": "red", "claimed": "cyan", "split": "cyan"}
 
 
 def reference(
@@ -93,9 +96,11 @@ def ingest(
     What was processed before is not read again. New shards are made batches; each is judged sample by sample against
     the reference, and as a whole for drift. An accepted batch is in STORE/feed.json, which training jobs read; a held
     one waits for `sanitize approve` or `sanitize reject`. Run it as often as you like, also twice at once: each shard
-    ends in exactly one batch, and what a crash left is finished first.
+    ends in exactly one batch, and what a crash left is finished first. A shard that no batch can take is refused, once,
+    and named with the reason; the others go on.
 
-    Exit code 3: a batch is held. 1: a batch failed, or a shard could not be read.
+    Exit code 3: a batch is held or a shard was refused, and waits for a person. 1: a batch failed or could not be
+    finished, a shard could not be read this time, or a clean shard in the feed is not what its batch wrote.
 
     Examples:
 
@@ -115,9 +120,9 @@ def ingest(
     else:
         _show(result)
     statuses = {batch["status"] for batch in result["batches"]}
-    if "failed" in statuses or result["unreadable"]:
+    if statuses & {"failed", "claimed"} or result["unreadable"] or result["altered"]:
         raise typer.Exit(1)
-    if "held" in statuses:
+    if "held" in statuses or result["refused"]:
         raise typer.Exit(3)
 
 
@@ -126,10 +131,13 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['new']:,} new shards, {result['duplicates']:,} copies of others, {result['known']:,} known; "
         f"reference v{result['reference']:04d}"
     )
-    if not any(result[name] for name in ("new", "duplicates", "known", "unreadable")):
+    if not any(result[name] for name in ("new", "duplicates", "known", "refused", "changing", "unreadable")):
         say("nothing", "yellow", "has landed yet where shards are looked for")
-    for why in result["unreadable"]:
-        say("unreadable", "red", why)
+    for name, style in (("changing", "yellow"), ("unreadable", "red"), ("altered", "red")):
+        for why in result[name]:
+            say(name, style, why)
+    for shard in result["refused"]:
+        _print_refused(shard)
     for batch in result["batches"]:
         _print_batch(batch)
         if batch["status"] == "held":
@@ -148,31 +156,43 @@ def _print_batch(batch: dict[str, Any], more: str = "") -> None:
         say("        ", "", reason)
 
 
+def _print_refused(shard: dict[str, Any]) -> None:
+    """One line, and one for the reason."""
+    again = f"; sanitize retry {shard['sha256'][:16]} offers it again" if shard["sha256"] else ""
+    say(f"{shard['status']:>8}", "red", shard["shard"] + again)
+    for reason in shard["reasons"]:
+        say("        ", "", reason)
+
+
 def batches(
     store: Store,
     status: Annotated[
-        Literal["accepted", "held", "failed", "claimed"] | None, typer.Option(help="Only batches of this status.")
+        Literal["accepted", "held", "failed", "claimed", "split", "refused"] | None,
+        typer.Option(help="Only batches of this status; `refused`: only shards that are in no batch."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the batches of a store, the oldest first: what became of each, and why.
+    """List the batches of a store, the oldest first, and the shards that were refused: what became of each, and why.
 
     Example:
 
         sanitize batches --store runs/store --status held
     """
-    from flows.ingest import list_batches
+    from flows.store import list_batches, list_refused
 
     with errors():
-        found = list_batches(store, status)
+        found = [] if status == "refused" else list_batches(store, status)
+        refused = list_refused(store) if status in (None, "refused") else []
     if as_json:
-        print_json(found)
+        print_json([*found, *refused])
         return
+    for shard in refused:
+        _print_refused(shard)
     for batch in found:
         _print_batch(batch, f"; reference v{batch['reference']:04d}; {'' if batch['released'] else 'not '}in the feed")
         if decision := batch["decision"]:
             say("        ", "", f"{decision['decision']} by {decision['by']}: {decision['note']}")
-    if not found:
+    if not found and not refused:
         say("none", "yellow", "there are no such batches")
 
 
@@ -189,6 +209,8 @@ def approve(batch: BatchName, store: Store, by: By = "", note: Note = "", as_jso
 def reject(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
     """Keep a held batch from training jobs for good, or take back an accepted one.
 
+    A batch that failed, or that is claimed and that no process is at work on, is given up.
+
     Example:
 
         sanitize reject 3f2a --store runs/store --note "a patch in the corner of class 0"
@@ -196,14 +218,17 @@ def reject(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json
     _decide(store, batch, "rejected", by, note, as_json)
 
 
-def retry(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
-    """Let the shards of a failed batch be new again; the next ingest takes them.
+def retry(batch: Retried, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
+    """Let the shards of a failed batch, or a refused shard, be new again; the next ingest takes them.
 
-    With `--max-shards 1` it puts each into a batch of its own, so that one bad shard fails alone.
+    A batch that is claimed and that no process is at work on counts as failed. An ingest with `--max-shards 1` puts
+    each shard into a batch of its own, so that one that makes batches fail fails alone.
 
-    Example:
+    Examples:
 
         sanitize retry 3f2a --store runs/store
+
+        sanitize retry train-000017.tar --store runs/store --note "limits were raised"
     """
     _decide(store, batch, "retried", by, note, as_json)
 
@@ -211,12 +236,14 @@ def retry(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json:
 def _decide(
     store: str, batch: str, decision: Literal["approved", "rejected", "retried"], by: str, note: str, as_json: bool
 ) -> None:
-    from flows.ingest import decide
+    from flows.store import decide
 
     with errors():
         result = decide(store, batch, decision, by, note)
     if as_json:
         print_json(result)
+    elif "shards" in result:
+        say(f"{result['sha256'][:16]} {decision}", "green", f"by {result['by']}: {', '.join(result['shards'])}")
     else:
         in_feed = "in the feed" if result["released"] else "not in the feed"
         say(f"{result['batch']} {decision}", "green", f"by {result['by']}; its clean shards are {in_feed}")

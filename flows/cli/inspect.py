@@ -1,5 +1,6 @@
 """`sanitize inspect`."""
 
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -11,54 +12,105 @@ from flows.cli.app import AsJson, Quiet, as_text, bars, console, errors, print_j
 def inspect(
     shards: Annotated[list[str], typer.Argument(help="Directory, glob or brace range of shards.")],
     label: Annotated[str, typer.Option(help="Member with the class: a suffix, or json:FIELD.")] = "cls",
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unreadable samples above which the exit code is 1.")
+    ] = 0.05,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Read shards and say what is in them: samples, classes, image sizes, and what cannot be used and why.
 
-    Nothing is written. Useful before `clean`, and when `clean` says that too much is unreadable.
+    Nothing is written. Useful before `clean`, and when `clean` says that too much is unreadable. The table has the
+    shards that are damaged or have unreadable samples; `--json` has all of them.
+
+    Exit code: 0 if all is well. 1 if a shard is damaged or refused, no sample is usable, or more than
+    `--max-bad-fraction` of the samples are unreadable. 2 if there are no shards or the options are wrong.
 
     Example:
 
         sanitize inspect 'data/train-*.tar' --label json:class
     """
-    from collections import Counter
+    from sanitize.data.index import IndexConfig
 
-    from sanitize.data.index import IndexConfig, index_shard
-    from sanitize.data.sources import find_shards
+    with errors():
+        config = IndexConfig(label=label, max_bad_fraction=max_bad_fraction)
+        with bars(quiet):
+            result = _inspect(shards, config)
+    if as_json:
+        print_json(result)
+    else:
+        _show(result)
+    if not _is_well(result, config.max_bad_fraction):
+        raise typer.Exit(1)
+
+
+def _inspect(sources: list[str], config: Any) -> dict[str, Any]:
+    """What is in the shards. Raises SanitizeError where not one of them can be opened."""
+    from sanitize.data.index import index_shard
+    from sanitize.data.sources import find_shards, list_sources
+    from sanitize.errors import DataError
     from sanitize.progress import track
 
-    with errors(), bars(quiet):
-        found = find_shards(shards)
-        config = IndexConfig(label=label)
-        labels: Counter[str] = Counter()
-        sizes: Counter[str] = Counter()
-        reasons: Counter[str] = Counter()
-        per_shard = {}
-        with track("inspect", None) as advance:
-            for shard, url in found.items():
+    found, refused = list_sources(sources)
+    if not found:
+        find_shards(sources)  # raises, unless all there is are archives that are not read
+    labels: Counter[int] = Counter()
+    sizes: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    per_shard = {}
+    failure = None
+    with track("inspect", None) as advance:
+        for shard, url in found.items():
+            try:
                 indexed, per_shard[shard] = index_shard(url, config, advance)
-                rows = indexed.to_pylist()
-                ok = [row for row in rows if row["status"] == "ok"]
-                labels.update(str(row["label"]) for row in ok)
-                sizes.update(f"{row['height']}x{row['width']}" for row in ok)
-                reasons.update(row["reason"] for row in rows if row["status"] != "ok")
-    result: dict[str, Any] = {
+            except DataError as error:
+                failure, refused[url] = error, str(error)
+                continue
+            rows = indexed.select(["status", "reason", "label", "height", "width"]).to_pylist()
+            ok = [row for row in rows if row["status"] == "ok"]
+            labels.update(row["label"] for row in ok)
+            sizes.update(f"{row['height']}x{row['width']}" for row in ok)
+            reasons.update(row["reason"] for row in rows if row["status"] != "ok")
+    if failure is not None and not per_shard:
+        raise failure
+    return {
         "shards": per_shard,
-        "labels": dict(sorted(labels.items(), key=lambda item: int(item[0]))),
+        "refused": refused,
+        "labels": {str(label): labels[label] for label in sorted(labels)},
         "image_sizes": dict(sizes.most_common()),
         "unreadable": dict(reasons.most_common()),
     }
-    if as_json:
-        print_json(result)
-        return
-    table = Table("shard", "samples", "unreadable", "bytes", "damage")
-    for shard, summary in per_shard.items():
-        counts = summary["counts"]
-        numbers = (f"{n:,}" for n in (counts["samples"], counts["unreadable"], summary["bytes"]))
-        table.add_row(as_text(shard), *numbers, summary["damage"])
-    console.print(table)
+
+
+def _is_well(result: dict[str, Any], max_bad_fraction: float) -> bool:
+    n_ok, n_bad = sum(result["labels"].values()), sum(result["unreadable"].values())
+    is_damaged = any(summary["damage"] for summary in result["shards"].values())
+    return n_ok > 0 and n_bad <= max_bad_fraction * (n_ok + n_bad) and not is_damaged and not result["refused"]
+
+
+def _show(result: dict[str, Any]) -> None:
+    """A row for each shard with something to say, and one line for all."""
+    per_shard = result["shards"]
+    odd = {name: s for name, s in per_shard.items() if s["damage"] or s["counts"]["unreadable"]}
+    if odd:
+        table = Table("shard", "samples", "unreadable", "bytes", "damage")
+        for name, summary in odd.items():
+            counts = summary["counts"]
+            numbers = (f"{n:,}" for n in (counts["samples"], counts["unreadable"], summary["bytes"]))
+            table.add_row(as_text(name), *numbers, as_text(summary["damage"] or ""))
+        console.print(table)
+    n_samples = sum(summary["counts"]["samples"] for summary in per_shard.values())
+    n_bytes = sum(summary["bytes"] for summary in per_shard.values())
+    n_bad, n_damaged = sum(result["unreadable"].values()), sum(bool(s["damage"]) for s in per_shard.values())
+    console.print(
+        f"{len(per_shard):,} shards, {n_bytes:,} bytes: {n_samples:,} samples, {n_bad:,} unreadable; "
+        f"{n_damaged:,} shards damaged, {len(result['refused']):,} refused",
+        soft_wrap=True,
+    )
     console.print("classes:", ", ".join(f"{label}: {n:,}" for label, n in result["labels"].items()) or "none")
-    console.print("image sizes:", ", ".join(f"{size}: {n:,}" for size, n in sizes.most_common(10)) or "none")
-    for reason, n in reasons.most_common():
+    sizes = list(result["image_sizes"].items())[:10]
+    console.print("image sizes:", ", ".join(f"{size}: {n:,}" for size, n in sizes) or "none")
+    for reason, n in result["unreadable"].items():
         say("unreadable", "yellow", f"{n:,} x {reason}")
+    for reason in result["refused"].values():
+        say("refused", "red", reason)

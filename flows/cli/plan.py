@@ -1,5 +1,6 @@
 """`sanitize plan`."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,7 @@ def plan(
         set_compute(settings, device=device)
         how = PlanConfig(n_samples=samples, task_minutes=task_minutes, scale_to=int(scale_to))
         run_config = CleanConfig.model_validate(settings)
-        with bars(quiet), tempfile.TemporaryDirectory(prefix="sanitize-plan-") as scratch:
+        with bars(quiet), tempfile.TemporaryDirectory(prefix=f"sanitize-{os.getpid()}-") as scratch:
             result = measure(run_config, how, Path(scratch))
     if as_json:
         print_json(result)

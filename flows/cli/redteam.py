@@ -21,6 +21,7 @@ from flows.cli.app import (
     print_json,
     print_places,
     read_yaml,
+    say,
     set_compute,
 )
 from sanitize.errors import ConfigError
@@ -124,7 +125,7 @@ def _show(result: dict[str, Any]) -> None:
         word, style = ("met", "green") if requirement["met"] else ("MISSED", "red")
         between = f", {result['level']:.0%} interval {_share(requirement, 'low')} to {_share(requirement, 'high')}"
         found = f"{_share(requirement)}{between}" if requirement["mean"] is not None else "nothing to count"
-        console.print(f"[{style}]{word:>8}[/{style}] {requirement['text']}: {found}", highlight=False)
+        say(f"{word:>8}", style, f"{requirement['text']}: {found}")
     print_places({name: result[name] for name in ("findings", "report")})
 
 

@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.app import (
+    AllowFactory,
     AsJson,
     ConfigOption,
     Device,
@@ -44,6 +45,7 @@ def repair(
         list[str] | None, typer.Option("--test-shards", help="Shards to measure on, before and after.")
     ] = None,
     out: Out = "runs/repair",
+    allow_factory: AllowFactory = False,
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,
@@ -69,7 +71,13 @@ def repair(
 
     with errors():
         settings = read_yaml(config) if config else {}
-        given = {"model": model, "shards": shards, "clean_shards": clean_shards, "test_shards": test_shards}
+        given: dict[str, Any] = {
+            "model": model,
+            "shards": shards,
+            "clean_shards": clean_shards,
+            "test_shards": test_shards,
+        }
+        given["allow_factory"] = allow_factory
         settings |= {name: value for name, value in given.items() if value}
         if "model" not in settings:
             raise ConfigError("no model: name its package or run folder")

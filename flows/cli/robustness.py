@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.app import (
+    AllowFactory,
     AsJson,
     ConfigOption,
     Device,
@@ -37,6 +38,7 @@ def robustness(
     radius: Annotated[float | None, typer.Option(help="Largest perturbation tried, pixels on [0, 1].")] = None,
     n_images: Annotated[int | None, typer.Option(help="Attack so many images, chosen by a hash (default 500).")] = None,
     out: Out = "runs/robustness",
+    allow_factory: AllowFactory = False,
     direct: Direct = False,
     seed: Seed = None,
     device: Device = None,
@@ -57,7 +59,9 @@ def robustness(
     from sanitize.measure import RobustnessConfig
 
     with errors():
-        settings = settings_of(config, model=model, shards=shards, train_shards=train_shards)
+        settings = settings_of(
+            config, model=model, shards=shards, train_shards=train_shards, allow_factory=allow_factory
+        )
         of_robustness = dict(settings.get("robustness") or {})
         attack = {"norm": norm, "radius": radius}
         if given := {name: value for name, value in attack.items() if value is not None}:

@@ -7,10 +7,11 @@ from sanitize.attack.dm_poisoning import DMPoisoningConfig, dm_poison
 from sanitize.attack.gradient_matching import GradientMatchingConfig, match_gradients
 from sanitize.attack.invisible import L0Config, L2Config
 from sanitize.attack.labels import LabelNoiseConfig
-from sanitize.attack.several import AttackConfig, OneAttack, SeveralConfig
+from sanitize.attack.several import AttackConfig, OneAttack, SeveralConfig, attacks_of
 from sanitize.attack.smooth import SmoothConfig
-from sanitize.attack.stage import Poisoned, attacks_of, choose, poison_shards
+from sanitize.attack.stage import Poisoned, choose, poison_shards
 from sanitize.attack.targeted import PerturbConfig, direct_attack, plant
+from sanitize.attack.triggered import TriggeredBatch, refuse_targets, triggered, triggers_of
 from sanitize.attack.trojan import TrojanSquareConfig, TrojanWatermarkConfig
 from sanitize.attack.wanet import WaNetConfig
 
@@ -29,6 +30,7 @@ __all__ = [
     "Poisoned",
     "SeveralConfig",
     "SmoothConfig",
+    "TriggeredBatch",
     "TrojanSquareConfig",
     "TrojanWatermarkConfig",
     "WaNetConfig",
@@ -39,4 +41,7 @@ __all__ = [
     "match_gradients",
     "plant",
     "poison_shards",
+    "refuse_targets",
+    "triggered",
+    "triggers_of",
 ]

@@ -42,3 +42,8 @@ class SeveralConfig(BaseModel):
 
 
 AttackConfig = Annotated[OneAttack | SeveralConfig, Field(discriminator="kind")]
+
+
+def attacks_of(config: AttackConfig) -> tuple[OneAttack, ...]:
+    """The attacks of a list; an attack by itself is a list of one."""
+    return config.attacks if isinstance(config, SeveralConfig) else (config,)

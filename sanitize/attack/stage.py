@@ -13,10 +13,13 @@ from torch import Tensor
 
 from sanitize.artifacts import Part, Recipe, Workshop, make
 from sanitize.attack.clean_label import CleanLabelConfig
-from sanitize.attack.several import AttackConfig, OneAttack, SeveralConfig
+from sanitize.attack.several import AttackConfig, OneAttack, attacks_of
+from sanitize.attack.stored import OnStored, stored_image
+from sanitize.attack.triggered import refuse_targets
 from sanitize.compute import Compute
+from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
-from sanitize.data.decode import ImageConfig, decode, encode_png
+from sanitize.data.decode import encode_png
 from sanitize.data.names import split_name
 from sanitize.data.samples import Sample, find_image
 from sanitize.data.tables import ShardTables, write_rows
@@ -71,13 +74,11 @@ def poison_shards(
     """
     compute.activate()
     attacks = attacks_of(config)
-    for target in (getattr(attack, "target", 0) for attack in attacks):
-        if isinstance(target, int) and not 0 <= target < dataset.n_classes:
-            raise ConfigError(f"target {target} is no class: the data set has {dataset.n_classes}")
+    refuse_targets(attacks, dataset.n_classes)
     inputs = {"dataset": dataset.digest} | ({"surrogate": surrogate.digest} if surrogate else {})
     recipe = Recipe(
         stage="poison_shards",
-        version=2,
+        version=3,
         config=config.model_dump(mode="json") | ({"spared": sorted(spared)} if spared else {}),
         numerics=compute.numerics,
         inputs=inputs,
@@ -87,13 +88,17 @@ def poison_shards(
     chosen: dict[str, dict[int, Choice]] = {}
 
     def write_part(shard: str, part: Part) -> None:
+        if unread_suffix(shard):
+            return  # nothing was read, and a file of ours must be what its name says
         if not chosen:
             chosen.update(choose(config, dataset, compute, spared))
         rows = []
         with shard_writer(part, f"shards/{shard}") as tar:
             for sample, row in dataset.samples(shard):
                 if row["status"] == "ok":
-                    rows.append(_copy(sample, row, chosen[shard].get(sample.position), poisons, dataset, tar))
+                    image_CHW = stored_image(sample, dataset, shard)
+                    choice = chosen[shard].get(sample.position)
+                    rows.append(_copy(sample, image_CHW, row, choice, poisons, dataset.info["label"], tar))
                     advance(1)
         if rows:
             write_rows(part, shard, pa.Table.from_pylist(rows))
@@ -104,11 +109,6 @@ def poison_shards(
 
     with track("poison", dataset.n_samples if shards is None else None) as advance:
         return make(Poisoned, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish, only=shards)
-
-
-def attacks_of(config: AttackConfig) -> tuple[OneAttack, ...]:
-    """The attacks of a list; an attack by itself is a list of one."""
-    return config.attacks if isinstance(config, SeveralConfig) else (config,)
 
 
 def choose(
@@ -148,7 +148,7 @@ def _eligible(attack: OneAttack, dataset: Dataset, compute: Compute) -> Iterator
                 yield shard, row["position"], new
 
 
-def _surrogate(attacks: Sequence[OneAttack], checkpoint: Checkpoint | None, dataset: Dataset) -> OnPixels | None:
+def _surrogate(attacks: Sequence[OneAttack], checkpoint: Checkpoint | None, dataset: Dataset) -> OnStored | None:
     needed = any(isinstance(attack, CleanLabelConfig) for attack in attacks)
     if checkpoint is None:
         if needed:
@@ -158,10 +158,10 @@ def _surrogate(attacks: Sequence[OneAttack], checkpoint: Checkpoint | None, data
         raise ConfigError("only clean_label has use for a surrogate")
     if checkpoint.config.image_shape != dataset.image_shape:
         raise ConfigError(f"the surrogate takes images {checkpoint.config.image_shape}, not {dataset.image_shape}")
-    return OnPixels(checkpoint.model(), checkpoint.config)
+    return OnStored(OnPixels(checkpoint.model(), checkpoint.config), dataset.image_shape)
 
 
-def _poison(attack: OneAttack, surrogate: OnPixels | None, compute: Compute) -> Poison:
+def _poison(attack: OneAttack, surrogate: OnStored | None, compute: Compute) -> Poison:
     """How an attack changes training images: by its trigger, and clean labels by more."""
     if isinstance(attack, CleanLabelConfig) and surrogate is not None:
         return partial(attack.poison, surrogate=surrogate, compute=compute)
@@ -170,22 +170,22 @@ def _poison(attack: OneAttack, surrogate: OnPixels | None, compute: Compute) -> 
 
 def _copy(
     sample: Sample,
+    image_CHW: Tensor,
     row: dict[str, Any],
     choice: Choice | None,
     poisons: Sequence[Poison],
-    dataset: Dataset,
+    label: str,
     tar: TarWriter,
 ) -> dict[str, Any]:
-    image_name, data = find_image(sample)
-    image_CHW = decode(data, ImageConfig.model_validate(dataset.info["image"]))
+    """Write a sample, poisoned where it was chosen; its row of the truth. `label` is `IndexConfig.label`."""
     if choice is not None:
         image_CHW = poisons[choice.attack](image_CHW[None], torch.tensor([row["label"]]))[0]
-    label_suffix, _, field = dataset.info["label"].partition(":")
+    image_name, (label_suffix, _, field) = find_image(sample)[0], label.partition(":")
     for name, payload in sample.members:
         stem, suffix = split_name(name)
         if name == image_name:
             tar.add(f"{stem}.png", encode_png(image_CHW))
-        elif suffix == label_suffix and choice is not None:
+        elif suffix == label_suffix.lower() and choice is not None:
             tar.add(name, _relabelled(payload, field, choice.label))
         else:
             tar.add(name, payload)

@@ -2,12 +2,58 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pyarrow as pa
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from sanitize.data.tables import ShardTables
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it is not one line of printable text")
+    return text
+
+
+_Text = Annotated[str, Field(max_length=4000), AfterValidator(_one_line)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Radius = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class _Scope(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    threat: _Text
+    statement: _Text
+    not_covered: tuple[_Text, ...] = Field(max_length=100)
+
+
+class Proved(BaseModel):
+    """What `Certificates.summary` returns, as it is read from the package of somebody else."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: _Text
+    source: _Text
+    radius_unit: _Text
+    integral: bool
+    open: bool
+    parameters: dict[_Text, Any]
+    scope: _Scope
+    samples: int = Field(ge=1, lt=2**63)
+    abstained: int = Field(ge=0, lt=2**63)
+    clean_accuracy: _Share
+    certified_accuracy: tuple[tuple[_Radius, _Share], ...] = Field(min_length=1, max_length=10_000)
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> Self:
+        radii = [radius for radius, _ in self.certified_accuracy]
+        if radii[0] != 0 or any(after - before < 1e-6 for before, after in pairwise(radii)):
+            raise ValueError("the radii of certified_accuracy must start at 0 and grow")
+        return self
 
 
 class Certificates(ShardTables):
@@ -21,8 +67,7 @@ class Certificates(ShardTables):
     def statement(self) -> dict[str, Any]:
         """kind, source; scope: what may change, how it is counted, what is not covered; parameters; confidence;
         radius_unit; integral: radii are counts; open: a prediction is certain below its radius, not at it."""
-        statement: dict[str, Any] = self.read_json("certificate.json")
-        return statement
+        return self.read_object("certificate.json", "kind", "parameters", "scope", "integral", "open")
 
     def table(self) -> pa.Table:
         """All rows, with a column `shard`."""

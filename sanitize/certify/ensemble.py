@@ -5,13 +5,14 @@ come in the order of their digests, seeds are those of the partition, and every 
 are stacked) is a setting and not a count of samples. Shapes: M networks of a group, N their samples, B batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from sanitize.artifacts import Part, Workshop
@@ -24,8 +25,9 @@ from sanitize.distributed import world
 from sanitize.embed.label_free import oriented_gradients
 from sanitize.errors import ConfigError
 from sanitize.loop import Batch, Objective, OptimConfig, Step, train
-from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, load_into
+from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, refuse_misfits
 from sanitize.models.mlp import MLPConfig
+from sanitize.models.sizes import MAX_NETWORKS
 from sanitize.models.stacked import Stacked
 from sanitize.progress import track
 from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig, new_scorer
@@ -59,7 +61,8 @@ class PartitionConfig(BaseModel):
     """An ensemble whose predictions are certified against poisoned training data.
 
     Attributes:
-        n_partitions: k; more of them certify more poisoned samples, at the price of less data for each base model.
+        n_partitions: k; more of them certify more poisoned samples, at the price of less data for each base model. No
+            radius is larger than k / 2, and with two partitions one sample decides: they are refused.
         key: of the hash that divides the samples.
         architecture: of the base models.
         mean, std: normalisation of each channel on the scale [0, 1].
@@ -72,7 +75,7 @@ class PartitionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_partitions: int = Field(default=50, ge=2)
+    n_partitions: int = Field(default=50, ge=1, le=MAX_NETWORKS)
     key: str = "sanitize"
     architecture: Architecture = MLPConfig(widths=(64,))
     mean: tuple[float, ...] = (0.5,)
@@ -81,6 +84,15 @@ class PartitionConfig(BaseModel):
     steps_per_epoch: int = Field(default=8, ge=1)
     group_size: int = Field(default=250, ge=1)
     filter: PartitionFilterConfig | None = None
+
+    @model_validator(mode="after")
+    def _something_can_be_certified(self) -> Self:
+        if self.n_partitions < 3:
+            raise ConfigError(
+                f"with {self.n_partitions} partitions one poisoned sample decides between two classes: take 3 or more. "
+                "The largest radius there can be is half of them, rounded down, in training samples"
+            )
+        return self
 
     @property
     def groups(self) -> dict[str, range]:
@@ -95,16 +107,24 @@ class PartitionEnsemble(Checkpoint):
     `groups/GROUP.json`: the history of each group, and of each partition how many samples it has and how many its base
     model was trained on."""
 
-    def model(self) -> nn.Module:
-        """The `Plurality` of all base models, in eval mode, on the CPU."""
-        names = sorted(name for name in self.manifest().files if name.endswith(".safetensors"))
-        states = [safetensors.torch.load(self.read(name)) for name in names]
-        model = self.config.build()
-        load_into(model, {f"networks.{name}": torch.cat([s[name] for s in states]) for name in states[0]}, self.path)
-        return model.eval()
+    def weight_files(self) -> list[str]:
+        """One a group, in the order of the partitions."""
+        return sorted(name for name in self.manifest().files if name.endswith(".safetensors"))
+
+    def _state(self, expected: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The weights of all groups, stacked."""
+        states = [self.read_tensors(name) for name in self.weight_files()]
+        first_rows = [
+            {f"networks.{name}": tensor[:1] if tensor.ndim else tensor for name, tensor in state.items()}
+            for state in states
+        ]
+        one = first_rows[0] if expected is None else {name: tensor[:1] for name, tensor in expected.items()}
+        for file, rows in zip(self.weight_files(), first_rows, strict=True):
+            refuse_misfits(one, rows, self.url(file))
+        return {f"networks.{name}": torch.cat([state[name] for state in states]) for name in states[0]}
 
 
-@stage(PartitionEnsemble)
+@stage(PartitionEnsemble, version=2)
 def train_partitions(
     config: PartitionConfig, dataset: Dataset, out: str, compute: Compute, shards: Sequence[str] | None = None
 ) -> Work:
@@ -150,7 +170,8 @@ def train_partitions(
         part.write_json("config.json", model_config.model_dump(mode="json"))
         part.write_json(PROVED, _proved(config, dataset, n_samples))
 
-    return Work(parts=list(config.groups), write_part=write_part, finish=finish)
+    own = partial(PartitionEnsemble.of_own, architecture=config.architecture)
+    return Work(parts=list(config.groups), write_part=write_part, finish=finish, handle=own)
 
 
 def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[str, Any]:
@@ -162,13 +183,15 @@ def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[s
         "integral": True,
         "open": False,
         "confidence": 1.0,
+        "largest_radius": config.n_partitions // 2,
         "parameters": config.model_dump(mode="json", include={"n_partitions", "key", "filter"}),
         "scope": {
             "threat": "poisoned training data",
             "statement": (
                 "A prediction stays what it is while no more training samples than its radius are inserted into the "
                 "training set or removed from it, whichever they are, and training is repeated with the same settings "
-                "and seed. A sample that is changed counts twice: one is removed, one inserted."
+                "and seed. A sample that is changed counts twice: one is removed, one inserted. With "
+                f"{config.n_partitions} partitions no radius can be larger than {config.n_partitions // 2}."
             ),
             "training_set": {"dataset": dataset.digest, "samples": n_samples},
             "filter": "inside each partition" if config.filter else "none",
@@ -283,7 +306,7 @@ def stacked_networks(model_config: ModelConfig, numbers: Sequence[int], compute:
         for number in numbers:
             compute.seed_global("partition", number, "init")
             networks.append(model_config.build_one())
-    return Stacked(networks)
+    return Stacked.of(networks)
 
 
 class PartitionBatches:

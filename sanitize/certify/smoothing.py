@@ -10,15 +10,17 @@ What is certified is g, and whoever deploys it deploys the vote, not f. f includ
 at bfloat16 it is another function than at float32, with certificates of its own. Radii are in the units of the inputs.
 
 The noise of an image depends on the seed, on its pixels and on the kind of device, not on its place, the batch size or
-the other images. Logits may be rounded differently in batches of other sizes; a copy on the border between two classes
-may then be counted for the other one. The level alpha is over the noise: it does not hold for an image that somebody
-chose knowing the seed.
+the other images. The copies of an image are classified in blocks of 128 that hold no other image, on a CPU one block in
+a forward pass: there a copy has the same place in a batch of the same shape whatever the batch size and the other images
+are, so that its logits have the same bits, and no copy on the border between two classes changes sides. On a GPU a
+forward pass has the shape of the batch size, and a copy on the border may be counted for the other class with another
+one. The level alpha is over the noise: it does not hold for an image that somebody chose knowing the seed.
 
 Shapes: N images, G of them at once, X their shape with channels last, B copies in a batch, K classes.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ from sanitize.compute import Compute
 from sanitize.errors import NumericsError
 
 ABSTAINS = -1
-_BLOCK = 128  # copies for which noise is drawn at a time; batches hold whole blocks, so that none depends on their size
+_BLOCK = 128  # copies of one image for which noise is drawn at a time; batches hold whole blocks, filled or not
 
 
 class SmoothingConfig(BaseModel):
@@ -47,7 +49,7 @@ class SmoothingConfig(BaseModel):
             probability is below 1/2 already. Abstaining is never wrong, and a radius is computed from all n copies
             alone: the level stays alpha, nothing of it is spent. The price is that an image that could be certified
             is given up with a probability of at most 2 alpha.
-        batch_size: copies in one forward pass, of several images where they have fewer.
+        batch_size: copies drawn at once, of several images where they have fewer; on a GPU, those of a forward pass.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -180,7 +182,7 @@ class _NoisyCopies:
         digests = [hashlib.sha256(image_X.numpy().tobytes()).hexdigest() for image_X in images_GX]
         self._generators = [compute.generator("smoothing", stream, digest, device=device) for digest in digests]
         self._images_GX = images_GX.to(device)
-        self._noisy_BX = torch.empty(config.batch_size, *images_GX.shape[1:], device=device)
+        self._noisy_BX = torch.zeros(config.batch_size, *images_GX.shape[1:], device=device)
         self._config, self._compute = config, compute
 
     @torch.inference_mode()
@@ -188,12 +190,14 @@ class _NoisyCopies:
         """Of each (image, number of new copies) how many were given each class, int64 (len(wanted), K)."""
         counts = torch.zeros((), dtype=torch.int64, device=self._noisy_BX.device)
         finite = torch.ones((), dtype=torch.bool, device=self._noisy_BX.device)
-        for blocks in _batches(wanted, self._config.batch_size):
-            x_BX = self._draw([(wanted[row][0], n) for row, n in blocks])
-            with self._compute.autocast():
-                logits_BK = self._model(x_BX)
+        blocks = [(row, n) for row, (_, n_copies) in enumerate(wanted) for n in _sizes(n_copies)]
+        per_batch = self._config.batch_size // _BLOCK
+        for some in (blocks[i : i + per_batch] for i in range(0, len(blocks), per_batch)):
+            drawn = torch.cat([torch.arange(i * _BLOCK, i * _BLOCK + n) for i, (_, n) in enumerate(some)])
+            self._draw([(wanted[row][0], n) for row, n in some])
+            logits_BK = self._logits(len(some))[drawn.to(self._noisy_BX.device, non_blocking=True)]
             n_classes = logits_BK.shape[1]
-            rows_B = torch.from_numpy(np.repeat(*np.array(blocks).T)).to(logits_BK.device, non_blocking=True)
+            rows_B = torch.from_numpy(np.repeat(*np.array(some).T)).to(logits_BK.device, non_blocking=True)
             cells_B = rows_B * n_classes + logits_BK.argmax(1)
             counts = counts + torch.bincount(cells_B, minlength=len(wanted) * n_classes)
             finite &= logits_BK.isfinite().all()
@@ -201,27 +205,20 @@ class _NoisyCopies:
             raise NumericsError(f"a logit of the model under noise of sigma={self._config.sigma} is not finite")
         return counts.view(len(wanted), -1).cpu().numpy()
 
-    def _draw(self, blocks: Sequence[tuple[int, int]]) -> Tensor:
-        """Copies of images, the model's view of the buffer."""
-        start = 0
-        for image, n in blocks:
-            noisy_nX = self._noisy_BX[start : start + n]
-            noisy_nX.normal_(0, self._config.sigma, generator=self._generators[image])
-            noisy_nX += self._images_GX[image]
-            start += n
-        return self._noisy_BX[:start].movedim(-1, 1)
+    def _draw(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Fill the buffer with copies of images, each block at a place of its own."""
+        for noisy_bX, (image, n) in zip(self._noisy_BX.split(_BLOCK), blocks, strict=False):
+            noisy_bX[:n].normal_(0, self._config.sigma, generator=self._generators[image])
+            noisy_bX[:n] += self._images_GX[image]
+
+    def _logits(self, n_blocks: int) -> Tensor:
+        """Logits of all rows of the first blocks of the buffer, also of those that are not filled."""
+        on_cpu = self._noisy_BX.device.type == "cpu"
+        x_BX = (self._noisy_BX[: n_blocks * _BLOCK] if on_cpu else self._noisy_BX).movedim(-1, 1)
+        with self._compute.autocast():
+            return torch.cat([self._model(x_bX) for x_bX in x_BX.split(_BLOCK if on_cpu else len(x_BX))])
 
 
-def _batches(wanted: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[tuple[int, int]]]:
-    """Blocks (row of `wanted`, copies) in their order, as many together as make up a batch."""
-    batch: list[tuple[int, int]] = []
-    room = batch_size
-    for row, (_, n_copies) in enumerate(wanted):
-        for start in range(0, n_copies, _BLOCK):
-            n = min(_BLOCK, n_copies - start)
-            if n > room:
-                yield batch
-                batch, room = [], batch_size
-            batch.append((row, n))
-            room -= n
-    yield batch
+def _sizes(n_copies: int) -> list[int]:
+    """Copies in each block of an image."""
+    return [min(_BLOCK, n_copies - start) for start in range(0, n_copies, _BLOCK)]

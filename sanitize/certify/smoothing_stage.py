@@ -1,22 +1,23 @@
 """Certify samples of a data set by randomized smoothing: the only place where `smoothing` meets files."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sanitize.artifacts import Part, Recipe, Workshop, make, partial_of
 from sanitize.certify.certificates import Certificates
-from sanitize.certify.smoothing import SmoothingConfig, certify
+from sanitize.certify.smoothing import SmoothingConfig, certify, lower_bound, radius
 from sanitize.compute import Compute
 from sanitize.data.chosen import choose_samples, read_chosen
 from sanitize.data.dataset import Batch, Dataset
 from sanitize.data.tables import write_rows
-from sanitize.errors import NumericsError
+from sanitize.errors import ConfigError, NumericsError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
 from sanitize.progress import track
@@ -39,11 +40,48 @@ _SCHEMA = pa.schema(
 class CertifySmoothingConfig(SmoothingConfig):
     """How samples are certified, and how many.
 
+    n copies that all agree prove a probability of alpha^(1/n), and no more: the radius of an image is less than
+    sigma Phi^-1(alpha^(1/n)), and where that probability is at most 1/2 nothing can be certified.
+
+    | n | 10 | 20 | 50 | 100 | 1,000 | 10,000 | 100,000 |
+    |---|---|---|---|---|---|---|---|
+    | largest radius in units of sigma, alpha .001 | 0.003 | 0.55 | 1.14 | 1.51 | 2.47 | 3.20 | 3.82 |
+
     Attributes:
         max_images: so many of the usable samples, chosen by a keyed hash of shard and key; None takes all.
     """
 
     max_images: int | None = Field(default=500, ge=1)
+
+    @property
+    def largest_radius(self) -> float:
+        """The radius of an image of which all n copies are of one class; 0 where nothing can be certified."""
+        return float(radius(lower_bound(self.n, self.n, self.alpha), self.sigma))
+
+    def refuse_if_hopeless(self) -> None:
+        """Raise ConfigError where n copies cannot certify any image at level alpha."""
+        if self.largest_radius > 0:
+            return
+        n = max(1, int(-math.log2(self.alpha)))
+        while not lower_bound(n, n, self.alpha) > 0.5:
+            n += 1
+        reach = self.model_copy(update={"n": n}).largest_radius
+        raise ConfigError(
+            f"with n = {self.n} no image can be certified at alpha {self.alpha:g}, even if all copies agree: take n >= "
+            f"{n}. The largest radius there can be is sigma Phi^-1(alpha^(1/n)): {_rounded(reach)} at n = {n}, "
+            f"{_rounded(self.model_copy(update={'n': 1000}).largest_radius)} at n = 1000"
+        )
+
+    @model_validator(mode="after")
+    def _something_can_be_certified(self) -> Self:
+        self.refuse_if_hopeless()
+        return self
+
+
+def _rounded(reach: float) -> str:
+    """Three digits, rounded up: it is said of a bound from above."""
+    digits = 2 - math.floor(math.log10(reach))
+    return f"{math.ceil(reach * 10**digits) / 10**digits:g}"
 
 
 def certify_smoothing(
@@ -68,11 +106,14 @@ def certify_smoothing(
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Raises:
+        ConfigError: so few copies can certify nothing.
         NumericsError: a logit is not finite; the message names shard and keys.
     """
     compute.activate()
+    config.refuse_if_hopeless()  # a config that was copied with changes is not checked
     recipe = Recipe(
         stage="certify_smoothing",
+        version=2,
         config=config.model_dump(mode="json"),
         numerics=compute.numerics,
         inputs={"checkpoint": checkpoint.digest, "dataset": dataset.digest},
@@ -118,6 +159,7 @@ def _proved(config: CertifySmoothingConfig, compute: Compute) -> dict[str, Any]:
         "integral": False,
         "open": True,
         "confidence": 1 - config.alpha,
+        "largest_radius": config.largest_radius,
         "parameters": config.model_dump(mode="json", exclude={"batch_size"}) | {"precision": compute.precision},
         "scope": {
             "threat": "changes of the image that is classified",
@@ -125,7 +167,8 @@ def _proved(config: CertifySmoothingConfig, compute: Compute) -> dict[str, Any]:
                 "The smoothed classifier, which says what the model most often says of an image under Gaussian noise "
                 f"of standard deviation {config.sigma:g}, says the same of every image closer than its radius in l2 "
                 "(pixels on [0, 1]). Of each image by itself this holds with a probability of at least "
-                f"{1 - config.alpha:g} over the noise that was drawn."
+                f"{1 - config.alpha:g} over the noise that was drawn. With {config.n} copies and sigma "
+                f"{config.sigma:g} no radius can be larger than {_rounded(config.largest_radius)}."
             ),
             "not_covered": [
                 "the model without the noise",

@@ -21,6 +21,7 @@ from sanitize.condense.pool import Pool, fill_pool
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import encode_png
 from sanitize.data.writer import shard_writer
+from sanitize.errors import ArtifactError
 from sanitize.loop import predict
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.progress import track
@@ -60,14 +61,16 @@ class CondensedSet(Artifact):
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Images and labels, exact."""
-        tensors = safetensors.torch.load(self.read("condensed.safetensors"))
-        return tensors["images"], tensors["labels"]
+        tensors = self.read_tensors("condensed.safetensors", "images", "labels")
+        images_NCHW, labels_N = tensors["images"], tensors["labels"]
+        if images_NCHW.ndim != 4 or labels_N.shape != images_NCHW.shape[:1] or not images_NCHW.isfinite().all():
+            raise ArtifactError(f"{self.path} does not hold finite images (N, C, H, W) with one label each")
+        return images_NCHW, labels_N
 
     @property
     def info(self) -> dict[str, Any]:
         """dataset.json."""
-        info: dict[str, Any] = self.read_json("dataset.json")
-        return info
+        return self.read_object("dataset.json")
 
     @property
     def frames(self) -> dict[int, bytes]:

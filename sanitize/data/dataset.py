@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
-from sanitize.data.samples import Sample, SampleLimits, ShardFile, ShardReader, find_image, is_compressed
+from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile, find_image
 from sanitize.data.tables import ShardTables
-from sanitize.errors import ConfigError, DataError
+from sanitize.errors import ConfigError, DataError, ShardError
 from sanitize.storage import fingerprint, open_read
 
 T = TypeVar("T")
@@ -52,8 +52,7 @@ class Dataset(ShardTables):
     @cached_property
     def info(self) -> dict[str, Any]:
         """dataset.json: n_classes, labels (count of each), image_size, image, shards, unreadable."""
-        info: dict[str, Any] = self.read_json("dataset.json")
-        return info
+        return self.read_object("dataset.json", "n_classes", "labels", "image_size", "image", "shards", "limits")
 
     @cached_property
     def urls(self) -> dict[str, str]:
@@ -107,14 +106,12 @@ class Dataset(ShardTables):
         url, limits = self.urls[shard], SampleLimits.model_validate(self.info["limits"])
         digest = self.info["shards"][shard]["sha256"] is not None
         try:
-            if is_compressed(shard):
-                reader = ShardReader(url, limits, digest=digest)
-                yield from as_indexed(reader, rows)
-                self._confirm(shard, reader.sha256, reader.size)
-                return
             with open_read(url) as stream:
                 file = ShardFile(stream, url, digest)
-                yield from read_pieces(file, rows, limits)
+                if file.is_gzip and len(rows):
+                    yield from as_indexed(SampleReader(file.archive(), limits), rows)
+                else:
+                    yield from read_pieces(file, rows, limits)
                 self._confirm(shard, *file.finish())
         except Moved as moved:
             raise self._changed(shard, f"sample {moved.position}") from moved
@@ -130,8 +127,9 @@ class Dataset(ShardTables):
         if not same:
             raise self._changed(shard, f"byte {size}")
 
-    def _changed(self, shard: str, where: str) -> DataError:
-        return DataError(f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again")
+    def _changed(self, shard: str, where: str) -> ShardError:
+        said = f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again"
+        return ShardError(said, shard)
 
     def batches(self, size: int, shards: Sequence[str] | None = None) -> Iterator[Batch]:
         """Stream usable samples in batches of at most `size`; a batch never spans two shards.
@@ -203,15 +201,17 @@ class Dataset(ShardTables):
             try:
                 pixels_HWC[:] = decode_pixels(data, config, (height, width))
             except BadImage as error:
-                raise self._bad_image(shard, key, error) from error
+                raise self.bad_image(shard, key, error) from error
         images_NCHW.copy_(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))  # once: of each image it costs as much
 
-    def _bad_image(self, shard: str, key: str, error: Exception) -> DataError:
+    def bad_image(self, shard: str, key: str, error: Exception) -> DataError:
+        """The error to raise where the image of a usable sample cannot be decoded."""
         if self.info["check"] == "decode":
             return self._changed(shard, key)
-        return DataError(
+        return ShardError(
             f"sample {key} of shard {self.urls[shard]} cannot be used: {error}. The index did not decode "
-            f"images (index.check={self.info['check']}); index with check=decode"
+            f"images (index.check={self.info['check']}); index with check=decode",
+            shard,
         )
 
     def images(self) -> tuple[Tensor, Tensor]:

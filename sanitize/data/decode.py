@@ -13,6 +13,8 @@ for Pillow's parser is written in Python. Pillow reads everything else. torchvis
 from it, and in its PNG decoder a flipped bit can cause a segmentation fault (0.29: within the first two of 3,000 files
 that were damaged); one hostile image must never end a run.
 
+What an image may cost is decided before it is decoded (see image_costs).
+
 An image that ends too early is bad: Pillow refuses what trainers' decoders may fill with grey. Only a JPEG whose scan
 stops early but whose end marker is there becomes, as everywhere, grey from that point on.
 """
@@ -28,13 +30,14 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sanitize.data.image_costs import COSTLY, jpeg_header, jpeg_scan_samples, png_parts
+
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm"})
 # Pillow warns of bombs at a limit of its own. For the whole process: to do it call by call is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
-# Every scan of a JPEG may go over all pixels in a few bytes; encoders write about ten. Far more are allowed, because
-# they are counted by their marker, which also occurs by chance in a video some cameras append.
-_MAX_SCANS = 500
+_LEAST_SIDE = 8  # rows and columns of JPEG come in blocks of 8; a PNG row of a pixel costs as much as one of 8
 _MAX_PPM_HEADER = 1024  # Pillow reads comments byte by byte
 
 
@@ -48,7 +51,12 @@ class ImageConfig(BaseModel):
     Attributes:
         size: height and width in pixels, or None to take the most common size of the data set.
         channels: 3 (RGB) or 1 (luminance).
-        max_pixels: an image whose header claims more is not decoded (decompression bombs).
+        max_pixels: an image whose header claims more is not decoded (decompression bombs). A side below 8 counts as 8.
+        max_scan_pixels: pixels that all scans of a JPEG go over, each component of a scan for itself. An ordinary
+            progressive JPEG goes over each pixel 8 times (with colour at full resolution 14 times). The default takes
+            about 1.3 s.
+        max_chunks: chunks of a PNG, or segments before the first scan of a JPEG and bytes between them. A compressed
+            text or profile and a segment of Exif data count as 1,000. The default takes about .3 s.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,12 +64,15 @@ class ImageConfig(BaseModel):
     size: tuple[int, int] | None = None
     channels: Literal[1, 3] = 3
     max_pixels: int = Field(default=50_000_000, gt=0)
+    max_scan_pixels: int = Field(default=500_000_000, gt=0)
+    max_chunks: int = Field(default=2**16, gt=0)
 
 
-def image_header(data: bytes, max_pixels: int) -> Image.Image:
-    """Parse the header only. Raises BadImage if it is none, is too large, or is of a format we do not read."""
+def image_header(data: bytes, config: ImageConfig) -> Image.Image:
+    """Parse the header only. Raises BadImage if it is none, costs too much, or is of a format we do not read."""
     if not data:
         raise BadImage("image is empty")
+    _check_parts(data, config)
     try:
         if data.startswith(b"P"):
             Image.open(io.BytesIO(data[:_MAX_PPM_HEADER]), formats=("PPM",))
@@ -69,14 +80,43 @@ def image_header(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImage(f"image claims more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from error
     except Exception as error:
+        if "MAX_TEXT" in str(error):
+            raise BadImage("png image with a text or a profile of more than 1 MiB") from error
         raise BadImage("not a jpeg, png, webp or ppm image") from error
-    if image.width * image.height > max_pixels:
-        raise BadImage(f"image claims {image.width} x {image.height} pixels, more than max_pixels {max_pixels}")
+    if not _fits(image.height, image.width, config):
+        raise BadImage(f"image claims {image.width} x {image.height} pixels, more than max_pixels {config.max_pixels}")
     if image.format == "PPM" and image.tile[0][0] != "raw":  # Pillow decodes these in Python, 4 us a byte
         raise BadImage("ppm image of numbers in text, or of a depth other than 1, 8 or 16 bits")
-    if image.format in ("JPEG", "MPO") and (n_scans := data.count(b"\xff\xda")) > _MAX_SCANS:
-        raise BadImage(f"jpeg image of {n_scans} scans, more than {_MAX_SCANS}")
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(data, image.height, image.width, config)
     return image
+
+
+def _fits(height: int, width: int, config: ImageConfig) -> bool:
+    padded = max(height, _LEAST_SIDE) * max(width, _LEAST_SIDE)
+    return height * width <= config.max_pixels and padded <= max(config.max_pixels, _LEAST_SIDE**2)
+
+
+def _check_parts(data: bytes, config: ImageConfig) -> None:
+    """Raise BadImage where the header has more parts than `max_chunks`. Most images are too small for that."""
+    limit = config.max_chunks
+    if data.startswith(_JPEG):
+        costly = data.count(b"Exif\0\0")
+        if len(data) + COSTLY * costly > limit and jpeg_header(data, limit).parts > limit:
+            raise BadImage(f"jpeg image of more segments than max_chunks {limit}")
+    elif data.startswith(_PNG) and png_parts(data, limit) > limit:
+        raise BadImage(f"png image of more chunks than max_chunks {limit}")
+
+
+def _check_scans(data: bytes, height: int, width: int, config: ImageConfig) -> None:
+    """Raise BadImage where the scans of a JPEG go over more pixels than `max_scan_pixels`."""
+    limit = config.max_scan_pixels
+    # At most four components, padded to 32 pixels; the marker may also stand in a thumbnail, or in a video behind it.
+    if data.count(b"\xff\xda") * 4 * (height + -height % 32) * (width + -width % 32) <= limit:
+        return
+    header = jpeg_header(data, config.max_chunks)
+    if jpeg_scan_samples(data, header, limit, config.max_chunks) > limit:
+        raise BadImage(f"the scans of a jpeg image go over more pixels than max_scan_pixels {limit}")
 
 
 def decode(data: bytes, config: ImageConfig, size: tuple[int, int] | None = None) -> Tensor:
@@ -100,7 +140,7 @@ def decode_pixels(data: bytes, config: ImageConfig, size: tuple[int, int] | None
     """The same as an array (H, W, C), which is how decoders leave it."""
     pixels_HWC = _ordinary_jpeg(data, config)
     if pixels_HWC is None:
-        header = image_header(data, config.max_pixels)
+        header = image_header(data, config)
         try:
             pixels_HWC = _by_pillow(header, config.channels)
         except Exception as error:
@@ -115,14 +155,18 @@ def _ordinary_jpeg(data: bytes, config: ImageConfig) -> np.ndarray | None:
 
     Pillow's luminance differs by a rounding from a JPEG's own, so colour that is to become luminance is odd.
     """
-    if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")) or data.count(b"\xff\xda") > _MAX_SCANS:
+    if not (data.startswith(_JPEG) and data.endswith(b"\xff\xd9")):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         known = colours == "Gray" or (colours in ("RGB", "YCbCr") and config.channels == 3)
-        if not known or height * width > config.max_pixels:
+        if not known or not _fits(height, width, config):
             return None
+        _check_parts(data, config)
+        _check_scans(data, height, width, config)
         return simplejpeg.decode_jpeg(data, "RGB" if config.channels == 3 else "GRAY")
+    except BadImage:
+        raise
     except (ValueError, KeyError):  # damage, great or small; KeyError: a subsampling that has no name
         return None
 

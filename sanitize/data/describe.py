@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pyarrow.compute as pc
 
 from sanitize.artifacts import FileEntry
+from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Selection
 
@@ -55,7 +56,7 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
     Args:
         dataset: the index the shards were written from.
         selection: what was kept.
-        files: `clean/SHARD` -> sha256 and size, of every shard of the index; others are ignored.
+        files: `clean/SHARD` -> sha256 and size, of every shard that was written; others are ignored.
 
     Returns:
         `samples`: how many were kept, quarantined and unreadable. `n_classes`; `labels`: label -> samples kept, also
@@ -68,6 +69,8 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
     suffixes: set[str] = set()
     shards = {}
     for shard in dataset.shards:
+        if unread_suffix(shard):
+            continue  # it has no clean shard
         verdicts = selection.rows(shard, ["label", "status", "keep"])
         kept = verdicts["label"].filter(verdicts["keep"]).to_pylist()
         labels.update(kept)

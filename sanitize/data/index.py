@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import Part, Recipe, Workshop, make
 from sanitize.compute import Compute
+from sanitize.data.compression import not_read, unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode
 from sanitize.data.names import printable
@@ -28,7 +29,6 @@ from sanitize.data.samples import (
     ShardReader,
     find_image,
     image_name,
-    is_compressed,
     read_label,
 )
 from sanitize.data.sources import find_shards
@@ -37,6 +37,7 @@ from sanitize.errors import DataError
 from sanitize.progress import track
 from sanitize.storage import fingerprint
 
+_MAX_NAMED = 10  # shards in a message
 MAX_CLASSES = 1000  # without n_classes, a larger label is taken for a mistake: one hostile label must not size a model
 
 
@@ -53,6 +54,8 @@ class IndexConfig(BaseModel):
         image: how images are decoded.
         limits: what one sample may cost.
         max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops.
+        max_bad_shards: number of shards above which the run stops that are damaged and have no usable sample: nothing
+            says how many samples were in them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +66,7 @@ class IndexConfig(BaseModel):
     image: ImageConfig = ImageConfig()
     limits: SampleLimits = SampleLimits()
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
+    max_bad_shards: int = Field(default=0, ge=0)
 
 
 def index_shards(
@@ -87,12 +91,15 @@ def index_shards(
 
     Raises:
         ConfigError: no shards, or one of them twice.
-        DataError: a shard cannot be opened, no sample is usable, or more than `max_bad_fraction` are not.
+        DataError: a shard cannot be opened, no sample is usable, more than `max_bad_fraction` are not, or nothing
+            could be read of more than `max_bad_shards` shards.
         ArtifactError: `out` was made from other shards.
     """
     compute.activate()
     found = dict(sorted(sources.items())) if isinstance(sources, Mapping) else find_shards(sources)
-    recipe = Recipe(stage="index_shards", config=config.model_dump(mode="json"), inputs=dict.fromkeys(found, "shard"))
+    _refuse_unread(config, found)
+    settings = config.model_dump(mode="json")
+    recipe = Recipe(stage="index_shards", version=2, config=settings, inputs=dict.fromkeys(found, "shard"))
     with track("index", None) as advance:
 
         def write_part(shard: str, part: Part) -> None:
@@ -112,6 +119,13 @@ def index_shards(
         )
 
 
+def _refuse_unread(config: IndexConfig, found: Mapping[str, str]) -> None:
+    """Raise DataError before anything is read where names alone say that too much cannot be."""
+    unread = [f"{printable(shard)} ({not_read(unread_suffix(shard))})" for shard in found if unread_suffix(shard)]
+    if len(unread) > config.max_bad_shards:
+        raise _too_many(unread, len(found), config)
+
+
 def index_shard(
     url: str, config: IndexConfig, advance: Callable[[int], None] = lambda _n: None
 ) -> tuple[pa.Table, dict[str, Any]]:
@@ -123,7 +137,7 @@ def index_shard(
         return _judge(sample, config, n_classes)
 
     found = None
-    if headers_only and config.label is not None and not is_compressed(url):
+    if headers_only and config.label is not None and not unread_suffix(url):
         found = plain_rows(url, config.limits, config.label, n_classes, judge, advance)
     if found is None:
         found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
@@ -180,16 +194,54 @@ def _describe(config: IndexConfig, shards: list[str], workshop: Workshop) -> dic
     }
 
 
-def _refuse_if_bad(config: IndexConfig, n_ok: int, reasons: Counter[str], summaries: dict[str, Any]) -> None:
-    n_bad = reasons.total()
-    damaged = [f"{shard} ({s['damage']})" for shard, s in summaries.items() if s["damage"]]
+def bad_shards(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Shards that are damaged and have no usable sample, and the damage. An archive that is empty is not damaged.
+
+    Args:
+        summaries: of each shard, as `index_shard` gives them and `dataset.json` holds them.
+    """
+    return {
+        shard: str(summary["damage"])
+        for shard, summary in summaries.items()
+        if summary["damage"] and summary["counts"]["samples"] == summary["counts"]["unreadable"]
+    }
+
+
+def _refuse_if_bad(
+    config: IndexConfig, n_ok: int, reasons: Mapping[str, int], summaries: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise DataError where too much is bad.
+
+    Args:
+        config: how much may be bad.
+        n_ok: usable samples.
+        reasons: reason -> unreadable samples.
+        summaries: of each shard, as `index_shard` gives them.
+    """
+    n_bad, bad = sum(reasons.values()), bad_shards(summaries)
+    if n_ok == 0:
+        damaged = [f"{printable(shard)} ({s['damage']})" for shard, s in summaries.items() if s["damage"]]
+        why = [f"{n} x {reason}" for reason, n in Counter(reasons).most_common(3)]
+        raise DataError(
+            f"no usable sample in {len(summaries)} shards{': ' if damaged or why else ''}" + _some(damaged + why)
+        )
+    if len(bad) > config.max_bad_shards:
+        named = [f"{printable(shard)} ({damage})" for shard, damage in bad.items()]
+        raise _too_many(named, len(summaries), config)
     if n_bad > config.max_bad_fraction * (n_ok + n_bad):
-        why = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+        most = "; ".join(f"{n} x {reason}" for reason, n in Counter(reasons).most_common(3))
         raise DataError(
             f"{n_bad} of {n_ok + n_bad} samples are unreadable, more than max_bad_fraction={config.max_bad_fraction}: "
-            f"{why}. Look with `sanitize inspect`; raise max_bad_fraction only if this is expected"
+            f"{most}. Look with `sanitize inspect`; raise max_bad_fraction only if this is expected"
         )
-    if n_ok == 0:
-        raise DataError(
-            f"no usable sample in {len(summaries)} shards{': ' + ', '.join(damaged[:3]) if damaged else ''}"
-        )
+
+
+def _too_many(named: Sequence[str], n_shards: int, config: IndexConfig) -> DataError:
+    return DataError(
+        f"{len(named)} of {n_shards} shards could not be read, more than max_bad_shards={config.max_bad_shards}: "
+        f"{_some(named)}. Repair or remove them, or raise index.max_bad_shards to go on without them"
+    )
+
+
+def _some(what: Sequence[str]) -> str:
+    return ", ".join(what[:_MAX_NAMED]) + (f" and {len(what) - _MAX_NAMED} more" if len(what) > _MAX_NAMED else "")

@@ -1,6 +1,9 @@
-"""Names of members: what a key and a suffix are, for one name and for many at once."""
+"""Names of members: what a key and a suffix are, for one name and for many at once; which names are one file."""
 
 import re
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from unicodedata import normalize
 
 import numpy as np
 
@@ -10,6 +13,13 @@ _DOT, _SLASH, _WORD, _OTHER = 1, 2, 3, 4
 _KINDS = np.full(256, _OTHER, np.uint8)
 _KINDS[list(b"-_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")] = _WORD
 _KINDS[ord(".")], _KINDS[ord("/")], _KINDS[0] = _DOT, _SLASH, 0
+_MAX_COMPONENT = 255  # bytes; no file system holds more
+_MAX_PATH = 1024  # characters; to normalise n accents takes n * n steps, and macOS has no longer paths
+_MAX_FOLDERS = 64  # one inside the other
+FOLDER_BYTES = 128  # of memory for each folder that is remembered
+# What Windows cannot hold, or takes for another name: devices, a dot or blank at the end, some characters.
+_DEVICE = "(?:con|prn|aux|nul|(?:com|lpt)[0-9\xb9\xb2\xb3])"
+_UNPORTABLE = re.compile(rf'(?:^|/){_DEVICE} *(?:[./]|$)|[. ](?:/|$)|[<>:"|?*\\]', re.IGNORECASE)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -50,3 +60,116 @@ def printable(name: str) -> str:
         return name
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def as_path(name: str) -> str:
+    """The file that a name stands for: without `.` and empty components, in Unicode's form NFC (as file systems of
+    Apple compare names). Two names of one file differ in nothing else, except on file systems that ignore case."""
+    if (
+        name.isascii()
+        and "//" not in name
+        and "/." not in name
+        and not name.startswith((".", "/"))
+        and name[-1:] != "/"
+    ):
+        return name
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if len(name) <= _MAX_PATH:
+        parts = [normalize("NFC", part) if len(part) <= _MAX_COMPONENT else part for part in parts]
+    return "/".join(parts)
+
+
+def folded_path(name: str) -> str:
+    """The same for a file system that ignores case, and the dots and blanks at the end of a name."""
+    parts = as_path(as_path(name.replace("\\", "/")).casefold()).split("/")
+    return "/".join(stripped for part in parts if (stripped := part.rstrip(". ")))
+
+
+def is_portable(name: str) -> bool:
+    """Whether every common file system can hold a file of this name."""
+    name = as_path(name)
+    parts = name.split("/")
+    longest = max(len(part.encode("utf-8", "surrogateescape")) for part in parts)
+    return longest <= _MAX_COMPONENT and len(parts) <= _MAX_FOLDERS and not _UNPORTABLE.search(name)
+
+
+class SeenPaths:
+    """The files and folders of the samples of a shard so far, to see whether another sample has files of its own.
+
+    Args:
+        path_of: the path of a name on the file system in question.
+    """
+
+    def __init__(self, path_of: Callable[[str], str] = as_path) -> None:
+        self._path_of = path_of
+        self._samples: dict[str, tuple[str, tuple[str, ...]]] = {}  # path of the key -> key, suffixes
+        self._shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # the same suffixes are held once
+        self._folders: set[int] = set()  # hashes of paths
+        self._folder = ""
+        self._folder_is_member = False
+
+    @property
+    def folder_bytes(self) -> int:
+        """Memory that the folders take, about."""
+        return FOLDER_BYTES * len(self._folders)
+
+    def add(self, key: str, names: Sequence[str]) -> str | None:
+        """Take in a sample and the names of its members; what is wrong with the key, or None."""
+        path = self._path_of(key)
+        if path in self._samples:
+            same = self._samples[path][0] == key
+            return "occurs a second time in the shard" if same else "names the same file as an earlier key"
+        paths = [self._path_of(name) for name in names]
+        suffixes = tuple(split_name(name)[1] for name in paths)
+        self._samples[path] = (key, self._shared.setdefault(suffixes, suffixes))
+        folder = path.rpartition("/")[0]
+        if folder.count("/") >= _MAX_FOLDERS:
+            return f"lies more than {_MAX_FOLDERS} folders deep"
+        if folder != self._folder:
+            self._enter(folder)
+        if self._folder_is_member:
+            return "lies in a folder that has the name of an earlier member"
+        if self._folders and not self._folders.isdisjoint(map(hash, paths)):
+            return "has a member with the name of a folder"
+        return None
+
+    def _enter(self, folder: str) -> None:
+        parents = list(accumulate(folder.split("/"), "{}/{}".format)) if folder else []
+        self._folder, self._folder_is_member = folder, any(map(self._is_member, parents))
+        self._folders.update(map(hash, parents))
+
+    def _is_member(self, path: str) -> bool:
+        key, suffix = split_name(path)
+        return suffix in self._samples.get(key, ("", ()))[1]
+
+
+# Words with nothing in them that Markdown, in any dialect, would take for more than words.
+_PLAIN_WORD = r"(?:\(?[^\W_]+(?:[-'_][^\W_]+|(?<=\d)\.\d+)*(?:\)| %)?[,;:.]?|&)"
+_PROSE = re.compile(rf"(?!\d+[.)](?: |$)){_PLAIN_WORD}(?: {_PLAIN_WORD})*")
+_SPAN = re.compile(r"\|+|[^|]+")
+_CUT = " …"
+
+
+def as_markdown(text: str, limit: int = 300) -> str:
+    """What strangers wrote, as Markdown that shows it and does nothing: no link, image, HTML or layout comes of it.
+
+    Anything but plain words becomes a code span, in which no dialect looks for links. Line breaks become spaces; what
+    cannot be printed is escaped as in `printable`.
+
+    Args:
+        text: a label, name, path or message.
+        limit: characters that are shown of it.
+    """
+    line = printable(" ".join(text[: 2 * limit].split()))
+    if len(line) > limit or len(text) > 2 * limit:
+        line = line[: limit - len(_CUT)] + _CUT
+    if _PROSE.fullmatch(line):
+        return line
+    # A pipe would end the cell of a table, even in a code span; dialects disagree on how to escape it there.
+    return "".join("&#124;" * len(part) if part[0] == "|" else _code(part) for part in _SPAN.findall(line))
+
+
+def _code(text: str) -> str:
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    edge = " " if text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{edge}{text}{edge}{fence}"

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from sanitize.data.decode import IMAGE_SUFFIXES
-from sanitize.data.names import printable, split_usual
+from sanitize.data.names import FOLDER_BYTES, printable, split_usual
 from sanitize.data.samples import Sample, SampleLimits, ShardFile, ShardReader
 from sanitize.data.tar import TarLimits
 from sanitize.data.tar_plain import SMALL, NotPlain, PlainMembers, read_plain
@@ -149,14 +149,15 @@ class _Plain(NamedTuple):
 def _read(url: str, limits: SampleLimits, suffix: str, n_classes: int) -> _Plain:
     columns: list[tuple[np.ndarray, ...]] = []
     odd_labels: dict[int, bytes] = {}
-    n = listed = 0
+    n = listed = folders = 0
     with open_read(url) as file:
         stream = ShardFile(file, url, digest=False)
         for found in read_plain(cast(BinaryIO, stream), TarLimits(max_member_bytes=limits.max_sample_bytes)):
             usual = split_usual(found.names_N)
             # Names and 512 bytes a member, as SampleReader counts.
             listed += int((np.char.str_len(found.names_N) + 512).sum())
-            if usual is None or listed > limits.max_listing_bytes:
+            folders += int(np.char.count(found.names_N, b"/").sum())  # or fewer
+            if usual is None or listed + FOLDER_BYTES * folders > limits.max_listing_bytes:
                 raise NotPlain
             is_label_N = usual[1] == suffix.encode()
             label_N = np.full(len(is_label_N), -1)

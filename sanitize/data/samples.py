@@ -4,7 +4,6 @@ A sample is a run of members that share a key, the name up to the first dot of i
 sample, or the rest of one shard, never more; whatever is wrong is said in words and carried along.
 """
 
-import gzip
 import json
 import os
 import re
@@ -13,9 +12,11 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sanitize.data.compression import GZIP, HEAD_BYTES, GzipStream, explain, not_read, unread_suffix
 from sanitize.data.decode import IMAGE_SUFFIXES
-from sanitize.data.names import USUAL_NAME, printable, split_name
+from sanitize.data.names import USUAL_NAME, SeenPaths, printable, split_name
 from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
+from sanitize.data.tar_write import BLOCK
 from sanitize.errors import DataError
 from sanitize.hashing import Sha256
 from sanitize.storage import open_read
@@ -31,8 +32,9 @@ class SampleLimits(BaseModel):
     Attributes:
         max_sample_bytes: payload of all its members together, held in memory while it is looked at.
         max_members: members that share one key.
-        max_listing_bytes: names of all members of one shard, and 512 bytes a member; about what its index rows take
-            in memory. A shard that has more counts as damaged from there on.
+        max_listing_bytes: names of all members of one shard, 512 bytes a member and 128 a folder; about what its index
+            rows take in memory. Of a member with large extension headers, half of these count if that is more. A shard
+            that has more counts as damaged from there on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +66,7 @@ class Sample(NamedTuple):
 
 
 class ShardReader:
-    """Iterate over the samples of one shard (.tar or gzip-compressed); after the last one, see what was found.
+    """Iterate over the samples of one shard (a tar archive, gzip-compressed or not); then see what was found.
 
     Args:
         url: of the shard.
@@ -74,6 +76,7 @@ class ShardReader:
 
     Attributes:
         damage: why reading stopped early, or what is odd about the archive; None when all is well.
+        is_gzip: whether the file is gzip-compressed, whatever its name; known with the first sample.
         sha256: of the shard file as it is stored, known after the last sample; "" without `digest`.
         size: its bytes.
     """
@@ -84,18 +87,27 @@ class ShardReader:
         self.url = url
         self.limits = limits or SampleLimits()
         self.damage: str | None = None
+        self.is_gzip = False
         self.sha256 = ""
         self.size = 0
         self._suffix, self._digest = suffix, digest
 
     def __iter__(self) -> Iterator[Sample]:
-        with open_read(self.url) as file:
-            raw = ShardFile(file, self.url, self._digest)
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=cast(Any, raw)) if is_compressed(self.url) else raw)
-            samples = SampleReader(stream, self.limits, self._suffix)
-            yield from samples
-            self.damage = samples.damage
-            self.sha256, self.size = raw.finish()
+        with open_read(self.url) as stream:
+            file = ShardFile(stream, self.url, self._digest)
+            self.is_gzip = file.is_gzip
+            if unread := unread_suffix(self.url):
+                self.damage = not_read(unread)
+            else:
+                samples = SampleReader(file.archive(), self.limits, self._suffix)
+                is_empty = True
+                for sample in samples:
+                    is_empty = False
+                    yield sample
+                self.damage = samples.damage
+                if is_empty and self.damage:
+                    self.damage = explain(file.head) or self.damage
+            self.sha256, self.size = file.finish()
 
 
 class SampleReader:
@@ -107,22 +119,21 @@ class SampleReader:
         self._limits, self._suffix = limits, suffix
 
     def __iter__(self) -> Iterator[Sample]:
-        seen: set[str] = set()
+        seen = SeenPaths()
         group: _Group | None = None
         position = listed = 0
         try:
             for member in self._reader:
+                listed += max(len(member.name) + BLOCK, (member.offset - member.start) // 2 - BLOCK)
+                if listed + seen.folder_bytes > self._limits.max_listing_bytes:
+                    raise TarDamage("more names than max_listing_bytes", member.start)
                 if member.kind == "directory":
                     continue  # webdataset steps over them too: between two members of a sample they split nothing
-                listed += len(member.name) + 512
-                if listed > self._limits.max_listing_bytes:
-                    raise TarDamage("more names than max_listing_bytes", member.start)
                 usual = USUAL_NAME.fullmatch(member.name)
                 key, suffix = usual.groups() if usual else split_name(member.name)
                 if group is None or key != group.key:
                     if group is not None:
-                        yield group.sample(position, duplicate=group.key in seen)
-                        seen.add(group.key)
+                        yield group.sample(position, seen)
                         position += 1
                     group = _Group(key, member.start, self._limits)
                 if group.add(member, usual is not None) and self._suffix in (None, suffix.lower()):
@@ -131,11 +142,11 @@ class SampleReader:
             self.damage = f"{error.reason} at byte {error.offset}"
             if group is not None:
                 group.problem = f"the shard is damaged here: {error.reason}"
-                yield group.sample(position, duplicate=False)
+                yield group.sample(position, None)
             return
         self.damage = self._reader.warning
         if group is not None:
-            yield group.sample(position, duplicate=group.key in seen)
+            yield group.sample(position, seen)
 
 
 class _Group:
@@ -181,18 +192,42 @@ class _Group:
             return f"sample has more than max_members {self._limits.max_members}"
         return None
 
-    def sample(self, position: int, duplicate: bool) -> Sample:
-        problem = f"key '{printable(self.key)}' occurs a second time in the shard" if duplicate else self.problem
+    def sample(self, position: int, seen: SeenPaths | None) -> Sample:
+        """The sample, once it is complete; `seen`: those before it, to which it is added."""
+        clash = seen.add(self.key, [name for name, _ in self._sizes]) if seen is not None else None
+        problem = self.problem if clash is None else f"key '{printable(self.key)}' {clash}"
         return Sample(position, self.key, self.members, problem, self._sizes, self._start, self._end)
 
 
 class ShardFile:
-    """A shard as it is stored: hashed as it goes by, and then read forward only; or seekable."""
+    """A shard as it is stored, from its beginning: hashed as it goes by, and then read forward only; or seekable.
+
+    Attributes:
+        head: its first bytes.
+    """
 
     def __init__(self, file: BinaryIO, url: str, digest: bool) -> None:
         self._file, self._url = file, url
+        self.head = self._look()
         self._sha256 = Sha256() if digest else None
         self._size = 0
+
+    def _look(self) -> bytes:
+        try:
+            head = self._file.read(HEAD_BYTES)
+            self._file.seek(0)
+        except OSError as error:
+            raise DataError(f"cannot read {self._url}: {error}") from error
+        return head
+
+    @property
+    def is_gzip(self) -> bool:
+        """Whether the file is gzip-compressed, whatever its name."""
+        return self.head.startswith(GZIP)
+
+    def archive(self) -> BinaryIO:
+        """The tar archive: this stream, or what it decompresses to."""
+        return cast(BinaryIO, GzipStream(self) if self.is_gzip else self)
 
     def read(self, size: int = -1) -> bytes:
         """As that of any stream. Raises DataError where the disk or the store fails."""
@@ -232,11 +267,6 @@ class ShardFile:
         while self.read(_SKIPPED_BYTES):
             pass
         return self._sha256.hexdigest(), self._size
-
-
-def is_compressed(name: str) -> bool:
-    """True for .tar.gz and .tgz."""
-    return name.endswith((".gz", ".tgz"))
 
 
 class BadLabel(ValueError):
@@ -286,18 +316,19 @@ def _json_field(data: bytes, field: str) -> bytes:
         raise BadLabel(f"the json member is larger than {_MAX_JSON_BYTES} bytes")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if sum(name == field for name, _ in pairs) > 1:  # parsers differ in which of them they take
+        found = dict(pairs)
+        if len(found) < len(pairs) and sum(name == field for name, _ in pairs) > 1:  # parsers differ in which they take
             raise BadLabel(f"the json member has field {field!r} twice")
-        return dict(pairs)
+        return found
 
     try:
         record = json.loads(data, object_pairs_hook=once)
+        if not isinstance(record, dict) or field not in record:
+            raise BadLabel(f"the json member has no field {field!r}")
+        value = record[field]
+        text = value if isinstance(value, str) else json.dumps(value)
     except BadLabel:
         raise
     except (ValueError, RecursionError) as error:
         raise BadLabel("the json member is not valid JSON") from error
-    if not isinstance(record, dict) or field not in record:
-        raise BadLabel(f"the json member has no field {field!r}")
-    value = record[field]
-    text = value if isinstance(value, str) else json.dumps(value)
     return text.encode("utf-8", "surrogatepass")

@@ -1,18 +1,48 @@
-"""Which shards a user means: directories, globs, brace ranges and URLs become names and places."""
+"""Which shards a user means: directories, globs, brace ranges and URLs become names and places.
+
+A folder is *searched* (at every depth): files with the suffix of a shard are shards, whatever else lies there. What a
+source names, one by one or in a brace range, is a shard whatever its suffix. Names found by searching are never
+expanded again.
+"""
 
 import glob
 import os
 import re
-from collections.abc import Sequence
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from sanitize import remote
-from sanitize.errors import ConfigError, DataError
+from sanitize.data.compression import UNREAD_SUFFIXES, not_read, unread_suffix
+from sanitize.data.names import printable
+from sanitize.errors import ConfigError, DataError, SanitizeError
 from sanitize.storage import absolute, check_url, is_local, join, local_path
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_SUFFIXES = (*SHARD_SUFFIXES, *UNREAD_SUFFIXES)
+# Files of ours are named after a shard: ".tmp-" and 12 digits before its name while they are written, ".parquet" behind
+# it. File systems allow 255 bytes.
+MAX_NAME_BYTES = 220
+MAX_PATH_BYTES = 1024  # of a name with its folders; systems allow 4096, of which the run folder takes some
 # The name of a shard becomes that of files we write, and is printed: no control characters, and all of it UTF-8.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_MAX_LISTED = 100_000  # entries of a folder that are looked at to say what it holds
+_PATTERN = re.compile(r"[*?[]")
+
+
+class Listing(NamedTuple):
+    """What sources find.
+
+    Attributes:
+        shards: {name: url}, sorted by name; the name is the path below the folder all shards share.
+        refused: {url: reason} of what looks like a shard and is not read, so that it can be named.
+    """
+
+    shards: dict[str, str]
+    refused: dict[str, str]
 
 
 def find_shards(sources: Sequence[str] | str, may_come: bool = False) -> dict[str, str]:
@@ -24,40 +54,124 @@ def find_shards(sources: Sequence[str] | str, may_come: bool = False) -> dict[st
 
     Returns:
         {name: url}, sorted by name, which is the path below the folder all shards share. The order in which
-        sources were given is forgotten on purpose: results must not depend on it.
+        sources were given is forgotten on purpose: results must not depend on it. Archives of a compression that is
+        not read (`.tar.xz`) are among them: the index counts them as shards of which nothing could be read.
 
     Raises:
-        ConfigError: a source finds nothing, the same shard was given twice, or its name is unfit for a file of ours.
-        DataError: a folder cannot be listed.
+        ConfigError: a source finds nothing; a shard was given twice, is a link that leads out of the folder that was
+            searched, or has a name that is unfit for a file of ours.
+        DataError: a folder cannot be listed, or what has the name of a shard is no regular file.
     """
-    from webdataset.shardlists import expand_urls
+    found, refused = _survey(sources, may_come)
+    for error in refused.values():
+        raise error
+    return found
 
+
+def list_sources(sources: Sequence[str] | str, may_come: bool = False) -> Listing:
+    """The same, where one bad file must not stop all others: what `find_shards` would raise for is in `refused`.
+
+    Archives of a compression that is not read are refused by their suffix.
+
+    Raises:
+        ConfigError: a source is no plain path or URL, or finds nothing at all.
+        StorageError: an object store does not answer.
+    """
+    found, errors = _survey(sources, may_come)
+    refused = {url: str(error) for url, error in errors.items()}
+    for name in [name for name in found if unread_suffix(name)]:
+        url = found.pop(name)
+        refused[url] = f"{printable(url)}: {not_read(unread_suffix(name))}"
+    return Listing(found, refused)
+
+
+def _survey(sources: Sequence[str] | str, may_come: bool) -> tuple[dict[str, str], dict[str, SanitizeError]]:
+    """Shards by name, sorted, and what is wrong with others, by URL."""
     urls: list[str] = []
+    refused: dict[str, SanitizeError] = {}
     for source in [sources] if isinstance(sources, str) else sources:
         check_url(source)
-        for url in expand_urls(source):
-            found = _expand(check_url(url))  # again: braces may have hidden what it is
-            if not found and not (may_come and _has_folder(url)):
-                raise ConfigError(f"no shards at {url!r}: expected files ending in {', '.join(SHARD_SUFFIXES)}")
-            urls += found
+        for url in _braces(source):
+            found = _expand(check_url(url), may_come)  # again: braces may have hidden what it is
+            if not (found.urls or found.refused or (may_come and _has_folder(url))):
+                raise ConfigError(
+                    f"no shards at {url!r}: expected files ending in {', '.join(SHARD_SUFFIXES)}{found.holds()}"
+                )
+            urls += found.urls
+            refused |= found.refused
     if not sources:
         raise ConfigError("no shards: the list of sources is empty")
+    urls, twice = _once([absolute(url) if is_local(url) else url for url in urls])
+    named = {}
+    names = _names(urls)
+    folders = {str(folder) for name in names for folder in Path(name).parents}
+    for name, url in names.items():
+        unfit = _unfit(name) or ("it is the folder of other shards as well" if name in folders else None)
+        if unfit is None:
+            named[name] = url
+        else:
+            refused[url] = ConfigError(f"shard '{printable(name)}' is refused: {unfit}; rename it")
+    return dict(sorted(named.items())), refused | twice
+
+
+def _braces(source: str) -> list[str]:
+    """A source with its brace ranges expanded; a path that is there is taken as it is."""
+    from webdataset.shardlists import expand_urls
+
+    if is_local(source) and local_path(source).exists():
+        return [source]
+    urls: list[str] = expand_urls(source)
+    return urls
+
+
+def _names(urls: Sequence[str]) -> dict[str, str]:
+    """Each URL by its path below the folder that all share."""
     if not urls:
         return {}
-    urls = [absolute(url) if is_local(url) else url for url in urls]
-    plain = [re.sub("/+", "/", url) for url in urls]  # a bucket may hold a//x.tar beside a/x.tar; a folder may not
-    if len(set(plain)) != len(urls):
-        twice = next(url for url, one in zip(urls, plain, strict=True) if plain.count(one) > 1)
-        raise ConfigError(f"shard {twice} is listed twice")
     folders = [url.rpartition("/")[0] for url in urls]
     base = os.path.commonpath(folders) if all(map(is_local, urls)) else _common_prefix(folders)
-    return dict(sorted((_fit_name(url[len(base) :].lstrip("/")), url) for url in urls))
+    return {url[len(base) :].lstrip("/"): url for url in urls}
 
 
-def _fit_name(name: str) -> str:
+def _once(urls: Sequence[str]) -> tuple[list[str], dict[str, SanitizeError]]:
+    """Each place once, and an error for every other way that leads to it.
+
+    Links are followed: a sample that is counted twice weighs twice. Hard links are files of their own.
+    """
+    # A bucket may hold a//x.tar beside a/x.tar; a folder may not.
+    plain = Counter(re.sub("/+", "/", url) for url in urls)
+    twice: dict[str, SanitizeError] = {
+        url: ConfigError(f"shard {printable(url)} is listed twice")
+        for url in sorted(urls)
+        if plain[re.sub("/+", "/", url)] > 1
+    }
+    by_place: dict[str, list[str]] = defaultdict(list)
+    for url in sorted(set(urls)):
+        by_place[os.path.realpath(url) if is_local(url) else re.sub("/+", "/", url)].append(url)
+    kept = []
+    for place, ways in by_place.items():
+        first = place if place in ways else ways[0]
+        kept.append(first)
+        for other in ways:
+            if other != first and is_local(other):
+                twice[other] = ConfigError(
+                    f"shard {printable(other)} is refused: through a link it is the same file as {printable(first)}, "
+                    "whose samples would count twice; remove the link"
+                )
+    return kept, twice
+
+
+def _unfit(name: str) -> str | None:
+    """Why no file of ours can have the name of this shard in its own."""
     if _UNFIT.search(name) or {".", ".."} & set(name.split("/")):
-        raise ConfigError(f"shard {name!r} is refused: control characters or '..' in its name; rename it")
-    return name
+        return "control characters or '..' in its name"
+    if "::" in name:
+        return "readers chain URLs by '::', which is in its name"
+    if max(len(part.encode()) for part in name.split("/")) > MAX_NAME_BYTES:
+        return f"its name is longer than {MAX_NAME_BYTES} bytes, and files named after it would be too long"
+    if len(name.encode()) > MAX_PATH_BYTES:
+        return f"its name with all folders is longer than {MAX_PATH_BYTES} bytes"
+    return None
 
 
 def refuse_inside(sources: Sequence[str], out: str | Path) -> None:
@@ -90,33 +204,118 @@ def _common_prefix(folders: Sequence[str]) -> str:
     return "/".join(shared)
 
 
-def _expand(url: str) -> list[str]:
-    if is_local(url):
-        path = local_path(url)
-        if path.is_dir():
-            return _files_below(path)
-        if path.exists():
-            return [str(path)]
-        return sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - the pattern may be absolute
-    return remote.expand(url, SHARD_SUFFIXES)
+class _Found:
+    """What one source finds: URLs of shards, what is refused, and suffixes of all else there is."""
+
+    def __init__(self) -> None:
+        self.urls: list[str] = []
+        self.refused: dict[str, SanitizeError] = {}
+        self.others: Counter[str] | None = None
+
+    def add(self, path: Path, within: Path | None = None) -> None:
+        """Take a local file in. `within`: the real path of the folder that was searched; None for a file of a name."""
+        error = _fault(path, within)
+        if error is None:
+            self.urls.append(str(path))
+        else:
+            self.refused[str(path)] = error
+
+    def holds(self) -> str:
+        """For the end of a message: what a folder holds that has no shards."""
+        if self.others is None:
+            return ""
+        most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))[:5]
+        counts = ", ".join(f"{n:,} {suffix}" for suffix, n in most)
+        return f"; found there: {counts or 'no files'}"
+
+
+def _expand(url: str, may_come: bool) -> _Found:
+    found = _Found()
+    if not is_local(url):
+        found.urls = remote.expand(url, _SUFFIXES)
+        if not (found.urls or _PATTERN.search(url)):
+            found.others = _suffixes(islice(remote.names_below(url), _MAX_LISTED))
+        return found
+    path = local_path(url)
+    if path.is_dir():
+        _search(path, found)
+    elif path.exists() or path.is_symlink():
+        found.add(path)
+    elif _PATTERN.search(str(path)):
+        # Where shards come in, strangers may put links for a pattern to find; else a pattern is the user's own choice.
+        folder = _folder_before_pattern(str(path))
+        for match in sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207 - the pattern may be absolute
+            found.add(Path(match), folder.resolve() if may_come else None)
+        if not (found.urls or found.refused) and folder.is_dir():
+            found.others = _suffixes(entry.name for entry in islice(folder.iterdir(), _MAX_LISTED))
+    return found
+
+
+def _search(folder: Path, found: _Found) -> None:
+    """All shards below a folder; links are not followed into other folders."""
+
+    def refuse(error: OSError) -> None:  # os.walk would go on without a word
+        found.refused[error.filename] = DataError(f"cannot list {printable(error.filename)}: {error.strerror}")
+
+    real = folder.resolve()
+    like_shards: list[Path] = []
+    found.others = Counter()
+    for where, folders, files in os.walk(folder, onerror=refuse):
+        for name in sorted(files):
+            if _is_shard(name):
+                found.add(Path(where, name), real)
+        for name in sorted(folders):
+            path = Path(where, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(real):
+                found.add(path, real)
+            elif _is_shard(name):
+                like_shards.append(path)
+        found.others += _suffixes(name for name in files if not _is_shard(name))
+    with_shards = {folder for url in found.urls for folder in Path(url).parents}
+    for path in like_shards:
+        if path not in with_shards:
+            found.add(path)
+
+
+def _fault(path: Path, within: Path | None) -> SanitizeError | None:
+    """Why a local file is not read as a shard, or None."""
+    shown = printable(str(path))
+    if "::" in str(path):
+        return ConfigError(f"shard '{shown}' is refused: readers chain URLs by '::', which is in its path; rename it")
+    try:
+        mode = path.stat().st_mode
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        why = "a link to nothing" if path.is_symlink() else getattr(error, "strerror", error)
+        return DataError(f"cannot read {shown}: {why}")
+    if within is not None and not real.is_relative_to(within):
+        return ConfigError(
+            f"{shown} is refused: a link that leads out of {printable(str(within))}, to {printable(str(real))}. Give "
+            "what it leads to, or the link itself, as a source of its own"
+        )
+    if stat.S_ISDIR(mode):
+        return DataError(f"cannot read {shown}: it is a folder, not a file")
+    return None if stat.S_ISREG(mode) else DataError(f"cannot read {shown}: it is not a regular file")
+
+
+def _suffixes(names: Iterable[str]) -> Counter[str]:
+    """How many names there are of each suffix."""
+    suffixes = (re.search(r"(\.tar)?\.[^.]{1,16}$", name.lower()) for name in names)
+    return Counter(printable(found[0]) if found else "without a suffix" for found in suffixes)
+
+
+def _folder_before_pattern(path: str) -> Path:
+    return Path(_PATTERN.split(path, maxsplit=1)[0].rpartition("/")[0] or ("/" if path.startswith("/") else "."))
 
 
 def _has_folder(url: str) -> bool:
     """Whether there is a folder that shards could come into. Buckets have none, so nothing speaks against one."""
     if not is_local(url):
         return True
-    before, *pattern = re.split(r"[*?[]", url, maxsplit=1)
-    is_folder = not pattern and not _is_shard(url)
-    return local_path(url if is_folder else before.rpartition("/")[0] or ".").is_dir()
-
-
-def _files_below(folder: Path) -> list[str]:
-    def refuse(error: OSError) -> None:  # os.walk would go on without a word
-        raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
-
-    walk = os.walk(folder, onerror=refuse)
-    return sorted(os.path.join(where, name) for where, _, files in walk for name in files if _is_shard(name))  # noqa: PTH118
+    is_folder = not _PATTERN.search(url) and not _is_shard(url)
+    return (local_path(url) if is_folder else _folder_before_pattern(str(local_path(url)))).is_dir()
 
 
 def _is_shard(name: str) -> bool:
-    return name.endswith(SHARD_SUFFIXES)
+    """True for the suffixes of archives, read or not, in upper or lower case."""
+    return name.lower().endswith(_SUFFIXES)

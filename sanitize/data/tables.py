@@ -5,6 +5,7 @@ A file a shard (and not a file a group of shards) makes the bytes independent of
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -15,8 +16,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part
-from sanitize.errors import ConfigError
+from sanitize.artifacts import Artifact, Part, first_line
+from sanitize.errors import ArtifactError, ConfigError
 from sanitize.storage import is_local
 
 N_ORIENTATIONS = 9  # of the embedding `gradients`, in each cell; Dalal & Triggs (2005) found no use in more
@@ -48,8 +49,19 @@ class ShardTables(Artifact):
         return sorted(name.removeprefix("rows/").removesuffix(".parquet") for name in names)
 
     def rows(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of one shard, in the order of its samples."""
-        return pq.read_table(self.parquet(shard), columns=columns and list(columns))
+        """Rows of one shard, in the order of its samples. Raises ArtifactError where the file holds no such rows."""
+        with self._damage(shard):
+            return pq.read_table(self.parquet(shard), columns=columns and list(columns))
+
+    @contextmanager
+    def _damage(self, shard: str) -> Iterator[None]:
+        """ArtifactError for what pyarrow raises where a file is no Parquet file, or has other columns."""
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the file cannot be opened; pyarrow also raises OSError, without a number, for what is in it
+            raise ArtifactError(f"{self.url(rows_name(shard))} is damaged: {first_line(error)}") from error
 
     def parquet(self, shard: str) -> Path | pa.BufferReader:
         """What pyarrow reads the rows of a shard from: the file, or what was fetched of it, checked."""
@@ -89,7 +101,10 @@ class Embeddings(ShardTables):
     @cached_property
     def names(self) -> list[str]:
         """The embeddings there are."""
-        schema = pq.read_schema(self.parquet(self.shards[0]))
+        if not self.shards:
+            raise ArtifactError(f"{self.path} has no rows")
+        with self._damage(self.shards[0]):
+            schema = pq.read_schema(self.parquet(self.shards[0]))
         return [field.name for field in schema if pa.types.is_fixed_size_list(field.type) and field.name != "logits"]
 
     def batches(self, name: str, size: int = 8192, shards: Sequence[str] | None = None) -> Iterator[EmbeddingBatch]:

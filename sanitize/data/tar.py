@@ -17,12 +17,14 @@ from zlib import error as zlib_error
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sanitize.data.compression import BarrenStream
 from sanitize.data.tar_write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_sum
 from sanitize.errors import DataError
 
 _CHUNK = 1 << 20  # most that is asked of the stream at once
 _LEAST = 1 << 13  # read-ahead after a long seek
 _MOST_HEAD = 1 << 13  # more than TarWriter puts before a payload
+_MAX_RECORDS = 1000  # in one PAX header; writers put about ten there
 _ASCII = bytes(range(128))
 _NO_PAYLOAD = {b"1": "hard link", b"2": "symbolic link", b"3": "character device", b"4": "block device", b"6": "fifo"}
 _PAYLOAD = {b"S": "sparse file", b"D": "GNU dump directory", b"M": "part of another volume", b"V": "volume label"}
@@ -80,6 +82,7 @@ class TarLimits(BaseModel):
         max_member_bytes: a larger file is refused, and stepped over.
         max_name_bytes: a member with a longer name is refused; the name it reports is cut there.
         max_extension_bytes: one PAX or GNU long-name header; the member behind a larger one is refused.
+        max_headers_bytes: all headers before one payload; an archive with more counts as broken there.
         max_trailing_bytes: read behind the end-of-archive marker to see whether something hides there, and to reach
             the checksum of a compressed stream.
         max_archive_bytes: read from the stream in all; bounds the time a compression bomb takes.
@@ -90,6 +93,7 @@ class TarLimits(BaseModel):
     max_member_bytes: int = Field(default=2**30, gt=0)
     max_name_bytes: int = Field(default=MAX_NAME_BYTES, ge=256)  # a ustar header alone can hold 256
     max_extension_bytes: int = Field(default=2**16, gt=0)
+    max_headers_bytes: int = Field(default=2**21, gt=0)
     max_trailing_bytes: int = Field(default=2**24, ge=0)
     max_archive_bytes: int = Field(default=2**38, gt=0)
 
@@ -199,13 +203,19 @@ class TarReader:
                 break
             self._extend(extra, kind, at, size, start)
             at += size + 511 & -512
+            self._limit_headers(at, start)
         more = kind == b"S" and block[482]  # blocks of a sparse map
         while more:
             block = self._source.get(at, BLOCK)
             if len(block) < BLOCK:
                 raise self._damage("truncated in a header", start)
             more, at = block[504], at + BLOCK
+            self._limit_headers(at, start)
         return extra.member(kind, name, size, start, at, self.limits)
+
+    def _limit_headers(self, at: int, start: int) -> None:
+        if at - start > self.limits.max_headers_bytes:
+            raise TarDamage("more extension headers before a member than max_headers_bytes", start)
 
     def _extend(self, extra: "_Extra", kind: bytes, at: int, size: int, start: int) -> None:
         """Note what one extension header says."""
@@ -249,8 +259,11 @@ class TarReader:
             if seen > self.limits.max_trailing_bytes:
                 self._warn("more than max_trailing_bytes behind the end-of-archive marker")
                 return
-        if self._source.failure:
+        if not self._source.failure:
+            return
+        if self._source.verified < at + len(second):
             raise self._damage("", at)
+        self._warn("data behind the end of the compressed stream")  # the checksum of what holds the samples was right
 
     def _damage(self, reason: str, offset: int) -> TarDamage:
         return TarDamage(self._source.failure or reason, offset)
@@ -275,6 +288,11 @@ class Source:
             self._origin = stream.tell()
             self.present = stream.seek(0, os.SEEK_END) - self._origin
             stream.seek(self._origin)
+
+    @property
+    def verified(self) -> int:
+        """Bytes whose checksum was right, where the stream has checksums."""
+        return int(getattr(self._stream, "verified", 0))
 
     def cover(self, start: int, n: int) -> bool:
         """Make the window hold bytes start : start + n, start >= base; False where they end before."""
@@ -327,8 +345,8 @@ class Source:
         except EOFError:
             self.failure = "compressed stream is cut"
             return b""
-        except (gzip.BadGzipFile, zlib_error):
-            self.failure = "compressed stream is corrupt"
+        except (gzip.BadGzipFile, zlib_error) as error:
+            self.failure = str(error) if isinstance(error, BarrenStream) else "compressed stream is corrupt"
             return b""
         self._left -= len(piece)
         return piece
@@ -404,9 +422,12 @@ def tells_only_time(body: bytes, size: int) -> bool:
 
 
 def _pax_records(body: bytes) -> dict[bytes, bytes] | None:
-    """Records "LENGTH KEY=VALUE\\n" up to the end or a NUL; None if one is malformed."""
-    records, at = {}, 0
-    while at < len(body) and body[at]:
+    """Records "LENGTH KEY=VALUE\\n" up to the end or a NUL; None if one is malformed, or there are too many."""
+    records: dict[bytes, bytes] = {}
+    at = 0
+    for _ in range(_MAX_RECORDS):
+        if at >= len(body) or not body[at]:
+            return records
         length, _, _ = body[at : at + 20].partition(b" ")
         end = at + int(length) if length.isdigit() else 0
         key, equals, value = body[at + len(length) + 1 : end - 1].partition(b"=")
@@ -414,7 +435,7 @@ def _pax_records(body: bytes) -> dict[bytes, bytes] | None:
             return None
         records[key] = value
         at = end
-    return records
+    return None
 
 
 def _parse(block: bytes, start: int) -> tuple[bytes, bytes, int]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from sanitize.artifacts import Part
-from sanitize.data.samples import is_compressed
+from sanitize.data.compression import is_compressed
 from sanitize.data.tar_write import TarWriter
 from sanitize.storage import HashingWriter
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.errors import ConfigError
+from sanitize.errors import ArtifactError, ConfigError
 from sanitize.progress import track
 from sanitize.stage import Work, stage
 from sanitize.streaming import Moments
@@ -79,7 +79,14 @@ class PCA(Artifact):
     @cached_property
     def components(self) -> Components:
         """What was found."""
-        return Components(**safetensors.torch.load(self.read("pca.safetensors")))
+        names = Components._fields
+        tensors = self.read_tensors("pca.safetensors", *names)
+        found = Components(**{name: tensors[name] for name in names})
+        n_pixels, n = found.vectors_DR.shape if found.vectors_DR.ndim == 2 else (0, -1)
+        wanted = ((n_pixels,), (n,), (n_pixels, n), ())
+        if tuple(tuple(t.shape) for t in found) != wanted or not all(t.isfinite().all() for t in found):
+            raise ArtifactError(f"{self.path} does not hold finite principal components")
+        return found
 
 
 @stage(PCA, gpu=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
+from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode, encode_png
 from sanitize.data.names import split_name
@@ -69,6 +70,8 @@ def denoise_shards(
     image = ImageConfig.model_validate(dataset.info["image"] | {"size": dataset.image_shape[1:]})
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
+        if unread_suffix(shard):
+            return  # nothing was read, and a file of ours must be what its name says
         with shard_writer(part, f"shards/{shard}") as tar:
             for sample, row in dataset.samples(shard):
                 if row["status"] == "ok":

@@ -27,7 +27,12 @@ class Projection(Artifact):
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        return safetensors.torch.load(self.read("projection.safetensors"))
+        tensors = self.read_tensors("projection.safetensors", "mean", "map")
+        mean_D, map_Dr = tensors["mean"], tensors["map"]
+        is_right = mean_D.ndim == 1 and map_Dr.ndim == 2 and len(mean_D) == len(map_Dr)
+        if not (is_right and mean_D.isfinite().all() and map_Dr.isfinite().all()):
+            raise ArtifactError(f"{self.path} does not hold a finite mean (D,) and map (D, r)")
+        return tensors
 
     @property
     def n_components(self) -> int:

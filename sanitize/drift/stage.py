@@ -64,8 +64,7 @@ class Drift(Artifact):
     def info(self) -> dict[str, Any]:
         """`verdict`; `reasons`; `level` of one question; `answers`: question, label (None: all), answer, limit, alarm;
         `classes`: label -> samples here and in the reference."""
-        info: dict[str, Any] = self.read_json("drift.json")
-        return info
+        return self.read_object("drift.json", "verdict", "reasons")
 
 
 class Finding(NamedTuple):

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import safetensors.torch
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part, Recipe, first_line, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Embeddings, Selection, write_rows
@@ -40,14 +40,20 @@ class Statistics(Embeddings):
     @cached_property
     def info(self) -> dict[str, Any]:
         """statistics.json: `classes`: label -> n (readable) and removed; `unreadable`; and what was asked for."""
-        info: dict[str, Any] = self.read_json("statistics.json")
-        return info
+        return self.read_object("statistics.json", "classes", "n_components", "unreadable")
 
     @cached_property
     def moments(self) -> ClassMoments:
         """Of the kept samples of each class, in the coordinates of the projection."""
-        state = safetensors.torch.load(self.read("moments.safetensors"))
-        return ClassMoments.from_state_dict(self.info["n_components"], state)
+        state, n = self.read_tensors("moments.safetensors"), self.info["n_components"]
+        try:
+            found = ClassMoments.from_state_dict(n, state)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ArtifactError(f"{self.path} does not hold moments of classes: {first_line(error)}") from error
+        shapes = {(one.mean_D.shape, one.scatter_DD.shape) for one in found.of.values()}
+        if shapes - {((n,), (n, n))} or not all(tensor.isfinite().all() for tensor in state.values()):
+            raise ArtifactError(f"{self.path} does not hold finite moments of {n} components")
+        return found
 
     @property
     def counts(self) -> dict[int, dict[str, int]]:

@@ -99,7 +99,7 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
             history = _train(model, model_config, config, dataset, compute)
         write_checkpoint(part, model, model_config, history)
 
-    return make(Checkpoint, out, recipe, write, sources=sources)
+    return make(Checkpoint, out, recipe, write, sources=sources).of_own(config.architecture)
 
 
 def _train(

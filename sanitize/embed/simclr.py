@@ -158,7 +158,7 @@ def pretrain_simclr(
         write_checkpoint(part, fitted[0], model_config, fitted[1])
         part.counts.update(samples=sum(of.n_samples for of in datasets))
 
-    return make_together(Checkpoint, out, recipe, fit, write)
+    return make_together(Checkpoint, out, recipe, fit, write).of_own(config.architecture)
 
 
 def _train(

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
+from sanitize import exact
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.compute import Compute
 from sanitize.data.dataset import Batch, Dataset
@@ -24,7 +26,8 @@ class EmbedConfig(BaseModel):
         penultimate: name of the head Linear whose input is the embedding; None finds the last Linear that runs.
         pixel_side: the embedding `pixels` is the image itself, averaged down to at most this height and width.
         gradient_cells: the embedding `gradients` describes the image by this many cells a side.
-        batch_size: images in one forward pass. Part of the recipe: kernels may round differently at other sizes.
+        batch_size: images read at once, and on a GPU in one forward pass; every pass has this shape there, 32 images on
+            a CPU (`Compute.full_blocks`). Part of the recipe: kernels may round differently at other sizes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +48,10 @@ def embed_shards(
 ) -> Embeddings:
     """Embed every usable sample.
 
+    On a CPU the embeddings of a sample depend on the model and its image alone, not on the shard it lies in or the
+    samples beside it, to the bit (`tests/embed/test_stage.py` asks every architecture of the library). On a GPU all
+    forward passes have one shape; whether its libraries round a row in the same way everywhere in it is up to them.
+
     Args:
         config: which layer, how many at once.
         dataset: what to embed.
@@ -64,6 +71,7 @@ def embed_shards(
     compute.activate()
     recipe = Recipe(
         stage="embed_shards",
+        version=2,
         config=config.model_dump(mode="json"),
         numerics=compute.numerics,
         inputs={"dataset": dataset.digest, "checkpoint": checkpoint.digest},
@@ -87,17 +95,32 @@ def embed_shards(
 
 def _load(config: EmbedConfig, checkpoint: Checkpoint, compute: Compute) -> Tapped:
     model = checkpoint.model()
+    if compute.torch_device.type == "cpu":
+        exact.make_narrow_linears_exact(model)
     taps = find_taps(model, checkpoint.config.example(), config.penultimate)
     return Tapped(model.to(compute.torch_device, memory_format=torch.channels_last), taps)  # type: ignore[call-overload]
 
 
-def _embed(config: EmbedConfig, tapped: Tapped, batch: Batch, checkpoint: Checkpoint, compute: Compute) -> pa.Table:
+def _see(
+    config: EmbedConfig, tapped: Tapped, images_bCHW: Tensor, checkpoint: Checkpoint, compute: Compute, n: int
+) -> dict[str, Tensor]:
+    """All embeddings of the first n images of a block, float32 on the CPU."""
     with torch.inference_mode(), compute.autocast():
-        images_BCHW = batch.images_BCHW.to(compute.torch_device)
-        x_BCHW = checkpoint.config.normalise(images_BCHW)
-        seen = tapped(x_BCHW.contiguous(memory_format=torch.channels_last))
-    seen["pixels"] = reduced_pixels(images_BCHW, config.pixel_side)
-    seen["gradients"] = oriented_gradients(images_BCHW, config.gradient_cells)
+        images_bCHW = images_bCHW.to(compute.torch_device)
+        x_bCHW = checkpoint.config.normalise(images_bCHW)
+        seen = tapped(x_bCHW.contiguous(memory_format=torch.channels_last))
+    seen["pixels"] = reduced_pixels(images_bCHW, config.pixel_side)
+    seen["gradients"] = oriented_gradients(images_bCHW, config.gradient_cells)
+    return {name: x_bD[:n].float().cpu() for name, x_bD in seen.items()}
+
+
+def _joined(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([of_block[name] for of_block in seen]) for name in seen[0]}
+
+
+def _embed(config: EmbedConfig, tapped: Tapped, batch: Batch, checkpoint: Checkpoint, compute: Compute) -> pa.Table:
+    blocks = compute.full_blocks(batch.images_BCHW, config.batch_size)
+    seen = _joined([_see(config, tapped, images_bCHW, checkpoint, compute, n) for images_bCHW, n in blocks])
     columns: dict[str, pa.Array] = {
         "position": pa.array(batch.positions_B.numpy()),
         "key": pa.array(batch.keys),
@@ -106,7 +129,7 @@ def _embed(config: EmbedConfig, tapped: Tapped, batch: Batch, checkpoint: Checkp
     }
     for name in ("logits", "penultimate", "pooled", "pixels", "gradients"):
         if name in seen:
-            x_BD = seen[name].float().cpu()
+            x_BD = seen[name]
             if not (finite_B := x_BD.isfinite().all(1)).all():
                 key = batch.keys[int((~finite_B).nonzero()[0])]
                 raise NumericsError(f"{name} of {batch.shard}, key {key}, is not finite; check the model's weights")

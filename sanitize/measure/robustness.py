@@ -61,8 +61,7 @@ class Robustness(Artifact):
         """samples, clean_accuracy; norm; accuracy: [[radius, share that no smaller perturbation was found for], ...];
         mean, median length over the samples that are right (where nothing was found, the largest radius counts), and
         not_found, how many those are; gradient_norm, alpha: mean alpha_d for d = 1, 2, ..."""
-        summary: dict[str, Any] = self.read_json("robustness.json")
-        return summary
+        return self.read_object("robustness.json", "samples", "norm", "accuracy")
 
     def table(self) -> pa.Table:
         """One row an image."""

@@ -16,7 +16,7 @@ class CNN9Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["cnn9"] = "cnn9"
-    width: int = Field(default=128, ge=1)
+    width: int = Field(default=128, ge=1, le=16_384)
     dropout: float = Field(default=0.25, ge=0, lt=1)
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sanitize.models.sizes import Widths
+
 
 class ConvNetConfig(BaseModel):
     """Architecture of `ConvNet`; `widths` has one entry a block, so its length is the depth."""
@@ -17,7 +19,7 @@ class ConvNetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["convnet"] = "convnet"
-    widths: tuple[int, ...] = Field(default=(32, 64, 128), min_length=1)
+    widths: Widths = (32, 64, 128)
     convs_per_block: int = Field(default=1, ge=1, le=4)
 
 

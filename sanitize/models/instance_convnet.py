@@ -7,8 +7,10 @@ mapped to does not depend on its company. Shapes: B batch, C channels, H W image
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from sanitize.models.sizes import Widths
 
 
 class InstanceConvNetConfig(BaseModel):
@@ -17,7 +19,7 @@ class InstanceConvNetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["instance_convnet"] = "instance_convnet"
-    widths: tuple[int, ...] = Field(default=(128, 128, 128), min_length=1)
+    widths: Widths = (128, 128, 128)
 
 
 class InstanceConvNet(nn.Module):

@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sanitize.models.sizes import Widths
+
 
 class MLPConfig(BaseModel):
     """Architecture of `MLP`: widths of the hidden layers, each followed by a leaky ReLU of that slope (0: a ReLU)."""
@@ -12,7 +14,7 @@ class MLPConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["mlp"] = "mlp"
-    widths: tuple[int, ...] = Field(default=(256,), min_length=1)
+    widths: Widths = (256,)
     negative_slope: float = Field(default=0.0, ge=0, lt=1)
 
 

@@ -18,13 +18,17 @@ def centres(n_classes: int, n_features: int, scale: float) -> Tensor:
     """
     if n_features < n_classes - 1:
         raise ConfigError(f"{n_classes} centres need {n_classes - 1} features, the embedding has {n_features}")
+    if n_classes < 2:
+        raise ConfigError("centres are as far from each other as can be: that takes two classes")
+    # Coordinate j of all later points is the same, so the algorithm's double loop over points is one over coordinates.
+    own, shared, squares = [], [], 0.0
+    for _ in range(n_classes - 1):
+        own.append((1 - squares) ** 0.5)
+        shared.append(-(1 / (n_classes - 1) + squares) / own[-1])
+        squares += shared[-1] ** 2
     mu_KD = torch.zeros(n_classes, n_features, dtype=torch.float64)
-    mu_KD[0, 0] = 1
-    for i in range(1, n_classes):
-        for j in range(i):
-            mu_KD[i, j] = -(1 / (n_classes - 1) + mu_KD[i] @ mu_KD[j]) / mu_KD[j, j]
-        if i < n_classes - 1:  # the last one is given by the others
-            mu_KD[i, i] = (1 - mu_KD[i].square().sum()).sqrt()
+    mu_KD[:, : n_classes - 1] = torch.tensor(shared, dtype=torch.float64).expand(n_classes, -1).tril(-1)
+    mu_KD[: n_classes - 1, : n_classes - 1] += torch.tensor(own, dtype=torch.float64).diag()
     return (scale * mu_KD).float()
 
 

@@ -1,9 +1,11 @@
 """A small residual network for images of 28 to 64 pixels (He et al., 2016, section 4.2: the CIFAR variant)."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+
+from sanitize.models.sizes import MAX_BLOCKS, Widths
 
 
 class ResNetConfig(BaseModel):
@@ -12,8 +14,14 @@ class ResNetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["resnet"] = "resnet"
-    widths: tuple[int, ...] = Field(default=(16, 32, 64), min_length=1)
+    widths: Widths = (16, 32, 64)
     blocks_per_stage: int = Field(default=1, ge=1, le=16)
+
+    @model_validator(mode="after")
+    def _is_not_too_deep(self) -> Self:
+        if (n_blocks := len(self.widths) * self.blocks_per_stage) > MAX_BLOCKS:
+            raise ValueError(f"{n_blocks} blocks: at most {MAX_BLOCKS}")
+        return self
 
 
 class _Block(nn.Module):

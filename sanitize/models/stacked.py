@@ -4,7 +4,8 @@ Shapes: B batch, M networks, K classes.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +19,38 @@ class Stacked(nn.Module):
     """Networks side by side. None sees another's inputs, so each is trained as if it were alone.
 
     Args:
-        networks: alike in architecture; without BatchNorm, whose statistics no batched product keeps apart, and without
+        template: one of the networks; without BatchNorm, whose statistics no batched product keeps apart, and without
             dropout, whose draws would be shared.
+        weights: of all networks, each parameter with a first axis M.
 
     Raises:
-        ConfigError: a network keeps statistics of its inputs, or draws random numbers.
+        ConfigError: the network keeps statistics of its inputs, or draws random numbers.
     """
 
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
+    def __init__(self, template: nn.Module, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        weights, buffers = stack_module_state(list(networks))
-        if buffers:
+        if buffers := [name for name, _ in template.named_buffers()]:
             raise ConfigError(f"networks that are trained side by side can keep no statistics: {', '.join(buffers)}")
-        if any(isinstance(module, _DropoutNd) for module in networks[0].modules()):
+        if any(isinstance(module, _DropoutNd) for module in template.modules()):
             raise ConfigError("networks that are trained side by side can have no dropout: choose another architecture")
-        self.n_networks = len(networks)
+        self.n_networks = len(next(iter(weights.values())))
         # Names of parameters have no dots; a template in a tuple is no submodule, it has no weights of its own.
         self._names = {name.replace(".", "__"): name for name in weights}
-        self._template = (copy.deepcopy(networks[0]).to("meta"),)
+        self._template = (copy.deepcopy(template).to("meta"),)
         for name, own in self._names.items():
             self.register_parameter(name, nn.Parameter(weights[own].detach()))
+
+    @classmethod
+    def of(cls, networks: Sequence[nn.Module]) -> Self:
+        """The networks, which are alike in architecture, with the weights they have."""
+        weights, _buffers = stack_module_state(list(networks))
+        return cls(networks[0], weights)
+
+    @classmethod
+    def empty(cls, template: nn.Module, n_networks: int) -> Self:
+        """So many networks like `template`, with weights that are still to be loaded."""
+        weights = {name: weight.new_empty(n_networks, *weight.shape) for name, weight in template.named_parameters()}
+        return cls(template, weights)
 
     def forward(self, x_B: Tensor, shared: bool = False) -> Tensor:
         """Outputs (B, M, K).
@@ -61,9 +74,9 @@ class Stacked(nn.Module):
 class Plurality(nn.Module):
     """The vote of stacked networks."""
 
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
+    def __init__(self, networks: Stacked) -> None:
         super().__init__()
-        self.networks = Stacked(networks)
+        self.networks = networks
 
     def forward(self, x_B: Tensor) -> Tensor:
         """Votes for each class (B, K), float32, of inputs that all networks see. A network that is torn between two

@@ -84,7 +84,7 @@ class Tapped:
         kept: dict[str, Tensor] = {}
 
         def keep_input(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            kept["penultimate"] = inputs[0].flatten(1)
+            kept["penultimate"] = inputs[0].flatten(1).clone()  # `flatten` of (B, D) is the tensor itself
 
         def keep_pooled(_module: nn.Module, _inputs: Any, output_BCHW: Tensor) -> None:
             # Pooled here, inside the hook: an in-place ReLU that follows would overwrite the maps.

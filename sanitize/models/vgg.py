@@ -1,10 +1,12 @@
 """The simplified VGG of I-BAU (Zeng et al. 2022, table 9): blocks of two 3x3 convolutions, each with BatchNorm and ELU,
 then max-pooling and dropout; the last map is flattened into one Linear, not averaged."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+
+from sanitize.models.sizes import Widths
 
 
 class VGGConfig(BaseModel):
@@ -18,8 +20,14 @@ class VGGConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["vgg"] = "vgg"
-    widths: tuple[int, ...] = Field(default=(32, 64, 128), min_length=1)
-    dropout: tuple[float, ...] = (0.3, 0.4, 0.4)
+    widths: Widths = (32, 64, 128)
+    dropout: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.3, 0.4, 0.4)
+
+    @model_validator(mode="after")
+    def _each_block_has_both(self) -> Self:
+        if len(self.widths) != len(self.dropout):
+            raise ValueError(f"{len(self.widths)} widths and {len(self.dropout)} dropouts: give one of each a block")
+        return self
 
 
 class VGG(nn.Module):

@@ -37,8 +37,7 @@ class Findings(Artifact):
         """cases: [{name, measures: {measure: {mean, low, high, repeats: [[how many, of how many], ...]}}}, ...]; of a
         measure that had nothing to count, mean, low and high are None. requirements: [{text, mean, low, high, met}];
         met: whether all are; not_learned: cases whose trigger the models before hardly knew; level."""
-        info: dict[str, Any] = self.read_json("findings.json")
-        return info
+        return self.read_object("findings.json", "cases", "requirements")
 
     def pictures(self) -> dict[str, bytes]:
         """PNG of two rows of images, by case."""

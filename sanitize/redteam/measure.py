@@ -6,18 +6,16 @@ Every measure is a share, kept as two counts so that repeats can be pooled. B ba
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from itertools import chain, islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
-from sanitize.attack import AttackConfig, LabelNoiseConfig, OneAttack, Poisoned, attacks_of
+from sanitize.attack import AttackConfig, Poisoned, refuse_targets, triggered, triggers_of
 from sanitize.compute import Compute
+from sanitize.data.chosen import read_chosen
 from sanitize.data.dataset import Dataset
-from sanitize.data.decode import ImageConfig, decode, encode_png, fit
-from sanitize.data.samples import Sample, find_image
+from sanitize.data.decode import encode_png
 from sanitize.data.tables import Selection
 from sanitize.errors import DataError
 from sanitize.loop import predict
@@ -73,19 +71,21 @@ def measure_case(
         truth: which samples are poisoned; None where none is.
 
     Raises:
+        ConfigError: the target of the attack is no class.
         DataError: verdicts and truth are not about the same samples.
     """
     compute.activate()
+    triggers = () if config is None else triggers_of(config)
+    refuse_targets(triggers, test.n_classes)
     inputs = {"selection": selection.digest, "test": test.digest}
     inputs |= {name: model.digest for name, model in models.items()}
     recipe = Recipe(
         stage="measure_case",
+        version=2,
         config={"attack": None if config is None else config.model_dump(mode="json")},
         numerics=compute.numerics,
         inputs=inputs | ({} if truth is None else {"truth": truth.digest}),
     )
-    attacks = () if config is None else attacks_of(config)
-    triggers = [attack for attack in attacks if not isinstance(attack, LabelNoiseConfig)]
 
     def write(part: Part) -> None:
         counts = count_removals(selection, truth)
@@ -93,12 +93,13 @@ def measure_case(
             clean = ((batch.images_BCHW, batch.labels_B) for batch in test.batches(_AT_ONCE))
             learned = {when: models[when] for when in ("before", "after")}
             counts |= {f"acc_{when}": of for when, of in _answers(learned, clean, compute, advance).items()}
-            if triggers:
-                images = chain.from_iterable(triggered(trigger, test) for trigger in triggers)
+            if config is not None and triggers:
+                attacked = triggered(config, test, test.n_classes, _AT_ONCE)
+                images = ((batch.images_BCHW, batch.wanted_B) for batch in attacked)
                 counts |= {f"asr_{when}": of for when, of in _answers(models, images, compute, advance).items()}
         part.write_json("counts.json", counts)
-        if triggers:
-            part.write("pictures.png", _pictures(triggers[0], test))
+        if config is not None and triggers and (pictures := _pictures(config, test)) is not None:
+            part.write("pictures.png", pictures)
 
     return make(Measured, out, recipe, write)
 
@@ -124,32 +125,6 @@ def count_removals(selection: Selection, truth: Poisoned | None) -> dict[str, tu
     return {"recall": (found, found + missed), "precision": (found, found + lost)} | false_removals
 
 
-def triggered(trigger: OneAttack, test: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
-    """Test images (B, C, H, W) with the trigger, and the labels that the attacker wants (B,), of the samples that have
-    another one.
-
-    The trigger is put on the image as it is stored, as in training data, and scaled with it.
-    """
-    image_config, size = ImageConfig.model_validate(test.info["image"]), test.image_shape[1:]
-    for shard in test.shards:
-        for batch in _batches(test, shard):
-            labels_B = torch.tensor([row["label"] for _, row in batch])
-            wanted_B = trigger.relabel(labels_B, test.n_classes, torch.Generator())
-            images = [
-                fit(trigger.apply(decode(find_image(sample)[1], image_config)[None])[0], size)
-                for (sample, _), is_other in zip(batch, (wanted_B != labels_B).tolist(), strict=True)
-                if is_other
-            ]
-            if images:
-                yield torch.stack(images), wanted_B[wanted_B != labels_B]
-
-
-def _batches(test: Dataset, shard: str) -> Iterator[list[tuple[Sample, dict[str, Any]]]]:
-    usable = ((sample, row) for sample, row in test.samples(shard) if row["status"] == "ok")
-    while batch := list(islice(usable, _AT_ONCE)):
-        yield batch
-
-
 def _answers(
     models: Mapping[str, Checkpoint],
     images: Iterator[tuple[Tensor, Tensor]],
@@ -168,8 +143,12 @@ def _answers(
     return {name: (hits[name], n) for name in models}
 
 
-def _pictures(trigger: OneAttack, test: Dataset) -> bytes:
-    """A few test images, and below them the same with the trigger."""
-    images_BCHW = next(test.batches(_N_PICTURES)).images_BCHW
-    rows = [torch.cat(list(of_row), dim=2) for of_row in (images_BCHW, trigger.apply(images_BCHW))]
+def _pictures(attack: AttackConfig, test: Dataset) -> bytes | None:
+    """A few test images as a model reads them, and below them the same with the first trigger; None if there are none
+    to put it on."""
+    batch = next(triggered(attack, test, test.n_classes, _N_PICTURES), None)
+    if batch is None:
+        return None
+    untouched = [of.images_BCHW for of in read_chosen(test, batch.shard, set(batch.positions), _N_PICTURES)]
+    rows = [torch.cat(list(images_BCHW), dim=2) for images_BCHW in (torch.cat(untouched), batch.images_BCHW)]
     return encode_png(torch.cat(rows, dim=1))

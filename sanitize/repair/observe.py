@@ -36,7 +36,8 @@ class FeatureSample(NamedTuple):
 
 
 def pool(y_B: Tensor, pooling: Pooling, hashes: Sequence[int]) -> Tensor:
-    """Features (B, P) of an activation (B, D, H, W), or of (B, D), which is left as it is.
+    """Features (B, P) of an activation (B, D, H, W); of (B, D), a copy. Never the activation itself, which an in-place
+    operation of the network may overwrite.
 
     Args:
         y_B: the activation.
@@ -44,7 +45,7 @@ def pool(y_B: Tensor, pooling: Pooling, hashes: Sequence[int]) -> Tensor:
         hashes: of the samples.
     """
     if y_B.dim() == 2:
-        return y_B
+        return y_B.clone()
     y_BDS = y_B.flatten(2)
     if pooling == "max":
         return y_BDS.amax(2)
@@ -69,7 +70,8 @@ def seen(
         there: dict[str, Tensor] = {}
 
         def keep(site: Site, y_B: Tensor, batch: UntrustedBatch = batch, there: dict[str, Tensor] = there) -> None:
-            there[site.name] = read(y_B, batch)  # in the hook: an in-place ReLU that follows would overwrite it
+            # In the hook, and `read` gives a copy: an in-place ReLU that follows would overwrite the activation.
+            there[site.name] = read(y_B, batch)
 
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())

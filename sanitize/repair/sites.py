@@ -13,12 +13,14 @@ mode, and fine-tuning begins where the repair ended.
 Shapes: B batch, D channels or features, k directions, H W positions.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 Linear = nn.Linear | nn.Conv2d
@@ -65,65 +67,96 @@ class Projection(NamedTuple):
 
 
 def find_sites(model: nn.Module, example_BCHW: Tensor) -> list[Site]:
-    """All sites, in the order in which they run; found by running the network once and watching.
+    """All sites, in the order in which they run; found by running the network on an example and observing its layers.
 
-    Not a site is what cannot be folded: a grouped convolution, one whose norm sees something else than its output (a
-    pool between them, a sum), one that has no bias to keep the mean in, a layer that runs twice.
+    A layer is no site where folding a projection would change something else than its features:
+    - a grouped convolution, or a layer that runs twice;
+    - a layer whose weight is shared with another one, or computed (`torch.nn.utils.parametrize`);
+    - a Linear on tokens (B, T, D) or on maps with channels last: features are dimension 1;
+    - a layer without a bias, which could not hold the mean, unless a BatchNorm follows it directly (`_follows`).
     """
-    ran: list[tuple[str, nn.Module, Tensor, Tensor]] = []  # the tensors are kept: their ids are compared
+    ran: list[tuple[str, nn.Module, Tensor, Tensor]] = []  # the tensors are kept alive: their identities are compared
     handles = [
         module.register_forward_hook(lambda module, x, y, name=name: ran.append((name, module, x[0], y)))
         for name, module in model.named_modules()
         if isinstance(module, Linear | Norm)
     ]
-    try:
-        with torch.inference_mode():
-            model.eval()(example_BCHW)
-    finally:
-        for handle in handles:
-            handle.remove()
-    names = [name for name, *_ in ran]
-    linears = [name for name, module, *_ in ran if isinstance(module, nn.Linear)]
+    with torch.inference_mode(), removing(handles):
+        model.eval()(example_BCHW)
+    names = Counter(name for name, *_ in ran)
+    head = next((name for name, module, *_ in reversed(ran) if isinstance(module, nn.Linear)), None)
     sites = []
-    for name, module, _, y in ran:
-        if not isinstance(module, Linear) or names.count(name) > 1:
+    for name, module, x, y in ran:
+        if not isinstance(module, Linear) or names[name] > 1 or not _can_be_written(model, module):
             continue
-        norms = [(of, norm) for of, norm, x, _ in ran if isinstance(norm, Norm) and x is y and names.count(of) == 1]
-        n_outputs = module.weight.shape[0]
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
+        if x.dim() != (2 if isinstance(module, nn.Linear) else 4):
             continue
-        if linears and name == linears[-1]:
+        if name == head:
             if module.bias is not None:
                 sites.append(Site(name, name, None, "input", module.weight.shape[1]))
-        elif norms:
-            norm_name, norm = norms[0]
-            if norm.affine and norm.track_running_stats and _alone(model, example_BCHW, name, norm_name):
-                sites.append(Site(norm_name, name, norm_name, "output", n_outputs))
-        elif module.bias is not None:
-            sites.append(Site(name, name, None, "output", n_outputs))
+            continue
+        candidates = [
+            other
+            for other, norm, seen, _ in ran
+            if seen is y and names[other] == 1 and isinstance(norm, Norm) and norm.affine and norm.track_running_stats
+        ]
+        norm = next((other for other in candidates if _follows(model, example_BCHW, name, other)), None)
+        if norm is not None or module.bias is not None:
+            sites.append(Site(norm or name, name, norm, "output", module.weight.shape[0]))
     return sites
 
 
-def _alone(model: nn.Module, example_BCHW: Tensor, linear: str, norm: str) -> bool:
-    """True if nothing but the norm reads the output of `linear`: with the norm's output held, it has no effect.
+def _can_be_written(model: nn.Module, layer: nn.Linear | nn.Conv2d) -> bool:
+    """True if `fold` can change the layer's weight and nothing but the layer changes."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    own = dict(layer.named_parameters(recurse=False))
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return groups == 1 and "weight" in own and all(owners[id(p)] == 1 for p in own.values())
 
-    A pre-activation network adds the same output to a later one, past the norm.
+
+def _follows(model: nn.Module, example_BCHW: Tensor, linear: str, norm: str) -> bool:
+    """True if `norm` reads exactly what `linear` gives, and nothing else reads it.
+
+    That two tensors are the same object does not show this: an in-place ReLU between the layers changes the values and
+    not the object. So noise takes the place of the output of `linear`, and the output of `norm` is held: then `norm`
+    must be given that noise, and the network must give what it gave. In a pre-activation network it does not, because
+    the output of `linear` is added to a later one, past the norm.
+
+    Every tensor that the network is handed here is a copy, because the network may write into it: torchvision's
+    residual networks compute `out += identity` in the output of their norm.
     """
     held: list[Tensor] = []
+    noise: list[Tensor] = []
+    is_given = []
 
     def hold(_module: nn.Module, _inputs: Any, y_B: Tensor) -> Tensor:
-        held.append(y_B.clone())
-        return held[0]
+        if not held:
+            held.append(y_B.clone())
+        return held[0].clone()
 
-    with torch.inference_mode():
-        handles = [model.get_submodule(norm).register_forward_hook(hold)]
-        try:
-            before_BK = model(example_BCHW)
-            handles.append(model.get_submodule(linear).register_forward_hook(lambda _module, _inputs, y_B: y_B + 1))
-            return torch.equal(before_BK, model(example_BCHW))
-        finally:
-            for handle in handles:
-                handle.remove()
+    def replace(_module: nn.Module, _inputs: Any, y_B: Tensor) -> Tensor:
+        generator = torch.Generator(y_B.device).manual_seed(0)
+        noise.append(torch.randn(y_B.shape, generator=generator, device=y_B.device).to(y_B))
+        return noise[0].clone()
+
+    def compare(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        is_given.append(torch.equal(inputs[0], noise[0]))
+
+    first, second = model.get_submodule(linear), model.get_submodule(norm)
+    with torch.inference_mode(), removing([second.register_forward_hook(hold)]):
+        before_BK = model(example_BCHW)
+        with removing([first.register_forward_hook(replace), second.register_forward_pre_hook(compare)]):
+            return torch.equal(before_BK, model(example_BCHW)) and is_given == [True]
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def channels_last(x_B: Tensor) -> Tensor:
@@ -148,11 +181,8 @@ def watching(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], 
         else modules[site.name].register_forward_pre_hook(on_input(site))
         for site in sites
     ]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -1,21 +1,21 @@
 """Repair a model: the only place where the methods meet files."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from sanitize.artifacts import Part, Recipe, make
-from sanitize.attack import OneAttack, Poisoned
+from sanitize.attack import AttackConfig, Poisoned, refuse_targets, triggered, triggers_of
 from sanitize.compute import Compute
 from sanitize.data.chosen import chosen_images
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError
 from sanitize.loop import predict
-from sanitize.models.checkpoint import Checkpoint, write_checkpoint
+from sanitize.models.checkpoint import Checkpoint, ModelConfig, write_checkpoint
 from sanitize.progress import track
 from sanitize.repair.drr import DRRConfig
 from sanitize.repair.material import CleanImages, Material, UntrustedBatch, split_clean
@@ -30,7 +30,8 @@ class RepairModelConfig(BaseModel):
         batch_size: images of the untrusted data in one forward pass.
         max_clean_images: clean images held in memory, chosen by a keyed hash.
         held_out_fraction: of them, to decide when to stop; nothing is learned from these.
-        trigger: the attack, where it is known; the attack success rate on the test shards is measured with it.
+        trigger: the attack, or several, where it is known; the attack success rate on the test shards is measured with
+            it. The trigger is put on test images as they are stored, where `poison_shards` puts it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,7 +40,15 @@ class RepairModelConfig(BaseModel):
     batch_size: int = Field(default=256, ge=1)
     max_clean_images: int = Field(default=2000, ge=2)
     held_out_fraction: float = Field(default=0.2, gt=0, lt=1)
-    trigger: OneAttack | None = None
+    trigger: AttackConfig | None = None
+
+    @model_validator(mode="after")
+    def _the_attack_has_a_trigger(self) -> Self:
+        if self.trigger is not None and not triggers_of(self.trigger):
+            raise ConfigError(
+                "trigger: label noise has no trigger, so that its success cannot be measured; leave it out"
+            )
+        return self
 
 
 class RepairedModel(Checkpoint):
@@ -49,8 +58,7 @@ class RepairedModel(Checkpoint):
     @property
     def report(self) -> dict[str, Any]:
         """method, done, weights_changed, and where there are test shards before and after."""
-        report: dict[str, Any] = self.read_json("repair.json")
-        return report
+        return self.read_object("repair.json", "method", "weights_changed")
 
 
 def repair_model(
@@ -76,12 +84,19 @@ def repair_model(
         truth: which samples of `untrusted` are poisoned, where it is known: for the report alone.
 
     Raises:
-        ConfigError: the method needs data that is not given, or the model is an ensemble.
+        ConfigError: the method needs data that is not given, the model is an ensemble or takes images of another shape
+            than the test samples have, or the target of the trigger is no class.
         NumericsError: features, or a gradient, are not finite.
     """
     compute.activate()
     if model.config.n_networks > 1:
         raise ConfigError("an ensemble of partitions cannot be repaired: its networks are certified as they are")
+    if config.trigger is not None:
+        refuse_targets(triggers_of(config.trigger), model.config.n_classes)
+    if test is not None and test.image_shape != model.config.image_shape:
+        raise ConfigError(
+            f"test images are {test.image_shape}, the model takes {model.config.image_shape}: set index.image"
+        )
     given = {"untrusted": untrusted, "clean": clean}
     if config.method.needs != "nothing" and given[config.method.needs] is None:
         option = "shards" if config.method.needs == "untrusted" else "clean_shards"
@@ -89,6 +104,7 @@ def repair_model(
     used = {name: of for name, of in (given | {"test": test, "truth": truth}).items() if of is not None}
     recipe = Recipe(
         stage="repair_model",
+        version=2,
         config=config.model_dump(mode="json"),
         numerics=compute.numerics,
         inputs={"model": model.digest} | {name: of.digest for name, of in used.items()},
@@ -107,12 +123,12 @@ def repair_model(
         report = {"method": config.method.model_dump(mode="json"), "done": repaired.done}
         report["weights_changed"] = weights_changed(network, repaired.model)
         if test is not None:
-            for name, of in (("before", network), ("after", repaired.model)):
-                report[name] = measured(of, model, test, config.trigger, compute)
+            networks = {"before": network, "after": repaired.model}
+            report |= measured(networks, model.config, test, config.trigger, compute)
         write_checkpoint(part, repaired.model.cpu(), model.config, [])
         part.write_json("repair.json", report)
 
-    return make(RepairedModel, out, recipe, write)
+    return make(RepairedModel, out, recipe, write).trusted_like(model)
 
 
 def untrusted_batches(
@@ -147,27 +163,41 @@ def weights_changed(before: nn.Module, after: nn.Module) -> dict[str, Any]:
 
 
 def measured(
-    network: nn.Module, model: Checkpoint, test: Dataset, trigger: OneAttack | None, compute: Compute
-) -> dict[str, Any]:
-    """Accuracy, that of each class, and the attack success rate where the trigger is known; shares in [0, 1]."""
-    n_classes = model.config.n_classes
-    right_K, count_K = torch.zeros(n_classes), torch.zeros(n_classes)
-    n_hit = n_attacked = 0
+    networks: Mapping[str, nn.Module],
+    model_config: ModelConfig,
+    test: Dataset,
+    trigger: AttackConfig | None,
+    compute: Compute,
+) -> dict[str, dict[str, Any]]:
+    """Of each network the accuracy `acc`, the accuracy of each class, and `asr` where the trigger is known.
+
+    The attack success rate is the share of triggered samples that are given the attacker's label, among those that have
+    another one; it is missing where there are none.
+    """
+    n_classes = model_config.n_classes
+    count_K, right = torch.zeros(n_classes), {name: torch.zeros(n_classes) for name in networks}
     for batch in test.batches(512):
-        predictions_B = _predicted(network, batch.images_BCHW, model, compute)
         count_K += batch.labels_B.bincount(minlength=n_classes)
-        right_K += batch.labels_B[predictions_B == batch.labels_B].bincount(minlength=n_classes)
-        if trigger is not None:
-            wanted_B = trigger.relabel(batch.labels_B, n_classes, torch.Generator().manual_seed(0))
-            hit_B = _predicted(network, trigger.apply(batch.images_BCHW), model, compute) == wanted_B
-            n_hit += int(hit_B[wanted_B != batch.labels_B].sum())
-            n_attacked += int((wanted_B != batch.labels_B).sum())
-    found: dict[str, Any] = {"acc": float(right_K.sum() / count_K.sum())}
-    found["acc_of_class"] = [float(r / n) if n else None for r, n in zip(right_K, count_K, strict=True)]
+        for name, network in networks.items():
+            predictions_B = _predicted(network, batch.images_BCHW, model_config, compute)
+            right[name] += batch.labels_B[predictions_B == batch.labels_B].bincount(minlength=n_classes)
+    found: dict[str, dict[str, Any]] = {}
+    for name, right_K in right.items():
+        of_class = [float(r / n) if n else None for r, n in zip(right_K, count_K, strict=True)]
+        found[name] = {"acc": float(right_K.sum() / count_K.sum()), "acc_of_class": of_class}
+    if trigger is None:
+        return found
+    n_attacked, hits = 0, dict.fromkeys(networks, 0)
+    for attacked in triggered(trigger, test, n_classes):
+        n_attacked += len(attacked.wanted_B)
+        for name, network in networks.items():
+            predictions_B = _predicted(network, attacked.images_BCHW, model_config, compute)
+            hits[name] += int((predictions_B == attacked.wanted_B).sum())
     if n_attacked:
-        found["asr"] = n_hit / n_attacked
+        for name, n_hit in hits.items():
+            found[name]["asr"] = n_hit / n_attacked
     return found
 
 
-def _predicted(network: nn.Module, images_BCHW: Tensor, model: Checkpoint, compute: Compute) -> Tensor:
-    return predict(network, images_BCHW, model.config.normalise, compute).argmax(1)
+def _predicted(network: nn.Module, images_BCHW: Tensor, model_config: ModelConfig, compute: Compute) -> Tensor:
+    return predict(network, images_BCHW, model_config.normalise, compute).argmax(1)

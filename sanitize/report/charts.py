@@ -220,11 +220,12 @@ def curves(
     )
     ends = _apart([at(x[-1], of_line[-1])[1] for of_line in series.values()])
     for i, ((name, of_line), end) in enumerate(zip(series.items(), ends, strict=True)):
+        tip = escape(_xml(f"{name}, {x_name}"))
         points = " ".join(f"{px:.1f},{py:.1f}" for px, py in map(at, x, of_line))
         last = f"{100 * of_line[-1]:.1f} %" if share else number(of_line[-1])
         parts.append(f'<polyline class="line line-{i}" points="{points}"/>')
         parts += [
-            f'<circle class="dot line-{i}" cx="{px:.1f}" cy="{py:.1f}" r="2.5"><title>{escape(_xml(name))}, {x_name} '
+            f'<circle class="dot line-{i}" cx="{px:.1f}" cy="{py:.1f}" r="2.5"><title>{tip} '
             f"{number(x_value)}: {number(value)}</title></circle>"
             for x_value, value, (px, py) in zip(x, of_line, map(at, x, of_line), strict=True)
         ]

@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sanitize import exact
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.score.scorer import Passes, row_hashes
@@ -138,7 +139,7 @@ class LabelMargin:
             return scores_B
         own_BK = batch.labels_B[:, None] == self._labels_K
         for fold, rows in self._folds(batch):
-            predictions_bK = with_one(batch.z_BD[rows].double()) @ self._models_FEK[fold]
+            predictions_bK = exact.matmul(with_one(batch.z_BD[rows].double()), self._models_FEK[fold])
             rival_b = predictions_bK.masked_fill(own_BK[rows], -torch.inf).amax(1)
             scores_B[rows] = (rival_b - (predictions_bK * own_BK[rows]).sum(1)).float()
         return scores_B

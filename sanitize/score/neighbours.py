@@ -26,13 +26,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sanitize import exact
 from sanitize.compute import Compute
 from sanitize.data.tables import N_ORIENTATIONS, EmbeddingBatch
 from sanitize.errors import ConfigError
 from sanitize.score.scorer import Passes, row_hashes
 from sanitize.streaming import HashSample, Moments
 
-_BLOCK = 1 << 24  # similarities held at once, 64 MiB
+_BLOCK = 1 << 21  # similarities made at once; larger blocks do not stay in the cache
 
 
 class NeighboursConfig(BaseModel):
@@ -145,12 +146,16 @@ class Neighbours:
             self.statistics[label] = {"mean_disagreement": float(of_class.mean()), "n_reference": len(of_class)}
 
     def _over_windows(self, disagreements: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(disagreements)).quantile(self.config.quantile, dim=0, interpolation="lower")
+        # Not `quantile`, which takes neither a batch without rows nor one of more than 16 million numbers.
+        ranked_VB = torch.stack(list(disagreements)).sort(dim=0).values
+        return ranked_VB[math.floor(self.config.quantile * (len(ranked_VB) - 1))]
 
     def _reduced(self, z_BD: Tensor) -> Tensor:
         """(V, B, d), of length 1."""
         z_VBw = (z_BD - self._centre_D)[:, self._columns(z_BD.shape[1])].transpose(0, 1)
-        return torch.nn.functional.normalize(z_VBw @ self._map_Vwd, dim=2)
+        mapped_VBd = torch.stack([exact.matmul(*of_window) for of_window in zip(z_VBw, self._map_Vwd, strict=True)])
+        length_VB1 = exact.total(mapped_VBd.square()).sqrt()[..., None]
+        return (mapped_VBd / length_VB1.clamp(min=1e-12)).float()
 
     def _nearest(self, v: int, query_Bd: Tensor, hashes_B: Tensor) -> Tensor:
         """Rows (B, k) of the reference that are most similar, int64; a sample is no neighbour of its own."""
@@ -158,7 +163,7 @@ class Neighbours:
         rows = max(1, _BLOCK // max(1, len(self._labels_M)))
         nearest = []
         for query_bd, hashes_b in zip(query_Bd.split(rows), hashes_B.split(rows), strict=True):
-            similarity_bM = query_bd @ self._reference_VMd[v].T
+            similarity_bM = exact.similarity(query_bd, self._reference_VMd[v])
             similarity_bM.masked_fill_(hashes_b[:, None] == self._hashes_M, -torch.inf)
             nearest.append(similarity_bM.topk(k, dim=1).indices)
         return torch.cat(nearest)
@@ -167,7 +172,7 @@ class Neighbours:
         weights_Bk = weights_M[nearest_Bk]
         agreeing_Bk = weights_Bk * (self._labels_M[nearest_Bk] == labels_B[:, None])
         # Where no neighbour is credible none of them speaks for the label either.
-        return 1 - agreeing_Bk.sum(1) / weights_Bk.sum(1).clamp(min=1e-12)
+        return 1 - exact.total(agreeing_Bk) / exact.total(weights_Bk).clamp(min=1e-12)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Shares (B,), float32 in [0, 1]; 0 where there is no reference."""

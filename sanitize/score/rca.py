@@ -15,7 +15,7 @@ H units of a hidden layer, v passes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -25,13 +25,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 from torch.nn.functional import leaky_relu
 
+from sanitize import exact
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.score.scaling import Scaling, scale_all
 
 Layers = list[tuple[Tensor, Tensor]]  # weight (M, in, out) and bias (M, 1, out) of each
+Affine = Callable[[Tensor, Tensor, Tensor], Tensor]  # bias, rows, weight -> rows @ weight + bias
 
 _SLOPE = 0.1  # of the leaky ReLUs
-_SCORED = 32  # rows that are scored at once; fewer are filled up, for the rounding of a product depends on its shape
+_SCORED = 16  # rows that are scored at once: their hidden units of all passes stay in the cache
 
 
 class RCAConfig(BaseModel):
@@ -128,16 +130,14 @@ class RCA:
         scores_N = torch.empty(len(x_ND))
         for start in range(0, len(x_ND), _SCORED):
             block = x_ND[start : start + _SCORED]
-            x_BD = torch.zeros(_SCORED, x_ND.shape[1])
-            x_BD[: len(block)] = state.scaling.apply(block)
-            scores_N[start : start + len(block)] = _errors(state.layers, x_BD, masks)[: len(block)]
+            scores_N[start : start + len(block)] = _errors(state.layers, state.scaling.apply(block), masks)
         return scores_N
 
     def _scoring_masks(self, state: Fitted) -> list[Tensor]:
-        """For each hidden layer (k, v B, H): the mask of a pass is the same for every row."""
+        """For each hidden layer (k, v, H): the mask of a pass is the same for every row."""
         if not self.config.ensemble or not self.config.dropout:
             return []
-        return [mask_kvH.repeat_interleave(_SCORED, 1).float() / (1 - self.config.dropout) for mask_kvH in state.masks]
+        return [mask_kvH.float() / (1 - self.config.dropout) for mask_kvH in state.masks]
 
     def _state(self) -> Fitted:
         if self._fitted is None:
@@ -196,18 +196,18 @@ def forward(
         masks: what each hidden layer (M, B, H) is multiplied by; (M, v B, H) repeats the batch v times.
         noise_MBC: standard normal, for codes that are drawn.
     """
-    hidden_MBH, divergence = _last_hidden(layers, x_MBD, masks, noise_MBC)
+    hidden_MBH, divergence = _last_hidden(layers, x_MBD, masks, noise_MBC, torch.baddbmm)
     weight, bias = layers[-1]
     return torch.baddbmm(bias, hidden_MBH, weight), divergence
 
 
 def _last_hidden(
-    layers: Layers, x_MBD: Tensor, masks: Sequence[Tensor], noise_MBC: Tensor | None
+    layers: Layers, x_MBD: Tensor, masks: Sequence[Tensor], noise_MBC: Tensor | None, affine: Affine
 ) -> tuple[Tensor, Tensor]:
     middle = len(layers) // 2 - 1
     divergence = x_MBD.new_zeros(())
     for i, (weight, bias) in enumerate(layers[:-1]):
-        x_MBD = torch.baddbmm(bias, x_MBD, weight)
+        x_MBD = affine(bias, x_MBD, weight)
         if i == middle:
             n_codes = layers[i + 1][0].shape[1]
             mean_MBC, log_variance_MBC = x_MBD[..., :n_codes], x_MBD[..., n_codes:].clamp(-10, 10)
@@ -233,14 +233,18 @@ def _errors(layers: Layers, x_BD: Tensor, masks: Sequence[Tensor]) -> Tensor:
     which multiplies with H columns in each pass, not with D.
     """
     k, n_rows = len(layers[0][0]), len(x_BD)
-    hidden_MvH, _ = _last_hidden(layers, x_BD.expand(k, -1, -1), masks, None)
+    masks = [mask_kvH.repeat_interleave(n_rows, 1) for mask_kvH in masks]
+    hidden_MvH, _ = _last_hidden(layers, x_BD.expand(k, -1, -1), masks, None, exact.baddbmm)
     weight, bias = layers[-1]
     hidden_MvBH = hidden_MvH.view(k, -1, n_rows, weight.shape[1])
-    mean_MBH = hidden_MvBH.mean(1)
-    error_MB = (torch.baddbmm(bias, mean_MBH, weight) - x_BD).square().sum(-1)
+    n_passes = hidden_MvBH.shape[1]
+    mean_MBH = exact.total(hidden_MvBH, 1) / n_passes
+    error_MB = exact.total((exact.baddbmm(bias, mean_MBH, weight) - x_BD).square())
     apart_MvH = (hidden_MvBH - mean_MBH[:, None]).flatten(1, 2)
-    spread_MvB = (apart_MvH @ (weight @ weight.mT) * apart_MvH).sum(-1).view(k, -1, n_rows)
-    return (error_MB + spread_MvB.mean(1)).mean(0) / x_BD.shape[1]
+    nothing = torch.zeros(())
+    turned_MvH = exact.baddbmm(nothing, apart_MvH, exact.baddbmm(nothing, weight, weight.mT))
+    spread_MvB = exact.total(turned_MvH * apart_MvH).view(k, n_passes, n_rows)
+    return exact.total(error_MB + exact.total(spread_MvB, 1) / n_passes, 0) / (k * x_BD.shape[1])
 
 
 def _fit(config: RCAConfig, data: Sequence[Tensor | np.ndarray], seeds: Sequence[int]) -> list[Fitted]:

@@ -18,7 +18,7 @@ H units of a hidden layer. In a stack of networks the first G are s, the last G 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Self
@@ -29,12 +29,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 from torch.nn.functional import normalize, relu
 
+from sanitize import exact
 from sanitize.errors import ConfigError, DataError, NumericsError
 from sanitize.score.scaling import Scaling, scale_all
 
 Layers = list[tuple[Tensor, Tensor]]  # weight (T, 2G, in, out) and bias (T, 2G, 1, out) of each
+Affine = Callable[[Tensor, Tensor, Tensor], Tensor]  # bias, rows, weight -> rows @ weight + bias
+Total = Callable[[Tensor, int], Tensor]  # numbers, dimension -> their sum over it
 
-_SCORED = 256  # rows that are scored at once; fewer are filled up, for the rounding of a product depends on its shape
+_SCORED = 256  # rows that are scored at once
 
 
 class RobustRealNVPConfig(BaseModel):
@@ -122,13 +125,14 @@ class RobustRealNVP:
         state = self._state()
         x_ND = state.scaling.rows(x_ND)
         scores_N = torch.empty(len(x_ND))
+        # Blocks are always full: torch may compute functions like tanh by other code in the last numbers of a tensor.
         x_GBD = torch.zeros(1, _SCORED, x_ND.shape[1])
         for start in range(0, len(x_ND), _SCORED):
             block = x_ND[start : start + _SCORED]
             x_GBD[0, : len(block)] = state.scaling.apply(block)
-            z_GBD, log_det_GB = forward(state.layers, state.orders_TD[None], x_GBD)
+            z_GBD, log_det_GB = forward(state.layers, state.orders_TD[None], x_GBD, exact.baddbmm, exact.total)
             # float64: the square of a value that is far out is more than float32 holds.
-            scores_B = -log_density(z_GBD.double(), log_det_GB)[0, : len(block)]
+            scores_B = -log_density(z_GBD.double(), log_det_GB, exact.total)[0, : len(block)]
             scores_N[start : start + len(block)] = scores_B.clamp(max=torch.finfo(torch.float32).max)
         return scores_N
 
@@ -154,13 +158,16 @@ class RobustRealNVP:
         return self
 
 
-def forward(layers: Layers, orders_GTD: Tensor, x_GBD: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    layers: Layers, orders_GTD: Tensor, x_GBD: Tensor, affine: Affine = torch.baddbmm, total: Total = torch.sum
+) -> tuple[Tensor, Tensor]:
     """The flow: z (G, B, D), and the logarithm (G, B) of the determinant of its Jacobian.
 
     Args:
         layers: of s and t.
         orders_GTD: columns of the coupling before, in the order in which each coupling takes them.
         x_GBD: standardised rows.
+        affine, total: products and sums; those of `sanitize.exact` give each row bits of its own.
     """
     n_columns = x_GBD.shape[-1]
     log_det_GB = x_GBD.new_zeros(x_GBD.shape[:2])
@@ -170,17 +177,17 @@ def forward(layers: Layers, orders_GTD: Tensor, x_GBD: Tensor) -> tuple[Tensor, 
         given, changed = x_GBD.split([n_columns // 2, n_columns - n_columns // 2], dim=-1)
         h = given.repeat(2, 1, 1)
         for i, (weight, bias) in enumerate(coupling):
-            h = torch.baddbmm(bias, relu(h) if i else h, weight)
+            h = affine(bias, relu(h) if i else h, weight)
         s, t = h.chunk(2)
         s = s.tanh()
         x_GBD = torch.cat([given, changed * s.exp() + t], -1)
-        log_det_GB = log_det_GB + s.sum(-1)
+        log_det_GB = log_det_GB + total(s, -1)
     return x_GBD, log_det_GB
 
 
-def log_density(z_GBD: Tensor, log_det_GB: Tensor) -> Tensor:
+def log_density(z_GBD: Tensor, log_det_GB: Tensor, total: Total = torch.sum) -> Tensor:
     """log p (G, B) of the rows that the flow carried to z, under a standard normal base."""
-    return log_det_GB - (z_GBD.square().sum(-1) + z_GBD.shape[-1] * math.log(2 * math.pi)) / 2
+    return log_det_GB - (total(z_GBD.square(), -1) + z_GBD.shape[-1] * math.log(2 * math.pi)) / 2
 
 
 def spectrally_normalised(weight: Tensor, left: Tensor, norm: float) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sanitize import exact
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.score.scorer import Passes, by_label, row_hashes
@@ -92,14 +93,14 @@ class Spectral:
 
     def _reduced(self, label: int, z_BD: Tensor) -> Tensor:
         centre_D, map_Dk = self._maps[label]
-        return (z_BD.double() - centre_D) @ map_Dk
+        return exact.matmul(z_BD.double() - centre_D, map_Dk)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Scores (B,), float32, >= 0."""
         scores_B = torch.zeros(len(batch.keys), dtype=torch.float64)
         for label, rows in by_label(batch):
             if label in self._maps:
-                scores_B[rows] = self._reduced(label, batch.z_BD[rows]).square().sum(1)
+                scores_B[rows] = exact.total(self._reduced(label, batch.z_BD[rows]).square())
         return scores_B.float()
 
     def state_dict(self) -> dict[str, Tensor]:

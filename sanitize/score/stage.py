@@ -1,6 +1,6 @@
 """Fit a scorer on embeddings, then score every sample: the only place where scorers meet files."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -8,10 +8,10 @@ import pyarrow as pa
 import safetensors.torch
 from pydantic import BaseModel, Field
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part, Recipe, first_line, make
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
-from sanitize.errors import ConfigError, NumericsError
+from sanitize.errors import ArtifactError, ConfigError, NumericsError
 from sanitize.progress import track
 from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
 from sanitize.score.label_margin import LabelMargin, LabelMarginConfig
@@ -45,22 +45,33 @@ def new_scorer(config: ScorerConfig) -> Scorer:
     return _SCORERS[type(config)](config)
 
 
+_SCHEMA = pa.schema({"key": pa.string(), "position": pa.int64(), "label": pa.int64(), "score": pa.float32()})
+
+
 class FittedScorer(Artifact):
     """`state.safetensors` and `scorer.json` (config, class statistics, shards that were held out)."""
 
     @cached_property
     def info(self) -> dict[str, Any]:
         """scorer.json: `config`; `classes`: label -> statistics; `held_out`: names of shards."""
-        info: dict[str, Any] = self.read_json("scorer.json")
-        return info
+        return self.read_object("scorer.json", "config", "classes")
 
     def scorer(self, config: ScorerConfig) -> Scorer:
-        """The scorer, ready to score. Raises ConfigError where `config` is not the one it was fitted with."""
+        """The scorer, ready to score.
+
+        Raises:
+            ConfigError: `config` is not the one it was fitted with.
+            ArtifactError: the files do not hold the state of such a scorer.
+        """
         if config.model_dump(mode="json") != self.info["config"]:
             raise ConfigError(f"the scorer in {self.path} was fitted with another configuration: {self.info['config']}")
         scorer = new_scorer(config)
-        state: Mapping[str, Any] = safetensors.torch.load(self.read("state.safetensors"))
-        scorer.load_state(state, {int(label): values for label, values in self.info["classes"].items()})
+        state = self.read_tensors("state.safetensors")
+        try:
+            scorer.load_state(state, {int(label): values for label, values in self.info["classes"].items()})
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise ArtifactError(f"{self.path} does not hold the state of a {config.kind} scorer ({why})") from error
         return scorer
 
 
@@ -84,7 +95,7 @@ def fit_scorer(
     shards = [shard for shard in embeddings.shards if shard not in held_out]
     recipe = Recipe(
         stage="fit_scorer",
-        version=2,
+        version=3,
         config=config.model_dump(mode="json") | held,
         numerics=compute.numerics,
         inputs={"embeddings": embeddings.digest},
@@ -130,6 +141,7 @@ def score_shards(
     compute.activate()
     recipe = Recipe(
         stage="score_shards",
+        version=2,
         config=config.model_dump(mode="json"),
         inputs={"fitted": fitted.digest, "embeddings": embeddings.digest},
     )
@@ -148,7 +160,8 @@ def score_shards(
                 "score": scores_B.numpy(),
             }
             tables.append(pa.table({"key": batch.keys, **columns}))
-        write_rows(part, shard, pa.concat_tables(tables))
+        # The half of a small reference that is kept for calibration may have no rows.
+        write_rows(part, shard, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
         part.counts["samples"] += sum(map(len, tables))
 
     def finish(part: Part, _workshop: object) -> None:

@@ -27,6 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sanitize import exact
 from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.sides import NOBODY_ASKED, Sides, suspicious_side
 from sanitize.score.two_gaussians import (
@@ -178,7 +179,9 @@ def log_odds(split: ClassSplit, x_BD: Tensor) -> Tensor:
 
     Rows with NaN or inf score as the main component's mean: nothing is known against them.
     """
-    place_B = x_BD.double().nan_to_num(0.0, 0.0, 0.0) @ split.direction_D + split.offset
+    # The rows are not centred, so the products may be much larger than their sum: it is taken in full float64.
+    products_BD = x_BD.double().nan_to_num(0.0, 0.0, 0.0) * split.direction_D
+    place_B = exact.total(products_BD) + split.offset
     place_B = torch.where(x_BD.isfinite().all(1), place_B, split.mixture.mean_2[0])
     return rising_odds(split.mixture, place_B).clamp(-1e6, 1e6).float()
 

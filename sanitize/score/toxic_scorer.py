@@ -62,7 +62,8 @@ class ToxicDirection:
         for batch in passes(self.config.witness.embedding):
             hashes = row_hashes(batch, seed)
             rows = [i for i, value in enumerate(hashes) if value in wanted]
-            found |= zip((hashes[i] for i in rows), witness.score(batch.take(rows)).tolist(), strict=True)
+            if rows:  # most batches of many small shards hold none of the rows that are asked about
+                found |= zip((hashes[i] for i in rows), witness.score(batch.take(rows)).tolist(), strict=True)
         return found
 
     def score(self, batch: EmbeddingBatch) -> Tensor:

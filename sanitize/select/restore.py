@@ -61,7 +61,7 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
         for shard in selection.shards:
             table = pq.read_table(pa.BufferReader(workshop.read(rows_name(shard))), columns=["label", "status"])
             removed.update(str(row["label"]) for row in table.to_pylist() if row["status"] == "quarantined")
-        summary = selection.read_json("selection.json")
+        summary = selection.read_object("selection.json", "classes")
         for label, of_class in summary["classes"].items():
             of_class["removed"] = removed[label]
         part.write_json("selection.json", summary)

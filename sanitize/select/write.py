@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import Artifact, Part, Recipe, Workshop, make
 from sanitize.compute import Compute
+from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.describe import croissant, describe_clean
+from sanitize.data.names import SeenPaths, folded_path, is_portable
 from sanitize.data.samples import Sample
 from sanitize.data.tables import Selection
-from sanitize.data.tar import TarLimits, unsafe_name
+from sanitize.data.tar import unsafe_name
 from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
@@ -26,10 +28,10 @@ _BLOCK_BYTES = 1 << 20  # that are copied at once
 
 
 class WriteConfig(BaseModel):
-    """How shards are written. A shard that came compressed is compressed again.
+    """How shards are written: compressed where their name says so (.tar.gz, .tgz), whatever the shard was.
 
     Attributes:
-        gzip_level: 0 (fast) to 9 (small), for .tar.gz shards.
+        gzip_level: 0 (fast) to 9 (small), for those.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,8 +67,8 @@ def write_selected(
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Returns:
-        The Shards, and their description. A shard of which nothing is kept is still written, empty; quarantine holds
-        only shards that have something in it.
+        The Shards, and their description. A shard of which nothing is kept is still written, empty, unless its name is
+        that of an archive which is not read (`.tar.xz`); quarantine holds only shards that have something in it.
 
     Raises:
         DataError: a shard has changed since it was indexed, or the counts do not add up.
@@ -104,10 +106,12 @@ def _write_shard(
     rows, verdicts = dataset.rows(shard), selection.rows(shard)
     if not rows["position"].equals(verdicts["position"]):
         raise DataError(f"the verdicts are not about the samples of shard {shard} that were indexed")
+    if unread_suffix(shard):
+        return  # nothing was read, and a file of ours must be what its name says
     keep_N = verdicts["keep"].to_numpy()
     goes = pa.array(~keep_N)
     removed = zip(rows.filter(goes).to_pylist(), verdicts.filter(goes).to_pylist(), strict=True)
-    taken: set[str] = set()
+    taken = SeenPaths(folded_path)
     with ExitStack() as stack:
         clean = stack.enter_context(shard_writer(part, f"clean/{shard}", config.gzip_level))
         if not keep_N.all():
@@ -130,19 +134,19 @@ def _write_shard(
 
 
 def _quarantine(
-    sample: Sample, shard: str, row: dict[str, Any], verdict: dict[str, Any], tar: TarWriter, taken: set[str]
+    sample: Sample, shard: str, row: dict[str, Any], verdict: dict[str, Any], tar: TarWriter, taken: SeenPaths
 ) -> None:
     """The members as they were, and what speaks against them. Names that no extractor should follow are replaced."""
     stem = sample.key
     renamed = {}
-    if stem.lower() in taken or not _can_be_extracted(stem, [name for name, _ in sample.members]):
+    names = [name for name, _ in sample.members]
+    fits = _can_be_extracted(stem, names) and taken.add(stem, [*names, f"{stem}.{EVIDENCE}"]) is None
+    if not fits:
         stem = f"sample-{sample.position:08d}"
-        while stem in taken:
+        while taken.add(stem, [f"{stem}.{EVIDENCE}"]) is not None:
             stem += "_"
         renamed = {f"{stem}.member{i}": row["members"][i]["name"] for i in range(len(sample.members))}
-    taken.add(stem.lower())
-    names = list(renamed) or [name for name, _ in sample.members]
-    for name, (_, data) in zip(names, sample.members, strict=True):
+    for name, (_, data) in zip(list(renamed) or names, sample.members, strict=True):
         tar.add(name, data)
     evidence = {
         "shard": shard,
@@ -161,9 +165,8 @@ def _quarantine(
 def _can_be_extracted(stem: str, names: list[str]) -> bool:
     """True where members and evidence are safe names, short enough, and different on any file system."""
     names = [*names, f"{stem}.{EVIDENCE}"]
-    longest = max(len(name.encode("utf-8", "surrogateescape")) for name in names)
     return (
         not any(unsafe_name(name) or name.endswith("/") for name in names)
-        and len({name.lower() for name in names}) == len(names)
-        and longest <= TarLimits().max_name_bytes
+        and all(map(is_portable, names))
+        and len(set(map(folded_path, names))) == len(names)
     )

@@ -97,7 +97,7 @@ class RobustModel(Checkpoint):
         """dropped_N, seen_N. Raises ConfigError where the method drops no samples."""
         if not self.has_drops:
             raise ConfigError(f"{self.path} was trained without dropping samples: set train.method.select_batch")
-        counts = safetensors.torch.load(self.read("drops.safetensors"))
+        counts = self.read_tensors("drops.safetensors", "dropped", "seen")
         return counts["dropped"], counts["seen"]
 
 
@@ -158,7 +158,8 @@ def train_robust(
             part.write("drops.safetensors", safetensors.torch.save(counts))
         part.counts.update(samples=dataset.n_samples)
 
-    return Work(fit=fit, write_fitted=write)
+    own = partial(RobustModel.of_own, architecture=config.architecture)
+    return Work(fit=fit, write_fitted=write, handle=own)
 
 
 class _Fitted(NamedTuple):

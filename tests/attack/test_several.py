@@ -140,7 +140,8 @@ def test_several_attacks_share_no_sample_and_each_has_its_rate_trigger_and_targe
     after_NCHW, _ = images_of(artifact, tmp_path / "index", compute)
     attack_N = torch.tensor([row["attack"] for row in truth])
     for number, attack in enumerate(SEVERAL.attacks):
-        assert torch.equal(after_NCHW[attack_N == number], attack.apply(before_NCHW[attack_N == number]))
+        grey_N1HW = before_NCHW[attack_N == number, :1]  # as the digits are stored
+        assert torch.equal(after_NCHW[attack_N == number], attack.apply(grey_N1HW).expand(-1, 3, -1, -1))
     assert torch.equal(after_NCHW[attack_N == -1], before_NCHW[attack_N == -1])
     assert artifact.read_json("attack.json") == SEVERAL.model_dump(mode="json")
 

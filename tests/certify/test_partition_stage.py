@@ -171,14 +171,14 @@ def test_somebody_elses_files_beside_the_shards_are_no_artifact_of_ours(
     name: str, content: str, digits: Digits, compute: Compute, tmp_path: Path
 ) -> None:
     (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "0.tar").symlink_to(Path(digits.shards()[0]).absolute())
+    (tmp_path / "shards" / "0.tar").hardlink_to(digits.shards()[0])
     (tmp_path / "shards" / name).write_text(content)
     refuse_if_void(index_shards(INDEX, str(tmp_path / "shards"), str(tmp_path / "index"), compute))
 
 
 def test_clean_shards_are_known_by_either_file(digits: Digits, compute: Compute, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "0.tar").symlink_to(Path(digits.shards()[0]).absolute())
+    (tmp_path / "shards" / "0.tar").hardlink_to(digits.shards()[0])
     (tmp_path / "dataset.json").write_text('{"made_from": {"dataset": "1", "selection": "2"}}')
     (tmp_path / "manifest.json").write_text("damaged")
     dataset = index_shards(INDEX, str(tmp_path / "shards"), str(tmp_path / "index"), compute)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +11,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import scipy.special
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sanitize.artifacts import verify
 from sanitize.certify import Certificates, CertifySmoothingConfig, certify_smoothing
 from sanitize.certify.certificates import certified_accuracy
-from sanitize.certify.smoothing import certify
+from sanitize.certify.smoothing import certify, lower_bound
 from sanitize.certify.smoothing_stage import Journal
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
+from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
 
@@ -64,9 +70,39 @@ def test_neither_shards_apart_nor_more_images_change_a_row(
 def test_all_images_are_taken_where_no_number_is_given(
     dataset: Dataset, checkpoint: Checkpoint, compute: Compute, tmp_path: Path
 ) -> None:
-    config = SMALL.model_copy(update={"n0": 1, "n": 7, "max_images": None})
+    config = SMALL.model_copy(update={"n0": 1, "n": 10, "max_images": None})
     found = certify_smoothing(config, checkpoint, dataset, str(tmp_path / "all"), compute)
     assert len(found.table()) == dataset.n_samples
+
+
+@given(alpha=st.floats(1e-12, 0.49), n=st.integers(1, 60))
+def test_settings_that_can_certify_nothing_are_refused_and_no_others(alpha: float, n: int) -> None:
+    p_lower = float(lower_bound(n, n, alpha))  # all copies are of one class
+    if p_lower > 0.5:
+        config = CertifySmoothingConfig(sigma=0.5, n=n, alpha=alpha)
+        assert config.largest_radius == pytest.approx(0.5 * float(scipy.special.ndtri(alpha ** (1 / n))), rel=1e-6)
+        return
+    with pytest.raises(ConfigError, match=f"with n = {n} no image can be certified") as error:
+        CertifySmoothingConfig(sigma=0.5, n=n, alpha=alpha)
+    smallest = int(re.findall(r"take n >= (\d+)", str(error.value))[0])
+    assert lower_bound(smallest - 1, smallest - 1, alpha) <= 0.5 < lower_bound(smallest, smallest, alpha)
+
+
+def test_too_few_copies_are_refused_before_the_model_is_read(
+    checkpoint: Checkpoint, dataset: Dataset, compute: Compute, tmp_path: Path
+) -> None:
+    nothing = checkpoint.model_copy(update={"path": str(tmp_path / "nothing")})
+    config = SMALL.model_copy(update={"n": 9})
+    with pytest.raises(ConfigError, match=r"n = 9 .* alpha 0\.001, .* take n >= 10"):
+        certify_smoothing(config, nothing, dataset, str(tmp_path / "out"), compute)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_certificate_says_the_largest_radius_there_can_be(certificates: Certificates) -> None:
+    largest = certificates.statement["largest_radius"]
+    assert largest == pytest.approx(0.1 * scipy.stats.norm.ppf(0.001 ** (1 / 100)))
+    assert 0 < certificates.table()["radius"].to_numpy().max() <= largest + 1e-12
+    assert "larger than 0.151" in certificates.statement["scope"]["statement"]
 
 
 def test_certified_accuracy_by_hand() -> None:

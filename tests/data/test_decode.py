@@ -287,7 +287,7 @@ def test_bombs_cost_next_to_no_memory() -> None:
 
 
 def test_the_header_is_read_without_the_pixels() -> None:
-    header = image_header(WHOLE["jpeg"][:800], 10_000)
+    header = image_header(WHOLE["jpeg"][:800], ImageConfig(max_pixels=10_000))
     assert (header.format, header.size) == ("JPEG", (64, 64))
 
 

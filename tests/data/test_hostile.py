@@ -1,10 +1,12 @@
 """What becomes of every kind of bad input: one table of crafted shards, each carried through index, select and write
 and through the command line; then what goes wrong outside a shard. In words: docs/hostile-input.md."""
 
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import shutil
@@ -28,6 +30,7 @@ from flows.cli import app
 from sanitize import storage
 from sanitize.artifacts import Part, Recipe, make, verify
 from sanitize.compute import Compute
+from sanitize.data.compression import is_compressed, unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.samples import SampleLimits
@@ -156,10 +159,9 @@ rest_is_lost("negative size in octal", header(b"b.png", b"-0000000001") + B, "ba
 rest_is_lost("pax header of 8 EiB", header(b"p", EIGHT_EIB, b"x") + B, "truncated in an extension header")
 rest_is_lost("long name of 8 EiB", header(b"p", EIGHT_EIB, b"L") + B, "truncated in an extension header")
 rest_is_lost("extension header at the end", pax((b"path", b"b.png")) + END, "extension header without a member")
-CASES["nothing at all"] = Case(b"", [], "no end-of-archive marker")
+CASES["nothing at all"] = Case(b"", [], "an empty file of 0 bytes")
 CASES["only the end"] = Case(END, [], None)
 CASES["no tar at all"] = Case(b"a letter\n" * 200, [], "bad header checksum at byte 0")
-CASES["gzip without saying so"] = Case(gzip.compress(A + END, mtime=0), [], "truncated in a header at byte 0")
 STORED = gzip.compress(A + B + END, 0, mtime=0)  # level 0: byte n of the archive is byte n + 15 of the stream
 CASES["gzip cut"] = Case(STORED[: 15 + len(A) + 600], [("a", HERE)], "compressed stream is cut", "x.tar.gz")
 CASES["gzip cut before its checksum"] = Case(
@@ -168,8 +170,48 @@ CASES["gzip cut before its checksum"] = Case(
 CASES["gzip with a wrong checksum"] = Case(
     STORED[:-8] + bytes(8), [("a", ""), ("b", HERE)], "compressed stream is corrupt", "x.tar.gz"
 )
-CASES["gzip that is none"] = Case(A + B + END, [], "compressed stream is corrupt", "x.tar.gz")
-CASES["gzip of nothing"] = Case(b"", [], "no end-of-archive marker", "x.tgz")
+CASES["gzip of nothing"] = Case(b"", [], "an empty file of 0 bytes", "x.tgz")
+CASES["gzip of an empty file"] = Case(gzip.compress(b"", mtime=0), [], "no end-of-archive marker", "x.tgz")
+BOTH: list[tuple[str, str]] = [("a", ""), ("b", "")]
+for what, name in (("without saying so", "x.tar"), ("in capital letters", "x.TAR"), ("of short name", "x.TGZ")):
+    CASES[f"gzip {what}"] = Case(STORED, BOTH, None, name)
+CASES["gzip that is none"] = Case(A + B + END, BOTH, None, "x.tar.gz")
+CASES["gzip of several members"] = Case(gzip.compress(A, mtime=0) + gzip.compress(B + END, mtime=0), BOTH)
+CASES["gzip padded with zeros"] = Case(STORED + bytes(700), BOTH)
+BEHIND = "data behind the end"  # of the compressed stream, or of the archive in it
+for what, tail in (
+    ("garbage", b"garbage"),
+    ("a single byte", b"g"),
+    ("zeros and garbage", bytes(40_000) + b"garbage"),
+    ("half a header", b"\x1f\x8b\x08"),
+    ("a member that is cut", STORED[:300]),
+    ("a member of unknown method", b"\x1f\x8b\x09" + bytes(40)),
+):
+    CASES[f"gzip with {what} behind it"] = Case(STORED + tail, BOTH, BEHIND, "x.tar.gz")
+CASES["gzip with another one behind it"] = Case(STORED * 2, BOTH, "data behind the end-of-archive marker", "x.tar.gz")
+CASES["gzip with garbage where an archive goes on"] = Case(
+    gzip.compress(A, mtime=0) + b"garbage" + gzip.compress(B + END, mtime=0),
+    [("a", HERE)],
+    "compressed stream is corrupt",
+)
+CASES["gzip cut in its header"] = Case(STORED[:6], [], "compressed stream is cut", "x.tar.gz")
+CASES["gzip of noise"] = Case(b"\x1f\x8b\x08\0" + bytes(6) + b"\xff" * 600, [], "compressed stream is corrupt")
+for what, packed in (
+    ("xz", lzma.compress(A + B + END)),
+    ("bzip2", bz2.compress(A + B + END)),
+    ("zstd", bytes.fromhex("28b52ffd") + bytes(600)),
+    ("lz4", bytes.fromhex("04224d18") + bytes(600)),
+    ("zip", b"PK\x03\x04" + bytes(600)),
+):
+    for name in ("x.tar", "x.tar.gz", "x.TAR.XZ"):
+        said = "xz" if name == "x.TAR.XZ" else what
+        CASES[f"{what} named {name}"] = Case(packed, [], f"{said} compressed: not read; repack it", name)
+CASES["plain, named as something that is not read"] = Case(A + B + END, [], "zstd compressed: not read", "x.tar.zst")
+CASES["gzip, named as something that is not read"] = Case(STORED, [], "xz compressed: not read", "x.txz")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+CASES["git lfs pointer"] = Case(POINTER, [], "a Git LFS pointer")
+CASES["web page"] = Case(b"<!DOCTYPE html>\n<html><body>404" + b" " * 600, [], "a web page")
+CASES["tar whose first name looks like bzip2"] = Case(sample("BZh91AY") + A + END, [("BZh91AY", ""), ("a", "")])
 
 # --- members ---
 
@@ -313,7 +355,7 @@ for name, image, reason in (
     ("png of 8,000 x 8,000", png(8000, 8000, bytes(1000)), "image claims 8000 x 8000 pixels, more than max_pixels"),
     ("png of 0 x 0", png(0, 0, b""), NO_IMAGE),
     ("jpeg of 65,535 x 65,535", bytes.fromhex("ffd8ffc0000b08ffffffff010111") + bytes(100), "pixels"),
-    ("jpeg of a thousand scans", scans(1000), "jpeg image of 10"),
+    ("small jpeg of a thousand scans", scans(1000), ""),
     ("ppm of 50,000 x 50,000", b"P6 50000 50000 255\n" + bytes(100), "pixels"),
     ("ppm in text", b"P3 400 400 255\n" + b"0 " * 480_000, "ppm image of numbers in text"),
     ("ppm of 7 bits", b"P5 2000 2000 100\n" + bytes(4_000_000), "ppm image of numbers in text, or of a depth"),
@@ -361,7 +403,9 @@ def zero_scores(dataset: Dataset, out: Path) -> Scores:
 
 def selected(source: Path, out: Path, **config: Any) -> tuple[Dataset, Selection]:
     compute = Compute(device="cpu")
-    dataset = index_shards(IndexConfig(max_bad_fraction=1, **config), str(source), str(out / "index"), compute)
+    dataset = index_shards(
+        IndexConfig(max_bad_fraction=1, max_bad_shards=99, **config), str(source), str(out / "index"), compute
+    )
     scores = zero_scores(dataset, out / "scores")
     return dataset, select_samples(SelectConfig(), dataset, [scores], str(out / "selection"), compute)
 
@@ -382,7 +426,11 @@ def members_of(path: Path) -> list[tuple[str, bytes]]:
 @pytest.mark.parametrize("name", CASES)
 def test_every_sample_has_its_outcome(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage.os, "fsync", lambda _: None)  # waiting for the disk would take most of the time
-    case = CASES[name]
+    check_outcome(CASES[name], tmp_path)
+
+
+def check_outcome(case: Case, tmp_path: Path) -> None:
+    """Carry a shard through index, select and write, and through the command line; see that all is as `case` says."""
     source = tmp_path / "in"
     source.mkdir()
     (source / case.name).write_bytes(case.shard)
@@ -408,7 +456,12 @@ def test_every_sample_has_its_outcome(name: str, tmp_path: Path, monkeypatch: py
     assert verify(Path(shards.path)) == []
 
     kept = [sample for sample, row in dataset.samples(case.name) if row["status"] == "ok"]
-    assert members_of(shards.file(f"clean/{case.name}")) == [m for sample in kept for m in sample.members]
+    clean = shards.file(f"clean/{case.name}")
+    if unread_suffix(case.name):  # its name would not say what is in it
+        assert not clean.exists()
+    else:
+        assert members_of(clean) == [m for sample in kept for m in sample.members]
+        assert (clean.read_bytes()[:2] == b"\x1f\x8b") == is_compressed(case.name)
     quarantine = shards.file(f"quarantine/{case.name}")
     assert quarantine.exists() == bool(n_bad)
     if n_bad:
@@ -420,8 +473,10 @@ def test_every_sample_has_its_outcome(name: str, tmp_path: Path, monkeypatch: py
         assert reasons == [row["reason"] for row in rows if row["status"] != "ok"]
 
     result = run("inspect", source, "--label", case.label, "--quiet")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output  # one sample of other.tar is unreadable
     assert result.output.replace("\n", "").isprintable()
+    assert ("damaged, 0 refused" in result.output) != bool(unread_suffix(case.name))
+    assert (case.name in result.output) == (bool(n_bad) or case.damage is not None)
 
 
 def test_a_third_of_it_at_once_through_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +495,7 @@ def test_a_third_of_it_at_once_through_the_whole_command(tmp_path: Path, monkeyp
         "shards": [str(source)],
         "embedder": quick,
         "compute": {"device": "cpu"},
-        "index": {"max_bad_fraction": 1},
+        "index": {"max_bad_fraction": 1, "max_bad_shards": 99},
     }
     config.write_text(yaml.safe_dump(settings))
     result = run("clean", config, "--out", tmp_path / "run", "--direct", "--quiet")
@@ -635,7 +690,8 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_folder_named_like_a_shard_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "x.tar").mkdir(parents=True)
-    assert run("inspect", tmp_path / "in", "--quiet").exit_code == 2  # no shards in it
+    result = run("inspect", tmp_path / "in", "--quiet")
+    assert (result.exit_code, "x.tar: it is a folder" in result.output) == (1, True), result.output
     (tmp_path / "in" / "x.tar" / "y.tar").write_bytes(A + B + END)
     dataset, selection = selected(tmp_path / "in", tmp_path)
     assert len(members_of(Path(written(dataset, selection, tmp_path / "shards").clean()[0]))) == 4
@@ -659,6 +715,17 @@ def test_shard_names_that_no_terminal_or_table_can_hold_are_refused(name: bytes,
     assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
     assert "rename it" in result.output
     assert result.output.strip().isprintable()
+
+
+def test_names_as_long_as_can_be_are_written(tmp_path: Path) -> None:
+    name = "/".join(["d" * 220] * 3) + "/" + "é" * 108 + ".tar"
+    for path in (tmp_path / "in" / name, tmp_path / "in" / "x.tar"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(A + B + sample("c", b"") + END)
+    dataset, selection = selected(tmp_path / "in", tmp_path)
+    shards = written(dataset, selection, tmp_path / "shards")
+    assert shards.file(f"clean/{name}").exists()
+    assert shards.file(f"quarantine/{name}").exists()
 
 
 def test_shard_names_that_lead_out_of_the_run_folder_are_refused() -> None:

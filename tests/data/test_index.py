@@ -1,7 +1,10 @@
+import gzip
+import lzma
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -11,7 +14,7 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig
 from sanitize.data.digits import Digits
-from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.index import IndexConfig, bad_shards, index_shards
 from sanitize.data.samples import SampleLimits
 from sanitize.errors import ArtifactError, ConfigError, DataError
 
@@ -156,6 +159,54 @@ def test_no_usable_sample_is_an_error_even_where_all_may_be_bad(
         Path(path).write_bytes(b"this is no tar archive" * 100)
     with pytest.raises(DataError, match="no usable sample"):
         index_shards(ANYTHING, path, str(tmp_path / "out"), compute)
+
+
+@pytest.mark.hostile
+def test_a_shard_of_which_nothing_can_be_read_stops_the_run_unless_that_is_allowed(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute
+) -> None:
+    for name in ("a.tar", "b.tar", "c.tar"):
+        make_tar(tmp_path / "in" / name, good(5))
+    make_tar(tmp_path / "in/empty.tar", [])  # an archive without samples: nothing was lost
+    for name, content in (("b.tar", b"no archive" * 100), ("c.tar", lzma.compress(bytes(9)))):
+        (tmp_path / "in" / name).write_bytes(content)
+    said = r"2 of 4 shards could not be read, more than max_bad_shards=[01]: b\.tar \(bad.*c\.tar \(xz compressed: not"
+    for n in (0, 1):
+        with pytest.raises(DataError, match=said):
+            index_shards(IndexConfig(max_bad_shards=n), str(tmp_path / "in"), str(tmp_path / f"out{n}"), compute)
+        assert not (tmp_path / f"out{n}").exists()
+    dataset = index_shards(IndexConfig(max_bad_shards=2), str(tmp_path / "in"), str(tmp_path / "out"), compute)
+    assert dataset.n_samples == 5
+    assert list(bad_shards(dataset.info["shards"])) == ["b.tar", "c.tar"]
+
+
+@pytest.mark.hostile
+def test_an_archive_that_is_not_read_stops_the_run_before_anything_is_read(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute
+) -> None:
+    plain = Path(make_tar(tmp_path / "in/a.tar", good(5))).read_bytes()
+    (tmp_path / "in/b.tar.XZ").write_bytes(lzma.compress(plain))
+    with pytest.raises(DataError, match=r"1 of 2 shards .*b\.tar\.XZ \(xz compressed: not read; repack it as \.tar"):
+        index_shards(IndexConfig(), str(tmp_path / "in"), str(tmp_path / "out"), compute, shards=["a.tar"])
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("check", ["decode", "digest", "headers"])
+@pytest.mark.parametrize(("name", "packed"), [("x.tar", True), ("x.TAR", True), ("x.tar.gz", False), ("x.TGZ", False)])
+def test_a_name_that_says_the_wrong_compression_changes_nothing(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute, name: str, packed: bool, check: Any
+) -> None:
+    config = IndexConfig(check=check, image=ImageConfig(size=(4, 4)))
+    path = Path(make_tar(tmp_path / "x.tar", good(9)))
+    right = index_shards(config, str(path), str(tmp_path / "right"), compute)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(gzip.compress(path.read_bytes()) if packed else path.read_bytes())
+    other = index_shards(config, str(tmp_path / "in"), str(tmp_path / "other"), compute)
+    assert other.info["shards"][name]["damage"] is None
+    assert other.rows(name).equals(right.rows("x.tar"))
+    batches = [list(dataset.batches(4)) for dataset in (right, other)]
+    assert [batch.keys for batch in batches[0]] == [batch.keys for batch in batches[1]]
+    assert all(a.images_BCHW.equal(b.images_BCHW) for a, b in zip(*batches, strict=True))
 
 
 def test_a_damaged_shard_keeps_what_was_read_whole_and_is_named(

@@ -1,11 +1,15 @@
+import os
+import re
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from sanitize.data.sources import find_shards
-from sanitize.errors import ConfigError
+from sanitize.data.names import printable
+from sanitize.data.sources import find_shards, list_sources
+from sanitize.errors import ConfigError, DataError
 from sanitize.storage import check_url, fingerprint, open_read
 
 
@@ -95,11 +99,21 @@ def test_a_path_with_glob_characters_in_it_is_found(tree: Path) -> None:
     assert list(find_shards(str(odd / "x.tar"))) == ["x.tar"]
 
 
-def test_a_folder_of_links_keeps_their_names(tree: Path) -> None:
+def test_links_that_are_named_or_matched_keep_their_names(tree: Path) -> None:
     links = tree / "links"
     links.mkdir()
     (links / "first.tar").symlink_to(tree / "a/x.tar")
-    assert find_shards(str(links)) == {"first.tar": str(links / "first.tar")}
+    (links / "second.tar").symlink_to(tree / "b/x.tar")
+    for source in ("first.tar", "*.tar", "{first,second}.tar"):
+        assert find_shards(f"{links}/{source}")["first.tar"] == f"{links}/first.tar"
+
+
+def test_a_folder_that_is_a_link_is_searched(tree: Path) -> None:
+    (tree / "link").symlink_to(tree / "a")
+    assert find_shards(str(tree / "link")) == {
+        "deep/y.tar.gz": f"{tree}/link/deep/y.tar.gz",
+        "x.tar": f"{tree}/link/x.tar",
+    }
 
 
 @pytest.mark.parametrize("again", ["a/x.tar", "a", "a/*.tar", "b/../a/x.tar"])
@@ -160,6 +174,146 @@ def test_a_file_system_that_is_not_installed_is_an_error_of_ours() -> None:
     except ImportError:
         with pytest.raises(ConfigError, match="s3fs"):
             find_shards("s3://bucket/x.tar")
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+Plant = Callable[[Path], object]
+
+
+def touch_deep(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.touch()
+
+
+REFUSED: dict[str, tuple[str, Plant, str]] = {
+    "link out of the folder": ("b/l.tar", lambda p: p.symlink_to("/etc/hostname"), "leads out of"),
+    "link to a folder elsewhere": ("b/l", lambda p: p.symlink_to("/usr"), "leads out of"),
+    "link to another shard": ("b/l.tar", lambda p: p.symlink_to("../a/x.tar"), "count twice"),
+    "link to nothing": ("b/l.tar", lambda p: p.symlink_to("nowhere"), "a link to nothing"),
+    "link to itself": ("b/l.tar", lambda p: p.symlink_to("l.tar"), "a link to nothing"),
+    "fifo": ("b/f.tar", os.mkfifo, "not a regular file"),
+    "device": ("b/z.tar", lambda p: p.symlink_to("/dev/zero"), "leads out of"),
+    "folder": ("b/d.tar", Path.mkdir, "it is a folder"),
+    "newline": ("b/n\n.tar", Path.touch, "control characters"),
+    "not UTF-8": ("b/\udce9.tar", Path.touch, "control characters"),
+    "chain of URLs": ("b/x::y.tar", Path.touch, "'::'"),
+    "too long a name": (f"b/{'n' * 251}.tar", Path.touch, "longer than 220 bytes"),
+    "too deep a folder": ("/".join(["b", *["d" * 200] * 6, "x.tar"]), touch_deep, "longer than 1024 bytes"),
+    "xz": ("b/c.tar.xz", Path.touch, "xz compressed: not read"),
+    "zstd": ("b/c.TAR.ZST", Path.touch, "zstd compressed: not read"),
+    "zip": ("b/c.zip", Path.touch, "zip compressed: not read"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.hostile
+def test_one_bad_file_is_refused_by_name_and_stops_no_other(what: str, tree: Path) -> None:
+    before = find_shards(str(tree))
+    name, plant, reason = REFUSED[what]
+    plant(tree / name)
+    shards, refused = list_sources(str(tree))
+    assert shards == before
+    assert list(refused) == [f"{tree}/{name}"]
+    assert re.search(reason, refused[f"{tree}/{name}"])
+    assert printable(name.rpartition("/")[2]) in refused[f"{tree}/{name}"]
+    if "not read" in reason:  # the index says so, unless `max_bad_shards` allows it
+        assert find_shards(str(tree)) == before | {name: f"{tree}/{name}"}
+        return
+    with pytest.raises((ConfigError, DataError), match=reason):
+        find_shards(str(tree))
+
+
+@pytest.mark.hostile
+def test_what_is_named_is_refused_like_what_is_found(tree: Path) -> None:
+    (tree / "l.tar").symlink_to("a/x.tar")
+    with pytest.raises(ConfigError, match="same file"):
+        find_shards([f"{tree}/a/x.tar", f"{tree}/l.tar"])
+    with pytest.raises(ConfigError, match="same file"):
+        find_shards([f"{tree}/a/*.tar", f"{tree}/*.tar"])
+    (tree / "again").symlink_to("a")
+    with pytest.raises(ConfigError, match="same file"):
+        find_shards([f"{tree}/a", f"{tree}/again"])
+    os.mkfifo(tree / "f.tar")
+    with pytest.raises(DataError, match="not a regular file"):
+        find_shards(f"{tree}/f.tar")
+
+
+@pytest.mark.hostile
+def test_where_shards_come_in_no_pattern_follows_a_link_out(tree: Path) -> None:
+    (tree / "b/l.tar").symlink_to("/etc/hostname")
+    (tree / "b/up").symlink_to(tree)
+    assert f"{tree}/b/l.tar" in list_sources(f"{tree}/b/*.tar", may_come=True).refused
+    assert f"{tree}/b/up/a/x.tar" in list_sources(f"{tree}/b/**/*.tar", may_come=True).refused
+    assert list(find_shards(f"{tree}/b/*.tar")) == ["l.tar", "x.tar"]
+
+
+def test_hard_links_are_files_of_their_own(tree: Path) -> None:
+    (tree / "b/h.tar").hardlink_to(tree / "a/x.tar")
+    assert "b/h.tar" in find_shards(str(tree))
+
+
+@pytest.mark.hostile
+def test_names_that_are_found_are_not_expanded_again(tree: Path) -> None:
+    odd = tree / "odd"
+    odd.mkdir()
+    names = ["a{1,2}.tar", "[ab].tar", "*.tar", "$WDS_X.tar", "~.tar", " .tar", "n" * 216 + ".tar"]
+    for name in names:
+        (odd / name).touch()
+    assert sorted(find_shards(str(odd))) == sorted(names)
+    assert list(find_shards(str(odd / "a{1,2}.tar"))) == ["a{1,2}.tar"]
+
+
+@pytest.mark.parametrize("name", ["x.TAR", "x.Tar.Gz", "x.TGZ"])
+def test_suffixes_are_known_in_any_case(name: str, tree: Path, memory: str) -> None:
+    (tree / name).touch()
+    assert name in find_shards(str(tree))
+    with fsspec.open(f"{memory}/{name}", "wb") as file:
+        file.write(b"x")
+    assert name in find_shards(memory)
+
+
+def test_a_folder_without_shards_says_what_it_holds(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/2.JPG", "a/b/3.jpg", "a/x.tar.md5", "a/README"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"found there: 3 \.jpg, 1 \.tar\.md5, 1 without a suffix"):
+        find_shards(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"found there: 2 \.jpg"):
+        find_shards(f"{tmp_path}/a/*.tar")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="found there: no files"):
+        find_shards(f"{tmp_path}/empty")
+
+
+def test_a_bucket_without_shards_says_what_it_holds(memory: str) -> None:
+    with fsspec.open(f"{memory}/pictures/1.jpg", "wb") as file:
+        file.write(b"x")
+    with pytest.raises(ConfigError, match=r"found there: 1 \.jpg"):
+        find_shards(f"{memory}/pictures")
+
+
+@pytest.mark.hostile
+def test_a_shard_that_is_a_folder_of_others_too_is_refused(memory: str) -> None:
+    """A bucket may hold both; a run folder cannot."""
+    store = fsspec.filesystem("memory").store
+    store[f"{memory.removeprefix('memory:/')}/train/0.tar/x.tar"] = fsspec.implementations.memory.MemoryFile()
+    shards, refused = list_sources(memory)
+    assert list(shards) == ["extra/0.tar", "train/0.tar/x.tar", "train/1.tar"]
+    assert list(refused) == [f"{memory}/train/0.tar"]
+    with pytest.raises(ConfigError, match="folder of other shards"):
+        find_shards(memory)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list everything")
+def test_a_folder_that_cannot_be_listed_is_refused_by_name(tree: Path) -> None:
+    (tree / "b").chmod(0)
+    try:
+        assert "b" in next(iter(list_sources(str(tree)).refused.values()))
+        with pytest.raises(DataError, match="cannot list"):
+            find_shards(str(tree))
+    finally:
+        (tree / "b").chmod(0o700)
 
 
 # --- fsspec -----------------------------------------------------------------------------------------------------

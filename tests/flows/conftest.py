@@ -1,5 +1,6 @@
-"""One real Prefect server for the session, and a small poisoned data set to run flows on."""
+"""One real Prefect server for the session, a small poisoned data set to run flows on, and a store with a reference."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import yaml
 
 import flows  # noqa: F401 - sets Prefect's environment before Prefect is imported
 from flows.clean import CleanConfig, run_clean
+from flows.reference import make_reference
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
-from sanitize.data.digits import write_digits
+from sanitize.data.digits import Digits, write_digits
 from sanitize.data.index import IndexConfig, index_shards
+from sanitize.drift import StatisticsConfig
+from tests.flows.stores import LEVEL
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +66,44 @@ def direct(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("direct") / "run"
     run_clean(CleanConfig.model_validate(settings), out, direct=True)
     return out
+
+
+# --- a store -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def approved(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on eight clean shards."""
+    settings = {
+        "shards": digits.shards()[:8],
+        "embedder": {
+            "architecture": {"kind": "convnet", "widths": [8, 16]},
+            "optim": {"epochs": 3, "batch_size": 32, "learning_rate": 0.02},
+        },
+        "scorers": [{"kind": "spectral"}],
+        "compute": {"device": "cpu"},
+        "n_groups": 1,
+    }
+    out = tmp_path_factory.mktemp("approved") / "run"
+    run_clean(CleanConfig.model_validate(settings), out, direct=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def referenced(approved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a reference and nothing else; it is copied, not used."""
+    store = tmp_path_factory.mktemp("referenced") / "store"
+    made = make_reference(str(approved), str(store), StatisticsConfig(), LEVEL, note="looked at")
+    assert (made["reference"], made["shards"]) == (1, 8)
+    return store
+
+
+@pytest.fixture
+def store(referenced: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(referenced, tmp_path / "store")
+
+
+@pytest.fixture
+def incoming(tmp_path: Path) -> Path:
+    (tmp_path / "incoming").mkdir()
+    return tmp_path / "incoming"

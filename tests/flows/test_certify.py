@@ -182,3 +182,36 @@ def test_what_is_no_model_is_refused(
     result = RUNNER.invoke(app, command)
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("n", [1, 9])
+def test_the_command_refuses_too_few_copies_and_says_how_many_it_takes(
+    n: int, network_run: Path, digits: Digits, tmp_path: Path
+) -> None:
+    command = ["certify", str(network_run), f"--shards={digits.shards()[0]}", f"--out={tmp_path / 'run'}", "--direct"]
+    result = RUNNER.invoke(app, [*command, f"--n={n}"])
+    assert result.exit_code == 2
+    output = " ".join(result.output.split())
+    assert f"with n = {n} no image can be certified at alpha 0.001" in output
+    assert "take n >= 10" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_radius_is_said_in_print_and_as_json(network_run: Path, digits: Digits, tmp_path: Path) -> None:
+    (tmp_path / "few.yaml").write_text("smoothing: {n0: 5}\n")
+    command = ["certify", str(network_run), f"--shards={digits.shards()[0]}", f"--out={tmp_path / 'run'}", "--direct"]
+    command += [f"--config={tmp_path / 'few.yaml'}", "--n=20", "--max-images=4", "--device=cpu"]
+    result = RUNNER.invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    (certificate,) = json.loads(result.stdout)["certificates"]
+    assert certificate["largest_radius"] == pytest.approx(0.25 * 0.5473934835)
+    shown = RUNNER.invoke(app, [*command, "--quiet"])
+    assert "largest radius there can be with these settings: 0.1368 l2" in " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_too_few_partitions_to_certify_anything_are_refused(n: int, digits: Digits, tmp_path: Path) -> None:
+    command = ["train", f"--shards={digits.shards()[0]}", f"--partitions={n}", f"--out={tmp_path / 'run'}", "--direct"]
+    result = RUNNER.invoke(app, command)
+    assert result.exit_code == 2
+    assert "take 3 or more" in " ".join(result.output.split())

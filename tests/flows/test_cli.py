@@ -1,5 +1,6 @@
 """The `sanitize` command as a user meets it: help, results, errors and exit codes."""
 
+import io
 import json
 import re
 import tarfile
@@ -8,9 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.table import Table
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from flows.cli.app import Terminal
 from sanitize.storage import exclusive
 
 COMMANDS = ("clean", "demo", "inspect", "plan", "poison", "report", "restore", "train", "verify")
@@ -194,3 +199,32 @@ def test_two_runs_do_not_write_the_same_folder(config_file: Path, tmp_path: Path
         result = run("clean", config_file, "--out", tmp_path, "--direct", "--quiet")
     assert result.exit_code == 1
     assert "another process" in result.output
+
+
+ESCAPES = [
+    "\x1b]8;;http://a.b\x1b\\",
+    "\x1b[2J",
+    "\x9b31m",
+    "\r",
+    "\x07",
+    "\u202e",
+    "[red]",
+    "[link=http://a.b]x[/link]",
+]
+ESCAPES += ["[/]", ":smile:", "\\[", "\udcff", "a", " "]
+
+
+@given(st.one_of(st.text(max_size=20), st.lists(st.sampled_from(ESCAPES), max_size=6).map("".join)))
+def test_what_strangers_wrote_neither_styles_nor_drives_the_terminal(text: str) -> None:
+    file = io.StringIO()
+    terminal = Terminal(file=file, force_terminal=True, color_system="truecolor", width=400, highlight=False)
+    line = text.replace("\n", "")
+    terminal.print(line, soft_wrap=True)
+    assert file.getvalue().removesuffix("\n").isprintable()  # no escape sequence, no colour, no link
+    table = Table(line, title=line)
+    table.add_row(line)
+    terminal.print(table)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())  # rich's own styles of a table
+    assert all(part.isprintable() for part in shown.split("\n"))
+    for part in ("[red]", "[link=http://a.b]x[/link]", ":smile:", "[/]"):
+        assert shown.count(part) >= 4 * line.count(part)

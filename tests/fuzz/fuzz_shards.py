@@ -48,6 +48,7 @@ from sanitize.select import SelectConfig, WriteConfig, select_samples, write_sel
 
 CONFIG = IndexConfig(
     max_bad_fraction=1,
+    max_bad_shards=10**6,
     image=ImageConfig(max_pixels=10**6),
     limits=SampleLimits(max_sample_bytes=2**18, max_members=8, max_listing_bytes=2**20),
 )
@@ -123,9 +124,11 @@ def make_case(seed: int, n: int) -> tuple[str, bytes]:
         data = _damaged_headers(rng, data) if rng.random() < 0.4 else _damaged(rng, data)
     data = GOOD + data  # most cases shall get as far as the shards
     if rng.random() < 0.6:
-        return "x.tar", data
+        return "x.tar.gz" if rng.random() < 0.1 else "x.tar", data
     data = gzip.compress(data, int(rng.integers(0, 7)), mtime=0)
-    return "x.tar.gz", _damaged(rng, data) if rng.random() < 0.4 else data
+    data = _damaged(rng, data) if rng.random() < 0.4 else data
+    data += rng.bytes(int(rng.integers(1, 600))) if rng.random() < 0.2 else b""
+    return "x.tar" if rng.random() < 0.2 else "x.tar.gz", data
 
 
 def _archive(rng: Rng) -> bytes:
@@ -256,7 +259,7 @@ def _nothing_suspicious(dataset: Dataset, out: Path) -> Scores:
 def _plain(path: Path) -> bytes:
     """The archive, as far as it can be decompressed."""
     data, plain = path.read_bytes(), bytearray()
-    if not path.name.endswith(".gz"):
+    if not data.startswith(b"\x1f\x8b"):
         return data
     while data:
         stream = zlib.decompressobj(31)

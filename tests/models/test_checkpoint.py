@@ -133,7 +133,7 @@ def test_a_factory_of_the_user_is_called_with_classes_and_channels(
     monkeypatch.syspath_prepend(tmp_path)
     config = SMALL.model_copy(update={"architecture": FactoryConfig(function="my_networks:small")})
     assert config.build()(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
-    again = save(tmp_path / "a", config.build(), config).model()
+    again = save(tmp_path / "a", config.build(), config).of_own(config.architecture).model()
     assert again(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
 
 

@@ -22,7 +22,7 @@ def networks(name: str, n: int = 3) -> list[nn.Module]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_outputs_and_gradients_are_those_of_each_network_alone(name: str) -> None:
     alone = networks(name)
-    stacked = Stacked(alone)
+    stacked = Stacked.of(alone)
     x_BMCHW = torch.randn(5, 3, 1, 8, 8)
     outputs_BMK = stacked(x_BMCHW)
     outputs_BMK.square().sum().backward()
@@ -41,10 +41,10 @@ def test_a_vote_counts_what_each_network_says() -> None:
     alone = networks("mlp", 7)
     x_BCHW = torch.randn(20, 1, 8, 8)
     said_BM = torch.stack([network(x_BCHW).argmax(1) for network in alone], 1)
-    votes_BK = Plurality(alone)(x_BCHW)
+    votes_BK = Plurality(Stacked.of(alone))(x_BCHW)
     assert torch.equal(votes_BK, torch.stack([(said_BM == k).sum(1) for k in range(4)], 1).float())
 
 
 def test_networks_with_statistics_are_refused() -> None:
     with pytest.raises(ConfigError, match="running_mean"):
-        Stacked([nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2)])
+        Stacked.of([nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sanitize.attack import BadNetsConfig, LabelNoiseConfig, Poisoned, SeveralConfig, poison_shards
+from sanitize.attack import BadNetsConfig, LabelNoiseConfig, Poisoned, SeveralConfig, poison_shards, triggered
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.digits import Digits, write_digits
@@ -18,7 +18,7 @@ from sanitize.loop import predict
 from sanitize.measure import accuracy, attack_success_rate, detection
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.redteam import Case, FindingsConfig, Measured, measure_case, sum_up
-from sanitize.redteam.measure import count_removals, triggered
+from sanitize.redteam.measure import count_removals
 from sanitize.score import SpectralConfig, fit_scorer, score_shards
 from sanitize.select import ContaminationRule, SelectConfig, select_samples
 
@@ -85,7 +85,7 @@ def test_verdicts_on_other_samples_are_refused(selection: Selection, compute: Co
 
 
 def test_the_trigger_is_put_on_the_image_as_it_is_stored(test_side: Dataset) -> None:
-    (images_BCHW, wanted_B), *_ = triggered(ATTACK, test_side)
+    _, _, wanted_B, images_BCHW = next(triggered(ATTACK, test_side, 10))
     assert images_BCHW.shape[1:] == (3, 12, 12)
     assert (wanted_B == 3).all()
     # A patch of 3 in 8 pixels covers 4.5 of 12: put on after scaling, it would cover 3.
@@ -110,10 +110,12 @@ def test_accuracy_and_attack_success_are_those_of_the_metrics(
     logits_NK = predict(model.model(), images_NCHW, model.config.normalise, compute)
     assert shares["acc_before"] == shares["acc_after"] == accuracy(logits_NK, labels_N)
     hits, n = 0.0, 0
-    for images_BCHW, wanted_B in triggered(ATTACK, test_side):
-        logits_BK = predict(model.model(), images_BCHW, model.config.normalise, compute)
-        hits += attack_success_rate(logits_BK, torch.full_like(wanted_B, -1), wanted_B) * len(wanted_B)
-        n += len(wanted_B)
+    for batch in triggered(ATTACK, test_side, 10):
+        logits_BK = predict(model.model(), batch.images_BCHW, model.config.normalise, compute)
+        hits += attack_success_rate(logits_BK, torch.full_like(batch.wanted_B, -1), batch.wanted_B) * len(
+            batch.wanted_B
+        )
+        n += len(batch.wanted_B)
     assert n == int((labels_N != 3).sum())
     assert shares["asr_before"] == shares["asr_untouched"] == pytest.approx(hits / n)
     assert measured.pictures is not None

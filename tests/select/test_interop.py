@@ -225,6 +225,31 @@ def test_clean_shards_give_every_kept_sample_to_every_reader(
 
 
 @pytest.mark.parametrize("read", [by_tarfile, by_gnu_tar, by_webdataset, by_datasets])
+@pytest.mark.parametrize(("name", "packed"), [("x.tar", True), ("x.tar.gz", False), ("x.TAR", True), ("x.TGZ", False)])
+def test_what_is_written_is_compressed_as_its_name_says(
+    read: Reader,
+    name: str,
+    packed: bool,
+    originals: dict[str, list[Sample]],
+    make_tar: Callable[..., str],
+    compute: Compute,
+    tmp_path: Path,
+) -> None:
+    samples = originals["a.tar"]
+    members = [member for sample in samples for member in members_of(sample)]
+    make_tar(tmp_path / "in" / name, members, "w:gz" if packed else "w", tarfile.PAX_FORMAT)
+    dataset = index_shards(IndexConfig(), str(tmp_path / "in"), str(tmp_path / "index"), compute)
+    selection = select(tmp_path / "selection", dataset, every_third)
+    shards = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "out"), compute)
+    for folder in ("clean", "quarantine"):
+        is_gzip = shards.file(f"{folder}/{name}").read_bytes().startswith(b"\x1f\x8b")
+        assert is_gzip == name.endswith(("gz", "GZ"))
+    shutil.copytree(Path(shards.path) / "clean", tmp_path / "copied")
+    kept = [sample for i, sample in enumerate(samples) if not every_third(name, i)]
+    assert_same(read, read(shards_in(tmp_path / "copied")), kept)
+
+
+@pytest.mark.parametrize("read", [by_tarfile, by_gnu_tar, by_webdataset, by_datasets])
 def test_quarantine_gives_every_removed_sample_and_its_evidence(
     read: Reader, copied: Path, originals: dict[str, list[Sample]]
 ) -> None:

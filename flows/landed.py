@@ -1,0 +1,104 @@
+"""What lies where shards come in: shards to offer to the ledger, and what cannot be one, with the reason."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import NamedTuple
+
+from sanitize.data.sources import list_sources
+from sanitize.entries import Offered, Refused
+from sanitize.errors import ConfigError, DataError, StorageError
+from sanitize.ledger import State
+from sanitize.progress import track
+from sanitize.storage import fingerprint, sha256_file
+
+
+class Landed(NamedTuple):
+    """What is there.
+
+    Attributes:
+        offered: shards.
+        was_read: those of them that were not known, so that their bytes had to be read.
+        refused: what cannot be a shard.
+        changing: shards that changed while they were read; why, in words. The next listing looks at them again.
+        unreadable: shards for which storage did not answer. The next listing looks at them again.
+    """
+
+    offered: list[Offered]
+    was_read: list[Offered]
+    refused: list[Refused]
+    changing: list[str]
+    unreadable: list[str]
+
+
+class _Changing(Exception):
+    """A shard changed while it was read."""
+
+
+def list_shards(sources: Sequence[str], state: State) -> Landed:
+    """All shards that are there; one that was seen before is known by size and time, and is not read again.
+
+    Raises:
+        ConfigError: a source is no folder, pattern or URL, or there is no reference.
+        StorageError: storage answers for none of the shards.
+    """
+    state.reference  # noqa: B018 - raises where there is none, before anything is read
+    found = list_sources(sources, may_come=True)
+    urls = list(found.shards.values())
+    landed = Landed([], [], [refuse(url, reason) for url, reason in sorted(found.refused.items())], [], [])
+
+    def look(url: str) -> Offered | Refused | Exception:
+        try:
+            return _offered(url, state)
+        except (ConfigError, DataError, OSError, UnicodeError) as error:
+            return refuse(url, str(error))
+        except (StorageError, _Changing) as error:
+            return error
+        finally:
+            advance(1)
+
+    # One by one, a far store takes minutes to say what it has.
+    with track("list", len(urls), "shards") as advance, ThreadPoolExecutor(16) as pool:
+        for shard in pool.map(look, urls):
+            if isinstance(shard, Offered):
+                landed.offered.append(shard)
+                if shard.fingerprint not in state.seen:
+                    landed.was_read.append(shard)
+            elif isinstance(shard, Refused):
+                landed.refused.append(shard)
+            else:
+                (landed.changing if isinstance(shard, _Changing) else landed.unreadable).append(str(shard))
+    if landed.unreadable and not landed.offered:
+        raise StorageError(landed.unreadable[0])
+    return landed
+
+
+def refuse(url: str, reason: str) -> Refused:
+    """A shard that was not read, and why."""
+    size, modified = 0, ""
+    with suppress(ConfigError, DataError, OSError, ValueError):  # the reason says why nothing is known of it
+        _, size, modified = _fingerprint(url)
+    place = url if "://" in url else os.path.abspath(url)  # noqa: PTH100 - Path.resolve would follow links
+    return Refused(url=as_utf8(place), size=size, modified=modified, reason=as_utf8(reason))
+
+
+def as_utf8(text: str) -> str:
+    """The text with bytes that are not UTF-8 escaped, so that an entry of the ledger can hold it."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _offered(url: str, state: State) -> Offered:
+    url.encode()  # a folder above may have a name that is not UTF-8, which the ledger cannot hold
+    seen = _fingerprint(url)
+    digest = known = state.seen.get(seen)
+    if digest is None:
+        digest = sha256_file(url)
+    if known is None and _fingerprint(url) != seen:
+        raise _Changing(f"{url} changed while it was read; the next ingest looks at it again")
+    return Offered(url=url, size=seen[1], modified=seen[2], sha256=digest)
+
+
+def _fingerprint(url: str) -> tuple[str, int, str]:
+    found = fingerprint(url)
+    return str(found["url"]), int(found["size"]), str(found["modified"])

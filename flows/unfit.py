@@ -1,0 +1,130 @@
+"""Which shards of a claimed batch cannot be in it, and whether storage or a shard is why it could not be finished."""
+
+import errno
+import logging
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from flows.landed import as_utf8
+from sanitize.artifacts import MANIFEST
+from sanitize.data.dataset import Dataset
+from sanitize.data.index import IndexConfig, index_shard
+from sanitize.entries import ClaimEntry, Offered, Refused
+from sanitize.errors import DataError, ShardError, StorageError
+from sanitize.storage import exists, fingerprint, join, sha256_file
+
+logger = logging.getLogger("sanitize.ingest")
+MAX_REASON = 500  # characters
+# What the same call would meet again: names that no file can have. All else that a system call reports may pass.
+_LASTING = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+
+
+def is_storage(error: Exception) -> bool:
+    """True where storage, or Prefect's server, is why a batch was not finished, so that another attempt may do it."""
+    if _is_of_prefect(error):
+        return True
+    cause = error if isinstance(error, OSError) else error.__cause__
+    number = cause.errno if isinstance(cause, OSError) else None
+    if number in _LASTING:
+        return False
+    return isinstance(error, StorageError) or (isinstance(error, OSError) and number is not None)
+
+
+def _is_of_prefect(error: BaseException | None) -> bool:
+    """True where the error, or one it came from, is of Prefect or of a request to its server."""
+    while error is not None:
+        if type(error).__module__.partition(".")[0] in ("prefect", "httpx", "httpcore"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def unfit_shards(dataset: Dataset, claim: ClaimEntry, config: IndexConfig) -> list[Refused]:
+    """Shards of an indexed batch that cannot be in it: they have changed, or too much of them is unreadable."""
+    found = []
+    for shard in claim.shards:
+        summary, source = dataset.info["shards"][shard.name], dataset.manifest().sources[shard.name]
+        mark = source["size"], str(source["modified"])
+        if _has_changed(shard, summary["sha256"], mark):
+            found.append(_changed(shard))
+        elif _is_bad(summary, config):
+            found.append(_refused(shard, _why_bad(dataset.rows(shard.name, ["reason"]), summary, config)))
+    return found
+
+
+def look_again(claim: ClaimEntry, config: IndexConfig, folder: str, error: Exception) -> list[Refused]:
+    """Shards that kept a batch from being finished, found by looking at each alone; none where no shard is the reason.
+
+    Args:
+        claim: of the batch.
+        config: how its shards are indexed.
+        folder: of the batch; where the index was finished, only changes since are looked for.
+        error: how the batch failed; a ShardError names its shard.
+
+    Raises:
+        StorageError, OSError: storage does not answer.
+    """
+    is_indexed = exists(join(folder, "00-index", MANIFEST))
+    culprit = error.shard if isinstance(error, ShardError) else ""
+    found = []
+    for shard in claim.shards:
+        refused = _look(shard, None if is_indexed else config)
+        if refused is None and shard.name == culprit:
+            refused = _refused(shard, str(error))
+        if refused is not None:
+            found.append(refused)
+    return found
+
+
+def _look(shard: Offered, config: IndexConfig | None) -> Refused | None:
+    try:
+        found = fingerprint(shard.url)
+        if _has_changed(shard, sha256_file(shard.url), (found["size"], str(found["modified"]))):
+            return _changed(shard)
+    except (DataError, OSError) as error:
+        return _refused(shard, str(error), by_bytes=False)
+    if config is None:
+        return None
+    try:
+        table, summary = index_shard(shard.url, config)
+    except StorageError:
+        raise
+    except (DataError, OSError) as error:
+        return _refused(shard, str(error), by_bytes=False)
+    except Exception as error:  # a fault of ours that these bytes bring out
+        logger.exception("shard %s cannot be indexed", shard.url)
+        return _refused(shard, f"it cannot be indexed: {type(error).__name__}: {error}")
+    return _refused(shard, _why_bad(table, summary, config)) if _is_bad(summary, config) else None
+
+
+def _has_changed(shard: Offered, sha256: str | None, mark: tuple[Any, Any]) -> bool:
+    """Whether it is another than was claimed; an index that hashes nothing is left with size and time."""
+    return mark != (shard.size, shard.modified) if sha256 is None else sha256 != shard.sha256
+
+
+def _is_bad(summary: dict[str, Any], config: IndexConfig) -> bool:
+    n, n_bad = summary["counts"]["samples"], summary["counts"]["unreadable"]
+    return bool(n_bad == n or n_bad > config.max_bad_fraction * n)
+
+
+def _why_bad(table: pa.Table, summary: dict[str, Any], config: IndexConfig) -> str:
+    n, n_bad = summary["counts"]["samples"], summary["counts"]["unreadable"]
+    damage = f"; the archive is damaged: {summary['damage']}" if summary["damage"] else ""
+    if n == 0:
+        return f"it has no samples{damage}"
+    reasons = Counter(reason for reason in table["reason"].to_pylist() if reason)
+    why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    limit = f"more than max_bad_fraction={config.max_bad_fraction}" if n_bad < n else "all there are"
+    return f"{n_bad} of {n} samples are unreadable, {limit}: {why}{damage}"
+
+
+def _changed(shard: Offered) -> Refused:
+    return _refused(shard, "it has changed since it was claimed; it is offered again as it is now", by_bytes=False)
+
+
+def _refused(shard: Offered, reason: str, by_bytes: bool = True) -> Refused:
+    text = as_utf8(reason)[:MAX_REASON]
+    sha256 = shard.sha256 if by_bytes else ""
+    return Refused(url=shard.url, size=shard.size, modified=shard.modified, sha256=sha256, reason=text)

@@ -1,0 +1,113 @@
+"""Is a run what it was when it was written? Every file against its manifest, every input against its artifact."""
+
+import json
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from sanitize.artifacts import MANIFEST, Manifest, read_manifest, verify
+from sanitize.errors import ArtifactError
+from sanitize.storage import join, names_below, read_bytes
+
+
+class Verified(NamedTuple):
+    """What was found.
+
+    Attributes:
+        n_files: files that were hashed.
+        problems: what is not as it was written, one line each.
+        notes: what could not be checked, or lies outside and has changed since; one line each.
+    """
+
+    n_files: int
+    problems: list[str]
+    notes: list[str]
+
+    def plus(self, other: "Verified") -> "Verified":
+        """Both together."""
+        return Verified(self.n_files + other.n_files, self.problems + other.problems, self.notes + other.notes)
+
+
+NOTHING = Verified(0, [], [])
+
+
+def verify_run(folder: str) -> tuple[int, list[str]]:
+    """Re-hash all artifacts of a run, and check the chain: every input digest is that of an artifact it was given.
+
+    Returns:
+        Number of files checked, and one line a problem.
+
+    Raises:
+        ArtifactError: there is no artifact in the folder.
+    """
+    if not artifacts_of(folder):
+        raise ArtifactError(f"{folder} holds no finished artifact; give the folder of a run, an artifact or a store")
+    found = check_run(folder)
+    return found.n_files, found.problems
+
+
+def check_run(folder: str, known: Collection[str] | None = None) -> Verified:
+    """The same, with what could not be checked.
+
+    Args:
+        folder: of the run.
+        known: digests of artifacts outside that the run was given; None takes what `run.json` says of them.
+    """
+    found, manifests = NOTHING, {}
+    for name in artifacts_of(folder):
+        path = join(folder, name)
+        result, manifest = check_artifact(path)
+        found = found.plus(result)
+        if manifest is not None:
+            manifests[name] = manifest
+    record = _record(folder)
+    if known is None and isinstance(record.get("inputs"), dict):
+        known = [str(digest) for digest in record["inputs"]]
+    digests = {manifest.digest for manifest in manifests.values()}
+    for name, manifest in manifests.items():
+        path = join(folder, name)
+        for of_input, digest in manifest.recipe.inputs.items():
+            if len(digest) != 64 or of_input == "weights" or digest in digests or digest in (known or ()):
+                continue  # shards and weights are files, not artifacts
+            said = f"{path}: its input {of_input} ({digest[:12]}) is no artifact of this run"
+            if known is None:  # the run is of a version that did not record what it was given
+                found.notes.append(f"{said}, and was not checked")
+            else:
+                found.problems.append(f"{said}, nor one that it was given")
+    for stage in _stages(record):
+        if stage["folder"] not in manifests:
+            found.problems.append(f"{join(folder, stage['folder'])}: run.json lists it, but it is not there")
+        elif manifests[stage["folder"]].digest != stage["digest"]:
+            found.problems.append(f"{join(folder, stage['folder'])}: its manifest is not the one run.json lists")
+    return found
+
+
+def check_artifact(path: str, digest: str | None = None) -> tuple[Verified, Manifest | None]:
+    """Re-hash one artifact; where `digest` is given, its manifest is checked too. None where there is no manifest."""
+    try:
+        manifest = read_manifest(path)
+    except ArtifactError as error:
+        return Verified(0, [str(error)], []), None
+    problems = verify(path)
+    if digest is not None and manifest.digest != digest:
+        problems.append(f"{path}: its manifest is not the one the ledger names")
+    return Verified(len(manifest.files), problems, []), manifest
+
+
+def artifacts_of(folder: str) -> list[str]:
+    """Names of the finished artifacts of a run, sorted."""
+    names = (name.split("/") for name in names_below(folder))
+    return sorted(parts[0] for parts in names if parts[1:] == [MANIFEST])
+
+
+def _record(folder: str) -> dict[str, Any]:
+    try:
+        record = json.loads(read_bytes(join(folder, "run.json")))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _stages(record: dict[str, Any]) -> list[dict[str, str]]:
+    stages = record.get("stages")
+    rows = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    return [{name: str(stage.get(name, "")) for name in ("folder", "digest")} for stage in rows]

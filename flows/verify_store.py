@@ -1,0 +1,221 @@
+"""Is a store what its ledger says? Feed, ledger, batches, versions of the reference, and the shards they came from.
+
+Nothing is followed out of the store but the places of shards, and of those nothing but size and sha256 is looked at.
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from flows.reference import CONFIG, STATISTICS, version_folder
+from flows.store import FEED, SHARDS, feed_of
+from flows.verify import NOTHING, Verified, artifacts_of, check_artifact, check_run
+from sanitize.artifacts import MANIFEST, read_manifest
+from sanitize.entries import CleanShard, ReferenceEntry
+from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
+from sanitize.ledger import Batch, Ledger, State
+from sanitize.storage import absolute, exists, fingerprint, is_local, join, names_below, read_bytes, sha256_file
+
+
+def verify_path(path: str, sources: bool = True) -> Verified:
+    """Re-hash what is there: a store, a batch or a reference in one, a run, or a single artifact.
+
+    Args:
+        path: folder or URL.
+        sources: of a store, look at the shards too that its batches were made from; what is gone or has changed since
+            is a note, not a problem.
+
+    Raises:
+        ArtifactError: nothing of the kind is there.
+    """
+    path = absolute(path) if is_local(path) else path.rstrip("/")
+    if exists(join(path, "ledger")):
+        return verify_store(path, sources)
+    above, _, name = path.rpartition("/")
+    store, _, kind = above.rpartition("/")
+    if kind in ("batches", "reference") and exists(join(store, "ledger")):
+        state, found = _read(store)
+        if kind == "batches" and name in state.batches:
+            return found.plus(_batch(store, state, state.batches[name]))
+        versions = [entry for entry in state.references.values() if version_folder(store, entry.version) == path]
+        if kind == "reference" and versions:
+            return found.plus(_reference(store, state, versions[0]))
+    if exists(join(path, MANIFEST)):
+        return check_artifact(path)[0]
+    if not artifacts_of(path):
+        raise ArtifactError(f"{path} holds no finished artifact; give the folder of a run, an artifact or a store")
+    return check_run(path)
+
+
+def verify_store(store: str, sources: bool = True) -> Verified:
+    """Walk from the feed to the shards; see `verify_path`."""
+    state, found = _read(store)
+    found = found.plus(Verified(0, list(_feed_problems(store, state)), []))
+    for batch in state.batches.values():
+        found = found.plus(_batch(store, state, batch))
+    for entry in state.references.values():
+        found = found.plus(_reference(store, state, entry))
+    found.problems.extend(_strangers(store, state))
+    found = found.plus(_approved(state))
+    return found.plus(_sources(state)) if sources else found
+
+
+def _read(store: str) -> tuple[State, Verified]:
+    """The log up to the first entry that is wrong, and what is wrong with that."""
+    ledger = Ledger(store)
+    try:
+        return ledger.read(), NOTHING
+    except ArtifactError as error:
+        rest = "; what follows was not looked at"
+        return ledger.so_far, Verified(0, [f"{error}{rest}"], [])
+
+
+def _feed_problems(store: str, state: State) -> Iterator[str]:
+    """How feed.json differs from what the ledger says."""
+    url = join(store, FEED)
+    expected = feed_of(state)
+    try:
+        data = read_bytes(url)
+    except FileNotFoundError:
+        if state.references:
+            yield f"{url}: missing; the next `sanitize ingest` writes it"
+        return
+    if data == expected:
+        return
+    told = {line.shard: line.model_dump() for line in state.feed()}
+    try:
+        there = {str(line["shard"]): line for line in json.loads(data)["shards"]}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        yield f"{url}: damaged ({type(error).__name__}); the next `sanitize ingest` writes it again"
+        return
+    for shard in sorted(told.keys() | there.keys()):
+        if shard not in there:
+            yield f"{url}: lacks {shard}, which the ledger releases"
+        elif shard not in told:
+            yield f"{url}: has {shard}, which the ledger does not release"
+        elif there[shard] != told[shard]:
+            yield f"{url}: says other than the ledger of {shard}"
+    if told == there:
+        yield f"{url}: not as it was written, though its shards are those the ledger releases"
+
+
+def _batch(store: str, state: State, batch: Batch) -> Verified:
+    """The artifacts of a batch against its commit, and its chain against the reference it names."""
+    name, commit = batch.claim.batch, batch.commit
+    folder = join(store, "batches", name)
+    reference = state.references.get(batch.claim.reference)
+    if reference is None:
+        said = f"{folder}: its claim names reference v{batch.claim.reference:04d}, which the ledger does not have"
+        return Verified(0, [said], [])
+    found = check_run(folder, set(reference.digests.values()))
+    if commit is None:
+        found.notes.append(f"{folder}: claimed, and not finished; `sanitize ingest` goes on with it")
+        return found
+    there = set(artifacts_of(folder))
+    for artifact, digest in sorted(commit.digests.items()):
+        if artifact not in there:
+            found.problems.append(f"{join(folder, artifact)}: missing; the ledger names it")
+        elif _digest(join(folder, artifact)) != digest:
+            found.problems.append(f"{join(folder, artifact)}: its manifest is not the one the ledger names")
+    found.problems.extend(_clean_problems(folder, commit.clean))
+    return found
+
+
+def _clean_problems(folder: str, lines: Collection[CleanShard]) -> Iterator[str]:
+    """Where what the feed says of clean shards is not what the manifest of their folder says."""
+    try:
+        files = read_manifest(join(folder, SHARDS)).files if lines else {}
+    except ArtifactError:
+        return  # said before
+    for line in lines:
+        inside = line.shard.removeprefix(f"batches/{line.batch}/{SHARDS}/")
+        entry = files.get(inside)
+        if entry is None or (entry.sha256, entry.size) != (line.sha256, line.size):
+            yield f"{join(folder, SHARDS, inside)}: the ledger promises other bytes to the feed than the manifest lists"
+
+
+def _digest(path: str) -> str | None:
+    try:
+        return read_manifest(path).digest
+    except ArtifactError:
+        return None
+
+
+def _reference(store: str, state: State, entry: ReferenceEntry) -> Verified:
+    """The artifacts of a version, against the digests in the ledger."""
+    folder, found = version_folder(store, entry.version), NOTHING
+    for name, digest in sorted(entry.digests.items()):
+        found = found.plus(check_artifact(join(folder, name), digest)[0])
+    try:
+        same = not entry.config or sha256_file(join(folder, CONFIG)) == entry.config
+    except DataError:
+        same = False
+    if not same:
+        found.problems.append(f"{join(folder, CONFIG)}: not what the ledger names")
+    for name in entry.merged:
+        if name not in state.batches or state.batches[name].commit is None:
+            found.problems.append(f"{folder}: merges batch {name}, which the ledger does not have")
+    if entry.version > 1:
+        found.problems.extend(_merge_problems(folder, state, entry))
+    return found
+
+
+def _merge_problems(folder: str, state: State, entry: ReferenceEntry) -> Iterator[str]:
+    """Whether a version was merged from the one before and the batches that the ledger names."""
+    commits = [state.batches[name].commit for name in entry.merged if name in state.batches]
+    wanted = {commit.digests.get("60-statistics", "") for commit in commits if commit is not None}
+    wanted.add(state.references[entry.version - 1].digests.get(STATISTICS, ""))
+    try:
+        inputs = set(read_manifest(join(folder, STATISTICS)).recipe.inputs.values())
+    except ArtifactError:
+        return  # said before
+    if inputs != wanted:
+        yield f"{join(folder, STATISTICS)}: not merged from what the ledger names"
+
+
+def _strangers(store: str, state: State) -> Iterator[str]:
+    """Folders that no entry of the ledger names."""
+    for name in _folders(join(store, "batches")):
+        if name not in state.batches:
+            yield f"{join(store, 'batches', name)}: no entry of the ledger names this batch"
+    names = {f"v{version:04d}" for version in state.references}
+    at_work = f"v{len(names) + 1:04d}"  # a refit that was killed leaves it, and the next one removes it
+    for name in _folders(join(store, "reference")):
+        if name not in {*names, at_work}:
+            yield f"{join(store, 'reference', name)}: no entry of the ledger names this version"
+
+
+def _folders(folder: str) -> list[str]:
+    return sorted({name.partition("/")[0] for name in names_below(folder) if "/" in name})
+
+
+def _approved(state: State) -> Verified:
+    """Clean shards of the approved run: they are in the feed, and lie where that run put them."""
+    found = NOTHING
+    for entry in state.references.values():
+        for line in entry.clean:
+            said = _difference(line.shard, line.size, line.sha256)
+            found = found.plus(Verified(1, [f"{line.shard}: {said}; the feed names it"] if said else [], []))
+    return found
+
+
+def _sources(state: State) -> Verified:
+    """The shards that batches and the first reference were made from, where they were seen."""
+    notes, n = [], 0
+    shards = [shard for batch in state.batches.values() for shard in batch.claim.shards]
+    shards += [shard for entry in state.references.values() for shard in entry.shards]
+    for shard in {shard.url: shard for shard in shards}.values():
+        n += 1
+        if said := _difference(shard.url, shard.size, shard.sha256):
+            notes.append(f"{shard.url}: source shard {said}")
+    return Verified(n, [], notes)
+
+
+def _difference(url: str, size: int, sha256: str) -> str:
+    """How a file is not what it was; "" where it is."""
+    try:
+        found: dict[str, Any] = fingerprint(url)
+        same = found["size"] == size and sha256_file(url) == sha256
+    except (DataError, ConfigError, StorageError, OSError, ValueError) as error:
+        return f"is gone or cannot be read ({error})"
+    return "" if same else "has changed since"

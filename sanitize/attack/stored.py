@@ -1,0 +1,80 @@
+"""Images as a shard stores them, and as a model reads them.
+
+A trigger belongs on the image as it is stored: at its own size, with its own channels, uint8. `poison_shards` plants it
+there and writes PNG, which loses nothing; what a model learns is the image after scaling. So whatever puts a trigger on
+an image, to poison or to measure, takes this way:
+
+    payload -> stored_image -> trigger -> as_read -> the model's normalisation
+
+Shapes: B batch, C H W image.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sanitize.data.dataset import Dataset
+from sanitize.data.decode import BadImage, ImageConfig, decode, fit, image_header
+from sanitize.data.samples import Sample, find_image
+
+_GREY = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes of one colour; those of other depths begin with "I;"
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow has it
+
+
+def stored_image(sample: Sample, dataset: Dataset, shard: str) -> Tensor:
+    """The image of a sample as it is stored: uint8 (C, H, W) at its own size, C = 1 if it is grey and 3 if it is not.
+
+    Args:
+        sample: one whose status is `ok`.
+        dataset: the data set it belongs to; its limit on pixels holds.
+        shard: name of its shard, for the message.
+
+    Raises:
+        DataError: the image cannot be decoded, which an index with check=decode would have found.
+    """
+    config, (_, data) = ImageConfig.model_validate(dataset.info["image"]), find_image(sample)
+    try:
+        mode = image_header(data, config.max_pixels).mode
+        channels = 1 if mode in _GREY or mode.startswith("I;") else 3
+        return decode(data, config.model_copy(update={"channels": channels}))
+    except BadImage as error:
+        raise dataset.bad_image(shard, sample.key, error) from error
+
+
+def as_read(image_CHW: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """What `decode` gives, bit for bit, of an image that is stored without loss.
+
+    Args:
+        image_CHW: uint8 with 1 or 3 channels.
+        image_shape: (C, H, W) of what is read.
+    """
+    channels, height, width = image_shape
+    if len(image_CHW) != channels:
+        pixels = image_CHW.permute(1, 2, 0).contiguous().numpy()
+        picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+        converted = np.array(picture.convert("RGB" if channels == 3 else "L")).reshape(*pixels.shape[:2], channels)
+        image_CHW = torch.from_numpy(converted).permute(2, 0, 1).contiguous()
+    return fit(image_CHW, (height, width))
+
+
+class OnStored(nn.Module):
+    """A classifier of stored images: `as_read`, as far as it can be differentiated, before a network.
+
+    Args:
+        network: logits (B, K) of float images (B, C, H, W) on [0, 1].
+        image_shape: (C, H, W) of the images it takes.
+    """
+
+    def __init__(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.network, self.image_shape = network, image_shape
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits of float images on [0, 1], of one size and with 1 or 3 channels."""
+        channels, height, width = self.image_shape
+        if x_BCHW.shape[1] < channels:
+            x_BCHW = x_BCHW.expand(-1, channels, -1, -1)
+        elif x_BCHW.shape[1] > channels:
+            x_BCHW = (x_BCHW * x_BCHW.new_tensor(_LUMINANCE)[:, None, None]).sum(1, keepdim=True)
+        return self.network(torch.stack([fit(x_CHW, (height, width)) for x_CHW in x_BCHW]))

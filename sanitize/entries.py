@@ -1,0 +1,215 @@
+"""Entries of the ledger: one JSON file each, see `ledger.py`.
+
+A store may come from a stranger, so entries are not trusted: names and numbers are bounded when an entry is parsed.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+MAX_NAME_BYTES = 160  # of a shard in its batch; what is named after it is longer, and file systems hold 255
+Decision = Literal["approved", "rejected", "retried"]
+Fingerprint = tuple[str, int, str]  # url, size, modification time or ETag
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Sha256Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+BatchId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]  # also the name of a folder
+
+
+class Offered(BaseModel):
+    """A shard that was offered: where it was seen, and the sha256 of its bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    size: Count
+    modified: str
+    sha256: Sha256Hex
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What tells, without reading it, that it is still the same."""
+        return self.url, self.size, self.modified
+
+    @property
+    def name(self) -> str:
+        """Its name in its batch: no two shards share one, and it does not depend on what else is in the batch.
+
+        A long name is cut to `MAX_NAME_BYTES`; the digest in it still tells shards apart.
+        """
+        base = self.url.rpartition("/")[2]
+        suffix = next(suffix for suffix in (".tar.gz", ".tgz", ".tar", "") if base.lower().endswith(suffix))
+        end = f"-{self.sha256[:16]}{suffix}"
+        stem = base[: len(base) - len(suffix)].encode()[: MAX_NAME_BYTES - len(end)].decode(errors="ignore")
+        return stem + end
+
+
+class Refused(BaseModel):
+    """A shard that is in no batch, and why.
+
+    Attributes:
+        url: where it is; bytes that are not UTF-8 are escaped.
+        size, modified: of the file as it was refused; 0 and "" where nothing is known of it.
+        sha256: of its bytes, where they are the reason: no ingest looks at them again, under whatever name, until
+            `sanitize retry`. "" where the reason lies elsewhere (its name, a permission, it changed while it was
+            processed): each ingest looks at the shard again.
+        reason: in plain words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    size: Count = 0
+    modified: str = ""
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    reason: str
+
+
+class CleanShard(BaseModel):
+    """One line of the feed: a clean shard, by its place below the store or its URL."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: str
+    sha256: Sha256Hex
+    size: Count
+    samples: Count
+    batch: str
+
+    @model_validator(mode="after")
+    def _is_in_its_batch(self) -> Self:
+        folder = f"batches/{self.batch}/"
+        if self.batch and (not self.shard.startswith(folder) or ".." in self.shard.split("/")):
+            raise ValueError(f"clean shard {self.shard!r} is not in {folder}")
+        return self
+
+
+class ReferenceEntry(BaseModel):
+    """A version of the reference was approved. Version 1 brings the shards of the run it was made from.
+
+    Attributes:
+        version: 1, 2, …
+        digests: of its artifacts, by folder.
+        config: sha256 of its `config.yaml`; "" in entries of older versions.
+        merged: batches whose statistics are in this version and were not in the one before.
+        shards, clean: of the run, for version 1.
+        by, at, note: who approved it, when (ISO 8601), why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["reference"] = "reference"
+    version: int = Field(ge=1, le=1_000_000)
+    digests: dict[str, Sha256Hex]
+    config: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    merged: tuple[BatchId, ...] = ()
+    shards: tuple[Offered, ...] = ()
+    clean: tuple[CleanShard, ...] = ()
+    by: str = ""
+    at: str = ""
+    note: str = ""
+
+
+class ClaimEntry(BaseModel):
+    """These shards are a batch: nobody else takes them.
+
+    Attributes:
+        batch: its name, from the contents of its shards.
+        reference: version it is judged against.
+        shards: sorted by name.
+        settings: all that its verdicts depend on beside the reference.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["claim"] = "claim"
+    batch: BatchId
+    reference: int
+    shards: tuple[Offered, ...] = Field(min_length=1)
+    settings: dict[str, Any] = {}
+
+
+class DuplicatesEntry(BaseModel):
+    """Shards whose bytes had been offered before, so that they need not be read again to see it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["duplicates"] = "duplicates"
+    shards: tuple[Offered, ...] = Field(min_length=1)
+
+
+class RefusedEntry(BaseModel):
+    """Shards that no batch can take: of an unfit name, or nothing can be read of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["refused"] = "refused"
+    shards: tuple[Refused, ...] = Field(min_length=1)
+
+
+class RetryEntry(BaseModel):
+    """A person's word: bytes that were refused are offered again.
+
+    Attributes:
+        shards: sha256 of each.
+        by, at, note: who decided, when (ISO 8601), why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["retry"] = "retry"
+    shards: tuple[Sha256Hex, ...] = Field(min_length=1)
+    by: str
+    at: str
+    note: str = ""
+
+
+class CommitEntry(BaseModel):
+    """What became of a batch; there is one for each, ever.
+
+    Attributes:
+        status: accepted or held by the drift rule; failed as a whole; or split: some of its shards are refused, and the
+            others are new again, so that another batch takes them.
+        verdict: of the drift rule; None where the batch failed before, or was split.
+        reasons: in plain words.
+        samples: counts by status.
+        digests: of its artifacts, by folder.
+        clean: what it adds to the feed, if it is accepted or approved.
+        refused: shards that a split batch is freed from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["commit"] = "commit"
+    batch: BatchId
+    status: Literal["accepted", "held", "failed", "split"]
+    verdict: Literal["accept", "hold", "refit"] | None = None
+    reasons: tuple[str, ...] = ()
+    samples: dict[str, Count] = {}
+    digests: dict[str, Sha256Hex] = {}
+    clean: tuple[CleanShard, ...] = ()
+    refused: tuple[Refused, ...] = ()
+
+    @model_validator(mode="after")
+    def _adds_only_its_own(self) -> Self:
+        if any(line.batch != self.batch for line in self.clean):
+            raise ValueError(f"batch {self.batch} adds clean shards of another batch to the feed")
+        if bool(self.refused) != (self.status == "split"):
+            raise ValueError(f"batch {self.batch} is {self.status} and refuses {len(self.refused)} shards")
+        return self
+
+
+class DecisionEntry(BaseModel):
+    """A person's word: a held or accepted batch is approved or rejected, the shards of a failed one are tried again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["decision"] = "decision"
+    batch: BatchId
+    decision: Decision
+    by: str
+    at: str
+    note: str = ""
+
+
+Entry = ReferenceEntry | ClaimEntry | DuplicatesEntry | RefusedEntry | CommitEntry | DecisionEntry | RetryEntry
+PARSER: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])

@@ -1,0 +1,283 @@
+"""A lock on a folder of an object store: one process at a time writes there, and one that died is replaced.
+
+The lock is an object FOLDER/.lock/NUMBER that names its holder. Every change of hands and every renewal creates the
+next number and removes the ones before it. A store creates a name only where there is none (`If-None-Match: *` on S3,
+`ifGenerationMatch=0` on Google Cloud Storage), so of two that try, one fails and knows it. A number belongs to
+the process that created it: giving the lock back is removing one's own number, which never removes that of another
+process. Conditions on an object that is there (`If-Match`) are not needed; fsspec offers them for S3 alone.
+
+A lock that was not renewed for `EXPIRED` seconds may be taken. Its age is measured by the clock of the store: the
+modification time of the lock against that of an object created now. The holder measures the time since it last renewed
+by its own clocks, and where that was `DOUBTFUL` seconds ago it renews before it writes: it was paused, or did not reach
+the store. If the renewal fails because another process has taken the lock, it writes nothing more (`LostLeaseError`).
+
+What remains: a request that has been sent cannot be called back. A process that is paused in the middle of one, for
+longer than `EXPIRED`, may still write that one object when it wakes.
+"""
+
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic, sleep, time
+
+from sanitize import remote
+from sanitize.errors import ArtifactError, ConfigError, LostLeaseError, StorageError
+
+logger = logging.getLogger("sanitize.lease")
+
+RENEWED = 20.0  # seconds: how often a lease is renewed
+DOUBTFUL = 90.0  # seconds: a lease that was not renewed for so long is renewed before the next write
+EXPIRED = 120.0  # seconds: a lease that was not renewed for so long may be taken by another process
+SETTLED = 0.5  # seconds: how long the last of two writers is waited for, in a store that cannot keep them apart
+_LARGEST = 4096  # bytes of a lock that are read; it is written by others
+_NUMBER = re.compile(r"(?!0+$)[0-9]{10}")  # they begin at 1
+_LAST = 9_000_000_000  # at one number every 20 s, 5,700 years
+
+
+class Lease:
+    """The lock of one folder, held by this process.
+
+    Attributes:
+        folder: URL of the folder.
+        number: of the object that is the lock now.
+        keeps_apart: whether the store creates an object only where there is none.
+    """
+
+    def __init__(self, folder: str, number: int, data: bytes, keeps_apart: bool = True) -> None:
+        self.folder, self.number, self.keeps_apart = folder, number, keeps_apart
+        self._data = data  # of the object `number`: the lease of another process, or none, until it is taken
+        self._mine = _entry(f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex}")
+        self._renewed = (0.0, 0.0)
+        self._lost = ""
+        self._one_at_a_time = threading.Lock()
+
+    @property
+    def is_sure(self) -> bool:
+        """True while nobody else can have taken the lease; asks nobody."""
+        return not self._lost and self._age() < DOUBTFUL
+
+    def _age(self) -> float:
+        """Seconds since the lease was renewed, by whichever clock says more: some stop while a machine sleeps."""
+        return max(now - then for now, then in zip((monotonic(), time()), self._renewed, strict=True))
+
+    def renew(self) -> bool:
+        """Create the next number; False where another process was quicker, or holds the lease by now.
+
+        Raises:
+            StorageError: the store cannot be reached; the lease may still be held.
+        """
+        with self._one_at_a_time:
+            return self._renew()
+
+    def _renew(self) -> bool:
+        if self._lost:
+            return False
+        began = monotonic(), time()  # a lease is as old as the request for it, not as the answer
+        try:
+            is_next = self._create_next()
+        except OSError as error:
+            raise StorageError(f"cannot renew the lock of {self.folder}: {error}") from error
+        if not is_next:
+            self._lost = _holder_of(self.folder)
+            if self._renewed[1]:  # it was held
+                logger.error("%s was taken over by another process: %s", self.folder, self._lost)
+            return False
+        self._renewed = began
+        self.number, self._data = self.number + 1, self._mine
+        with suppress(OSError, StorageError):  # whoever renews next removes what is left
+            self._remove_before(self.number)
+        return True
+
+    def _create_next(self) -> bool:
+        """Create number + 1 while `number` is what it was: those who follow remove it, and it never comes back."""
+        following = _url(self.folder, self.number + 1)
+        if not self._is_unchanged() or (not self.keeps_apart and remote.exists(following)):
+            return False
+        remote.write_new(following, self._mine)
+        if not self.keeps_apart:
+            sleep(SETTLED)
+        # What was read back counts, not the answer: that may have been lost, and the request repeated.
+        if _read(following) != self._mine:
+            return False
+        if not self._is_unchanged():  # this process was paused; the numbers have been given anew since
+            remote.remove(following)
+            return False
+        return True
+
+    def _is_unchanged(self) -> bool:
+        if self.number == 0:  # nobody held the folder: no number is there, but the one that this process creates
+            return set(_numbers(self.folder)) <= {1}
+        return _read(_url(self.folder, self.number)) == self._data
+
+    def _remove_before(self, number: int) -> None:
+        for earlier in sorted(_numbers(self.folder)):  # in order: `_create_next` relies on it
+            if earlier < number:
+                remote.remove(_url(self.folder, earlier))
+
+    def check(self) -> None:
+        """Return if this process may write now; where that is in doubt, renew the lease first.
+
+        Raises:
+            LostLeaseError: another process has taken it.
+            StorageError: it has to be renewed, and the store cannot be reached.
+        """
+        if self.is_sure or self.renew():
+            return
+        raise LostLeaseError(
+            f"{self.folder} was taken over by another process ({self._lost}), because this one had not renewed its "
+            f"lock for {EXPIRED:.0f} s: it was paused, or did not reach the store. It writes nothing more there. Wait "
+            "for the other process, and run again"
+        )
+
+    def give_back(self) -> None:
+        """Let others have the folder; nobody else's lock is touched."""
+        with self._one_at_a_time:
+            if self._lost:
+                return
+            self._lost = "it was given back"
+            try:
+                if self._is_unchanged():
+                    self._remove_before(self.number + 1)
+            except (OSError, StorageError) as error:
+                logger.warning("cannot give %s back: %s; its lock expires in %.0f s", self.folder, error, EXPIRED)
+
+
+@contextmanager
+def leased(folder: str) -> Iterator[Lease]:
+    """Hold the lock of a folder, and renew it in a thread.
+
+    Raises:
+        ArtifactError: another process holds it.
+        LostLeaseError: another process has taken it before the block ended.
+        ConfigError: the store cannot create an object only where there is none.
+    """
+    lease, done = take(folder.rstrip("/")), threading.Event()
+
+    def keep() -> None:
+        is_held = True
+        while is_held and not done.wait(RENEWED):
+            with suppress(StorageError):  # the next one may get through; `check` says if the store is gone
+                is_held = lease.renew()
+
+    thread = threading.Thread(target=keep, name="sanitize-lease", daemon=True)
+    thread.start()
+    _HELD.append(lease)
+    try:
+        yield lease
+        lease.check()
+    finally:
+        done.set()
+        thread.join()
+        _HELD.remove(lease)
+        lease.give_back()
+
+
+_HELD: list[Lease] = []
+os.register_at_fork(after_in_child=_HELD.clear)  # the child has no thread that renews; its parent holds the lease
+
+
+def _over(url: str) -> list[Lease]:
+    """The leases that this process holds on folders around `url`, the last of each folder."""
+    return list({lease.folder: lease for lease in list(_HELD) if f"{url}/".startswith(f"{lease.folder}/")}.values())
+
+
+def check_held(url: str) -> None:
+    """Return if this process may write `url`: nobody has taken a folder around it that this process had leased.
+
+    Raises:
+        LostLeaseError: another process has taken it.
+        StorageError: the lease has to be renewed, and the store cannot be reached.
+    """
+    for lease in _over(url):
+        lease.check()
+
+
+def is_surely_held(url: str) -> bool:
+    """The same without asking the store: False where `check_held` would have to."""
+    return all(lease.is_sure for lease in _over(url))
+
+
+def take(folder: str) -> Lease:
+    """The lock of a folder that nobody holds, or whose holder has not renewed it for `EXPIRED` seconds.
+
+    Raises:
+        ArtifactError: another process holds it, or was quicker.
+        ConfigError: the store cannot create an object only where there is none.
+    """
+    now, keeps_apart = _ask_store(folder)
+    number = max(_numbers(folder), default=0)
+    if number >= _LAST:
+        raise ArtifactError(f"{_url(folder, number)} is no lock of ours; remove it")
+    try:
+        data = _read(_url(folder, number)) if number else b""
+        age = now - remote.modified(_url(folder, number)) if number else EXPIRED
+    except FileNotFoundError:  # renewed or given back in this very moment
+        data, age = None, 0.0
+    lease = Lease(folder, number, data or b"", keeps_apart)
+    if age >= EXPIRED and lease.renew():
+        return lease
+    raise ArtifactError(
+        f"another process ({_holder_of(folder)}) is writing {folder}; wait for it, or choose another --out. If it is "
+        f"dead, its lock in {folder}/.lock expires {EXPIRED:.0f} s after its last sign of life"
+    )
+
+
+def _ask_store(folder: str) -> tuple[float, bool]:
+    """Seconds since 1970 by the store's clock, and whether it creates an object only where there is none."""
+    url = f"{folder}/.lock/ask-{uuid.uuid4().hex}"
+    try:
+        remote.write_new(url, b"?")
+        now, keeps_apart = remote.modified(url), not remote.write_new(url, b"?")
+    except (NotImplementedError, TypeError, ValueError) as error:
+        store = url.partition("://")[0]
+        raise ConfigError(
+            f"{folder} cannot be locked: {store}:// cannot create an object only where there is none ({error}); choose "
+            "another --out"
+        ) from error
+    finally:
+        with suppress(OSError, StorageError):
+            remote.remove(url)
+    if not keeps_apart:
+        logger.warning(
+            "the store of %s replaces an object where it was asked to create one only if there is none: two runs that "
+            "begin there in the same second, or one that wakes after a pause of %.0f s, may write at the same time",
+            folder,
+            EXPIRED,
+        )
+    return now, keeps_apart
+
+
+def _numbers(folder: str) -> list[int]:
+    return [int(name) for name in remote.names_below(f"{folder}/.lock") if _NUMBER.fullmatch(name)]
+
+
+def _url(folder: str, number: int) -> str:
+    return f"{folder}/.lock/{number:010d}"
+
+
+def _entry(holder: str) -> bytes:
+    return json.dumps({"holder": holder}).encode()
+
+
+def _read(url: str) -> bytes | None:
+    """The lock as it is, cut where it is longer than any that we write; None where there is none."""
+    try:
+        with remote.RangeReader(url, block=_LARGEST) as reader:
+            return reader.read(_LARGEST)
+    except FileNotFoundError:
+        return None
+
+
+def _holder_of(folder: str) -> str:
+    """Who holds the lock, for a message."""
+    try:
+        data = _read(_url(folder, max(_numbers(folder))))
+        return ascii(str(json.loads(data or b"")["holder"]))[1:-1][:200]
+    except (OSError, StorageError, ValueError, LookupError, TypeError, RecursionError):
+        return "whose name is not known"

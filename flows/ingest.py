@@ -195,15 +195,12 @@ class _Work(NamedTuple):
         waiting = self.ledger.read().new(offered)
         while (batch := claim(self.config, waiting, self.ledger)) is not None:
             claimed |= set(batch.claim.shards)
-            status = self.finish(batch)
-            if status == "claimed":
+            n_refused = len(self.refused)
+            if self.finish(batch) == "claimed":
                 break  # storage failed a batch that nobody had begun: it may fail all; what is new waits
-            state = self.ledger.read()
-            if status == "split":  # what was refused for another reason than its bytes is not offered again here
-                gone = {(shard.url, shard.size, shard.modified) for shard in self.refused}
-                waiting = state.new(shard for shard in offered if shard.fingerprint not in gone)
-            else:
-                waiting = [shard for shard in waiting if shard.sha256 not in state.taken]
+            # What a split batch is left with waits still; what was refused is not offered again here.
+            gone, taken = {shard.url for shard in self.refused[n_refused:]}, self.ledger.read().taken
+            waiting = [shard for shard in waiting if shard.sha256 not in taken and shard.url not in gone]
         return claimed
 
 

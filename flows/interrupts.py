@@ -22,6 +22,7 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = "interrupted; run the same command again to go on"
 LAST = 0  # in the pipe of signals: no signal has this number
 CLEANUP_SECONDS = 2.5  # for what was registered by `before_end`; then the process ends all the same
@@ -55,6 +56,7 @@ def handled() -> Iterator[None]:
         if _signalled.is_set():
             threading.Event().wait()  # the thread ends the process
         _set_handlers(_end_now)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_TERMINALS)
 
 
 def is_active() -> bool:
@@ -63,9 +65,14 @@ def is_active() -> bool:
 
 
 def take_signals() -> None:
-    """Install the handlers again, where Prefect has installed its own; does nothing in other processes."""
+    """Install the handlers again, where Prefect has installed its own; does nothing in other processes.
+
+    A terminal sends its signals to child processes too, which would say so in a traceback each. They inherit what this
+    thread blocks; the thread that waits for signals does not block them.
+    """
     if _is_active and threading.current_thread() is threading.main_thread():
         _set_handlers(_stand_still)
+        signal.pthread_sigmask(signal.SIG_BLOCK, OF_TERMINALS)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a store says of itself, and what a person decides: batches, refused shards, the feed."""
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -43,7 +44,9 @@ def altered_shards(store: str, state: State) -> list[str]:
             expected[line.batch][name] = line.size, line.sha256
 
     def look(batch: str) -> list[str]:
-        return altered(join(store, "batches", batch, SHARDS), expected[batch])
+        way_out = f"put it back, or take batch {batch} out of the feed with `sanitize reject`"
+        found = altered(join(store, "batches", batch, SHARDS), expected[batch])
+        return [f"{problem}; {way_out}" for problem in found]
 
     with ThreadPoolExecutor(1 if is_local(store) else 16) as pool:
         return [problem for problems in pool.map(look, released) for problem in problems]
@@ -96,8 +99,8 @@ def decide(store: str, name: str, decision: Decision, by: str = "", note: str = 
 
     Args:
         store: folder or URL.
-        name: of the batch, or how it begins; with `retried` also a refused shard: its URL, its file name, or how its
-            sha256 begins.
+        name: of the batch, or how it begins; with `retried` also a refused shard (its URL, its file name, or how its
+            sha256 begins), or a split batch for all shards that it refused.
         decision: approved or rejected, of a held or accepted batch; retried or rejected, of a failed or claimed one.
         by: who; the user's name where it is empty.
         note: why.
@@ -109,7 +112,11 @@ def decide(store: str, name: str, decision: Decision, by: str = "", note: str = 
     ledger = Ledger(store)
     state = ledger.read()
     if decision == "retried" and not _begins_batch(state, name) and (refused := state.find_refused(name)):
+        if len({shard.sha256 for shard in refused}) > 1:
+            raise ConfigError(f"{len(refused)} refused shards go by that name; give how the sha256 of one begins")
         return _retry_refused(ledger, refused, by, note)
+    if decision == "retried" and (commit := state.find(name).commit) is not None and commit.status == "split":
+        return _retry_refused(ledger, [s for s in commit.refused if (s.url, s.sha256) in state.refused], by, note)
     if state.find(name).status == "claimed" and decision != "approved":
         _give_up(store, state.find(name), ledger, approval(by, note))
 
@@ -160,20 +167,21 @@ def _give_up(store: str, batch: Batch, ledger: Ledger, by: dict[str, str]) -> No
         ledger.append(lambda state: None if state.batches[name].commit else made)
 
 
-def _retry_refused(ledger: Ledger, refused: list[Refused], by: str, note: str) -> dict[str, Any]:
-    digests = sorted({shard.sha256 for shard in refused if shard.sha256})
-    if not digests:
-        raise ConfigError(f"{refused[0].url} needs no retry: each ingest looks at it again ({refused[0].reason})")
-    if len(digests) > 1:
-        raise ConfigError(f"{len(digests)} refused shards go by that name; give how the sha256 of one begins")
-    made = RetryEntry(shards=tuple(digests), **approval(by, note))
-    # None where somebody else was quicker.
-    ledger.append(
-        lambda state: made if any(state.refused.get((s.url, s.sha256)) for s in refused if s.sha256) else None
-    )
+def _retry_refused(ledger: Ledger, refused: Sequence[Refused], by: str, note: str) -> dict[str, Any]:
+    by_bytes = [shard for shard in refused if shard.sha256]
+    if not by_bytes:
+        which = f"{refused[0].url} needs" if len(refused) == 1 else f"{len(refused)} refused shards need"
+        raise ConfigError(f"{which} no retry: each ingest looks at what it refused for another reason than its bytes")
+    made = RetryEntry(shards=tuple(sorted({shard.sha256 for shard in by_bytes})), **approval(by, note))
+
+    def entry(state: State) -> RetryEntry | None:
+        still = all((shard.url, shard.sha256) in state.refused for shard in by_bytes)
+        return made if still else None  # somebody else was quicker
+
+    ledger.append(entry)
     return {
-        "shards": [shard.url for shard in refused if shard.sha256],
-        "sha256": digests[0],
+        "shards": [shard.url for shard in by_bytes],
+        "sha256": list(made.shards),
         "decision": "retried",
         "released": False,
         **made.model_dump(include={"by", "at", "note"}),

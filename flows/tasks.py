@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial, wraps
 from inspect import signature
+from multiprocessing import resource_tracker
 from typing import Any, ParamSpec, TypeVar
 
 import httpx
@@ -61,6 +62,7 @@ from sanitize.errors import ConfigError, SanitizeError, StorageError
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
 SCHEDULED = "{scheduled}"
+MAX_TOLD = 100  # refused shards that an event or a page names; `sanitize batches` names all
 TOLD_SECONDS = 5.0  # how often the server is told of progress, at most
 MAX_TEXT, MAX_REASONS = 2_000, 100  # characters of one text, and reasons of one batch, that the server is told
 
@@ -185,6 +187,8 @@ def _task_runner(config: RunnerConfig) -> Iterator[TaskRunner[Any]]:
             with ThreadPoolTaskRunner[Any](max_workers=config.workers) as threads:
                 yield threads
         case Processes():
+            resource_tracker.ensure_running()  # it unblocks signals, which the workers must not inherit
+            interrupts.take_signals()
             with ProcessPoolTaskRunner(max_workers=config.workers) as processes:
                 yield processes
         case Ray():
@@ -296,7 +300,10 @@ def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
 
 @_flow("ingest")
 def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
-    """Sanitize what has landed, batch by batch, into the store `out`; an event tells what became of each batch."""
+    """Sanitize what has landed, batch by batch, into the store `out`; an event tells what became of each batch.
+
+    Another one names shards that were refused. The flow fails where storage kept a batch from being finished.
+    """
 
     def committed(batch: dict[str, Any]) -> None:
         resource = {"prefect.resource.id": f"sanitize.batch.{batch['batch']}", "prefect.resource.name": batch["batch"]}
@@ -311,10 +318,19 @@ def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
     with _task_runner(config.runner) as runner:
         new_run = partial(PrefectRun, runner=runner)
         result = ingest_job.ingest(config, out, new_run, committed)
+    refused = result["refused"]
+    if refused:
+        emit_event(
+            event="sanitize.shards.refused",
+            resource={"prefect.resource.id": "sanitize.store", "prefect.resource.name": printable(out)},
+            payload={"n": len(refused), "first": refused[:MAX_TOLD]},
+        )
     rows = [(b["batch"], b["status"], b["shards"], "; ".join(b["reasons"])) for b in result["batches"]]
-    rows += [(r["shard"], r["status"], 1, "; ".join(r["reasons"])) for r in result["refused"]]
+    rows += [(r["shard"], r["status"], 1, "; ".join(r["reasons"])) for r in refused[:MAX_TOLD]]
     table = _table(("batch or shard", "status", "shards", "reasons"), rows)
     create_markdown_artifact(table, key="ingest-batches", description=as_markdown(out))
+    if stuck := [batch for batch in result["batches"] if batch["status"] == "claimed"]:
+        raise StorageError(f"batch {stuck[0]['batch']} was not finished: {stuck[0]['reasons'][0]}; run again")
     return result
 
 

@@ -27,7 +27,9 @@ class Verified(NamedTuple):
         return Verified(self.n_files + other.n_files, self.problems + other.problems, self.notes + other.notes)
 
 
-NOTHING = Verified(0, [], [])
+def nothing() -> Verified:
+    """Where no file was looked at yet."""
+    return Verified(0, [], [])
 
 
 def verify_run(folder: str) -> tuple[int, list[str]]:
@@ -52,7 +54,7 @@ def check_run(folder: str, known: Collection[str] | None = None) -> Verified:
         folder: of the run.
         known: digests of artifacts outside that the run was given; None takes what `run.json` says of them.
     """
-    found, manifests = NOTHING, {}
+    found, manifests = nothing(), {}
     for name in artifacts_of(folder):
         path = join(folder, name)
         result, manifest = check_artifact(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.reference import CONFIG, STATISTICS, version_folder
 from flows.store import FEED, SHARDS, feed_of
-from flows.verify import NOTHING, Verified, artifacts_of, check_artifact, check_run
+from flows.verify import Verified, artifacts_of, check_artifact, check_run, nothing
 from sanitize.artifacts import MANIFEST, read_manifest
 from sanitize.entries import CleanShard, ReferenceEntry
 from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
@@ -64,7 +64,7 @@ def _read(store: str) -> tuple[State, Verified]:
     """The log up to the first entry that is wrong, and what is wrong with that."""
     ledger = Ledger(store)
     try:
-        return ledger.read(), NOTHING
+        return ledger.read(), nothing()
     except ArtifactError as error:
         rest = "; what follows was not looked at"
         return ledger.so_far, Verified(0, [f"{error}{rest}"], [])
@@ -143,7 +143,7 @@ def _digest(path: str) -> str | None:
 
 def _reference(store: str, state: State, entry: ReferenceEntry) -> Verified:
     """The artifacts of a version, against the digests in the ledger."""
-    folder, found = version_folder(store, entry.version), NOTHING
+    folder, found = version_folder(store, entry.version), nothing()
     for name, digest in sorted(entry.digests.items()):
         found = found.plus(check_artifact(join(folder, name), digest)[0])
     try:
@@ -191,7 +191,7 @@ def _folders(folder: str) -> list[str]:
 
 def _approved(state: State) -> Verified:
     """Clean shards of the approved run: they are in the feed, and lie where that run put them."""
-    found = NOTHING
+    found = nothing()
     for entry in state.references.values():
         for line in entry.clean:
             said = _difference(line.shard, line.size, line.sha256)

@@ -2,9 +2,9 @@
 
 The lock is an object FOLDER/.lock/NUMBER that names its holder. Every change of hands and every renewal creates the
 next number and removes the ones before it. A store creates a name only where there is none (`If-None-Match: *` on S3,
-`ifGenerationMatch=0` on Google Cloud Storage), so of two that try, one fails and knows it. A number belongs to
-the process that created it: giving the lock back is removing one's own number, which never removes that of another
-process. Conditions on an object that is there (`If-Match`) are not needed; fsspec offers them for S3 alone.
+`ifGenerationMatch=0` on Google Cloud Storage), so of two that try, one fails and knows it. Giving the lock back is
+creating the next number without a holder; it stays, so that numbers only rise, and nobody removes but numbers that are
+past. Conditions on an object that is there (`If-Match`) are not needed; fsspec offers them for S3 alone.
 
 A lock that was not renewed for `EXPIRED` seconds may be taken. Its age is measured by the clock of the store: the
 modification time of the lock against that of an object created now. The holder measures the time since it last renewed
@@ -40,6 +40,13 @@ _NUMBER = re.compile(r"(?!0+$)[0-9]{10}")  # they begin at 1
 _LAST = 9_000_000_000  # at one number every 20 s, 5,700 years
 
 
+def _entry(holder: str) -> bytes:
+    return json.dumps({"holder": holder}).encode()
+
+
+_FREE = _entry("")
+
+
 class Lease:
     """The lock of one folder, held by this process.
 
@@ -54,6 +61,7 @@ class Lease:
         self._data = data  # of the object `number`: the lease of another process, or none, until it is taken
         self._mine = _entry(f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex}")
         self._renewed = (0.0, 0.0)
+        self._began: tuple[float, float] | None = None  # a renewal whose answer did not arrive; it may have been made
         self._lost = ""
         self._one_at_a_time = threading.Lock()
 
@@ -78,32 +86,33 @@ class Lease:
     def _renew(self) -> bool:
         if self._lost:
             return False
-        began = monotonic(), time()  # a lease is as old as the request for it, not as the answer
+        # A lease is as old as the first request for it, not as the answer, nor as a request that finds it made.
+        self._began = self._began or (monotonic(), time())
         try:
-            is_next = self._create_next()
+            is_next = self._create_next(self._mine)
         except OSError as error:
             raise StorageError(f"cannot renew the lock of {self.folder}: {error}") from error
         if not is_next:
             self._lost = _holder_of(self.folder)
-            if self._renewed[1]:  # it was held
+            if self._data == self._mine:
                 logger.error("%s was taken over by another process: %s", self.folder, self._lost)
             return False
-        self._renewed = began
+        self._renewed, self._began = self._began, None
         self.number, self._data = self.number + 1, self._mine
         with suppress(OSError, StorageError):  # whoever renews next removes what is left
             self._remove_before(self.number)
         return True
 
-    def _create_next(self) -> bool:
+    def _create_next(self, data: bytes) -> bool:
         """Create number + 1 while `number` is what it was: those who follow remove it, and it never comes back."""
         following = _url(self.folder, self.number + 1)
-        if not self._is_unchanged() or (not self.keeps_apart and remote.exists(following)):
+        if not self._is_unchanged() or (not self.keeps_apart and _read(following) not in (None, data)):
             return False
-        remote.write_new(following, self._mine)
+        remote.write_new(following, data)
         if not self.keeps_apart:
             sleep(SETTLED)
         # What was read back counts, not the answer: that may have been lost, and the request repeated.
-        if _read(following) != self._mine:
+        if _read(following) != data:
             return False
         if not self._is_unchanged():  # this process was paused; the numbers have been given anew since
             remote.remove(following)
@@ -127,25 +136,32 @@ class Lease:
             LostLeaseError: another process has taken it.
             StorageError: it has to be renewed, and the store cannot be reached.
         """
-        if self.is_sure or self.renew():
-            return
-        raise LostLeaseError(
+        for _ in range(2):  # the first one may only complete a renewal that began long ago
+            if self.is_sure:
+                return
+            if not self.renew():
+                raise LostLeaseError(self._why_lost())
+        if not self.is_sure:
+            raise StorageError(f"the store of {self.folder} takes longer than {DOUBTFUL:.0f} s to renew a lock")
+
+    def _why_lost(self) -> str:
+        return (
             f"{self.folder} was taken over by another process ({self._lost}), because this one had not renewed its "
             f"lock for {EXPIRED:.0f} s: it was paused, or did not reach the store. It writes nothing more there. Wait "
             "for the other process, and run again"
         )
 
     def give_back(self) -> None:
-        """Let others have the folder; nobody else's lock is touched."""
+        """Let others have the folder, unless one of them has it already."""
         with self._one_at_a_time:
-            if self._lost:
-                return
-            self._lost = "it was given back"
             try:
-                if self._is_unchanged():
+                is_held = self._renew()
+                self._renewed = (0.0, 0.0)
+                if is_held and self._create_next(_FREE):
                     self._remove_before(self.number + 1)
             except (OSError, StorageError) as error:
                 logger.warning("cannot give %s back: %s; its lock expires in %.0f s", self.folder, error, EXPIRED)
+            self._lost = self._lost or "it was given back"
 
 
 @contextmanager
@@ -214,13 +230,12 @@ def take(folder: str) -> Lease:
     number = max(_numbers(folder), default=0)
     if number >= _LAST:
         raise ArtifactError(f"{_url(folder, number)} is no lock of ours; remove it")
-    try:
-        data = _read(_url(folder, number)) if number else b""
-        age = now - remote.modified(_url(folder, number)) if number else EXPIRED
-    except FileNotFoundError:  # renewed or given back in this very moment
-        data, age = None, 0.0
+    data = _read(_url(folder, number)) if number else _FREE
+    is_free = data == _FREE
+    with suppress(FileNotFoundError):  # it was renewed or given back in this very moment
+        is_free = is_free or (data is not None and now - remote.modified(_url(folder, number)) >= EXPIRED)
     lease = Lease(folder, number, data or b"", keeps_apart)
-    if age >= EXPIRED and lease.renew():
+    if is_free and lease.renew():
         return lease
     raise ArtifactError(
         f"another process ({_holder_of(folder)}) is writing {folder}; wait for it, or choose another --out. If it is "
@@ -259,10 +274,6 @@ def _numbers(folder: str) -> list[int]:
 
 def _url(folder: str, number: int) -> str:
     return f"{folder}/.lock/{number:010d}"
-
-
-def _entry(holder: str) -> bytes:
-    return json.dumps({"holder": holder}).encode()
 
 
 def _read(url: str) -> bytes | None:

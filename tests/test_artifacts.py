@@ -41,6 +41,34 @@ def refuse(*_: object) -> None:
     raise AssertionError("this was made already")
 
 
+# --- what was altered is said ------------------------------------------------------------------------------------
+
+
+def altered_by(file: Path, how: str) -> None:
+    if how == "gone":
+        file.unlink()
+    elif how == "shorter":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "same size":
+        file.write_bytes(b"x" * file.stat().st_size)
+    else:
+        file.write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("how", ["gone", "shorter", "same size"])
+def test_a_file_that_was_altered_since_it_was_written_is_named(tmp_path: Path, how: str) -> None:
+    make_counts(tmp_path / "a")
+    altered_by(tmp_path / "a/rows/shard-3.tar.txt", how)
+    with pytest.raises(ArtifactError, match=r"shard-3\.tar\.txt (is gone|has changed) since it was written"):
+        make_counts(tmp_path / "a", write_part=refuse, finish=refuse)
+
+
+def test_a_file_that_was_copied_with_another_time_is_what_it_was(tmp_path: Path) -> None:
+    first = make_counts(tmp_path / "a")
+    altered_by(tmp_path / "a/rows/shard-3.tar.txt", "written again")
+    assert make_counts(tmp_path / "a", write_part=refuse, finish=refuse) == first
+
+
 # --- what is there is returned ----------------------------------------------------------------------------------
 
 

@@ -20,6 +20,9 @@ from sanitize.ledger import (
     Ledger,
     Offered,
     ReferenceEntry,
+    Refused,
+    RefusedEntry,
+    RetryEntry,
     State,
 )
 from sanitize.storage import create_new, read_bytes
@@ -187,3 +190,117 @@ def test_an_entry_is_json_that_people_can_read(tmp_path: Path) -> None:
     entry = json.loads((tmp_path / "ledger/00000000.json").read_text())
     assert entry["kind"] == "reference"
     assert entry["shards"][0]["url"] == "/in/a.tar"
+
+
+# --- refused shards ---------------------------------------------------------------------------------------------
+
+
+def refused(content: str, url: str | None = None) -> Refused:
+    return Refused(**offered(content, url).model_dump(), reason="bad labels")
+
+
+def split(entry: ClaimEntry, *shards: Refused) -> CommitEntry:
+    return CommitEntry(batch=entry.batch, status="split", refused=shards)
+
+
+def test_a_split_batch_refuses_bad_bytes_and_makes_the_others_new_under_another_name() -> None:
+    first = claim(after(reference()), "abc")
+    assert first is not None
+    state = after(reference(), first, split(first, refused("b")))
+    assert [shard.sha256[0] for shard in state.new(map(offered, "abc"))] == ["a", "c"]
+    assert state.new([offered("b", "/in/the-same-bytes.tar")]) == []
+    assert state.unfinished == []
+    again = claim(state, "abc")
+    assert again is not None
+    assert again.batch not in state.batches
+    state.add(RetryEntry(shards=("b" * 64,), by="Ada", at="2026-11-22T00:00:00Z"))
+    assert state.refused == {}
+    assert [shard.sha256[0] for shard in state.new(map(offered, "abc"))] == ["a", "b", "c"]
+
+
+def test_bytes_that_are_not_the_reason_are_read_and_offered_again() -> None:
+    first = claim(after(reference()), "ab")
+    assert first is not None
+    gone = Refused(url="/in/a.tar", size=1, modified="0", reason="it has changed since it was claimed")
+    state = after(reference(), first, split(first, gone))
+    assert offered("a").fingerprint not in state.seen
+    assert offered("b").fingerprint in state.seen
+    assert [shard.sha256[0] for shard in state.new(map(offered, "ab"))] == ["a", "b"]
+    again = claim(state, "ab")
+    assert again is not None
+    state.add(again)
+    assert state.refused == {}  # it is in a batch now
+
+
+def test_refused_shards_are_found_by_url_file_name_and_digest() -> None:
+    state = after(reference(), RefusedEntry(shards=(refused("a", "/in/x.tar"), refused("b", "/other/x.tar"))))
+    assert len(state.find_refused("x.tar")) == 2
+    assert [shard.sha256[0] for shard in state.find_refused("/other/x.tar")] == ["b"]
+    assert [shard.url for shard in state.find_refused("aaaa")] == ["/in/x.tar"]
+    assert state.find_refused("") == state.find_refused("y.tar") == []
+
+
+def test_the_name_of_a_shard_in_its_batch_is_short_enough_for_files_named_after_it() -> None:
+    name = offered("a", "/in/" + "\u00e9" * 120 + ".TAR.GZ").name
+    assert len(name.encode()) <= 160
+    assert name.endswith(f"-{'a' * 16}.tar.gz")
+
+
+# --- a ledger from a stranger -----------------------------------------------------------------------------------
+
+COMMIT = {"kind": "commit", "batch": "0" * 16, "status": "accepted"}
+CLEAN = {"shard": f"batches/{'0' * 16}/50-shards/clean/a.tar", "sha256": "1" * 64, "size": 1, "samples": 1}
+CLAIM = {"kind": "claim", "batch": "0" * 16, "reference": 1, "shards": [offered("a").model_dump()]}
+DECISION = {"kind": "decision", "batch": "0" * 16, "decision": "approved", "by": "Eve", "at": "now"}
+HOSTILE: dict[str, list[object]] = {
+    "batch that climbs": [CLAIM | {"batch": "../../../../tmp/x"}],
+    "size of 10^400": [CLAIM | {"shards": [offered("a").model_dump() | {"size": 10**400}]}],
+    "negative size": [CLAIM | {"shards": [offered("a").model_dump() | {"size": -1}]}],
+    "version of 10^9": [{"kind": "reference", "version": 10**9, "digests": {}}],
+    "digest that is a path": [CLAIM | {"shards": [offered("a").model_dump() | {"sha256": "../" * 21 + "x"}]}],
+    "clean shard out of the store": [CLAIM, COMMIT | {"clean": [CLEAN | {"batch": "0" * 16, "shard": "/etc/passwd"}]}],
+    "clean shard that climbs": [
+        CLAIM,
+        COMMIT | {"clean": [CLEAN | {"batch": "0" * 16, "shard": f"batches/{'0' * 16}/../../../x"}]},
+    ],
+    "clean shard of no batch": [CLAIM, COMMIT | {"clean": [CLEAN | {"batch": ""}]}],
+    "commit of what was not claimed": [COMMIT],
+    "two commits": [CLAIM, COMMIT, COMMIT],
+    "decision on what was not claimed": [DECISION],
+    "decision before the commit": [CLAIM, DECISION],
+    "claimed twice": [CLAIM, CLAIM | {"batch": "1" * 16}],
+    "one batch twice": [CLAIM, CLAIM | {"shards": [offered("b").model_dump()]}],
+    "retry of what was not refused": [{"kind": "retry", "shards": ["a" * 64], "by": "Eve", "at": "now"}],
+    "split that refuses nothing": [CLAIM, COMMIT | {"status": "split"}],
+    "versions out of order": [{"kind": "reference", "version": 2, "digests": {}}],
+    "unknown kind": [{"kind": "shell", "run": "rm"}],
+    "unknown field": [CLAIM | {"run": "rm"}],
+    "no object": [[1, 2, 3]],
+}
+
+
+@pytest.mark.parametrize("entries", HOSTILE.values(), ids=HOSTILE.keys())
+def test_an_entry_that_cannot_be_is_an_error_that_names_its_file(entries: list[object], tmp_path: Path) -> None:
+    (tmp_path / "ledger").mkdir()
+    for number, entry in enumerate(entries):
+        (tmp_path / f"ledger/{number:08d}.json").write_text(json.dumps(entry))
+    last = f"{len(entries) - 1:08d}.json"
+    ledger = Ledger(str(tmp_path))
+    with pytest.raises(ArtifactError, match=f"{last} (is damaged|does not follow)"):
+        ledger.read()
+    assert ledger.so_far.n_entries == len(entries) - 1
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b"\xff\xfe", b""])
+def test_an_entry_that_no_parser_likes_is_damaged(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger/00000000.json").write_bytes(data)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        Ledger(str(tmp_path)).read()
+
+
+def test_an_entry_that_does_not_follow_is_not_written(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    with pytest.raises(ArtifactError, match="never claimed"):
+        ledger.append(lambda _state: CommitEntry(batch="0" * 16, status="failed"))
+    assert list(tmp_path.iterdir()) == []

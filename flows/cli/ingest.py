@@ -27,7 +27,11 @@ BatchName = Annotated[str, typer.Argument(help="Name of a batch, or how it begin
 By = Annotated[str, typer.Option(help="Who decides (default: your user name).")]
 Note = Annotated[str, typer.Option(help="Why; kept in the ledger.")]
 Retried = Annotated[
-    str, typer.Argument(help="A batch, by how its name begins; or a refused shard: its file name, URL or sha256.")
+    str,
+    typer.Argument(
+        help="A batch, by how its name begins (a split one: all that it refused); or a refused shard: its file name, "
+        "URL or sha256."
+    ),
 ]
 STYLES = {"accepted": "green", "held": "yellow", "failed": "red", "claimed": "cyan", "split": "cyan"}
 
@@ -243,7 +247,7 @@ def _decide(
     if as_json:
         print_json(result)
     elif "shards" in result:
-        say(f"{result['sha256'][:16]} {decision}", "green", f"by {result['by']}: {', '.join(result['shards'])}")
+        say(decision, "green", f"by {result['by']}: {', '.join(result['shards'])}")
     else:
         in_feed = "in the feed" if result["released"] else "not in the feed"
         say(f"{result['batch']} {decision}", "green", f"by {result['by']}; its clean shards are {in_feed}")

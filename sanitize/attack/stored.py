@@ -35,7 +35,7 @@ def stored_image(sample: Sample, dataset: Dataset, shard: str) -> Tensor:
     """
     config, (_, data) = ImageConfig.model_validate(dataset.info["image"]), find_image(sample)
     try:
-        mode = image_header(data, config.max_pixels).mode
+        mode = image_header(data, config).mode
         channels = 1 if mode in _GREY or mode.startswith("I;") else 3
         return decode(data, config.model_copy(update={"channels": channels}))
     except BadImage as error:

@@ -121,9 +121,9 @@ def index_shards(
 
 def _refuse_unread(config: IndexConfig, found: Mapping[str, str]) -> None:
     """Raise DataError before anything is read where names alone say that too much cannot be."""
-    unread = [f"{printable(shard)} ({not_read(unread_suffix(shard))})" for shard in found if unread_suffix(shard)]
+    unread = {shard: not_read(unread_suffix(shard)) for shard in found if unread_suffix(shard)}
     if len(unread) > config.max_bad_shards:
-        raise _too_many(unread, len(found), config)
+        raise DataError(_too_many(unread, len(found), config))
 
 
 def index_shard(
@@ -219,26 +219,26 @@ def _refuse_if_bad(
         summaries: of each shard, as `index_shard` gives them.
     """
     n_bad, bad = sum(reasons.values()), bad_shards(summaries)
-    if n_ok == 0:
-        damaged = [f"{printable(shard)} ({s['damage']})" for shard, s in summaries.items() if s["damage"]]
-        why = [f"{n} x {reason}" for reason, n in Counter(reasons).most_common(3)]
-        raise DataError(
-            f"no usable sample in {len(summaries)} shards{': ' if damaged or why else ''}" + _some(damaged + why)
-        )
-    if len(bad) > config.max_bad_shards:
-        named = [f"{printable(shard)} ({damage})" for shard, damage in bad.items()]
-        raise _too_many(named, len(summaries), config)
+    why = []
     if n_bad > config.max_bad_fraction * (n_ok + n_bad):
         most = "; ".join(f"{n} x {reason}" for reason, n in Counter(reasons).most_common(3))
-        raise DataError(
+        why.append(
             f"{n_bad} of {n_ok + n_bad} samples are unreadable, more than max_bad_fraction={config.max_bad_fraction}: "
             f"{most}. Look with `sanitize inspect`; raise max_bad_fraction only if this is expected"
         )
+    elif n_ok == 0:
+        damaged = [f"{printable(shard)} ({s['damage']})" for shard, s in summaries.items() if s["damage"]]
+        why.append(f"no usable sample in {len(summaries)} shards{': ' if damaged else ''}{_some(damaged)}")
+    if len(bad) > config.max_bad_shards and (n_ok or n_bad):
+        why.append(_too_many(bad, len(summaries), config))
+    if why:
+        raise DataError(". ".join(why))
 
 
-def _too_many(named: Sequence[str], n_shards: int, config: IndexConfig) -> DataError:
-    return DataError(
-        f"{len(named)} of {n_shards} shards could not be read, more than max_bad_shards={config.max_bad_shards}: "
+def _too_many(bad: Mapping[str, str], n_shards: int, config: IndexConfig) -> str:
+    named = [f"{printable(shard)} ({damage})" for shard, damage in bad.items()]
+    return (
+        f"{len(bad)} of {n_shards} shards could not be read, more than max_bad_shards={config.max_bad_shards}: "
         f"{_some(named)}. Repair or remove them, or raise index.max_bad_shards to go on without them"
     )
 

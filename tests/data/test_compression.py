@@ -91,18 +91,33 @@ def test_all_that_comes_before_a_wrong_checksum_or_damage_is_read() -> None:
 
 @pytest.mark.hostile
 def test_millions_of_empty_members_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "_MAX_EMPTY", 50)
+    monkeypatch.setattr(compression, "_FREE_MEMBERS", 50)
     empty = gzip.compress(b"", mtime=0)
     assert drained(GzipStream(io.BytesIO(gzip.compress(b"a") + empty * 40 + gzip.compress(b"b")))) == (b"ab", "")
     stream = GzipStream(io.BytesIO(gzip.compress(b"a") + empty * 100 + gzip.compress(b"b")))
-    assert drained(stream) == (b"a", "error")
+    assert drained(stream) == (b"a", "BarrenStream")
 
 
 @pytest.mark.hostile
 def test_a_long_header_is_stepped_over() -> None:
-    head = b"\x1f\x8b\x08\x1c" + bytes(6) + b"\xff\xff" + bytes(65_535) + b"n" * 10**6 + b"\0" + b"c" * 10**6 + b"\0"
+    head = (
+        b"\x1f\x8b\x08\x1c" + bytes(6) + b"\xff\xff" + bytes(65_535) + b"n" * 400_000 + b"\0" + b"c" * 400_000 + b"\0"
+    )
     stream = GzipStream(io.BytesIO(head + gzip.compress(b"content", mtime=0)[10:]))
     assert drained(stream) == (b"content", "")
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("n_content", [0, 1, 100_000])
+def test_a_stream_may_hold_a_mebibyte_and_twice_its_content_of_other_things(n_content: int) -> None:
+    content, whole = gzip.compress(bytes(n_content), mtime=0), (bytes(n_content), "")
+    for n, outcome in ((2**20 - 2**17, whole), (2**20 + 2**17, (b"", "BarrenStream"))):
+        name = content[:3] + b"\x08" + content[4:10] + b"n" * n + b"\0" + content[10:]
+        blocks = content[:10] + b"\0\0\0\xff\xff" * (n // 5) + content[10:]
+        assert drained(GzipStream(io.BytesIO(name))) == drained(GzipStream(io.BytesIO(blocks))) == outcome
+    for more, error in ((-(2**17), ""), (2**17, "BarrenStream")):
+        padded = content + bytes(2**20 + 2 * n_content + more)
+        assert drained(GzipStream(io.BytesIO(padded))) == (bytes(n_content), error)
 
 
 # --- names ------------------------------------------------------------------------------------------------------

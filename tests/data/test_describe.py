@@ -125,7 +125,7 @@ def test_dataset_json_says_what_is_in_the_shards(
         "size": [6, 6],
         "channels": 3,
         "max_pixels": 50_000_000,
-        "max_scan_pixels": 500_000_000,
+        "max_scan_pixels": 400_000_000,
         "max_chunks": 65_536,
         "suffixes": ["JPG", "png"],
     }

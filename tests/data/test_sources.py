@@ -300,7 +300,7 @@ def test_a_shard_that_is_a_folder_of_others_too_is_refused(memory: str) -> None:
     store[f"{memory.removeprefix('memory:/')}/train/0.tar/x.tar"] = fsspec.implementations.memory.MemoryFile()
     shards, refused = list_sources(memory)
     assert list(shards) == ["extra/0.tar", "train/0.tar/x.tar", "train/1.tar"]
-    assert list(refused) == [f"{memory}/train/0.tar"]
+    assert [url.endswith("/train/0.tar") for url in refused] == [True]
     with pytest.raises(ConfigError, match="folder of other shards"):
         find_shards(memory)
 

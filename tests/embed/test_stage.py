@@ -11,7 +11,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Embeddings
 from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
-from sanitize.errors import ConfigError, NumericsError
+from sanitize.errors import ArtifactError, ConfigError, NumericsError
 from sanitize.models.checkpoint import Checkpoint
 
 
@@ -77,16 +77,28 @@ def test_a_shard_without_a_usable_sample_has_no_rows(
     assert sum(len(batch.keys) for batch in embeddings.batches("pooled")) == 20
 
 
-def test_weights_that_are_not_finite_name_the_shard_and_the_key(
-    tmp_path: Path, dataset: Dataset, checkpoint: Checkpoint, embedder_config: EmbedderConfig, compute: Compute
+@pytest.mark.parametrize("how", ["not a number", "too large"])
+def test_weights_that_give_no_finite_embedding_are_refused(
+    how: str,
+    tmp_path: Path,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    embedder_config: EmbedderConfig,
+    compute: Compute,
 ) -> None:
     state = checkpoint.model().state_dict()
-    state["head.bias"][3] = float("nan")
-    safetensors.torch.save_file(state, tmp_path / "nan.safetensors")
-    config = embedder_config.model_copy(update={"weights": str(tmp_path / "nan.safetensors")})
+    if how == "not a number":
+        state["head.bias"][3] = float("nan")
+    else:
+        state["head.weight"].fill_(3e38)  # finite, but the logits are not
+    safetensors.torch.save_file(state, tmp_path / "broken.safetensors")
+    config = embedder_config.model_copy(update={"weights": str(tmp_path / "broken.safetensors")})
     broken = train_embedder(config, dataset, str(tmp_path / "model"), compute)
     shard, key = dataset.shards[0], next(dataset.batches(1)).keys[0]
-    with pytest.raises(NumericsError, match=f"logits of {shard}, key {key}"):
+    error, message = NumericsError, f"logits of {shard}, key {key}"
+    if how == "not a number":
+        error, message = ArtifactError, "the weights 'head.bias' are not finite"
+    with pytest.raises(error, match=message):
         embed_shards(EmbedConfig(), dataset, broken, str(tmp_path / "out"), compute)
     assert not (tmp_path / "out").exists()
 

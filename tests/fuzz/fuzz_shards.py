@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import signal
+import struct
 import sys
 import tarfile
 import tempfile
@@ -39,6 +40,7 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig
 from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.names import as_path, folded_path, is_portable
 from sanitize.data.samples import SampleLimits
 from sanitize.data.tables import Scores, write_rows
 from sanitize.data.tar import unsafe_name
@@ -49,7 +51,7 @@ from sanitize.select import SelectConfig, WriteConfig, select_samples, write_sel
 CONFIG = IndexConfig(
     max_bad_fraction=1,
     max_bad_shards=10**6,
-    image=ImageConfig(max_pixels=10**6),
+    image=ImageConfig(max_pixels=10**6, max_scan_pixels=10**6, max_chunks=2000),
     limits=SampleLimits(max_sample_bytes=2**18, max_members=8, max_listing_bytes=2**20),
 )
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the disk's fsync takes most of the time otherwise
@@ -95,7 +97,7 @@ def _shard(members: list[tuple[str, bytes]]) -> bytes:
 
 
 IMAGES = _images()
-LABELS = (b"0", b"1", b"1\n", b"-1", b"", b"cat", b"1000", b"9" * 30, "\u0663".encode())
+LABELS = (b"0", b"1", b"1\n", b"-1", b"", b"cat", b"1000", b"9" * 30, "\u0663".encode(), b"+1", b"1_0", b"1\x1c")
 KEYS = (
     "k",
     "d/k",
@@ -110,6 +112,36 @@ KEYS = (
     "n" * 150,
     "sample-00000001",
     "[/red]",
+    "./k",
+    "d//k",
+    "d/./k",
+    "k.png/k",
+    "k.cls",
+    "caf\u00e9",
+    "cafe\u0301",
+    "con",
+    "k ",
+    "k?",
+    "d/" * 70 + "k",
+)
+# Parts of images of which there may be thousands; behind the start of one, Pillow reads each in Python.
+PARTS = (
+    b"\xff\xe3\0\2",
+    b"\xff\xe1\0\x0aExif\0\0xx",
+    b"\xff\xc4\0\2",
+    b"\xff\xd0",
+    b"\xff",
+    b"\0",
+    *(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in (
+            (b"abAb", b""),
+            (b"IDAT", b""),
+            (b"zTXt", b"\0\0" + zlib.compress(bytes(2**19), 9)),
+            (b"iCCP", b"k\0\0" + zlib.compress(bytes(2**19), 9)),
+            (b"fcTL", bytes(26)),
+        )
+    ),
 )
 GOOD = _shard([("good.png", IMAGES[0][1]), ("good.cls", b"1"), ("good1.png", IMAGES[0][1]), ("good1.cls", b"0")])
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -126,6 +158,7 @@ def make_case(seed: int, n: int) -> tuple[str, bytes]:
     if rng.random() < 0.6:
         return "x.tar.gz" if rng.random() < 0.1 else "x.tar", data
     data = gzip.compress(data, int(rng.integers(0, 7)), mtime=0)
+    data = _with_more_than_content(rng, data) if rng.random() < 0.1 else data
     data = _damaged(rng, data) if rng.random() < 0.4 else data
     data += rng.bytes(int(rng.integers(1, 600))) if rng.random() < 0.2 else b""
     return "x.tar" if rng.random() < 0.2 else "x.tar.gz", data
@@ -151,6 +184,7 @@ def _archive(rng: Rng) -> bytes:
 
 def _members(rng: Rng, key: str) -> list[tuple[str, bytes]]:
     suffix, image = IMAGES[rng.integers(len(IMAGES))]
+    image = _multiplied(rng, image) if rng.random() < 0.1 else image
     image = _damaged(rng, image) if rng.random() < 0.3 else image
     label = LABELS[rng.integers(len(LABELS))] if rng.random() < 0.2 else b"%d" % rng.integers(2)
     members = [(f"{key}.{suffix}", image), (f"{key}.cls", label)]
@@ -160,6 +194,30 @@ def _members(rng: Rng, key: str) -> list[tuple[str, bytes]]:
     if rng.random() < 0.1:
         members.pop(int(rng.integers(len(members))))
     return members
+
+
+def _multiplied(rng: Rng, image: bytes) -> bytes:
+    """A part of it, or of another, thousands of times; the last scan of a JPEG."""
+    n = int(rng.integers(1, 3000))
+    scan = image.rfind(b"\xff\xda")
+    if scan > 0 and rng.random() < 0.3:
+        return image[:-2] + image[scan:-2] * min(n, 100_000 // len(image[scan:-2]) + 1) + image[-2:]
+    part = PARTS[rng.integers(len(PARTS))]
+    at = 33 if image.startswith(b"\x89PNG") else 2
+    return image[:at] + part * min(n, 200_000 // len(part)) + image[at:]
+
+
+def _with_more_than_content(rng: Rng, data: bytes) -> bytes:
+    """A gzip stream with a long name, empty members, padding or empty blocks."""
+    n = int(10 ** rng.uniform(0, 6.2))
+    empty = gzip.compress(b"", mtime=0)
+    return (
+        data[:3] + b"\x08" + data[4:10] + b"n" * n + b"\0" + data[10:],
+        empty * min(n, 3000) + data,
+        data + bytes(n),
+        data + bytes(n) + empty + data,
+        data[:10] + b"\0\0\0\xff\xff" * (n // 5) + data[10:],
+    )[rng.integers(5)]
 
 
 def _damaged(rng: Rng, data: bytes) -> bytes:
@@ -234,10 +292,15 @@ def check(path: Path, out: Path, compute: Compute) -> str:
     assert all(data in raw for _, data in kept), "a kept member is not in the shard"
     assert _members_of(shards.file(f"clean/{path.name}")) == kept, "kept members are not as they were"
     assert not any(unsafe_name(name) for name, _ in kept), "an unsafe name among the clean"
+    files = {as_path(name) for name, _ in kept}
+    folders = {"/".join(parts[:n]) for parts in (file.split("/") for file in files) for n in range(1, len(parts))}
+    assert len(files) == len(kept), "two names of one file among the clean"
+    assert not files & folders, "a file among the clean has the name of a folder"
     if counts["unreadable"]:
         quarantine = _members_of(shards.file(f"quarantine/{path.name}"))
         names = [name for name, _ in quarantine]
-        assert len(set(names)) == len(names), "two of a name in quarantine"
+        assert len(set(map(folded_path, names))) == len(names), "two of a name in quarantine"
+        assert all(map(is_portable, names)), "a name in quarantine that some file system cannot hold"
         assert not any(unsafe_name(name) for name in names), "an unsafe name in quarantine"
         records = [json.loads(d) for name, d in quarantine if name.endswith(".sanitize.json") and b'"reasons"' in d]
         assert len(records) == counts["unreadable"], "a sample without evidence"
@@ -284,18 +347,19 @@ def _members_of(path: Path) -> list[tuple[str, bytes]]:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """An exception after that time; where C code does not let it through, the end of the process, with a traceback."""
+    """An exception after that time of the processor; where C code does not let it through, or the process waits, the
+    end of the process after three times as much by the clock, with a traceback."""
 
     def late(*_: Any) -> None:
         raise AssertionError(f"took more than {seconds} s")
 
-    signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     faulthandler.dump_traceback_later(3 * seconds, exit=True)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -319,6 +383,9 @@ def fuzz(seconds: float, seed: int, keep: Path) -> int:
     start, n, outcomes = time.perf_counter(), 0, Counter[str]()
     most_bytes = 2**62
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+        first = Path(folder) / "first.tar"
+        first.write_bytes(GOOD + bytes(1024))
+        check(first, Path(folder) / "first", compute)  # imports take their time, once
         while time.perf_counter() - start < seconds:
             name, data = make_case(seed, n)
             path = Path(folder) / name

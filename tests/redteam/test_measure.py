@@ -9,6 +9,7 @@ import torch
 from sanitize.attack import BadNetsConfig, LabelNoiseConfig, Poisoned, SeveralConfig, poison_shards, triggered
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
+from sanitize.data.decode import ImageConfig, decode
 from sanitize.data.digits import Digits, write_digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Scores, Selection
@@ -119,6 +120,11 @@ def test_accuracy_and_attack_success_are_those_of_the_metrics(
     assert n == int((labels_N != 3).sum())
     assert shares["asr_before"] == shares["asr_untouched"] == pytest.approx(hits / n)
     assert measured.pictures is not None
+    upper_CHW, lower_CHW = decode(measured.pictures, ImageConfig()).split(12, dim=1)
+    shown = next(triggered(ATTACK, test_side, 10, 8))
+    assert torch.equal(lower_CHW, torch.cat(list(shown.images_BCHW), dim=2)), "as a model reads them"
+    first = next(test_side.batches(256, [shown.shard]))
+    assert torch.equal(upper_CHW, torch.cat([first.images_BCHW[i] for i in shown.positions], dim=2))
 
 
 def test_nobody_at_work(

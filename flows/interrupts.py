@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -73,6 +74,15 @@ def take_signals() -> None:
     if _is_active and threading.current_thread() is threading.main_thread():
         _set_handlers(_stand_still)
         signal.pthread_sigmask(signal.SIG_BLOCK, OF_TERMINALS)
+
+
+def prepare_workers() -> None:
+    """Start what Python keeps beside worker processes, before the first of them; it tidies up after killed ones."""
+    if not _is_active:
+        return
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # it inherits them: not a word of it
+    resource_tracker.ensure_running()
+    take_signals()  # it unblocks signals
 
 
 @contextmanager
@@ -142,8 +152,8 @@ def _print(line: str) -> None:
 
 def _kill_descendants() -> list[int]:
     """Kill children and their children, as often as there are new ones; returns their numbers."""
-    tracker = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_resource_tracker", None)
-    spared = getattr(tracker, "_pid", None)  # it removes what killed workers leave, and then ends by itself
+    # The tracker removes what killed workers leave, and then ends by itself.
+    spared = getattr(resource_tracker._resource_tracker, "_pid", None)
     killed: list[int] = []
     for _ in range(5):
         found = [pid for pid in _descendants(os.getpid()) if pid != spared and pid not in killed]

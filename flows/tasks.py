@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial, wraps
 from inspect import signature
-from multiprocessing import resource_tracker
 from typing import Any, ParamSpec, TypeVar
 
 import httpx
@@ -187,8 +186,7 @@ def _task_runner(config: RunnerConfig) -> Iterator[TaskRunner[Any]]:
             with ThreadPoolTaskRunner[Any](max_workers=config.workers) as threads:
                 yield threads
         case Processes():
-            resource_tracker.ensure_running()  # it unblocks signals, which the workers must not inherit
-            interrupts.take_signals()
+            interrupts.prepare_workers()
             with ProcessPoolTaskRunner(max_workers=config.workers) as processes:
                 yield processes
         case Ray():

@@ -15,7 +15,7 @@ Ogita, Oishi & Rump, Numerical Algorithms 2012). An entry is off by at most 2^-(
 2^-24 with 64 columns, like float32, and 2^-23 with 512. Everything else is done element by element in operations that
 IEEE 754 rounds correctly, and so in the same way everywhere.
 
-The price is a product in float64 and four passes over the rows; it is measured in docs/methods.md. Shapes: ... leading
+The price is a product in float64 and a few passes over the rows; it is measured in docs/methods.md. Shapes: ... leading
 dimensions, B rows, D columns of them, K columns of the product.
 """
 

@@ -11,10 +11,10 @@ at bfloat16 it is another function than at float32, with certificates of its own
 
 The noise of an image depends on the seed, on its pixels and on the kind of device, not on its place, the batch size or
 the other images. The copies of an image are classified in blocks of 128 that hold no other image, on a CPU one block in
-a forward pass: there a copy has the same place in a batch of the same shape whatever the batch size and the other images
-are, so that its logits have the same bits, and no copy on the border between two classes changes sides. On a GPU a
+a forward pass. There a copy has the same place in a batch of the same shape, whatever the batch size and the other
+images are: its logits have the same bits, and no copy on the border between two classes changes sides. On a GPU a
 forward pass has the shape of the batch size, and a copy on the border may be counted for the other class with another
-one. The level alpha is over the noise: it does not hold for an image that somebody chose knowing the seed.
+size. The level alpha is over the noise: it does not hold for an image that somebody chose knowing the seed.
 
 Shapes: N images, G of them at once, X their shape with channels last, B copies in a batch, K classes.
 """

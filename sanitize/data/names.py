@@ -76,7 +76,7 @@ def as_path(name: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if len(name) <= _MAX_PATH:
         parts = [normalize("NFC", part) if len(part) <= _MAX_COMPONENT else part for part in parts]
-    return "/".join(parts)
+    return "/".join(parts) + "/" * (bool(parts) and name.endswith("/"))
 
 
 def folded_path(name: str) -> str:

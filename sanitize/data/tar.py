@@ -194,6 +194,7 @@ class TarReader:
             if len(block) < BLOCK:
                 self._cut(block, at, start)
                 return None
+            self._limit_headers(at, start)
             at += BLOCK
             if block == ZEROS:
                 self._finish(at, start)
@@ -203,7 +204,6 @@ class TarReader:
                 break
             self._extend(extra, kind, at, size, start)
             at += size + 511 & -512
-            self._limit_headers(at, start)
         more = kind == b"S" and block[482]  # blocks of a sparse map
         while more:
             block = self._source.get(at, BLOCK)

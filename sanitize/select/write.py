@@ -76,6 +76,7 @@ def write_selected(
     compute.activate()
     recipe = Recipe(
         stage="write_selected",
+        version=2,
         config=config.model_dump(mode="json"),
         inputs={"dataset": dataset.digest, "selection": selection.digest},
     )

@@ -1,12 +1,16 @@
 import gzip
+import io
 import lzma
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sanitize.artifacts import verify
@@ -15,7 +19,8 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig
 from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, bad_shards, index_shards
-from sanitize.data.samples import SampleLimits
+from sanitize.data.rows import plain_rows, read_rows
+from sanitize.data.samples import Sample, SampleLimits, ShardReader
 from sanitize.errors import ArtifactError, ConfigError, DataError
 
 Make = Callable[..., str]
@@ -326,3 +331,47 @@ def test_headers_and_digests_give_the_rows_of_decoding_less_what_only_decoding_k
     assert counts[0] == 3 * 320
     # d and e: a label, and an image nobody has looked at; but 007 is no JSON.
     assert counts[1] == counts[2] == 3 * (320 + (2 if label == "cls" else 1))
+
+
+usual_parts = st.sampled_from(["a", "b", "A", "d"])
+odd_parts = st.sampled_from(["a.png", "b.cls", ".", "", "a b", "é", "e\u0301"])
+
+
+@pytest.mark.hostile
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(usual_parts | odd_parts, max_size=2), usual_parts, st.lists(st.sampled_from(["png", "cls"]))
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(1, 3000),
+)
+def test_by_columns_or_one_by_one_the_same_keys_are_refused(
+    samples: list[tuple[list[str], str, list[str]]], max_listing_bytes: int
+) -> None:
+    """Whatever the names, and whatever their number: rows by columns are the rows of the strict reader, or none."""
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"{folder}/x.tar"
+        with tarfile.open(url, "w") as tar:
+            for folders, key, suffixes in samples:
+                for suffix in suffixes:
+                    info = tarfile.TarInfo("/".join([*folders, f"{key}.{suffix}"]))
+                    info.size = 1
+                    tar.addfile(info, io.BytesIO(b"1"))
+        for limits in (SampleLimits(), SampleLimits(max_listing_bytes=max_listing_bytes)):
+            found = plain_rows(url, limits, "cls", 10, judge_nothing, lambda _: None)
+            if found is not None:
+                strict = read_rows(ShardReader(url, limits, "cls", digest=False), judge_nothing, lambda _: None)
+                assert strict.damage is None
+                assert found.table.select(["key", "start", "end", "members"]).equals(
+                    strict.table.select(["key", "start", "end", "members"])
+                )
+                assert strict.table["reason"].null_count == len(strict.table)
+
+
+def judge_nothing(sample: Sample) -> dict[str, Any]:
+    """Only what the reader itself has to say."""
+    return {"status": "ok"} if sample.problem is None else {"status": "unreadable", "reason": sample.problem}

@@ -5,6 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from sanitize import exact
 from sanitize.artifacts import verify
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -12,7 +13,19 @@ from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Embeddings
 from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
-from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.checkpoint import (
+    Architecture,
+    Checkpoint,
+    CNN9Config,
+    InstanceConvNetConfig,
+    MLPConfig,
+    ModelConfig,
+    ResNetConfig,
+    TorchvisionConfig,
+    VGGConfig,
+)
+from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.taps import Tapped, find_taps
 
 
 def test_embeddings_are_what_the_model_sees_computed_by_hand(
@@ -108,3 +121,41 @@ def test_a_layer_that_is_not_there_is_a_config_error(
 ) -> None:
     with pytest.raises(ConfigError, match="it has head"):
         embed_shards(EmbedConfig(penultimate="fc"), dataset, checkpoint, str(tmp_path / "out"), compute)
+
+
+ARCHITECTURES: dict[str, tuple[Architecture, tuple[int, int, int]]] = {
+    "convnet": (ConvNetConfig(), (1, 28, 28)),
+    "convnet of odd widths": (ConvNetConfig(widths=(5, 7, 9)), (3, 31, 29)),
+    "resnet": (ResNetConfig(), (3, 32, 32)),
+    "vgg": (VGGConfig(widths=(8, 8, 12)), (1, 28, 28)),
+    "cnn9": (CNN9Config(width=8), (3, 32, 32)),
+    "mlp": (MLPConfig(widths=(37,)), (1, 7, 9)),
+    "instance_convnet": (InstanceConvNetConfig(widths=(12, 12)), (3, 16, 16)),
+    "torchvision": (TorchvisionConfig(name="resnet18"), (3, 32, 32)),
+}
+
+
+@pytest.mark.parametrize("n_classes", [2, 10, 43])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_image_is_embedded_the_same_in_every_place_and_company(name: str, n_classes: int, compute: Compute) -> None:
+    """Every bit, on the CPU of this machine: MKL and oneDNN choose their kernels by it."""
+    architecture, shape = ARCHITECTURES[name]
+    config = ModelConfig(architecture=architecture, n_classes=n_classes, image_shape=shape)
+    torch.manual_seed(0)
+    model = config.build().eval()
+    exact.make_narrow_linears_exact(model)
+    tapped = Tapped(model.to(memory_format=torch.channels_last), find_taps(model, config.example()))  # type: ignore[call-overload]
+    images_NCHW = torch.randint(0, 256, (50, *shape), dtype=torch.uint8)
+
+    def embedded(rows: list[int]) -> dict[str, torch.Tensor]:
+        with torch.inference_mode():
+            blocks = [
+                (tapped(config.normalise(x).contiguous(memory_format=torch.channels_last)), n)
+                for x, n in compute.full_blocks(images_NCHW[rows], 64)
+            ]
+        return {key: torch.cat([seen[key][:n] for seen, n in blocks]) for key in blocks[0][0]}
+
+    whole = embedded(list(range(50)))
+    for rows in ([17], list(range(50))[::-1], [*range(3, 50), 0, 1, 2], list(range(40, 47))):
+        for key, x_ND in embedded(rows).items():
+            assert torch.equal(x_ND, whole[key][rows]), key

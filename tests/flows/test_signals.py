@@ -148,6 +148,30 @@ def test_children_and_temporary_files_go_too(start: Start) -> None:
     assert not folder.exists()
 
 
+def test_ctrl_c_in_a_terminal_leaves_workers_no_time_to_complain(start: Start, tmp_path: Path) -> None:
+    module = tmp_path / "pool.py"
+    module.write_text(
+        """if __name__ == "__main__":
+    import multiprocessing, time
+    from concurrent.futures import ProcessPoolExecutor
+    from flows import interrupts
+    with interrupts.handled():
+        interrupts.prepare_workers()
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            works = [pool.submit(time.sleep, 60) for _ in range(2)]
+            print("ready", flush=True)
+            works[0].result()
+"""
+    )
+    process = start(module)
+    assert process.stdout.readline() == "ready\n"
+    wait_for(lambda: len(_descendants(process.pid)) == 3, process)  # two workers and Python's tracker
+    family = _descendants(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    assert ended(process) == (130, "", INTERRUPTED + "\n")
+    assert not any(map(is_running, family))  # the pipes are closed, so the last has ended
+
+
 def test_of_the_processes_of_torchrun_the_first_speaks(start: Start) -> None:
     code = f"import os; os.environ['RANK'] = '1'\n{HANDLED}{READY}time.sleep(60)"
     process = start("-c", code)
@@ -216,6 +240,7 @@ def test_the_temporary_server_ends_with_a_process_that_is_killed(start: Start) -
 # --- commands ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)  # a busy machine takes a minute for each start
 def test_a_direct_run_ends_in_one_line_and_goes_on(
     settings: dict[str, Any], direct: Path, tmp_path: Path, start: Start
 ) -> None:
@@ -230,6 +255,7 @@ def test_a_direct_run_ends_in_one_line_and_goes_on(
     assert digests(out) == digests(direct)
 
 
+@pytest.mark.timeout(900)  # a busy machine takes a minute for each start
 @pytest.mark.prefect
 def test_ctrl_c_ends_a_flow_with_server_and_workers_and_it_goes_on(
     settings: dict[str, Any], direct: Path, tmp_path: Path, start: Start
@@ -252,6 +278,7 @@ def test_ctrl_c_ends_a_flow_with_server_and_workers_and_it_goes_on(
     assert digests(out) == digests(direct)
 
 
+@pytest.mark.timeout(900)  # a busy machine takes a minute for each start
 @pytest.mark.prefect
 def test_a_server_that_dies_is_said_in_one_line(settings: dict[str, Any], tmp_path: Path, start: Start) -> None:
     out = tmp_path / "run"

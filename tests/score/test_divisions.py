@@ -142,11 +142,9 @@ def test_it_is_fitted_the_same_in_any_batches(name: str, seed: int, cuts: list[i
 def test_any_division_into_shards_can_be_fitted_and_scored(
     name: str, seed: int, cuts: list[int], by_class: bool, n_single: int
 ) -> None:
-    """Also shards of one row. A division gives rows other names, so other samples are drawn: finite is what is asked."""
+    """Also shards of one row. A division gives rows other names, so that other samples are drawn: scores are finite."""
     pieces = [part for part in divided(seed, cuts, by_class) if len(part)]
-    shards = [single for single in pieces[0].split(1)[:n_single]] + [
-        part for part in (pieces[0][n_single:], *pieces[1:]) if len(part)
-    ]
+    shards = list(pieces[0].split(1)[:n_single]) + [part for part in (pieces[0][n_single:], *pieces[1:]) if len(part)]
     scorer = fitted(SCORERS[name], shards, shards)
     scores_N = torch.cat([scorer.score(batch) for batch in batches(SCORERS[name].embedding, shards, shards)])
     assert scores_N.shape == (N,)

@@ -25,7 +25,6 @@ A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
 Draws = Literal["nothing", "seed", "numerics"]
 Advance = Callable[[int], None]
-Adjust = Callable[[Recipe, Mapping[str, Any]], Recipe]
 
 
 class Bars(NamedTuple):
@@ -49,6 +48,8 @@ class Work(NamedTuple):
         sources: size and modification time of inputs that are no artifacts.
         bar: the progress bar over all parts.
         handle: changes the handle that the stage returns, in ways that are no property of the files.
+        config: settings in the recipe, where they are not those of the parameter `config`.
+        inputs: digests in the recipe, where they are not those of the parameters that are artifacts.
     """
 
     write: Callable[[Part], None] | None = None
@@ -60,6 +61,8 @@ class Work(NamedTuple):
     sources: dict[str, dict[str, str | int]] | None = None
     bar: Bars | None = None
     handle: Callable[[Any], Any] | None = None
+    config: dict[str, Any] | None = None
+    inputs: dict[str, str] | None = None
 
 
 class Stage(NamedTuple):
@@ -96,8 +99,6 @@ def stage(
     version: int = 1,
     gpu: bool = True,
     draws: Draws = "numerics",
-    exclude: frozenset[str] = frozenset(),
-    adjust: Adjust | None = None,
 ) -> Callable[[Callable[P, Work]], Callable[P, A]]:
     """Declare a stage.
 
@@ -106,8 +107,6 @@ def stage(
         version: version of the stage's meaning; raised when the same configuration gives other results.
         gpu: False for a stage that runs on the CPU whatever `Compute.device` says.
         draws: "numerics" puts seed and precision into the recipe, "seed" the seed alone, "nothing" neither.
-        exclude: fields of the configuration that cannot change a result.
-        adjust: changes the derived recipe; it is called with the recipe and all arguments by name.
 
     Raises:
         TypeError: the function does not have the parameters of a stage, or its name is taken.
@@ -126,9 +125,14 @@ def stage(
             compute: Compute = given["compute"]
             compute.activate()
             work = function(*args, **kwargs)
-            recipe = _recipe(function.__name__, version, draws, exclude, given)
-            if adjust is not None:
-                recipe = adjust(recipe, given)
+            numerics = {"nothing": {}, "seed": {"seed": compute.seed}, "numerics": compute.numerics}[draws]
+            recipe = Recipe(
+                stage=function.__name__,
+                version=version,
+                config=_settings(given) if work.config is None else work.config,
+                numerics=numerics,
+                inputs=_digests(given) if work.inputs is None else work.inputs,
+            )
             made = _made(kind, str(given["out"]), recipe, work, given["shards"] if sharded else None)
             return made if work.handle is None else work.handle(made)
 
@@ -153,27 +157,20 @@ def _is_sharded(form: Signature) -> bool:
     return "shards" in names[names.index("compute") :]
 
 
-def _recipe(name: str, version: int, draws: Draws, exclude: frozenset[str], given: Mapping[str, Any]) -> Recipe:
-    """The recipe that the arguments give: the configuration, and the digest of every artifact by its parameter."""
-    config, compute = given.get("config"), given["compute"]
-    numerics: dict[Draws, dict[str, Any]] = {
-        "nothing": {},
-        "seed": {"seed": compute.seed},
-        "numerics": compute.numerics,
-    }
-    inputs = {}
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    config = given.get("config")
+    return config.model_dump(mode="json") if isinstance(config, BaseModel) else {}
+
+
+def _digests(given: Mapping[str, Any]) -> dict[str, str]:
+    """Digest of every artifact among the arguments, by the name of its parameter; those of a sequence are numbered."""
+    digests = {}
     for parameter, value in given.items():
         if isinstance(value, Artifact):
-            inputs[parameter] = value.digest
+            digests[parameter] = value.digest
         elif isinstance(value, Sequence) and value and isinstance(value[0], Artifact):
-            inputs |= {f"{parameter}{i}": artifact.digest for i, artifact in enumerate(value)}
-    return Recipe(
-        stage=name,
-        version=version,
-        config=config.model_dump(mode="json", exclude=set(exclude)) if isinstance(config, BaseModel) else {},
-        numerics=numerics[draws],
-        inputs=inputs,
-    )
+            digests |= {f"{parameter}{i}": artifact.digest for i, artifact in enumerate(value)}
+    return digests
 
 
 def _made(kind: type[A], out: str, recipe: Recipe, work: Work, only: Sequence[str] | None) -> A:

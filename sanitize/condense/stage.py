@@ -88,7 +88,7 @@ def load_condensed(path: str | Path) -> tuple[Tensor, Tensor]:
     return CondensedSet.load(path).tensors()
 
 
-@stage(CondensedSet, version=3, exclude=frozenset({"snapshot_every"}))
+@stage(CondensedSet, version=3)
 def condense_dataset(
     config: CondenseConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
 ) -> Work:
@@ -132,7 +132,7 @@ def condense_dataset(
         part.write_json("dataset.json", _description(part, labels_N, pool, dataset, config, accuracies))
         part.counts.update(images=len(images_NCHW), pool=int(pool.count_K.sum()))
 
-    return Work(write=write)
+    return Work(write=write, config=config.model_dump(mode="json", exclude={"snapshot_every"}))
 
 
 def _model_config(config: MatchingConfig, n_classes: int, image_shape: tuple[int, ...]) -> ModelConfig:

@@ -1,12 +1,9 @@
 """Demo data that needs no download: scikit-learn's 1,797 handwritten digits, written as WebDataset shards."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import sklearn.datasets
 import torch
 
-from sanitize.artifacts import Artifact, Part, Recipe
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.decode import encode_png
 from sanitize.data.writer import shard_writer
@@ -21,11 +18,7 @@ class Digits(Artifact):
         return [self.url(name) for name in sorted(self.manifest().files)]
 
 
-def _n_shards(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    return recipe.model_copy(update={"config": {"n_shards": given["n_shards"]}})
-
-
-@stage(Digits, gpu=False, adjust=_n_shards)
+@stage(Digits, gpu=False)
 def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Work:
     """Write the digits, shuffled by the seed, about equally many in each shard."""
 
@@ -40,4 +33,4 @@ def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Work:
                     tar.add(f"digit-{row:04d}.cls", str(digits.target[row]).encode())
         part.counts["samples"] = len(order_N)
 
-    return Work(write=write)
+    return Work(write=write, config={"n_shards": n_shards})

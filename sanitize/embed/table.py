@@ -1,8 +1,6 @@
 """A table of features as Embeddings: users with tables skip the network and use the same scorers."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +8,7 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from sanitize.artifacts import Part, Recipe
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
 from sanitize.errors import ConfigError, DataError
@@ -34,15 +32,7 @@ class TableConfig(BaseModel):
     features: str = "X"
 
 
-def _of_content(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """The table counts by its content, wherever it lies. Raises DataError where it cannot be read."""
-    try:
-        return recipe.model_copy(update={"inputs": {"source": sha256_file(given["source"])}})
-    except OSError as error:
-        raise DataError(f"cannot read {given['source']}: {error}") from error
-
-
-@stage(Embeddings, gpu=False, draws="nothing", adjust=_of_content)
+@stage(Embeddings, gpu=False, draws="nothing")
 def import_table(config: TableConfig, source: str, out: str, compute: Compute) -> Work:
     """Read features from a .parquet or .npz file as an embedding named `features`.
 
@@ -57,6 +47,10 @@ def import_table(config: TableConfig, source: str, out: str, compute: Compute) -
         ConfigError: a column is not there.
     """
     path = Path(source)
+    try:
+        digest = sha256_file(path)
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error}") from error
 
     def write_part(shard: str, part: Part, _advance: Advance) -> None:
         x_ND, labels_N, keys = _read_npz(path, config) if path.suffix == ".npz" else _read_parquet(path, config)
@@ -70,7 +64,8 @@ def import_table(config: TableConfig, source: str, out: str, compute: Compute) -
         write_rows(part, shard, pa.table(columns))
         part.counts["samples"] = len(x_ND)
 
-    return Work(parts=[path.stem], write_part=write_part, sources={path.stem: fingerprint(source)})
+    sources = {path.stem: fingerprint(source)}
+    return Work(parts=[path.stem], write_part=write_part, sources=sources, inputs={"source": digest})
 
 
 Table = tuple[np.ndarray, np.ndarray, list[str]]

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Artifact, Part, Recipe
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection
@@ -60,24 +60,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-def _inputs(dataset: Dataset, scores: Sequence[Scores], selection: Selection, shards: Shards) -> dict[str, Artifact]:
-    by_kind = {f"scores.{kind_of(s)}": s for s in scores}
-    return {"dataset": dataset, **by_kind, "selection": selection, "shards": shards}
-
-
-def _rows(facts: dict[str, str] | None) -> list[list[str]]:
-    """The facts as a list: their order is seen on the page."""
-    return [[name, text] for name, text in (facts or {}).items()]
-
-
-def _with_facts(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """Scores go by the kind of their scorer; facts are part of the configuration."""
-    inputs = _inputs(*(given[name] for name in ("dataset", "scores", "selection", "shards")))
-    digests = {name: artifact.digest for name, artifact in inputs.items()}
-    return recipe.model_copy(update={"config": recipe.config | {"facts": _rows(given["facts"])}, "inputs": digests})
-
-
-@stage(Report, version=2, gpu=False, draws="nothing", adjust=_with_facts)
+@stage(Report, version=2, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -107,20 +90,23 @@ def write_report(
     Raises:
         ArtifactError: the artifacts do not belong together.
     """
-    inputs, rows = _inputs(dataset, scores, selection, shards), _rows(facts)
+    given: dict[str, Artifact] = {"dataset": dataset, **{f"scores.{kind_of(s)}": s for s in scores}}
+    given |= {"selection": selection, "shards": shards}
+    rows = [[name, text] for name, text in (facts or {}).items()]  # a list: their order is seen on the page
 
     def write(part: Part) -> None:
         _check(dataset, scores, selection, shards)
         n_images = config.n_images, min(config.n_kept_images, config.n_images)
         numbers = collect(dataset, scores, selection, n_images, config.n_histograms)
         numbers |= {"title": config.title, "n_class_rows": min(config.n_classes, len(numbers["classes"]))}
-        numbers |= {"chain": [_link(*item) for item in inputs.items()], "facts": rows, "versions": versions(rows)}
+        numbers |= {"chain": [_link(*item) for item in given.items()], "facts": rows, "versions": versions(rows)}
         numbers["headline"] = headline(numbers)
         part.write_json("report.json", numbers)
         part.write("index.html", render(numbers, pictures(numbers["suspects"], dataset, shards)).encode())
         part.counts.update(numbers["counts"])
 
-    return Work(write=write)
+    digests = {name: artifact.digest for name, artifact in given.items()}
+    return Work(write=write, config=config.model_dump(mode="json") | {"facts": rows}, inputs=digests)
 
 
 def _check(dataset: Dataset, scores: Sequence[Scores], selection: Selection, shards: Shards) -> None:

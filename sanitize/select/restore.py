@@ -1,14 +1,12 @@
 """Put samples back: a new Selection in which the named keys are kept, with the decision as a reason."""
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Recipe, Workshop
+from sanitize.artifacts import Part, Workshop
 from sanitize.compute import Compute
 from sanitize.data.tables import Selection, rows_name, write_rows
 from sanitize.errors import DataError
@@ -30,12 +28,7 @@ class RestoreConfig(BaseModel):
     note: str = ""
 
 
-def _sorted_keys(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """The order in which keys were named changes nothing."""
-    return recipe.model_copy(update={"config": recipe.config | {"keys": sorted(set(given["config"].keys))}})
-
-
-@stage(Selection, gpu=False, draws="nothing", adjust=_sorted_keys)
+@stage(Selection, gpu=False, draws="nothing")
 def restore_samples(config: RestoreConfig, selection: Selection, out: str, compute: Compute) -> Work:
     """Make a Selection that keeps the named samples; `write_selected` then writes the shards.
 
@@ -66,7 +59,8 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
             of_class["removed"] = removed[label]
         part.write_json("selection.json", summary)
 
-    return Work(parts=selection.shards, write_part=write_part, finish=finish)
+    settings = config.model_dump(mode="json") | {"keys": sorted(wanted)}
+    return Work(parts=selection.shards, write_part=write_part, finish=finish, config=settings)
 
 
 def _check(selection: Selection, wanted: set[str]) -> None:

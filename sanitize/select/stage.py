@@ -6,7 +6,7 @@ Shapes: N scored samples, S scorers.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Recipe
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection, write_rows
@@ -98,15 +98,7 @@ def default_rule(kind: str) -> Rule:
     return SeparationRule() if kind == "toxic_direction" else FDRRule()
 
 
-def _by_kind(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """Scores go by the kind of their scorer; shards that are trusted are part of the configuration."""
-    scores = {f"scores.{kind_of(s)}": s.digest for s in given["scores"]}
-    trust = {"trusted": sorted(given["trusted"])} if given["trusted"] else {}
-    inputs = {"dataset": given["dataset"].digest, **scores}
-    return recipe.model_copy(update={"config": recipe.config | trust, "inputs": inputs})
-
-
-@stage(Selection, version=2, gpu=False, draws="nothing", adjust=_by_kind)
+@stage(Selection, version=2, gpu=False, draws="nothing")
 def select_samples(
     config: SelectConfig,
     dataset: Dataset,
@@ -145,7 +137,9 @@ def select_samples(
         part.write_json("selection.json", decided().summary(config) | trust)
 
     bar = Bars("select", dataset.manifest().counts.get("samples"))
-    return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar)
+    inputs = {"dataset": dataset.digest, **{f"scores.{kind_of(s)}": s.digest for s in scores}}
+    settings = config.model_dump(mode="json") | trust
+    return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar, config=settings, inputs=inputs)
 
 
 STATUSES = ("kept", "quarantined", "unreadable")

@@ -3,9 +3,9 @@ positions."""
 
 import io
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Recipe, partial_of
+from sanitize.artifacts import Part, partial_of
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -101,13 +101,7 @@ class RobustModel(Checkpoint):
         return counts["dropped"], counts["seen"]
 
 
-def _with_buffer(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """The order of samples depends on the buffer that the data set needs, not on the memory that may be used."""
-    buffer = {"buffer_bytes": buffer_bytes(given["dataset"], given["config"].cache_bytes)}
-    return recipe.model_copy(update={"config": recipe.config | buffer})
-
-
-@stage(RobustModel, exclude=frozenset({"snapshot_every", "cache_bytes"}), adjust=_with_buffer)
+@stage(RobustModel)
 def train_robust(
     config: TrainConfig,
     dataset: Dataset,
@@ -159,7 +153,10 @@ def train_robust(
         part.counts.update(samples=dataset.n_samples)
 
     own = partial(RobustModel.of_own, architecture=config.architecture)
-    return Work(fit=fit, write_fitted=write, handle=own)
+    # The order of samples depends on the buffer that the data set needs, not on the memory that may be used.
+    settings = config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
+    settings["buffer_bytes"] = buffer_bytes(dataset, config.cache_bytes)
+    return Work(fit=fit, write_fitted=write, handle=own, config=settings)
 
 
 class _Fitted(NamedTuple):

@@ -139,7 +139,9 @@ def ingest(config: IngestConfig, store: str, new_run: NewRun, committed: Committ
     """
     refuse_inside(config.shards, store)
     ledger = Ledger(store)
-    load_reference(store, ledger.read().reference)  # one that is damaged is said before anything is claimed
+    load_reference(
+        store, ledger.read().reference, config.allow_factory
+    )  # one that is damaged is said before anything is claimed
     work = _Work(config, store, ledger, new_run, committed, [], [])
     for begun in ledger.read().unfinished:
         work.finish(begun)

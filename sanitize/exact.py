@@ -107,6 +107,6 @@ def make_narrow_linears_exact(model: nn.Module) -> None:
 
 
 def _exact_output(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    with torch.autocast(output.device.type, enabled=False):
-        product = _product(inputs[0].to(output.dtype).float(), linear.weight.T.to(output.dtype).float()).float()
-        return (product if linear.bias is None else product + linear.bias).to(output.dtype)
+    # Autocast, where it is on, does not touch a product in float64.
+    product = _product(inputs[0].to(output.dtype).float(), linear.weight.T.to(output.dtype).float()).float()
+    return (product if linear.bias is None else product + linear.bias).to(output.dtype)

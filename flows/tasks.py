@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial, wraps
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import httpx
 import torch
@@ -71,7 +71,7 @@ MAX_TEXT, MAX_REASONS = 2_000, 100  # characters of one text, and reasons of one
 # are imported above have declared their stages.
 TASKS: dict[str, Any] = {
     name: task(
-        stage.function,
+        cast(Any, stage.function),  # whose signature Prefect reads when it is called
         name=name,
         cache_policy=NO_CACHE,
         retries=2,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from sanitize.artifacts import MANIFEST, Manifest, read_manifest, verify
+from sanitize.artifacts import MANIFEST, Manifest, first_line, read_manifest, verify
 from sanitize.errors import ArtifactError
 from sanitize.storage import join, names_below, read_bytes
 
@@ -61,7 +61,11 @@ def check_run(folder: str, known: Collection[str] | None = None) -> Verified:
         found = found.plus(result)
         if manifest is not None:
             manifests[name] = manifest
-    record = _record(folder)
+    try:
+        record = _record(folder)
+    except ArtifactError as error:
+        found.problems.append(str(error))
+        record = {"stages": []}
     if known is None and isinstance(record.get("inputs"), dict):
         known = [str(digest) for digest in record["inputs"]]
     digests = {manifest.digest for manifest in manifests.values()}
@@ -75,7 +79,7 @@ def check_run(folder: str, known: Collection[str] | None = None) -> Verified:
                 found.notes.append(f"{said}, and was not checked")
             else:
                 found.problems.append(f"{said}, nor one that it was given")
-    for stage in _stages(record):
+    for stage in record["stages"]:
         if stage["folder"] not in manifests:
             found.problems.append(f"{join(folder, stage['folder'])}: run.json lists it, but it is not there")
         elif manifests[stage["folder"]].digest != stage["digest"]:
@@ -102,14 +106,17 @@ def artifacts_of(folder: str) -> list[str]:
 
 
 def _record(folder: str) -> dict[str, Any]:
+    """The run.json of a folder, with folder and digest of each stage; empty where there is none.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    url = join(folder, "run.json")
     try:
-        record = json.loads(read_bytes(join(folder, "run.json")))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _stages(record: dict[str, Any]) -> list[dict[str, str]]:
-    stages = record.get("stages")
-    rows = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
-    return [{name: str(stage.get(name, "")) for name in ("folder", "digest")} for stage in rows]
+        record: dict[str, Any] = json.loads(read_bytes(url))
+        stages = [{"folder": str(stage["folder"]), "digest": str(stage["digest"])} for stage in record["stages"]]
+    except FileNotFoundError:
+        return {"stages": []}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{url} is damaged: {first_line(error)}") from error
+    return record | {"stages": stages}

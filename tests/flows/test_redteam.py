@@ -20,6 +20,7 @@ from flows.redteam import DEFAULT_ATTACKS, RedTeamConfig, run_redteam, table
 from sanitize.artifacts import read_manifest
 from sanitize.attack import Poisoned
 from sanitize.data.digits import Digits
+from sanitize.data.names import as_markdown
 from sanitize.data.tables import Selection
 from sanitize.errors import ConfigError
 
@@ -127,7 +128,7 @@ def test_prefect_changes_nothing_and_tells_what_came_out(
     shown = Artifact.get("redteam-stages")  # what Prefect's page has of it
     assert shown is not None
     assert table(result) in str(shown.data)
-    assert all(f"| {case['name']} |" in str(shown.data) for case in result["cases"])
+    assert all(f"| {as_markdown(case['name'])} |" in str(shown.data) for case in result["cases"])
     (event,) = emitted
     assert event["event"] == ("sanitize.redteam.met" if result["met"] else "sanitize.redteam.missed")
     assert event["payload"]["requirements"] == result["requirements"]

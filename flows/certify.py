@@ -1,6 +1,5 @@
 """Certificates for a model that exists: what nobody within the stated bounds can change about its predictions."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards
 from sanitize.models.checkpoint import ModelConfig
-from sanitize.package import open_model, package_model
-from sanitize.report import write_certificate_report
+from sanitize.package import open_model
 
 
 class CertifyRunConfig(BaseModel):
@@ -85,12 +83,3 @@ def run_certify(config: CertifyRunConfig, out: str | Path, direct: bool) -> dict
     from flows.tasks import certify_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(certify_flow(config, str(out)))
-
-
-STAGES: Sequence[Any] = (
-    index_shards,
-    certify_smoothing,
-    certify_partitions,
-    package_model,
-    write_certificate_report,
-)

@@ -162,15 +162,3 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
         "quarantine": cleaned.shards.url("quarantine"),
         "report": cleaned.report.url("index.html"),
     }
-
-
-STAGES: Sequence[Any] = (
-    index_shards,
-    *EMBEDDERS.values(),
-    embed_shards,
-    fit_scorer,
-    score_shards,
-    select_samples,
-    write_selected,
-    write_report,
-)

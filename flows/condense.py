@@ -1,6 +1,5 @@
 """Condensation: shards nobody can vouch for in, a few images a class that stand for them out."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,3 @@ def run_condense(config: CondenseRunConfig, out: str | Path, direct: bool) -> di
     from flows.tasks import condense_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(condense_flow(config, str(out)))
-
-
-STAGES: Sequence[Any] = (index_shards, condense_dataset, write_condensation_report)

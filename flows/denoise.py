@@ -1,6 +1,5 @@
 """PCA-noise: shards in, shards of modified training images out."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +69,3 @@ def run_denoise(config: DenoiseRunConfig, out: str | Path, direct: bool) -> dict
     from flows.tasks import denoise_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(denoise_flow(config, str(out)))
-
-
-STAGES: Sequence[Any] = (index_shards, fit_pca, denoise_shards, write_denoising_report)

@@ -20,7 +20,6 @@ from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.package import PACKAGE, open_model, package_model
 from sanitize.repair import RepairModelConfig, repair_model
-from sanitize.report import write_certificate_report
 
 
 class HardenConfig(BaseModel):
@@ -112,6 +111,3 @@ def run_harden(config: HardenConfig, out: str | Path, direct: bool) -> dict[str,
     from flows.tasks import harden_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(harden_flow(config, str(out)))
-
-
-STAGES: Sequence[Any] = (index_shards, repair_model, certify_smoothing, package_model, write_certificate_report)

@@ -52,7 +52,6 @@ from sanitize.storage import exclusive, join
 
 __all__ = [
     "FEED",
-    "STAGES",
     "BatchConfig",
     "IngestConfig",
     "decide",
@@ -359,16 +358,3 @@ def _run_batch(
         digests={stage["folder"]: stage["digest"] for stage in run.stages},
         clean=clean_shards(shards, name, join("batches", name, SHARDS)),
     )
-
-
-STAGES: Sequence[Any] = (
-    index_shards,
-    embed_shards,
-    score_shards,
-    judge_shards,
-    write_selected,
-    summarise_shards,
-    check_drift,
-    write_report,
-    write_drift_report,
-)

@@ -1,6 +1,5 @@
 """What would my pipeline catch on my data? Known attacks on a sample of it, the pipeline blind, models before/after."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -212,14 +211,3 @@ def run_redteam(config: RedTeamConfig, out: str | Path, direct: bool) -> dict[st
     from flows.tasks import redteam_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(redteam_flow(config, str(out)))
-
-
-STAGES: Sequence[Any] = (
-    index_shards,
-    sample_shards,
-    poison_shards,
-    train_embedder,
-    measure_case,
-    sum_up,
-    write_redteam_report,
-)

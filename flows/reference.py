@@ -4,7 +4,6 @@ one by merging what is remembered of the batches that were accepted since; no sh
 import getpass
 import hashlib
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import yaml
@@ -300,6 +299,3 @@ def _n_samples(remembered: Statistics) -> dict[str, int]:
 def approval(by: str, note: str) -> dict[str, str]:
     """Who decided, when, and why."""
     return {"by": by or getpass.getuser(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note}
-
-
-STAGES: Sequence[Any] = (fit_projection, summarise_shards, merge_statistics, fit_scorer, score_shards)

@@ -1,6 +1,5 @@
 """How robust a model really is: attack it, and see where its gradients point."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +92,3 @@ def run_robustness(config: RobustnessRunConfig, out: str | Path, direct: bool) -
     from flows.tasks import robustness_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(robustness_flow(config, str(out)))
-
-
-STAGES: Sequence[Any] = (index_shards, fit_pca, measure_robustness, write_robustness_report)

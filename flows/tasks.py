@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial, wraps
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import httpx
 import torch
@@ -57,6 +57,7 @@ from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
 from sanitize.data.names import as_markdown, printable
 from sanitize.errors import ConfigError, SanitizeError, StorageError
+from sanitize.stage import STAGES
 
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
@@ -66,51 +67,18 @@ TOLD_SECONDS = 5.0  # how often the server is told of progress, at most
 MAX_TEXT, MAX_REASONS = 2_000, 100  # characters of one text, and reasons of one batch, that the server is told
 
 
-JOBS: tuple[Any, ...] = (
-    clean_job,
-    ingest_job,
-    train_job,
-    certify_job,
-    condense_job,
-    denoise_job,
-    robustness_job,
-    harden_job,
-    redteam_job,
-)
-
-# Artifacts are the truth about what is done (`make`), so Prefect's own cache, keyed by paths, stays off.
+# Artifacts are the truth about what is done (`make`), so Prefect's own cache, keyed by paths, stays off. The jobs that
+# are imported above have declared their stages.
 TASKS: dict[str, Any] = {
-    stage.__name__: task(
-        stage,
-        name=stage.__name__,
+    name: task(
+        cast(Any, stage.function),  # whose signature Prefect reads when it is called
+        name=name,
         cache_policy=NO_CACHE,
         retries=2,
         retry_delay_seconds=5,
         retry_condition_fn=is_transient,
     )
-    for job in JOBS
-    for stage in job.STAGES
-}
-
-
-# Of the other stages one at a time is on each GPU.
-ON_CPU = {
-    "index_shards",
-    "fit_pca",
-    "fit_scorer",
-    "score_shards",
-    "drop_scores",
-    "judge_shards",
-    "summarise_shards",
-    "check_drift",
-    "select_samples",
-    "sample_shards",
-    "poison_shards",
-    "write_selected",
-    "denoise_shards",
-    "package_model",
-    "sum_up",
-    *(name for name in TASKS if name.endswith("_report")),
+    for name, stage in STAGES.items()
 }
 
 
@@ -124,9 +92,9 @@ class PrefectRun(Run):
 
     def _task(self, function: Callable[..., A]) -> Any:
         wrapped = TASKS[function.__name__]
-        if self._gpu is None or function.__name__ in ON_CPU:
+        if self._gpu is None or not STAGES[function.__name__].gpu:
             return wrapped
-        return wrapped.with_options(tags={self._gpu})
+        return wrapped.with_options(tags={self._gpu})  # one task at a time is on each GPU
 
     def _call(self, function: Callable[..., A], *args: Any, **more: Any) -> A:
         artifact: A = self._task(function)(*args, **more)

@@ -158,17 +158,3 @@ def run_train(config: TrainRunConfig, out: str | Path, direct: bool) -> dict[str
     from flows.tasks import train_flow  # imports Prefect: a second that --direct need not wait for
 
     return dict(train_flow(config, str(out)))
-
-
-STAGES: Sequence[Any] = (
-    index_shards,
-    pretrain_simclr,
-    fit_pca,
-    train_robust,
-    drop_scores,
-    train_partitions,
-    certify_partitions,
-    package_model,
-    write_training_report,
-    write_certificate_report,
-)

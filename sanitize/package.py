@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import safetensors.torch
 from pydantic import BaseModel, Field, RootModel, ValidationError
 from torch import nn
 
-from sanitize.artifacts import MANIFEST, Part, Recipe, first_problem, make, read_manifest
+from sanitize.artifacts import MANIFEST, Part, Recipe, first_problem, read_manifest
 from sanitize.certify import Certificates, PartitionEnsemble
 from sanitize.certify.certificates import Proved, excerpt
 from sanitize.certify.ensemble import PROVED
@@ -24,6 +25,7 @@ from sanitize.data.names import as_markdown
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint, ModelConfig
 from sanitize.models.pixels import OnPixels
+from sanitize.stage import Work, stage
 from sanitize.storage import exists, join
 
 PACKAGE = "80-package"  # of a run folder
@@ -33,9 +35,8 @@ class ModelPackage(Checkpoint):
     """A Checkpoint with `training.json`, `certificate.json`, `metrics.json` and `MODEL_CARD.md`."""
 
 
-def package_model(
-    model: Checkpoint, out: str, compute: Compute, certificates: Sequence[Certificates] = ()
-) -> ModelPackage:
+@stage(ModelPackage, version=2, gpu=False, draws="nothing")
+def package_model(model: Checkpoint, out: str, compute: Compute, certificates: Sequence[Certificates] = ()) -> Work:
     """Put a model and what is proved about it into one folder; what a package held of other kinds stays.
 
     Args:
@@ -44,9 +45,6 @@ def package_model(
         compute: unused but for the convention; nothing is random.
         certificates: of this model.
     """
-    compute.activate()
-    inputs = {"model": model.digest} | {f"certificates{i}": of.digest for i, of in enumerate(certificates)}
-    recipe = Recipe(stage="package_model", version=2, inputs=inputs)
 
     def write(part: Part) -> None:
         training, proved = _known(model)
@@ -63,7 +61,7 @@ def package_model(
         if PROVED in model.manifest().files:
             part.write(PROVED, model.read(PROVED))
 
-    return make(ModelPackage, out, recipe, write).trusted_like(model)
+    return Work(write=write, handle=partial(ModelPackage.trusted_like, model=model))
 
 
 def open_model(path: str | Path, trust_code: bool = False) -> Checkpoint:

@@ -11,64 +11,23 @@ from pydantic import BaseModel
 
 import sanitize
 from sanitize.artifacts import Artifact
-from sanitize.attack import poison_shards
-from sanitize.certify import certify_smoothing, train_partitions
-from sanitize.condense import condense_dataset
-from sanitize.data.index import index_shards
-from sanitize.denoise import denoise_shards, fit_pca
-from sanitize.drift import check_drift, fit_projection, merge_statistics, summarise_shards
-from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
-from sanitize.measure import measure_robustness
-from sanitize.redteam import measure_case, sample_shards, sum_up
-from sanitize.repair import repair_model
-from sanitize.report import write_report
-from sanitize.score import fit_scorer, score_shards
-from sanitize.select import judge_shards, restore_samples, select_samples, write_selected
-from sanitize.train import drop_scores, train_robust
+from sanitize.compute import Compute
+from sanitize.stage import STAGES, Work, stage
 
-STAGES: list[Callable] = [
-    index_shards,
-    train_embedder,
-    pretrain_simclr,
-    embed_shards,
-    import_table,
-    fit_scorer,
-    score_shards,
-    select_samples,
-    write_selected,
-    restore_samples,
-    judge_shards,
-    fit_projection,
-    summarise_shards,
-    merge_statistics,
-    check_drift,
-    poison_shards,
-    write_report,
-    train_robust,
-    drop_scores,
-    certify_smoothing,
-    train_partitions,
-    fit_pca,
-    denoise_shards,
-    measure_robustness,
-    condense_dataset,
-    repair_model,
-    sample_shards,
-    measure_case,
-    sum_up,
-]
-every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 MODULES: list[ModuleType] = [
     importlib.import_module(module.name) for module in pkgutil.walk_packages(sanitize.__path__, "sanitize.")
 ]
 
 
+DECLARED = [declared.function for declared in STAGES.values()]  # importing the modules has declared them
+every_stage = pytest.mark.parametrize("function", DECLARED, ids=lambda function: function.__name__)
+
+
 @every_stage
-def test_a_stage_takes_its_config_first_and_ends_with_out_and_compute(stage: Callable) -> None:
-    parameters = list(inspect.signature(stage).parameters.values())
+def test_a_stage_takes_its_config_first_and_ends_with_out_and_compute(function: Callable) -> None:
+    parameters = list(inspect.signature(function).parameters.values())
     names = [parameter.name for parameter in parameters]
-    assert names[0] == "config"
-    assert "out" in names
+    assert "config" not in names[1:]
     after_out = names[names.index("out") + 1 :]
     assert after_out[0] == "compute", names
     assert all(parameter.default is parameter.empty for parameter in parameters[: names.index("compute") + 1])
@@ -77,24 +36,43 @@ def test_a_stage_takes_its_config_first_and_ends_with_out_and_compute(stage: Cal
 
 
 @every_stage
-def test_a_stage_is_documented_and_typed(stage: Callable) -> None:
-    assert inspect.getdoc(stage)
-    signature = inspect.signature(stage)
+def test_a_stage_is_documented_and_typed(function: Callable) -> None:
+    assert inspect.getdoc(function)
+    signature = inspect.signature(function)
     assert all(parameter.annotation is not parameter.empty for parameter in signature.parameters.values())
-    returned = signature.return_annotation
-    assert isinstance(returned, type), "evaluated annotations, so that this test sees the class"
-    assert issubclass(returned, Artifact)
+    assert issubclass(signature.return_annotation, Artifact)
 
 
-def test_every_stage_is_in_the_list() -> None:
-    """A stage is a public function that takes `config`, `out` and `compute`."""
+def test_every_stage_is_declared() -> None:
+    """A stage is a public function that takes `out` and `compute`; nothing else calls `make`."""
     found = {
         function
         for module in MODULES
         for name, function in inspect.getmembers(module, inspect.isfunction)
-        if not name.startswith("_") and {"config", "out", "compute"} <= inspect.signature(function).parameters.keys()
+        if not name.startswith("_")
+        and {"out", "compute"} <= inspect.signature(function).parameters.keys()
+        and function.__module__.startswith("sanitize.")
     }
-    assert found == set(STAGES)
+    assert found == set(DECLARED)
+    for module in MODULES:
+        if module.__name__ not in ("sanitize.artifacts", "sanitize.stage"):
+            assert not hasattr(module, "make"), module.__name__
+
+
+def test_what_is_no_stage_cannot_be_declared() -> None:
+    def without_compute(out: str) -> Work:
+        return Work()
+
+    with pytest.raises(TypeError, match="out, compute"):
+        stage(Artifact)(without_compute)
+    taken = next(iter(STAGES))
+
+    def again(out: str, compute: Compute) -> Work:
+        return Work()
+
+    again.__name__ = taken
+    with pytest.raises(TypeError, match=f"two stages {taken}"):
+        stage(Artifact)(again)
 
 
 def configs() -> list[type[BaseModel]]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from sanitize.artifacts import Part, Recipe, Workshop, make
+from sanitize.artifacts import Part, Workshop
 from sanitize.attack.clean_label import CleanLabelConfig
 from sanitize.attack.several import AttackConfig, OneAttack, attacks_of
 from sanitize.attack.stored import OnStored, stored_image
@@ -28,7 +28,7 @@ from sanitize.data.writer import shard_writer
 from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
-from sanitize.progress import track
+from sanitize.stage import Advance, Bars, Work, stage
 
 Poison = Callable[[Tensor, Tensor], Tensor]  # uint8 images (B, C, H, W), their true labels (B,) -> uint8 images
 
@@ -48,6 +48,7 @@ class Poisoned(ShardTables):
         return [self.url(name) for name in sorted(self.manifest().files) if name.startswith("shards/")]
 
 
+@stage(Poisoned, version=3, gpu=False)
 def poison_shards(
     config: AttackConfig,
     dataset: Dataset,
@@ -56,7 +57,7 @@ def poison_shards(
     shards: Sequence[str] | None = None,
     surrogate: Checkpoint | None = None,
     spared: Sequence[str] = (),
-) -> Poisoned:
+) -> Work:
     """Write a poisoned copy of a data set, with the truth.
 
     Args:
@@ -72,22 +73,13 @@ def poison_shards(
         ConfigError: an attack asks for more samples than are eligible, its target is no class, or a surrogate is
             missing, takes other images or is of no use.
     """
-    compute.activate()
     attacks = attacks_of(config)
     refuse_targets(attacks, dataset.n_classes)
-    inputs = {"dataset": dataset.digest} | ({"surrogate": surrogate.digest} if surrogate else {})
-    recipe = Recipe(
-        stage="poison_shards",
-        version=3,
-        config=config.model_dump(mode="json") | ({"spared": sorted(spared)} if spared else {}),
-        numerics=compute.numerics,
-        inputs=inputs,
-    )
     model = _surrogate(attacks, surrogate, dataset)
     poisons = [_poison(attack, model, compute) for attack in attacks]
     chosen: dict[str, dict[int, Choice]] = {}
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, advance: Advance) -> None:
         if unread_suffix(shard):
             return  # nothing was read, and a file of ours must be what its name says
         if not chosen:
@@ -107,8 +99,9 @@ def poison_shards(
     def finish(part: Part, _workshop: Workshop) -> None:
         part.write_json("attack.json", config.model_dump(mode="json"))
 
-    with track("poison", dataset.n_samples if shards is None else None) as advance:
-        return make(Poisoned, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish, only=shards)
+    settings = config.model_dump(mode="json") | ({"spared": sorted(spared)} if spared else {})
+    bar = Bars("poison", dataset.n_samples)
+    return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar, config=settings)
 
 
 def choose(

@@ -6,6 +6,7 @@ are stacked) is a setting and not a count of samples. Shapes: M networks of a gr
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from threading import Lock
 from typing import Any, Literal, NamedTuple, Self
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Recipe, Workshop, make
+from sanitize.artifacts import Part, Workshop
 from sanitize.certify.partition import content_digest, partition_of
 from sanitize.certify.provenance import refuse_if_void
 from sanitize.compute import Compute
@@ -30,6 +31,7 @@ from sanitize.models.sizes import MAX_NETWORKS
 from sanitize.models.stacked import Stacked
 from sanitize.progress import track
 from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig, new_scorer
+from sanitize.stage import Advance, Work, stage
 
 PROVED = "partitions.json"
 _NO_LABEL = -100  # what cross_entropy ignores
@@ -122,9 +124,10 @@ class PartitionEnsemble(Checkpoint):
         return {f"networks.{name}": torch.cat([state[name] for state in states]) for name in states[0]}
 
 
+@stage(PartitionEnsemble, version=2)
 def train_partitions(
     config: PartitionConfig, dataset: Dataset, out: str, compute: Compute, shards: Sequence[str] | None = None
-) -> PartitionEnsemble:
+) -> Work:
     """Train one base model on each partition.
 
     Args:
@@ -139,7 +142,6 @@ def train_partitions(
         ConfigError: what was done before voids the certificate; or settings that do not go with stacked networks.
         NumericsError: training diverged.
     """
-    compute.activate()
     if config.optim.max_grad_norm is not None:
         raise ConfigError("partition.optim.max_grad_norm would make each base model depend on all: leave it out")
     if world()[1] > 1:
@@ -156,15 +158,8 @@ def train_partitions(
         std=config.std,
         n_networks=config.n_partitions,
     )
-    recipe = Recipe(
-        stage="train_partitions",
-        version=2,
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={"dataset": dataset.digest},
-    )
 
-    def write_part(group: str, part: Part) -> None:
+    def write_part(group: str, part: Part, _advance: Advance) -> None:
         networks, history, counts = _train_group(config, model_config, config.groups[group], dataset, compute)
         part.write(f"groups/{group}.safetensors", safetensors.torch.save(networks.state_dict()))
         part.write_json(f"groups/{group}.json", {"history": history, "partitions": counts})
@@ -175,9 +170,8 @@ def train_partitions(
         part.write_json("config.json", model_config.model_dump(mode="json"))
         part.write_json(PROVED, _proved(config, dataset, n_samples))
 
-    groups = list(config.groups)
-    made = make(PartitionEnsemble, out, recipe, parts=groups, write_part=write_part, finish=finish, only=shards)
-    return made.of_own(config.architecture)
+    own = partial(PartitionEnsemble.of_own, architecture=config.architecture)
+    return Work(parts=list(config.groups), write_part=write_part, finish=finish, handle=own)
 
 
 def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from sanitize.artifacts import Part, Recipe, Workshop, make
+from sanitize.artifacts import Part, Workshop
 from sanitize.certify.certificates import Certificates
 from sanitize.certify.ensemble import PROVED
 from sanitize.certify.partition import certified_poisons
@@ -14,12 +14,13 @@ from sanitize.data.tables import write_rows
 from sanitize.errors import ConfigError
 from sanitize.loop import predict
 from sanitize.models.checkpoint import Checkpoint
-from sanitize.progress import track
+from sanitize.stage import Advance, Bars, Work, stage
 
 
+@stage(Certificates)
 def certify_partitions(
     ensemble: Checkpoint, dataset: Dataset, out: str, compute: Compute, shards: Sequence[str] | None = None
-) -> Certificates:
+) -> Work:
     """How many poisoned training samples cannot change the prediction of each usable sample.
 
     Args:
@@ -34,19 +35,13 @@ def certify_partitions(
         ArtifactError: the model is no such ensemble.
         ConfigError: it takes other images.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="certify_partitions",
-        numerics=compute.numerics,
-        inputs={"ensemble": ensemble.digest, "dataset": dataset.digest},
-    )
     proved, config, model = ensemble.read_json(PROVED), ensemble.config, ensemble.model()
     if dataset.image_shape != config.image_shape:
         raise ConfigError(
             f"images are {dataset.image_shape}, {ensemble.path} takes {config.image_shape}: set index.image"
         )
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, advance: Advance) -> None:
         tables = []
         for batch in dataset.batches(512, [shard]):
             votes_BK = predict(model, batch.images_BCHW, config.normalise, compute).long()
@@ -61,5 +56,5 @@ def certify_partitions(
     def finish(part: Part, _workshop: Workshop) -> None:
         part.write_json("certificate.json", proved)
 
-    with track("certify", dataset.n_samples if shards is None else None) as advance:
-        return make(Certificates, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish, only=shards)
+    bar = Bars("certify", dataset.n_samples)
+    return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar)

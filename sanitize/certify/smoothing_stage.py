@@ -10,7 +10,7 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from sanitize.artifacts import Part, Recipe, Workshop, make, partial_of
+from sanitize.artifacts import Part, Workshop, partial_of
 from sanitize.certify.certificates import Certificates
 from sanitize.certify.smoothing import SmoothingConfig, certify, lower_bound, radius
 from sanitize.compute import Compute
@@ -20,7 +20,7 @@ from sanitize.data.tables import write_rows
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
-from sanitize.progress import track
+from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.storage import is_local, local_path
 
 _SCHEMA = pa.schema(
@@ -84,6 +84,7 @@ def _rounded(reach: float) -> str:
     return f"{math.ceil(reach * 10**digits) / 10**digits:g}"
 
 
+@stage(Certificates, version=2)
 def certify_smoothing(
     config: CertifySmoothingConfig,
     checkpoint: Checkpoint,
@@ -91,7 +92,7 @@ def certify_smoothing(
     out: str,
     compute: Compute,
     shards: Sequence[str] | None = None,
-) -> Certificates:
+) -> Work:
     """Certify usable samples by Algorithm CERTIFY.
 
     Rows are kept as they come, in a journal in the folder of the unfinished artifact, if that lies on a disk: a run
@@ -109,22 +110,14 @@ def certify_smoothing(
         ConfigError: so few copies can certify nothing.
         NumericsError: a logit is not finite; the message names shard and keys.
     """
-    compute.activate()
     config.refuse_if_hopeless()  # a config that was copied with changes is not checked
-    recipe = Recipe(
-        stage="certify_smoothing",
-        version=2,
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={"checkpoint": checkpoint.digest, "dataset": dataset.digest},
-    )
 
     @cache  # asked for by the first missing part
     def prepared() -> tuple[OnPixels, Mapping[str, set[int]]]:
         model = OnPixels(checkpoint.model(), checkpoint.config)
         return model, choose_samples(dataset, config.max_images, compute)
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, advance: Advance) -> None:
         model, chosen = prepared()
         if shard not in chosen:
             return
@@ -146,8 +139,8 @@ def certify_smoothing(
         part.write_json("certificate.json", _proved(config, compute))
 
     n_images = min(config.max_images or dataset.n_samples, dataset.n_samples)
-    with track("certify", n_images if shards is None else None, "images") as advance:
-        return make(Certificates, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish, only=shards)
+    bar = Bars("certify", n_images, "images")
+    return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar)
 
 
 def _proved(config: CertifySmoothingConfig, compute: Compute) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part, Recipe, make, partial_of
+from sanitize.artifacts import Artifact, Part, partial_of
 from sanitize.compute import Compute
 from sanitize.condense.distribution_matching import Condensed, MatchingConfig, condense, to_pixels
 from sanitize.condense.evaluate import EvaluateConfig, learn_from
@@ -26,6 +26,7 @@ from sanitize.loop import predict
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.progress import track
 from sanitize.snapshots import Snapshots
+from sanitize.stage import Work, stage
 from sanitize.storage import is_local, local_path
 
 SHARD = "shards/condensed-0000.tar"  # in a folder of its own: Hugging Face `datasets` takes .json beside it for data
@@ -87,9 +88,10 @@ def load_condensed(path: str | Path) -> tuple[Tensor, Tensor]:
     return CondensedSet.load(path).tensors()
 
 
+@stage(CondensedSet, version=3)
 def condense_dataset(
     config: CondenseConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
-) -> CondensedSet:
+) -> Work:
     """Learn a few images a class that stand for a data set, and that poison in it cannot steer.
 
     Args:
@@ -104,14 +106,6 @@ def condense_dataset(
         ConfigError: `pool_bytes` does not hold one image of each class.
         NumericsError: matching or training diverged.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="condense_dataset",
-        version=3,
-        config=config.model_dump(mode="json", exclude={"snapshot_every"}),
-        numerics=compute.numerics,
-        inputs={"dataset": dataset.digest} | ({"test": test.digest} if test is not None else {}),
-    )
 
     def write(part: Part) -> None:
         pool, *held_out = fill_pool(dataset, config.pool_bytes, compute).hold_out(config.evaluate.held_out)
@@ -138,7 +132,7 @@ def condense_dataset(
         part.write_json("dataset.json", _description(part, labels_N, pool, dataset, config, accuracies))
         part.counts.update(images=len(images_NCHW), pool=int(pool.count_K.sum()))
 
-    return make(CondensedSet, out, recipe, write)
+    return Work(write=write, config=config.model_dump(mode="json", exclude={"snapshot_every"}))
 
 
 def _model_config(config: MatchingConfig, n_classes: int, image_shape: tuple[int, ...]) -> ModelConfig:

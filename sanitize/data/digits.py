@@ -3,10 +3,11 @@
 import sklearn.datasets
 import torch
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.decode import encode_png
 from sanitize.data.writer import shard_writer
+from sanitize.stage import Work, stage
 
 
 class Digits(Artifact):
@@ -17,9 +18,9 @@ class Digits(Artifact):
         return [self.url(name) for name in sorted(self.manifest().files)]
 
 
-def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Digits:
+@stage(Digits, gpu=False)
+def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Work:
     """Write the digits, shuffled by the seed, about equally many in each shard."""
-    recipe = Recipe(stage="write_digits", config={"n_shards": n_shards}, numerics=compute.numerics)
 
     def write(part: Part) -> None:
         digits = sklearn.datasets.load_digits()
@@ -32,4 +33,4 @@ def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Digits:
                     tar.add(f"digit-{row:04d}.cls", str(digits.target[row]).encode())
         part.counts["samples"] = len(order_N)
 
-    return make(Digits, out, recipe, write)
+    return Work(write=write, config={"n_shards": n_shards})

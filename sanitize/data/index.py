@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Recipe, Workshop, make
+from sanitize.artifacts import Part, Workshop
 from sanitize.compute import Compute
 from sanitize.data.compression import not_read, unread_suffix
 from sanitize.data.dataset import Dataset
@@ -34,7 +34,7 @@ from sanitize.data.samples import (
 from sanitize.data.sources import find_shards
 from sanitize.data.tables import rows_name, write_rows
 from sanitize.errors import DataError
-from sanitize.progress import track
+from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.storage import fingerprint
 
 _MAX_NAMED = 10  # shards in a message
@@ -69,13 +69,14 @@ class IndexConfig(BaseModel):
     max_bad_shards: int = Field(default=0, ge=0)
 
 
+@stage(Dataset, version=2, gpu=False, draws="nothing")
 def index_shards(
     config: IndexConfig,
     sources: Sequence[str] | str | Mapping[str, str],
     out: str,
     compute: Compute,
     shards: Sequence[str] | None = None,
-) -> Dataset:
+) -> Work:
     """Walk the shards once, look at every image as closely as `config.check` says, and write one row a sample.
 
     Args:
@@ -95,28 +96,25 @@ def index_shards(
             could be read of more than `max_bad_shards` shards.
         ArtifactError: `out` was made from other shards.
     """
-    compute.activate()
     found = dict(sorted(sources.items())) if isinstance(sources, Mapping) else find_shards(sources)
     _refuse_unread(config, found)
-    settings = config.model_dump(mode="json")
-    recipe = Recipe(stage="index_shards", version=2, config=settings, inputs=dict.fromkeys(found, "shard"))
-    with track("index", None) as advance:
 
-        def write_part(shard: str, part: Part) -> None:
-            table, summary = index_shard(found[shard], config, advance)
-            write_rows(part, shard, table.replace_schema_metadata({"shard": json.dumps(summary)}))
-            part.counts.update(summary["counts"])
+    def write_part(shard: str, part: Part, advance: Advance) -> None:
+        table, summary = index_shard(found[shard], config, advance)
+        write_rows(part, shard, table.replace_schema_metadata({"shard": json.dumps(summary)}))
+        part.counts.update(summary["counts"])
 
-        return make(
-            Dataset,
-            out,
-            recipe,
-            parts=list(found),
-            write_part=write_part,
-            finish=lambda part, workshop: part.write_json("dataset.json", _describe(config, list(found), workshop)),
-            only=shards,
-            sources={shard: fingerprint(url) for shard, url in found.items()},
-        )
+    def finish(part: Part, workshop: Workshop) -> None:
+        part.write_json("dataset.json", _describe(config, list(found), workshop))
+
+    return Work(
+        parts=list(found),
+        write_part=write_part,
+        finish=finish,
+        sources={shard: fingerprint(url) for shard, url in found.items()},
+        bar=Bars("index"),
+        inputs=dict.fromkeys(found, "shard"),
+    )
 
 
 def _refuse_unread(config: IndexConfig, found: Mapping[str, str]) -> None:

@@ -14,11 +14,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ArtifactError, ConfigError
 from sanitize.progress import track
+from sanitize.stage import Work, stage
 from sanitize.streaming import Moments
 
 MAX_EXACT = 8_192  # pixels; the matrix takes 512 MiB, and its eigenvectors minutes
@@ -88,7 +89,8 @@ class PCA(Artifact):
         return found
 
 
-def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> PCA:
+@stage(PCA, gpu=False)
+def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> Work:
     """Principal components of the usable images of a data set.
 
     Args:
@@ -100,13 +102,6 @@ def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> 
     Raises:
         ConfigError: there are fewer than two images.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="fit_pca",
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={"dataset": dataset.digest},
-    )
     if dataset.n_samples < 2:
         raise ConfigError(f"{dataset.path} has {dataset.n_samples} usable images: components need two")
     n_pixels = torch.Size(dataset.image_shape).numel()
@@ -127,7 +122,7 @@ def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> 
         part.write("pca.safetensors", safetensors.torch.save(found._asdict()))
         part.counts.update(samples=dataset.n_samples)
 
-    return make(PCA, out, recipe, write)
+    return Work(write=write)
 
 
 def exact_components(batches: Iterable[Tensor], n_pixels: int) -> Components:

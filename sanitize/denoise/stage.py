@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
@@ -20,7 +20,7 @@ from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.denoise.pca import PCA
 from sanitize.denoise.pca_noise import PCANoise, PCANoiseConfig
-from sanitize.progress import track
+from sanitize.stage import Advance, Bars, Work, stage
 
 
 class DenoiseConfig(PCANoiseConfig):
@@ -45,6 +45,7 @@ class Denoised(Artifact):
         return decode(find_image(sample)[1], ImageConfig())
 
 
+@stage(Denoised, gpu=False)
 def denoise_shards(
     config: DenoiseConfig,
     pca: PCA,
@@ -52,7 +53,7 @@ def denoise_shards(
     out: str,
     compute: Compute,
     shards: Sequence[str] | None = None,
-) -> Denoised:
+) -> Work:
     """Write a copy of the shards with modified images, in the order of the samples.
 
     The noise of a sample is drawn from a stream named by its shard, key and position: order and workers change nothing.
@@ -65,17 +66,10 @@ def denoise_shards(
         compute: seed of the noise.
         shards: names of the shards to do now; None does all that are missing and finishes.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="denoise_shards",
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={"pca": pca.digest, "dataset": dataset.digest},
-    )
     modify = PCANoise(config, pca.components, torch.device("cpu"))
     image = ImageConfig.model_validate(dataset.info["image"] | {"size": dataset.image_shape[1:]})
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, advance: Advance) -> None:
         if unread_suffix(shard):
             return  # nothing was read, and a file of ours must be what its name says
         with shard_writer(part, f"shards/{shard}") as tar:
@@ -86,8 +80,7 @@ def denoise_shards(
                     part.counts["samples"] += 1
                     advance(1)
 
-    with track("denoise", dataset.n_samples if shards is None else None) as advance:
-        return make(Denoised, out, recipe, parts=dataset.shards, write_part=write_part, only=shards)
+    return Work(parts=dataset.shards, write_part=write_part, bar=Bars("denoise", dataset.n_samples))
 
 
 def _copy(

@@ -14,11 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Selection
 from sanitize.drift.config import StatisticsConfig
 from sanitize.errors import ArtifactError, DataError
+from sanitize.stage import Work, stage
 from sanitize.streaming import Moments
 
 
@@ -44,9 +45,10 @@ class Projection(Artifact):
         return (z_BD.double() - self._tensors["mean"]) @ self._tensors["map"]
 
 
+@stage(Projection, gpu=False, draws="nothing")
 def fit_projection(
     config: StatisticsConfig, embeddings: Embeddings, selection: Selection, out: str, compute: Compute
-) -> Projection:
+) -> Work:
     """Principal components of one embedding of the kept samples.
 
     Args:
@@ -59,12 +61,6 @@ def fit_projection(
         ConfigError: there is no such embedding.
         DataError: fewer than two samples were kept.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="fit_projection",
-        config=config.model_dump(mode="json", include={"embedding", "n_components"}),
-        inputs={"embeddings": embeddings.digest, "selection": selection.digest},
-    )
 
     def write(part: Part) -> None:
         moments: Moments | None = None
@@ -82,7 +78,7 @@ def fit_projection(
         state = {"mean": moments.mean_D, "map": map_Dr.contiguous()}
         part.write("projection.safetensors", safetensors.torch.save(state))
 
-    return make(Projection, out, recipe, write)
+    return Work(write=write, config=config.model_dump(mode="json", include={"embedding", "n_components"}))
 
 
 def with_verdicts(

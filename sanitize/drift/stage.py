@@ -13,13 +13,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.drift.distance import Answer, Distance, distance, excess, gamma_tail, priors, shift, together
 from sanitize.drift.projection import Projection
 from sanitize.drift.statistics import CALIBRATE, FIT, Statistics
 from sanitize.errors import ArtifactError
 from sanitize.progress import track
+from sanitize.stage import Work, stage
 from sanitize.streaming import Moments
 
 Verdict = Literal["accept", "hold", "refit"]
@@ -76,6 +77,7 @@ class Finding(NamedTuple):
     limit: float
 
 
+@stage(Drift, gpu=False)
 def check_drift(
     config: DriftConfig,
     reference: Statistics,
@@ -85,7 +87,7 @@ def check_drift(
     compute: Compute,
     *,
     by_design: float = 0.0,
-) -> Drift:
+) -> Work:
     """Compare what is remembered of a batch with what is remembered of the reference.
 
     Args:
@@ -100,14 +102,6 @@ def check_drift(
     Raises:
         ArtifactError: the statistics are in other coordinates.
     """
-    compute.activate()
-    inputs = {"reference": reference, "batch": batch, "projection": projection}
-    recipe = Recipe(
-        stage="check_drift",
-        config=config.model_dump(mode="json") | {"by_design": by_design},
-        numerics=compute.numerics,
-        inputs={name: artifact.digest for name, artifact in inputs.items()},
-    )
     for statistics in (reference, batch):
         if statistics.info["projection"] != projection.digest:
             raise ArtifactError(f"{statistics.path} was made with another projection than {projection.path}")
@@ -117,7 +111,7 @@ def check_drift(
         found = [*shifts, *_counted(config, reference, batch, by_design)]
         part.write_json("drift.json", _judged(config, found, reference, batch))
 
-    return make(Drift, out, recipe, write)
+    return Work(write=write, config=config.model_dump(mode="json") | {"by_design": by_design})
 
 
 def _shifts(

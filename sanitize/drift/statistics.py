@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import safetensors.torch
 
-from sanitize.artifacts import Part, Recipe, first_line, make
+from sanitize.artifacts import Part, first_line
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Embeddings, Selection, write_rows
@@ -28,6 +28,7 @@ from sanitize.drift.config import StatisticsConfig
 from sanitize.drift.projection import Projection, verdicts_of, with_verdicts
 from sanitize.errors import ArtifactError, ConfigError
 from sanitize.progress import track
+from sanitize.stage import Work, stage
 from sanitize.streaming import ClassMoments
 
 FIT, CALIBRATE = "fit", "calibrate"  # the two halves, as shards of the artifact
@@ -61,6 +62,7 @@ class Statistics(Embeddings):
         return {int(label): counts for label, counts in self.info["classes"].items()}
 
 
+@stage(Statistics, gpu=False)
 def summarise_shards(
     config: StatisticsConfig,
     dataset: Dataset,
@@ -69,7 +71,7 @@ def summarise_shards(
     projection: Projection,
     out: str,
     compute: Compute,
-) -> Statistics:
+) -> Work:
     """What is remembered of these shards.
 
     Args:
@@ -84,14 +86,6 @@ def summarise_shards(
     Raises:
         ConfigError: the shards were indexed without digests.
     """
-    compute.activate()
-    inputs = {"dataset": dataset, "embeddings": embeddings, "selection": selection, "projection": projection}
-    recipe = Recipe(
-        stage="summarise_shards",
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={name: artifact.digest for name, artifact in inputs.items()},
-    )
     if any(shard["sha256"] is None for shard in dataset.info["shards"].values()):
         raise ConfigError("what is remembered of shards is kept by their sha256: set index.check to digest or decode")
     seed, k = compute.seed_for("drift", "sample"), config.rows_of_class(dataset.n_classes)
@@ -113,10 +107,11 @@ def summarise_shards(
         part.write_json("statistics.json", asked | numbers | _counts(dataset, selection))
         part.counts["samples"] = selection.manifest().counts["samples"]
 
-    return make(Statistics, out, recipe, write)
+    return Work(write=write)
 
 
-def merge_statistics(config: StatisticsConfig, parts: Sequence[Statistics], out: str, compute: Compute) -> Statistics:
+@stage(Statistics, gpu=False)
+def merge_statistics(config: StatisticsConfig, parts: Sequence[Statistics], out: str, compute: Compute) -> Work:
     """What is remembered of all that the parts have seen; nothing else is read.
 
     Args:
@@ -128,13 +123,6 @@ def merge_statistics(config: StatisticsConfig, parts: Sequence[Statistics], out:
     Raises:
         ArtifactError: they were made with different settings.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="merge_statistics",
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={f"{i:04d}": part.digest for i, part in enumerate(parts)},
-    )
     same = ("seed", "rows_of_class", "projection", "embedding", "n_components", "n_classes")
     info = {name: parts[0].info[name] for name in same}
     for other in parts:
@@ -160,7 +148,7 @@ def merge_statistics(config: StatisticsConfig, parts: Sequence[Statistics], out:
         part.write_json("statistics.json", info | {"classes": classes, "unreadable": unreadable})
         part.counts["samples"] = sum(other.manifest().counts["samples"] for other in parts)
 
-    return make(Statistics, out, recipe, write)
+    return Work(write=write, inputs={f"{i:04d}": part.digest for i, part in enumerate(parts)})
 
 
 def bottom_k(rows: pa.Table, k: int) -> pa.Table:

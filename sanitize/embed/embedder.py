@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -23,6 +23,7 @@ from sanitize.models.checkpoint import (
 )
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.progress import track
+from sanitize.stage import Work, stage
 from sanitize.storage import fingerprint, sha256_file
 
 
@@ -52,7 +53,8 @@ class EmbedderConfig(BaseModel):
     cache_bytes: int = Field(default=2**30, gt=0)
 
 
-def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: Compute) -> Checkpoint:
+@stage(Checkpoint, version=2)
+def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: Compute) -> Work:
     """Train (or load) the suspect model.
 
     Args:
@@ -68,7 +70,6 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
         NumericsError: training diverged.
         ConfigError, DataError: the user's weights or architecture cannot be used.
     """
-    compute.activate()
     model_config = ModelConfig(
         architecture=config.architecture,
         n_classes=dataset.n_classes,
@@ -81,13 +82,6 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
     if config.weights is not None:
         sources["weights"] = fingerprint(config.weights)
         inputs["weights"] = sha256_file(Path(config.weights))
-    recipe = Recipe(
-        stage="train_embedder",
-        version=2,
-        config=config.model_dump(mode="json", exclude={"weights"}),
-        numerics=compute.numerics,
-        inputs=inputs,
-    )
 
     def write(part: Part) -> None:
         compute.seed_global("embedder", "init")
@@ -99,7 +93,9 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
             history = _train(model, model_config, config, dataset, compute)
         write_checkpoint(part, model, model_config, history)
 
-    return make(Checkpoint, out, recipe, write, sources=sources).of_own(config.architecture)
+    own = partial(Checkpoint.of_own, architecture=config.architecture)
+    settings = config.model_dump(mode="json", exclude={"weights"})
+    return Work(write=write, sources=sources, handle=own, config=settings, inputs=inputs)
 
 
 def _train(

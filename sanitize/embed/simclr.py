@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Recipe, make_together, partial_of
+from sanitize.artifacts import Part, partial_of
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -32,6 +32,7 @@ from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.taps import find_taps
 from sanitize.progress import track
 from sanitize.snapshots import Snapshots
+from sanitize.stage import Work, stage
 from sanitize.storage import is_local, local_path
 
 
@@ -99,9 +100,10 @@ def contrastive(temperature: float, compute: Compute) -> Objective:
     return objective
 
 
+@stage(Checkpoint)
 def pretrain_simclr(
     config: SimCLRConfig, dataset: Dataset, out: str, compute: Compute, unlabelled: Dataset | None = None
-) -> Checkpoint:
+) -> Work:
     """Train an encoder on images alone.
 
     Args:
@@ -118,17 +120,9 @@ def pretrain_simclr(
         NumericsError: training diverged.
         ConfigError: the network has no Linear, or the images of the two data sets have different shapes.
     """
-    compute.activate()
     datasets = [dataset] if unlabelled is None else [dataset, unlabelled]
     if unlabelled is not None and unlabelled.image_shape != dataset.image_shape:
         raise ConfigError(f"unlabelled images are {unlabelled.image_shape}, the others {dataset.image_shape}")
-    recipe = Recipe(
-        stage="pretrain_simclr",
-        config=config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
-        | {"buffer_bytes": [buffer_bytes(of, config.cache_bytes) for of in datasets]},
-        numerics=compute.numerics,
-        inputs={"dataset": dataset.digest} | ({"unlabelled": unlabelled.digest} if unlabelled else {}),
-    )
     model_config = ModelConfig(
         architecture=config.architecture,
         n_classes=dataset.n_classes,
@@ -158,7 +152,10 @@ def pretrain_simclr(
         write_checkpoint(part, fitted[0], model_config, fitted[1])
         part.counts.update(samples=sum(of.n_samples for of in datasets))
 
-    return make_together(Checkpoint, out, recipe, fit, write).of_own(config.architecture)
+    own = partial(Checkpoint.of_own, architecture=config.architecture)
+    settings = config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
+    settings["buffer_bytes"] = [buffer_bytes(data, config.cache_bytes) for data in datasets]
+    return Work(fit=fit, write_fitted=write, handle=own, config=settings)
 
 
 def _train(

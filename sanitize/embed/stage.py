@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from sanitize import exact
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Batch, Dataset
 from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
@@ -16,7 +16,7 @@ from sanitize.embed.label_free import oriented_gradients, reduced_pixels
 from sanitize.errors import NumericsError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.taps import Tapped, find_taps
-from sanitize.progress import track
+from sanitize.stage import Advance, Bars, Work, stage
 
 
 class EmbedConfig(BaseModel):
@@ -38,6 +38,7 @@ class EmbedConfig(BaseModel):
     batch_size: int = Field(default=256, ge=1)
 
 
+@stage(Embeddings, version=2)
 def embed_shards(
     config: EmbedConfig,
     dataset: Dataset,
@@ -45,7 +46,7 @@ def embed_shards(
     out: str,
     compute: Compute,
     shards: Sequence[str] | None = None,
-) -> Embeddings:
+) -> Work:
     """Embed every usable sample.
 
     On a CPU the embeddings of a sample depend on the model and its image alone, not on the shard it lies in or the
@@ -68,17 +69,9 @@ def embed_shards(
         NumericsError: an embedding is not finite; the message names the shard and the key.
         ConfigError: the model has no Linear to take embeddings from.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="embed_shards",
-        version=2,
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={"dataset": dataset.digest, "checkpoint": checkpoint.digest},
-    )
     tapped: list[Tapped] = []  # the model is loaded when the first missing part needs it
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, advance: Advance) -> None:
         if not tapped:
             tapped.append(_load(config, checkpoint, compute))
         tables = []
@@ -89,8 +82,7 @@ def embed_shards(
             write_rows(part, shard, pa.concat_tables(tables))
             part.counts["samples"] += sum(map(len, tables))
 
-    with track("embed", dataset.n_samples if shards is None else None) as advance:
-        return make(Embeddings, out, recipe, parts=dataset.shards, write_part=write_part, only=shards)
+    return Work(parts=dataset.shards, write_part=write_part, bar=Bars("embed", dataset.n_samples))
 
 
 def _load(config: EmbedConfig, checkpoint: Checkpoint, compute: Compute) -> Tapped:

@@ -8,10 +8,11 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
 from sanitize.errors import ConfigError, DataError
+from sanitize.stage import Advance, Work, stage
 from sanitize.storage import fingerprint, sha256_file
 
 
@@ -31,7 +32,8 @@ class TableConfig(BaseModel):
     features: str = "X"
 
 
-def import_table(config: TableConfig, source: str, out: str, compute: Compute) -> Embeddings:
+@stage(Embeddings, gpu=False, draws="nothing")
+def import_table(config: TableConfig, source: str, out: str, compute: Compute) -> Work:
     """Read features from a .parquet or .npz file as an embedding named `features`.
 
     Args:
@@ -44,15 +46,13 @@ def import_table(config: TableConfig, source: str, out: str, compute: Compute) -
         DataError: the file cannot be read, or holds values that are not numbers.
         ConfigError: a column is not there.
     """
-    compute.activate()
     path = Path(source)
     try:
         digest = sha256_file(path)
     except OSError as error:
         raise DataError(f"cannot read {source}: {error}") from error
-    recipe = Recipe(stage="import_table", config=config.model_dump(mode="json"), inputs={"source": digest})
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, _advance: Advance) -> None:
         x_ND, labels_N, keys = _read_npz(path, config) if path.suffix == ".npz" else _read_parquet(path, config)
         columns = {
             "position": pa.array(np.arange(len(x_ND))),
@@ -64,9 +64,8 @@ def import_table(config: TableConfig, source: str, out: str, compute: Compute) -
         write_rows(part, shard, pa.table(columns))
         part.counts["samples"] = len(x_ND)
 
-    return make(
-        Embeddings, out, recipe, parts=[path.stem], write_part=write_part, sources={path.stem: fingerprint(source)}
-    )
+    sources = {path.stem: fingerprint(source)}
+    return Work(parts=[path.stem], write_part=write_part, sources=sources, inputs={"source": digest})
 
 
 Table = tuple[np.ndarray, np.ndarray, list[str]]

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.chosen import chosen_images
 from sanitize.data.dataset import Dataset
@@ -22,6 +22,7 @@ from sanitize.measure.leaking import gradient_leaking
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
 from sanitize.progress import track
+from sanitize.stage import Work, stage
 
 _AT_ONCE = 128  # images between two moves of the progress bar
 _N_RADII = 50
@@ -67,9 +68,10 @@ class Robustness(Artifact):
         return pq.read_table(pa.BufferReader(self.read("perturbations.parquet")))
 
 
+@stage(Robustness)
 def measure_robustness(
     config: RobustnessConfig, checkpoint: Checkpoint, dataset: Dataset, pca: PCA, out: str, compute: Compute
-) -> Robustness:
+) -> Work:
     """Attack a model, and see where its gradients point.
 
     What an attack does not find may exist: the accuracy under attack is an upper bound of the truth. `certify` gives
@@ -86,13 +88,6 @@ def measure_robustness(
     Raises:
         DataError: there is no usable sample.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="measure_robustness",
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={"checkpoint": checkpoint.digest, "dataset": dataset.digest, "pca": pca.digest},
-    )
 
     def write(part: Part) -> None:
         if not dataset.n_samples:
@@ -128,7 +123,7 @@ def measure_robustness(
         part.write("perturbations.parquet", sink.getvalue())
         part.counts.update(samples=len(lengths_N), wrong=int((lengths_N == 0).sum()))
 
-    return make(Robustness, out, recipe, write)
+    return Work(write=write)
 
 
 def summarise(lengths_N: Tensor, largest: float) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.redteam.intervals import estimate
 from sanitize.redteam.measure import Measured
 from sanitize.redteam.requirements import parse_requirement
+from sanitize.stage import Work, stage
 
 _LEARNED = 0.5  # ASR from which a trigger counts as learned
 
@@ -52,7 +53,8 @@ class Case(NamedTuple):
     repeats: Sequence[Measured]
 
 
-def sum_up(config: FindingsConfig, cases: Sequence[Case], out: str, compute: Compute) -> Findings:
+@stage(Findings, gpu=False, draws="nothing")
+def sum_up(config: FindingsConfig, cases: Sequence[Case], out: str, compute: Compute) -> Work:
     """Sum up the repeats of every case, and judge the requirements.
 
     Args:
@@ -64,12 +66,6 @@ def sum_up(config: FindingsConfig, cases: Sequence[Case], out: str, compute: Com
     Raises:
         ConfigError: a requirement is about something that was not measured.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="sum_up",
-        config=config.model_dump(mode="json") | {"cases": [case.name for case in cases]},
-        inputs={f"{case.name}/{i}": of.digest for case in cases for i, of in enumerate(case.repeats)},
-    )
 
     def write(part: Part) -> None:
         measures = {case.name: _measures(case.repeats, config.level) for case in cases}
@@ -88,7 +84,9 @@ def sum_up(config: FindingsConfig, cases: Sequence[Case], out: str, compute: Com
             if (png := case.repeats[0].pictures) is not None:
                 part.write(f"pictures/{number}.png", png)
 
-    return make(Findings, out, recipe, write)
+    settings = config.model_dump(mode="json") | {"cases": [case.name for case in cases]}
+    inputs = {f"{case.name}/{i}": measured.digest for case in cases for i, measured in enumerate(case.repeats)}
+    return Work(write=write, config=settings, inputs=inputs)
 
 
 def _measures(repeats: Sequence[Measured], level: float) -> dict[str, dict[str, Any]]:

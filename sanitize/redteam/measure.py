@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.attack import AttackConfig, Poisoned, refuse_targets, triggered, triggers_of
 from sanitize.compute import Compute
 from sanitize.data.chosen import read_chosen
@@ -21,6 +21,7 @@ from sanitize.errors import DataError
 from sanitize.loop import predict
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.progress import track
+from sanitize.stage import Work, stage
 
 MEASURES = {
     "recall": "share of the poisoned samples that was removed",
@@ -50,6 +51,7 @@ class Measured(Artifact):
         return self.read("pictures.png") if "pictures.png" in self.manifest().files else None
 
 
+@stage(Measured, version=2)
 def measure_case(
     config: AttackConfig | None,
     selection: Selection,
@@ -58,7 +60,7 @@ def measure_case(
     out: str,
     compute: Compute,
     truth: Poisoned | None = None,
-) -> Measured:
+) -> Work:
     """Compare verdicts with the truth, and models before with models after.
 
     Args:
@@ -74,18 +76,8 @@ def measure_case(
         ConfigError: the target of the attack is no class.
         DataError: verdicts and truth are not about the same samples.
     """
-    compute.activate()
     triggers = () if config is None else triggers_of(config)
     refuse_targets(triggers, test.n_classes)
-    inputs = {"selection": selection.digest, "test": test.digest}
-    inputs |= {name: model.digest for name, model in models.items()}
-    recipe = Recipe(
-        stage="measure_case",
-        version=2,
-        config={"attack": None if config is None else config.model_dump(mode="json")},
-        numerics=compute.numerics,
-        inputs=inputs | ({} if truth is None else {"truth": truth.digest}),
-    )
 
     def write(part: Part) -> None:
         counts = count_removals(selection, truth)
@@ -101,7 +93,11 @@ def measure_case(
         if config is not None and triggers and (pictures := _pictures(config, test)) is not None:
             part.write("pictures.png", pictures)
 
-    return make(Measured, out, recipe, write)
+    settings = {"attack": None if config is None else config.model_dump(mode="json")}
+    inputs = {"selection": selection.digest, "test": test.digest}
+    inputs |= {name: model.digest for name, model in models.items()}
+    inputs |= {} if truth is None else {"truth": truth.digest}
+    return Work(write=write, config=settings, inputs=inputs)
 
 
 def count_removals(selection: Selection, truth: Poisoned | None) -> dict[str, tuple[int, int]]:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.names import split_name
@@ -26,6 +26,7 @@ from sanitize.data.samples import Sample
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ConfigError, DataError
 from sanitize.progress import track
+from sanitize.stage import Work, stage
 
 _PER_SHARD = 1000  # samples of a fresh shard
 
@@ -75,9 +76,10 @@ class Samples(Artifact):
         return pq.read_table(pa.BufferReader(self.read("origins.parquet")))
 
 
+@stage(Samples, gpu=False, draws="seed")
 def sample_shards(
     config: SampleConfig, dataset: Dataset, out: str, compute: Compute, trusted: Sequence[str] = ()
-) -> Samples:
+) -> Work:
     """Copy a sample of a data set; the bytes of every member stay as they are.
 
     Args:
@@ -91,13 +93,6 @@ def sample_shards(
         ConfigError: the index has no hashes of images.
         DataError: there are fewer than three usable samples.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="sample_shards",
-        config=config.model_dump(mode="json") | {"trusted": sorted(trusted)},
-        numerics={"seed": compute.seed},
-        inputs={"dataset": dataset.digest},
-    )
 
     def write(part: Part) -> None:
         sides = divide(config, dataset, compute)
@@ -123,7 +118,7 @@ def sample_shards(
         pq.write_table(pa.Table.from_pylist(origins), sink, compression="zstd")
         part.write("origins.parquet", sink.getvalue())
 
-    return make(Samples, out, recipe, write)
+    return Work(write=write, config=config.model_dump(mode="json") | {"trusted": sorted(trusted)})
 
 
 def divide(config: SampleConfig, dataset: Dataset, compute: Compute) -> dict[str, dict[int, Side]]:

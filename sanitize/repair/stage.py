@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.attack import AttackConfig, Poisoned, refuse_targets, triggered, triggers_of
 from sanitize.compute import Compute
 from sanitize.data.chosen import chosen_images
@@ -20,6 +21,7 @@ from sanitize.progress import track
 from sanitize.repair.drr import DRRConfig
 from sanitize.repair.material import CleanImages, Material, UntrustedBatch, split_clean
 from sanitize.repair.methods import RepairConfig
+from sanitize.stage import Work, stage
 
 
 class RepairModelConfig(BaseModel):
@@ -61,6 +63,7 @@ class RepairedModel(Checkpoint):
         return self.read_object("repair.json", "method", "weights_changed")
 
 
+@stage(RepairedModel, version=2)
 def repair_model(
     config: RepairModelConfig,
     model: Checkpoint,
@@ -70,7 +73,7 @@ def repair_model(
     clean: Dataset | None = None,
     test: Dataset | None = None,
     truth: Poisoned | None = None,
-) -> RepairedModel:
+) -> Work:
     """Repair a model.
 
     Args:
@@ -88,7 +91,6 @@ def repair_model(
             than the test samples have, or the target of the trigger is no class.
         NumericsError: features, or a gradient, are not finite.
     """
-    compute.activate()
     if model.config.n_networks > 1:
         raise ConfigError("an ensemble of partitions cannot be repaired: its networks are certified as they are")
     if config.trigger is not None:
@@ -101,14 +103,6 @@ def repair_model(
     if config.method.needs != "nothing" and given[config.method.needs] is None:
         option = "shards" if config.method.needs == "untrusted" else "clean_shards"
         raise ConfigError(f"{config.method.kind} needs the {config.method.needs} images: give {option}")
-    used = {name: of for name, of in (given | {"test": test, "truth": truth}).items() if of is not None}
-    recipe = Recipe(
-        stage="repair_model",
-        version=2,
-        config=config.model_dump(mode="json"),
-        numerics=compute.numerics,
-        inputs={"model": model.digest} | {name: of.digest for name, of in used.items()},
-    )
 
     def write(part: Part) -> None:
         network = model.model()
@@ -128,7 +122,7 @@ def repair_model(
         write_checkpoint(part, repaired.model.cpu(), model.config, [])
         part.write_json("repair.json", report)
 
-    return make(RepairedModel, out, recipe, write).trusted_like(model)
+    return Work(write=write, handle=partial(RepairedModel.trusted_like, model=model))
 
 
 def untrusted_batches(

@@ -4,15 +4,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.certify.certificates import excerpt
 from sanitize.compute import Compute
 from sanitize.package import ModelPackage
 from sanitize.report import charts
 from sanitize.report.page import Report, template, versions
+from sanitize.stage import Work, stage
 
 
-def write_certificate_report(package: ModelPackage, out: str, compute: Compute) -> Report:
+@stage(Report, gpu=False, draws="nothing")
+def write_certificate_report(package: ModelPackage, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
@@ -20,8 +22,6 @@ def write_certificate_report(package: ModelPackage, out: str, compute: Compute) 
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
         compute: unused but for the convention; nothing is random.
     """
-    compute.activate()
-    recipe = Recipe(stage="write_certificate_report", inputs={"package": package.digest})
 
     def write(part: Part) -> None:
         certificates = package.read_json("certificate.json")["certificates"]
@@ -37,7 +37,7 @@ def write_certificate_report(package: ModelPackage, out: str, compute: Compute) 
         shown = {"drawings": drawings, "excerpts": [excerpt(of["certified_accuracy"]) for of in certificates]}
         part.write("index.html", template("certificates.html.j2").render(numbers, **shown).encode())
 
-    return make(Report, out, recipe, write)
+    return Work(write=write)
 
 
 def _headline(of: dict[str, Any]) -> str:

@@ -4,18 +4,20 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.condense import CondensedSet
 from sanitize.data.decode import ImageConfig, decode, encode_png
 from sanitize.report import charts
 from sanitize.report.page import Report, template, versions
 from sanitize.report.pictures import Thumbnail, shrink
+from sanitize.stage import Work, stage
 
 _SIDE = 480  # pixels: ten images of 46 pixels, or larger ones made smaller
 
 
-def write_condensation_report(condensed: CondensedSet, out: str, compute: Compute) -> Report:
+@stage(Report, gpu=False, draws="nothing")
+def write_condensation_report(condensed: CondensedSet, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
@@ -23,8 +25,6 @@ def write_condensation_report(condensed: CondensedSet, out: str, compute: Comput
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
         compute: unused but for the convention; nothing is random.
     """
-    compute.activate()
-    recipe = Recipe(stage="write_condensation_report", inputs={"condensed": condensed.digest})
 
     def write(part: Part) -> None:
         info, history = condensed.info, condensed.read_json("history.json")
@@ -41,7 +41,7 @@ def write_condensation_report(condensed: CondensedSet, out: str, compute: Comput
         page = template("condensation.html.j2").render(numbers, pictures=pictures, drawings=drawings)
         part.write("index.html", page.encode())
 
-    return make(Report, out, recipe, write)
+    return Work(write=write)
 
 
 def _headline(info: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.chosen import chosen_images
 from sanitize.data.dataset import Dataset
@@ -18,12 +18,14 @@ from sanitize.report import charts
 from sanitize.report.page import Report, template, versions
 from sanitize.report.pictures import shrink
 from sanitize.report.robustness import thinned
+from sanitize.stage import Work, stage
 
 _N_IMAGES = 10
 _SIDE = 64  # pixels of a picture
 
 
-def write_denoising_report(pca: PCA, dataset: Dataset, denoised: Denoised, out: str, compute: Compute) -> Report:
+@stage(Report, gpu=False)
+def write_denoising_report(pca: PCA, dataset: Dataset, denoised: Denoised, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
@@ -33,13 +35,7 @@ def write_denoising_report(pca: PCA, dataset: Dataset, denoised: Denoised, out: 
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
         compute: seed of the choice of images.
     """
-    compute.activate()
     made = denoised.manifest().recipe
-    recipe = Recipe(
-        stage="write_denoising_report",
-        numerics=compute.numerics,
-        inputs={"pca": pca.digest, "dataset": dataset.digest, "denoised": denoised.digest},
-    )
     config = DenoiseConfig.model_validate(made.config)
 
     def write(part: Part) -> None:
@@ -69,7 +65,7 @@ def write_denoising_report(pca: PCA, dataset: Dataset, denoised: Denoised, out: 
         }
         part.write("index.html", template("denoising.html.j2").render(numbers, **shown).encode())
 
-    return make(Report, out, recipe, write)
+    return Work(write=write)
 
 
 def _strip(dataset: Dataset, denoised: Denoised, compute: Compute) -> list[tuple[bytes, bytes]]:

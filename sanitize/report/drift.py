@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.drift import Drift, DriftConfig
 from sanitize.report.page import Report, template, versions
+from sanitize.stage import Work, stage
 
 _N_ROWS = 200  # classes on the page, the most different first
 HEADLINES = {
@@ -15,7 +16,8 @@ HEADLINES = {
 }
 
 
-def write_drift_report(drift: Drift, out: str, compute: Compute) -> Report:
+@stage(Report, gpu=False, draws="nothing")
+def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
@@ -23,9 +25,7 @@ def write_drift_report(drift: Drift, out: str, compute: Compute) -> Report:
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
         compute: unused but for the convention; nothing is random.
     """
-    compute.activate()
     made = drift.manifest().recipe
-    recipe = Recipe(stage="write_drift_report", inputs={"drift": drift.digest})
 
     def write(part: Part) -> None:
         numbers = {
@@ -41,7 +41,7 @@ def write_drift_report(drift: Drift, out: str, compute: Compute) -> Report:
         part.write_json("report.json", numbers)
         part.write("index.html", template("drift.html.j2").render(numbers, n_rows=_N_ROWS).encode())
 
-    return make(Report, out, recipe, write)
+    return Work(write=write)
 
 
 def _classes(info: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import torch
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Artifact, Part, Recipe, make
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection
@@ -30,6 +30,7 @@ from sanitize.report.numbers import collect
 from sanitize.report.pictures import pictures
 from sanitize.select.scored import kind_of
 from sanitize.select.write import Shards
+from sanitize.stage import Work, stage
 
 MAX_TEXT = 160  # characters of one string from the data
 MAX_FACT = 8_000  # characters of one fact or configuration
@@ -59,6 +60,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
+@stage(Report, version=2, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -68,7 +70,7 @@ def write_report(
     out: str,
     compute: Compute,
     facts: dict[str, str] | None = None,
-) -> Report:
+) -> Work:
     """Write the page.
 
     Args:
@@ -88,16 +90,9 @@ def write_report(
     Raises:
         ArtifactError: the artifacts do not belong together.
     """
-    compute.activate()
     given: dict[str, Artifact] = {"dataset": dataset, **{f"scores.{kind_of(s)}": s for s in scores}}
     given |= {"selection": selection, "shards": shards}
     rows = [[name, text] for name, text in (facts or {}).items()]  # a list: their order is seen on the page
-    recipe = Recipe(
-        stage="write_report",
-        version=2,
-        config=config.model_dump(mode="json") | {"facts": rows},
-        inputs={name: artifact.digest for name, artifact in given.items()},
-    )
 
     def write(part: Part) -> None:
         _check(dataset, scores, selection, shards)
@@ -110,7 +105,8 @@ def write_report(
         part.write("index.html", render(numbers, pictures(numbers["suspects"], dataset, shards)).encode())
         part.counts.update(numbers["counts"])
 
-    return make(Report, out, recipe, write)
+    digests = {name: artifact.digest for name, artifact in given.items()}
+    return Work(write=write, config=config.model_dump(mode="json") | {"facts": rows}, inputs=digests)
 
 
 def _check(dataset: Dataset, scores: Sequence[Scores], selection: Selection, shards: Shards) -> None:

@@ -4,18 +4,20 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.decode import ImageConfig, decode
 from sanitize.redteam import MEASURES, NONE, Findings, Samples
 from sanitize.report import charts
 from sanitize.report.page import Report, template, versions
+from sanitize.stage import Work, stage
 
 _DETECTION = ("recall", "precision", "false_removals")
 _MODELS = ("acc_before", "acc_after", "asr_before", "asr_after", "asr_untouched")
 
 
-def write_redteam_report(findings: Findings, samples: Samples, out: str, compute: Compute) -> Report:
+@stage(Report, gpu=False, draws="nothing")
+def write_redteam_report(findings: Findings, samples: Samples, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
@@ -24,9 +26,6 @@ def write_redteam_report(findings: Findings, samples: Samples, out: str, compute
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
         compute: unused but for the convention; nothing is random.
     """
-    compute.activate()
-    inputs = {"findings": findings.digest, "samples": samples.digest}
-    recipe = Recipe(stage="write_redteam_report", inputs=inputs)
 
     def write(part: Part) -> None:
         info = findings.info
@@ -46,7 +45,7 @@ def write_redteam_report(findings: Findings, samples: Samples, out: str, compute
         shown = {"drawings": drawings, "pictures": pictures, "detection": _DETECTION, "models": _MODELS}
         part.write("index.html", template("redteam.html.j2").render(numbers, **shown).encode())
 
-    return make(Report, out, recipe, write)
+    return Work(write=write)
 
 
 def headline(info: dict[str, Any]) -> str:

@@ -5,17 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.measure import EvasionConfig, Robustness
 from sanitize.report import charts
 from sanitize.report.page import Report, template, versions
+from sanitize.stage import Work, stage
 
 _N_BINS = 40
 _N_POINTS = 60  # of a curve
 
 
-def write_robustness_report(robustness: Robustness, out: str, compute: Compute) -> Report:
+@stage(Report, gpu=False, draws="nothing")
+def write_robustness_report(robustness: Robustness, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
@@ -23,9 +25,7 @@ def write_robustness_report(robustness: Robustness, out: str, compute: Compute) 
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
         compute: unused but for the convention; nothing is random.
     """
-    compute.activate()
     made = robustness.manifest().recipe
-    recipe = Recipe(stage="write_robustness_report", inputs={"robustness": robustness.digest})
     attack = EvasionConfig.model_validate(made.config["attack"])
     unit = f"{ {'l2': 'l2', 'linf': 'l-infinity'}[attack.norm] }, pixels on [0, 1]"
 
@@ -57,7 +57,7 @@ def write_robustness_report(robustness: Robustness, out: str, compute: Compute) 
         shown = {name: Markup(drawing) for name, drawing in drawings.items()}
         part.write("index.html", template("robustness.html.j2").render(numbers, **shown).encode())
 
-    return make(Report, out, recipe, write)
+    return Work(write=write)
 
 
 def thinned(n: int, most: int = _N_POINTS) -> Sequence[int]:

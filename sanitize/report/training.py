@@ -4,14 +4,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.report import charts
 from sanitize.report.page import Report, template, versions
+from sanitize.stage import Work, stage
 from sanitize.train import RobustModel
 
 
-def write_training_report(model: RobustModel, out: str, compute: Compute) -> Report:
+@stage(Report, gpu=False, draws="nothing")
+def write_training_report(model: RobustModel, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
@@ -19,8 +21,6 @@ def write_training_report(model: RobustModel, out: str, compute: Compute) -> Rep
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
         compute: unused but for the convention; nothing is random.
     """
-    compute.activate()
-    recipe = Recipe(stage="write_training_report", config={}, inputs={"model": model.digest})
 
     def write(part: Part) -> None:
         numbers = _numbers(model)
@@ -28,7 +28,7 @@ def write_training_report(model: RobustModel, out: str, compute: Compute) -> Rep
         drawings = [Markup(drawing) for drawing in _drawings(numbers["history"])]
         part.write("index.html", template("training.html.j2").render(numbers, drawings=drawings).encode())
 
-    return make(Report, out, recipe, write)
+    return Work(write=write)
 
 
 def _numbers(model: RobustModel) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import safetensors.torch
 from pydantic import BaseModel, Field
 
-from sanitize.artifacts import Artifact, Part, Recipe, first_line, make
+from sanitize.artifacts import Artifact, Part, first_line
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
@@ -20,6 +20,7 @@ from sanitize.score.scorer import Scorer
 from sanitize.score.spectral import Spectral, SpectralConfig
 from sanitize.score.toxic_direction import ToxicDirectionConfig
 from sanitize.score.toxic_scorer import ToxicDirection
+from sanitize.stage import Advance, Work, stage
 
 ScorerConfig = Annotated[
     LabelMarginConfig
@@ -75,9 +76,10 @@ class FittedScorer(Artifact):
         return scorer
 
 
+@stage(FittedScorer, version=3, gpu=False)
 def fit_scorer(
     config: ScorerConfig, embeddings: Embeddings, out: str, compute: Compute, held_out: Sequence[str] = ()
-) -> FittedScorer:
+) -> Work:
     """Fit a scorer on embeddings.
 
     Args:
@@ -90,16 +92,8 @@ def fit_scorer(
     Raises:
         ConfigError: the embedding the scorer reads is not there.
     """
-    compute.activate()
     held = {"held_out": sorted(held_out)}
     shards = [shard for shard in embeddings.shards if shard not in held_out]
-    recipe = Recipe(
-        stage="fit_scorer",
-        version=3,
-        config=config.model_dump(mode="json") | held,
-        numerics=compute.numerics,
-        inputs={"embeddings": embeddings.digest},
-    )
 
     def write(part: Part) -> None:
         scorer = new_scorer(config)
@@ -114,9 +108,10 @@ def fit_scorer(
         part.write("state.safetensors", safetensors.torch.save(scorer.state_dict()))
         part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": scorer.statistics} | held)
 
-    return make(FittedScorer, out, recipe, write)
+    return Work(write=write, config=config.model_dump(mode="json") | held)
 
 
+@stage(Scores, version=2, gpu=False, draws="nothing")
 def score_shards(
     config: ScorerConfig,
     fitted: FittedScorer,
@@ -124,7 +119,7 @@ def score_shards(
     out: str,
     compute: Compute,
     shards: Sequence[str] | None = None,
-) -> Scores:
+) -> Work:
     """Score every embedded sample.
 
     Args:
@@ -138,16 +133,9 @@ def score_shards(
     Raises:
         NumericsError: a score is not finite; the message names shard and key.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="score_shards",
-        version=2,
-        config=config.model_dump(mode="json"),
-        inputs={"fitted": fitted.digest, "embeddings": embeddings.digest},
-    )
     scorer = fitted.scorer(config)
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, _advance: Advance) -> None:
         tables = []
         for batch in embeddings.batches(config.embedding, shards=[shard]):
             scores_B = scorer.score(batch)
@@ -167,4 +155,4 @@ def score_shards(
     def finish(part: Part, _workshop: object) -> None:
         part.write_json("scorer.json", fitted.info)
 
-    return make(Scores, out, recipe, parts=embeddings.shards, write_part=write_part, finish=finish, only=shards)
+    return Work(parts=embeddings.shards, write_part=write_part, finish=finish)

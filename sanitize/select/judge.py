@@ -21,12 +21,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection, write_rows
 from sanitize.errors import ArtifactError, ConfigError
-from sanitize.progress import track
 from sanitize.select.scored import Opinion, Scored, kind_of, read_scores
 from sanitize.select.stage import (
     SCHEMA,
@@ -38,6 +37,7 @@ from sanitize.select.stage import (
     rule_on,
     verdicts_of_shard,
 )
+from sanitize.stage import Advance, Bars, Work, stage
 
 NOWHERE = np.zeros(0, np.int64)
 
@@ -62,6 +62,7 @@ class JudgeConfig(BaseModel):
         return min(0.5, n_scorers * (self.level or 0.0))
 
 
+@stage(Selection, gpu=False, draws="nothing")
 def judge_shards(
     config: JudgeConfig,
     dataset: Dataset,
@@ -70,7 +71,7 @@ def judge_shards(
     out: str,
     compute: Compute,
     held_out: Sequence[str] = (),
-) -> Selection:
+) -> Work:
     """Decide which samples stay, one by one.
 
     Args:
@@ -86,7 +87,6 @@ def judge_shards(
         ConfigError: a verdict that rests on the whole batch is asked for, or a rule does not go with its scorer.
         ArtifactError: scores and reference are not of the same scorers.
     """
-    compute.activate()
     if config.select.verdict == "combined":
         raise ConfigError(
             "verdict 'combined' bounds the share of clean samples among those removed from one batch, so what becomes "
@@ -96,14 +96,9 @@ def judge_shards(
     named = {f"scores.{kind_of(s)}": s for s in scores}
     references = {f"reference.{kind_of(s)}": s for s in reference}
     _same_scorers(scores, reference)
-    recipe = Recipe(
-        stage="judge_shards",
-        config=config.model_dump(mode="json") | {"held_out": sorted(held_out)},
-        inputs={"dataset": dataset.digest} | {name: s.digest for name, s in (named | references).items()},
-    )
     decided = cache(lambda: _decide(config, scores, reference, held_out))
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, advance: Advance) -> None:
         rows = verdicts_of_shard(dataset, decided(), shard)
         write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
         part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
@@ -112,8 +107,14 @@ def judge_shards(
     def finish(part: Part, _workshop: object) -> None:
         part.write_json("selection.json", decided().summary(config.select) | {"level": config.level})
 
-    with track("judge", dataset.manifest().counts.get("samples")) as advance:
-        return make(Selection, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
+    return Work(
+        parts=dataset.shards,
+        write_part=write_part,
+        finish=finish,
+        bar=Bars("judge", dataset.manifest().counts.get("samples")),
+        config=config.model_dump(mode="json") | {"held_out": sorted(held_out)},
+        inputs={"dataset": dataset.digest} | {name: s.digest for name, s in (named | references).items()},
+    )
 
 
 def _same_scorers(scores: Sequence[Scores], reference: Sequence[Scores]) -> None:

@@ -6,11 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Recipe, Workshop, make
+from sanitize.artifacts import Part, Workshop
 from sanitize.compute import Compute
 from sanitize.data.tables import Selection, rows_name, write_rows
 from sanitize.errors import DataError
 from sanitize.select.stage import SCHEMA
+from sanitize.stage import Advance, Work, stage
 
 
 class RestoreConfig(BaseModel):
@@ -27,22 +28,17 @@ class RestoreConfig(BaseModel):
     note: str = ""
 
 
-def restore_samples(config: RestoreConfig, selection: Selection, out: str, compute: Compute) -> Selection:
+@stage(Selection, gpu=False, draws="nothing")
+def restore_samples(config: RestoreConfig, selection: Selection, out: str, compute: Compute) -> Work:
     """Make a Selection that keeps the named samples; `write_selected` then writes the shards.
 
     Raises:
         DataError: a key is not in quarantine, is unreadable, or occurs in several shards.
     """
-    compute.activate()
     wanted = set(config.keys)
-    recipe = Recipe(
-        stage="restore_samples",
-        config=config.model_dump(mode="json") | {"keys": sorted(wanted)},
-        inputs={"selection": selection.digest},
-    )
     _check(selection, wanted)
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, _advance: Advance) -> None:
         rows = selection.rows(shard).to_pylist()
         for row in rows:
             if row["status"] == "quarantined" and wanted & {row["key"], f"{shard}:{row['key']}"}:
@@ -63,7 +59,8 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
             of_class["removed"] = removed[label]
         part.write_json("selection.json", summary)
 
-    return make(Selection, out, recipe, parts=selection.shards, write_part=write_part, finish=finish)
+    settings = config.model_dump(mode="json") | {"keys": sorted(wanted)}
+    return Work(parts=selection.shards, write_part=write_part, finish=finish, config=settings)
 
 
 def _check(selection: Selection, wanted: set[str]) -> None:

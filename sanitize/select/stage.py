@@ -15,12 +15,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection, write_rows
 from sanitize.errors import ArtifactError, ConfigError
-from sanitize.progress import track
 from sanitize.select.rules import (
     ConformalRule,
     FDRRule,
@@ -31,6 +30,7 @@ from sanitize.select.rules import (
     keep_all_but,
 )
 from sanitize.select.scored import Opinion, Scored, kind_of, read_scores
+from sanitize.stage import Advance, Bars, Work, stage
 
 REASON = pa.struct(
     {
@@ -98,6 +98,7 @@ def default_rule(kind: str) -> Rule:
     return SeparationRule() if kind == "toxic_direction" else FDRRule()
 
 
+@stage(Selection, version=2, gpu=False, draws="nothing")
 def select_samples(
     config: SelectConfig,
     dataset: Dataset,
@@ -105,7 +106,7 @@ def select_samples(
     out: str,
     compute: Compute,
     trusted: Sequence[str] = (),
-) -> Selection:
+) -> Work:
     """Decide which samples stay.
 
     Args:
@@ -123,17 +124,10 @@ def select_samples(
     Raises:
         ConfigError: a rule does not go with its scorer, or a scorer was fitted on trusted shards.
     """
-    compute.activate()
     trust = {"trusted": sorted(trusted)} if trusted else {}
-    recipe = Recipe(
-        stage="select_samples",
-        version=2,
-        config=config.model_dump(mode="json") | trust,
-        inputs={"dataset": dataset.digest, **{f"scores.{kind_of(s)}": s.digest for s in scores}},
-    )
     decided = cache(lambda: _decide(config, scores, trusted))
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, advance: Advance) -> None:
         rows = verdicts_of_shard(dataset, decided(), shard)
         write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
         part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
@@ -142,8 +136,10 @@ def select_samples(
     def finish(part: Part, _workshop: object) -> None:
         part.write_json("selection.json", decided().summary(config) | trust)
 
-    with track("select", dataset.manifest().counts.get("samples")) as advance:
-        return make(Selection, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
+    bar = Bars("select", dataset.manifest().counts.get("samples"))
+    inputs = {"dataset": dataset.digest, **{f"scores.{kind_of(s)}": s.digest for s in scores}}
+    settings = config.model_dump(mode="json") | trust
+    return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar, config=settings, inputs=inputs)
 
 
 STATUSES = ("kept", "quarantined", "unreadable")

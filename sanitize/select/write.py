@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Artifact, Part, Recipe, Workshop, make
+from sanitize.artifacts import Artifact, Part, Workshop
 from sanitize.compute import Compute
 from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
@@ -21,7 +21,7 @@ from sanitize.data.tar import unsafe_name
 from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
-from sanitize.progress import track
+from sanitize.stage import Advance, Bars, Work, stage
 
 EVIDENCE = "sanitize.json"
 _BLOCK_BYTES = 1 << 20  # that are copied at once
@@ -48,6 +48,7 @@ class Shards(Artifact):
         return [self.url(name) for name in sorted(self.manifest().files) if name.startswith("clean/")]
 
 
+@stage(Shards, version=2, gpu=False, draws="nothing")
 def write_selected(
     config: WriteConfig,
     dataset: Dataset,
@@ -55,7 +56,7 @@ def write_selected(
     out: str,
     compute: Compute,
     shards: Sequence[str] | None = None,
-) -> Shards:
+) -> Work:
     """Write clean and quarantine shards.
 
     Args:
@@ -73,15 +74,8 @@ def write_selected(
     Raises:
         DataError: a shard has changed since it was indexed, or the counts do not add up.
     """
-    compute.activate()
-    recipe = Recipe(
-        stage="write_selected",
-        version=2,
-        config=config.model_dump(mode="json"),
-        inputs={"dataset": dataset.digest, "selection": selection.digest},
-    )
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, advance: Advance) -> None:
         _write_shard(shard, part, config, dataset, selection, advance)
 
     def finish(part: Part, workshop: Workshop) -> None:
@@ -96,9 +90,8 @@ def write_selected(
         part.write_json("dataset.json", described)
         part.write_json("croissant.json", croissant(described))
 
-    total = dataset.manifest().counts["samples"] if shards is None else None
-    with track("write", total) as advance:
-        return make(Shards, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish, only=shards)
+    bar = Bars("write", dataset.manifest().counts["samples"])
+    return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar)
 
 
 def _write_shard(

@@ -5,12 +5,13 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Recipe, make
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import first_rows, usable_rows
 from sanitize.data.tables import Scores, write_rows
 from sanitize.errors import ConfigError
+from sanitize.stage import Advance, Work, stage
 from sanitize.train.stage import RobustModel
 
 
@@ -28,7 +29,8 @@ class DropScorerConfig(BaseModel):
     prior: float = Field(default=1.0, ge=0)
 
 
-def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, out: str, compute: Compute) -> Scores:
+@stage(Scores, gpu=False, draws="nothing")
+def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, out: str, compute: Compute) -> Work:
     """Scores of every usable sample: the share of its visits, after the warm-up, on which it was dropped.
 
     Args:
@@ -41,20 +43,14 @@ def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, 
     Raises:
         ConfigError: the model was trained on other data, or drops nothing.
     """
-    compute.activate()
     if model.manifest().recipe.inputs["dataset"] != dataset.digest:
         raise ConfigError(f"{model.path} was not trained on {dataset.path}: its counts are about other samples")
-    recipe = Recipe(
-        stage="drop_scores",
-        config=config.model_dump(mode="json"),
-        inputs={"model": model.digest, "dataset": dataset.digest},
-    )
     dropped_N, seen_N = model.drops()
     rate = float(dropped_N.sum()) / max(1, int(seen_N.sum()))
     scores_N = (dropped_N + config.prior * rate) / (seen_N + config.prior).clamp(min=1e-9)
     first = first_rows(dataset)
 
-    def write_part(shard: str, part: Part) -> None:
+    def write_part(shard: str, part: Part, _advance: Advance) -> None:
         rows = usable_rows(dataset, shard)
         own_N = scores_N[first[shard] : first[shard] + len(rows)].float()
         if len(rows):
@@ -64,4 +60,4 @@ def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, 
     def finish(part: Part, _workshop: Any) -> None:
         part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": {}, "held_out": []})
 
-    return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
+    return Work(parts=dataset.shards, write_part=write_part, finish=finish)

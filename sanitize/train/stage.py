@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from sanitize.artifacts import Artifact, Part, Recipe, make_together, partial_of
+from sanitize.artifacts import Part, partial_of
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -27,6 +27,7 @@ from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, wr
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.progress import track
 from sanitize.snapshots import Snapshots
+from sanitize.stage import Work, stage
 from sanitize.storage import is_local, local_path
 from sanitize.train.adversary import InputSpace
 from sanitize.train.collaborate import Pair
@@ -100,6 +101,7 @@ class RobustModel(Checkpoint):
         return counts["dropped"], counts["seen"]
 
 
+@stage(RobustModel)
 def train_robust(
     config: TrainConfig,
     dataset: Dataset,
@@ -108,7 +110,7 @@ def train_robust(
     test: Dataset | None = None,
     encoder: Checkpoint | None = None,
     pca: PCA | None = None,
-) -> RobustModel:
+) -> Work:
     """Train a robust model; all processes of torchrun call it alike, and the first one writes.
 
     Args:
@@ -124,19 +126,10 @@ def train_robust(
         NumericsError: training diverged; the message names the step and its samples.
         ConfigError: the method does not fit the task or the network, or the encoder is another network.
     """
-    compute.activate()
     if not config.method.classifies:
         raise ConfigError(f"train.method.loss={config.method.loss}: shards carry classes; set cross_entropy or mmc")
     if (config.denoise is None) != (pca is None):
         raise ConfigError("train.denoise and the PCA of the images go together: give both, or neither")
-    given: dict[str, Artifact | None] = {"test": test, "encoder": encoder, "pca": pca}
-    recipe = Recipe(
-        stage="train_robust",
-        config=config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
-        | {"buffer_bytes": buffer_bytes(dataset, config.cache_bytes)},
-        numerics=compute.numerics,
-        inputs={"dataset": dataset.digest} | {name: of.digest for name, of in given.items() if of is not None},
-    )
     model_config = _model_config(config, dataset, encoder)
 
     def fit() -> _Fitted:
@@ -159,7 +152,11 @@ def train_robust(
             part.write("drops.safetensors", safetensors.torch.save(counts))
         part.counts.update(samples=dataset.n_samples)
 
-    return make_together(RobustModel, out, recipe, fit, write).of_own(config.architecture)
+    own = partial(RobustModel.of_own, architecture=config.architecture)
+    # The order of samples depends on the buffer that the data set needs, not on the memory that may be used.
+    settings = config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
+    settings["buffer_bytes"] = buffer_bytes(dataset, config.cache_bytes)
+    return Work(fit=fit, write_fitted=write, handle=own, config=settings)
 
 
 class _Fitted(NamedTuple):

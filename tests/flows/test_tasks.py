@@ -15,6 +15,7 @@ from flows.runner import Ray
 from sanitize.artifacts import Artifact, Recipe, make
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
+from sanitize.stage import Stage
 
 
 @pytest.mark.prefect
@@ -41,10 +42,11 @@ def test_one_task_at_a_time_is_on_a_gpu(
     def on_cpu(out: str, compute: Compute, shards: Sequence[str] | None = None) -> Artifact:
         return stage("on_cpu", out, shards)
 
-    monkeypatch.setattr(tasks, "ON_CPU", {"on_cpu"})
     monkeypatch.setattr(tasks, "_limited_gpu", lambda _compute: tasks.limit_to_one("gpu-of-a-test"))
     for function in (on_gpu, on_cpu):
         monkeypatch.setitem(tasks.TASKS, function.__name__, task(function))
+        declared = Stage(function, Artifact, version=1, sharded=True, gpu=function is on_gpu, draws="nothing")
+        monkeypatch.setitem(tasks.STAGES, function.__name__, declared)
 
     @flow
     def both() -> None:

@@ -7,13 +7,16 @@ DEMO := $(if $(SMALL),$(if $(wildcard .venv/ready),.venv/ready,.venv/small),.ven
 # Two processes with two threads each cost about ten times the CPU of two with one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint check test-gpu bench fuzz format
+.PHONY: demo test test-all lint check test-gpu bench fuzz format
 
 demo: $(DEMO)  ## set up, then plant a backdoor in real digits and clean it out
 	$(BIN)/sanitize demo --out runs/demo
 
-test: .venv/ready  ## set up, then run the tests (CPU, no network), one process a core
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: .venv/ready  ## set up, then run the tests that are quick (CPU, no network), one process a core
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-all: test  ## the same, then the slow tests: many kills and restarts, servers, Ray, long trainings
+	$(BIN)/python -m pytest -n auto --dist load -m slow
 
 lint: .venv/ready  ## ruff, mypy, import contracts
 	$(BIN)/ruff check .
@@ -21,7 +24,7 @@ lint: .venv/ready  ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test  ## what continuous integration runs
+check: lint test-all  ## what continuous integration runs
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -276,6 +276,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_gives_the_digest_of_an_uninterrupted_run(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(KILLED))

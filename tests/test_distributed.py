@@ -41,6 +41,7 @@ def fit(name: str, folder: Path) -> None:
 
 
 # min_sgd and decouple choose within a rank's share; where every sample counts, shares make no difference.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["standard", "bootstrap", "at"])
 def test_two_processes_are_one_with_the_joined_batch(name: str, tmp_path: Path) -> None:
     fit(name, tmp_path)
@@ -50,6 +51,7 @@ def test_two_processes_are_one_with_the_joined_batch(name: str, tmp_path: Path) 
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.slow
 def test_each_process_drops_of_its_own_share_and_the_mean_counts_what_is_kept(tmp_path: Path) -> None:
     """With a share of 15 and tau 0.2 each process keeps 12: the sum of gradients is that of 24 samples of 30."""
     _two_processes("prl_l", tmp_path)

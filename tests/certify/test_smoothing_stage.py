@@ -137,6 +137,7 @@ certify_smoothing(config, Checkpoint.load(checkpoint), Dataset.load(dataset), ou
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_digest(
     certificates: Certificates,
     dataset: Dataset,

@@ -97,6 +97,7 @@ def poisoned(pool: Pool, n: int) -> Pool:
     return pool._replace(images_NCHW=images_NCHW)
 
 
+@pytest.mark.slow
 def test_poison_moves_what_plain_matching_learns_more_than_what_calibrated_matching_learns(
     pool: Pool, compute: Compute
 ) -> None:

@@ -134,6 +134,7 @@ condense_dataset(CondenseConfig.model_validate_json(config), dataset, out, compu
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_digest(
     condensed: CondensedSet, dataset: Dataset, compute: Compute, tmp_path: Path
 ) -> None:

@@ -190,6 +190,7 @@ app(sys.argv[3:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.prefect
 def test_killed_in_every_stage_it_resumes_to_the_same_digests(
     direct: Path, config_file: Path, prefect_server: str, tmp_path: Path

@@ -71,6 +71,7 @@ def wait(is_there: Callable[[], Any], seconds: float = 180) -> None:
     raise AssertionError(f"not within {seconds} s: {is_there}")
 
 
+@pytest.mark.slow
 @pytest.mark.prefect
 @pytest.mark.timeout(900)  # a minute and a half on a machine with nothing else to do
 def test_run_of_a_dead_worker_is_found_and_the_next_one_starts(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_readme_is_the_demonstration() -> None:
     assert [line for line in rest if line not in script] == []
 
 
+@pytest.mark.slow
 @pytest.mark.prefect
 @pytest.mark.timeout(1200)  # two minutes on a machine with nothing else to do
 def test_demonstration_from_nothing_to_a_released_batch(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def settings(suspect: tuple[Checkpoint, Poisoned], digits: Digits) -> HardenConf
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_the_backdoor_is_gone_and_prefect_gives_the_same_model(
     suspect: tuple[Checkpoint, Poisoned], digits: Digits, tmp_path: Path
@@ -88,6 +89,7 @@ def test_the_command_repairs_with_clean_images_and_says_what_it_did(
     assert "accuracy" in table.output
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_no_backdoor_is_left_as_it_is(digits: Digits, tmp_path: Path) -> None:
     compute = Compute(device="cpu")
     dataset = index_shards(IndexConfig(), digits.shards()[:14], str(tmp_path / "index"), compute)

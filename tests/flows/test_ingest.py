@@ -60,6 +60,7 @@ def test_a_level_that_so_few_samples_cannot_resolve_is_said(
 # --- incremental is full ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # six batches and two refits
 def test_ten_shards_at_once_and_in_five_batches_are_the_same_and_nothing_old_is_read(
     store: Path, referenced: Path, incoming: Path, digits: Digits, tmp_path: Path
@@ -147,6 +148,7 @@ def test_a_poisoned_batch_is_held_until_a_person_decides(
     assert runner.invoke(app, ["approve", "none", "--store", str(store)]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_shards_ledger_and_feed_may_be_in_a_bucket_that_fails_now_and_then(
     approved: Path, store: Path, incoming: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +228,7 @@ def test_a_store_without_a_reference_and_a_second_first_one_are_refused(
 # --- accidents --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_thirty_times_and_two_at_once_every_shard_is_in_one_batch(
     approved: Path, digits: Digits, tmp_path: Path

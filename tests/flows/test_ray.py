@@ -69,6 +69,7 @@ def processes() -> Iterator[tuple[int, int, str]]:
         yield int(folder.name), int(parent), title.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.prefect
 @pytest.mark.timeout(600)  # each of three workers imports torch and Prefect
 def test_a_killed_worker_changes_no_digest(

@@ -150,6 +150,7 @@ app(sys.argv[3:])
 """
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_where_it_was(direct: Path, config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["redteam", str(config_file), "--out", str(out), "--quiet", "--direct"]

@@ -15,6 +15,7 @@ from tests.flows.test_clean import FOLDERS
 from tests.s3 import s3_bucket
 
 
+@pytest.mark.slow
 @pytest.mark.prefect
 def test_a_flow_from_s3_to_s3_gives_the_digests_of_local_disk(
     direct: Path, settings: dict[str, Any], poisoned: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch

@@ -203,6 +203,7 @@ def health() -> Iterator[tuple[str, dict[str, int]]]:
     web.server_close()
 
 
+@pytest.mark.slow
 def test_a_server_counts_as_dead_only_after_some_time_without_an_answer(
     health: tuple[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +224,7 @@ def test_a_server_counts_as_dead_only_after_some_time_without_an_answer(
     assert "secret" not in server.does_not_answer(url)
 
 
+@pytest.mark.slow
 @pytest.mark.prefect
 def test_the_temporary_server_ends_with_a_process_that_is_killed(start: Start) -> None:
     code = "from flows.server import temporary_server as t; print(t({})); print(t({}), flush=True); input()"
@@ -240,6 +242,7 @@ def test_the_temporary_server_ends_with_a_process_that_is_killed(start: Start) -
 # --- commands ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a busy machine takes a minute for each start
 def test_a_direct_run_ends_in_one_line_and_goes_on(
     settings: dict[str, Any], direct: Path, tmp_path: Path, start: Start
@@ -255,6 +258,7 @@ def test_a_direct_run_ends_in_one_line_and_goes_on(
     assert digests(out) == digests(direct)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a busy machine takes a minute for each start
 @pytest.mark.prefect
 def test_ctrl_c_ends_a_flow_with_server_and_workers_and_it_goes_on(
@@ -278,6 +282,7 @@ def test_ctrl_c_ends_a_flow_with_server_and_workers_and_it_goes_on(
     assert digests(out) == digests(direct)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a busy machine takes a minute for each start
 @pytest.mark.prefect
 def test_a_server_that_dies_is_said_in_one_line(settings: dict[str, Any], tmp_path: Path, start: Start) -> None:

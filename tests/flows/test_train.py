@@ -114,6 +114,7 @@ def torchrun(settings: dict[str, Any], out: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_run_and_killed_they_go_on(train_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = train_settings | {"train": train_settings["train"] | {"snapshot_every": 1}}
     whole = torchrun(settings, tmp_path / "whole")

@@ -28,6 +28,7 @@ def accidents(what: str, folder: Path) -> Any:
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_and_run_again(tmp_path: Path) -> None:
     found = accidents("instants", tmp_path)
     kills = found["kills"]
@@ -43,6 +44,7 @@ def test_killed_at_any_instant_and_run_again(tmp_path: Path) -> None:
     assert min(finished_shards[n] for n in range(6)) >= 3, "kills are not spread over the six shards"
 
 
+@pytest.mark.slow
 def test_killed_or_failing_at_any_system_call_and_run_again(tmp_path: Path) -> None:
     found = accidents("windows", tmp_path)
     windows = {scene: len(calls) for scene, calls in found["windows"].items()}

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 from benchmarks.report import conclude, print_table, quick_or_full
-from flows.clean import CleanConfig, run_clean
-from flows.ingest import IngestConfig, run_ingest
-from flows.reference import make_reference
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.digits import write_digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.drift import StatisticsConfig
+from sanitize.jobs.clean import CleanConfig
+from sanitize.jobs.ingest import IngestConfig
+from sanitize.jobs.job import run_job
+from sanitize.jobs.reference import make_reference
 from sanitize.ledger import ClaimEntry, CommitEntry, Entry, Ledger, Offered
 from sanitize.storage import fingerprint
 
@@ -45,7 +46,7 @@ def prepared(folder: Path, seed: int) -> tuple[list[str], Path]:
     """Digits in 18 shards in the order of a seed, and a store with a reference made from ten of them."""
     shards = write_digits(str(folder / "digits"), Compute(device="cpu", seed=seed), n_shards=18).shards()
     config = CleanConfig.model_validate(SETTINGS | {"shards": shards[:10]})
-    run_clean(config, folder / "run", direct=True)
+    run_job(config, folder / "run")
     make_reference(str(folder / "run"), str(folder / "store"), StatisticsConfig(), 0.01)
     return shards[10:], folder / "store"
 
@@ -79,7 +80,7 @@ def cost(folder: Path, shards: list[str], store: Path, n_batches: int, n_repeats
         config = IngestConfig(shards=(str(incoming),), compute=CPU)
         for times in (seconds, again):
             begun = time.process_time()
-            run_ingest(config, str(copy), direct=True)
+            run_job(config, copy)
             times.append(time.process_time() - begun)
         shutil.rmtree(place)
     return {
@@ -103,7 +104,7 @@ def held(folder: Path, shards: list[str], store: Path, rate: float, seed: int) -
     for place in places:
         shutil.copy2(place, incoming)
     copy = shutil.copytree(store, folder / f"store-{rate}")
-    (batch,) = run_ingest(IngestConfig(shards=(str(incoming),), compute=CPU), str(copy), direct=True)["batches"]
+    (batch,) = run_job(IngestConfig(shards=(str(incoming),), compute=CPU), copy)["batches"]
     return {"held": batch["status"] == "held", "removed": batch["samples"]["quarantined"] / batch["samples"]["samples"]}
 
 

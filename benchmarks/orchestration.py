@@ -49,18 +49,19 @@ def server() -> Iterator[float]:
     """A Prefect server on loopback; the seconds it took to answer."""
     from prefect.testing.utilities import prefect_test_harness
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     with prefect_test_harness(server_startup_timeout=300):
-        yield time.perf_counter() - start
+        yield time.perf_counter() - began
 
 
 def measure(name: str, config: dict[str, Any], out: Path, direct: bool) -> dict[str, Any]:
     """One row: wall seconds, seconds inside stages, and the digests of all artifacts."""
-    from flows.clean import CleanConfig, run_clean
+    from flows.start import start
+    from sanitize.jobs.clean import CleanConfig
 
-    start = time.perf_counter()
-    run_clean(CleanConfig.model_validate(config), out, direct)
-    seconds = time.perf_counter() - start
+    began = time.perf_counter()
+    start(CleanConfig.model_validate(config), out, direct)
+    seconds = time.perf_counter() - began
     stages = json.loads((out / "run.json").read_text())["stages"]
     print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
     return {

@@ -1,11 +1,11 @@
-"""Prefect: each stage wrapped once as a task, and the flows. The only module that imports Prefect."""
+"""Prefect: each stage is a task, each job a flow, as the registries have them. The only module that imports Prefect."""
 
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
-from functools import partial, wraps
+from functools import wraps
 from inspect import signature
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -30,33 +30,18 @@ from prefect.settings import (
 from prefect.states import Cancelled, Crashed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from flows import certify as certify_job
-from flows import clean as clean_job
-from flows import condense as condense_job
-from flows import denoise as denoise_job
-from flows import harden as harden_job
-from flows import ingest as ingest_job
 from flows import interrupts
-from flows import redteam as redteam_job
-from flows import robustness as robustness_job
-from flows import train as train_job
-from flows.certify import CertifyRunConfig
-from flows.clean import CleanConfig
-from flows.condense import CondenseRunConfig
-from flows.denoise import DenoiseRunConfig
-from flows.harden import HardenConfig
-from flows.ingest import IngestConfig
 from flows.pages import check_base, page_address
-from flows.redteam import RedTeamConfig
-from flows.robustness import RobustnessRunConfig
-from flows.run import Run, claimed
-from flows.runner import Processes, Ray, RunnerConfig, Threads, is_transient
+from flows.retry import is_transient
 from flows.server import does_not_answer, temporary_server, watched
-from flows.train import TrainRunConfig
 from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
 from sanitize.data.names import as_markdown, printable
 from sanitize.errors import ConfigError, SanitizeError, StorageError
+from sanitize.jobs import JOBS, Job
+from sanitize.jobs.redteam import table as table_of_cases
+from sanitize.jobs.run import Run
+from sanitize.jobs.runner import Processes, Ray, RunnerConfig, Threads
 from sanitize.stage import STAGES
 
 A = TypeVar("A", bound=Artifact)
@@ -117,7 +102,18 @@ class PrefectRun(Run):
         for future in futures:  # after all of them have ended: a failed one leaves none at work
             future.result()
 
-    def publish(self, name: str, result: dict[str, Any], said: str = "") -> dict[str, Any]:
+    def note_batch(self, batch: dict[str, Any]) -> None:
+        """An event tells what became of a batch of `ingest`."""
+        resource = {"prefect.resource.id": f"sanitize.batch.{batch['batch']}", "prefect.resource.name": batch["batch"]}
+        pages = {name: page_address(batch[name]) for name in ("report", "drift") if batch[name]}
+        reasons = {"reasons": [printable(reason)[:MAX_TEXT] for reason in batch["reasons"][:MAX_REASONS]]}
+        emit_event(
+            event=f"sanitize.batch.{batch['status']}",
+            resource=resource | {"sanitize.store": self.out},
+            payload=batch | reasons | pages,
+        )
+
+    def publish(self, name: str, result: dict[str, Any], said: str = "") -> None:
         """Artifacts for Prefect's pages: a table of the stages, and where the report is; `said` is Markdown."""
         where = as_markdown(self.out)
         rows = [(s["stage"], s["samples"] or "", f"{s['seconds']:.1f}") for s in self.stages]
@@ -125,7 +121,6 @@ class PrefectRun(Run):
         create_markdown_artifact(f"{said}\n\n{table}", key=f"{name}-stages", description=where)
         if "report" in result:
             _show_report(result["report"], key=f"{name}-report", description=where)
-        return result
 
 
 def _limited_gpu(compute: Compute) -> str | None:
@@ -172,14 +167,13 @@ def _task_runner(config: RunnerConfig) -> Iterator[TaskRunner[Any]]:
 
 
 @contextmanager
-def _run(
-    out: str, sources: Sequence[str], compute: Compute, n_groups: int, config: RunnerConfig
-) -> Iterator[PrefectRun]:
+def _run(job: Job, config: Any, out: str) -> Iterator[PrefectRun]:
     """The run of a flow. In `out`, "{scheduled}" stands for when it was due: one folder a run, for retries the same."""
     if SCHEDULED in out:
         out = out.replace(SCHEDULED, flow_run.scheduled_start_time.strftime("%Y%m%dT%H%M%SZ"))
-    with claimed(out, sources), _task_runner(config) as runner:
-        yield PrefectRun(out, compute, n_groups, runner)
+    settings = job.settings(config)
+    with job.claim(settings, out), _task_runner(settings.runner) as runner:
+        yield PrefectRun(out, settings.compute, settings.groups, runner)
 
 
 class CalledFlow(Flow[P, dict[str, Any]]):
@@ -256,107 +250,73 @@ def _report_interrupt(run_id: str, signum: int) -> None:
         client.set_flow_run_state(run_id, how(message=f"interrupted by signal {signum}"), force=True)
 
 
-@_flow("clean")
-def clean_flow(config: CleanConfig, out: str) -> dict[str, Any]:
-    """Clean shards: index, embed, score, select, write, report."""
-    with _run(out, config.shards, config.compute, config.groups, config.runner) as run:
-        summary = clean_job.summary(clean_job.clean(config, run))
-        return run.publish("clean", summary, _counted(summary["samples"]))
+def _publish_clean(run: PrefectRun, summary: dict[str, Any]) -> None:
+    samples = summary["samples"]
+    said = (
+        f"**{samples['samples']:,} samples: {samples['kept']:,} clean, {samples['quarantined']:,} quarantined, "
+        f"{samples['unreadable']:,} unreadable.**"
+    )
+    run.publish("clean", summary, said)
 
 
-@_flow("ingest")
-def ingest_flow(config: IngestConfig, out: str) -> dict[str, Any]:
-    """Sanitize what has landed, batch by batch, into the store `out`; an event tells what became of each batch.
+def _publish_redteam(run: PrefectRun, result: dict[str, Any]) -> None:
+    """The table, and an event that tells whether all requirements are met."""
+    emit_event(
+        event=f"sanitize.redteam.{'met' if result['met'] else 'missed'}",
+        resource={"prefect.resource.id": "sanitize.redteam", "prefect.resource.name": run.out},
+        payload={"requirements": result["requirements"], "report": page_address(result["report"])},
+    )
+    run.publish("redteam", result, table_of_cases(result))
 
-    Another one names shards that were refused. The flow fails where storage kept a batch from being finished.
+
+def _publish_ingest(run: PrefectRun, result: dict[str, Any]) -> None:
+    """A table of batches, and an event that names refused shards; `PrefectRun.note_batch` has told of each batch.
+
+    Raises:
+        StorageError: storage kept a batch from being finished.
     """
-
-    def committed(batch: dict[str, Any]) -> None:
-        resource = {"prefect.resource.id": f"sanitize.batch.{batch['batch']}", "prefect.resource.name": batch["batch"]}
-        pages = {name: page_address(batch[name]) for name in ("report", "drift") if batch[name]}
-        reasons = {"reasons": [printable(reason)[:MAX_TEXT] for reason in batch["reasons"][:MAX_REASONS]]}
-        emit_event(
-            event=f"sanitize.batch.{batch['status']}",
-            resource=resource | {"sanitize.store": out},
-            payload=batch | reasons | pages,
-        )
-
-    with _task_runner(config.runner) as runner:
-        new_run = partial(PrefectRun, runner=runner)
-        result = ingest_job.ingest(config, out, new_run, committed)
     refused = result["refused"]
     if refused:
         emit_event(
             event="sanitize.shards.refused",
-            resource={"prefect.resource.id": "sanitize.store", "prefect.resource.name": printable(out)},
+            resource={"prefect.resource.id": "sanitize.store", "prefect.resource.name": printable(run.out)},
             payload={"n": len(refused), "first": refused[:MAX_TOLD]},
         )
     rows = [(b["batch"], b["status"], b["shards"], "; ".join(b["reasons"])) for b in result["batches"]]
     rows += [(r["shard"], r["status"], 1, "; ".join(r["reasons"])) for r in refused[:MAX_TOLD]]
     table = _table(("batch or shard", "status", "shards", "reasons"), rows)
-    create_markdown_artifact(table, key="ingest-batches", description=as_markdown(out))
+    create_markdown_artifact(table, key="ingest-batches", description=as_markdown(run.out))
     if stuck := [batch for batch in result["batches"] if batch["status"] == "claimed"]:
         raise StorageError(f"batch {stuck[0]['batch']} was not finished: {stuck[0]['reasons'][0]}; run again")
-    return result
 
 
-@_flow("train")
-def train_flow(config: TrainRunConfig, out: str) -> dict[str, Any]:
-    """Train a robust model: index, pre-train where asked, train, score samples by how often they were dropped."""
-    with _run(out, config.sources, config.compute, config.n_groups, config.runner) as run:
-        return run.publish("train", train_job.train(config, run))
+# What the server is told of a finished job, where it is more than its stages and its report.
+PUBLISHED: dict[str, Callable[[PrefectRun, dict[str, Any]], None]] = {
+    "clean": _publish_clean,
+    "ingest": _publish_ingest,
+    "redteam": _publish_redteam,
+}
 
 
-@_flow("certify")
-def certify_flow(config: CertifyRunConfig, out: str) -> dict[str, Any]:
-    """Certify a trained model: index, certify, package, report."""
-    with _run(out, config.shards, config.compute, config.n_groups, config.runner) as run:
-        return run.publish("certify", certify_job.certify(config, run))
+def _flow_of(job: Job) -> Callable[..., dict[str, Any]]:
+    def flow(config: Any, out: str) -> dict[str, Any]:
+        with _run(job, config, out) as run:
+            result = job.function(config, run)
+            if job.name in PUBLISHED:
+                PUBLISHED[job.name](run, result)
+            else:
+                run.publish(job.name, result)
+            return result
+
+    # Prefect has its parameters and its entrypoint from these.
+    flow.__name__ = flow.__qualname__ = f"{job.name}_flow"
+    flow.__doc__ = job.function.__doc__
+    flow.__annotations__["config"] = job.config
+    return _flow(job.name)(flow)
 
 
-@_flow("harden")
-def harden_flow(config: HardenConfig, out: str) -> dict[str, Any]:
-    """Repair a model that may have learned a backdoor: index, repair, certify where asked, package."""
-    with _run(out, config.sources, config.compute, config.n_groups, config.runner) as run:
-        return run.publish("harden", harden_job.harden(config, run))
-
-
-@_flow("condense")
-def condense_flow(config: CondenseRunConfig, out: str) -> dict[str, Any]:
-    """Condense shards: index, learn a few images a class, measure what networks learn from them."""
-    with _run(out, config.sources, config.compute, config.n_groups, config.runner) as run:
-        return run.publish("condense", condense_job.condense(config, run))
-
-
-@_flow("denoise")
-def denoise_flow(config: DenoiseRunConfig, out: str) -> dict[str, Any]:
-    """Modify training images: index, principal components, PCA-noise, page."""
-    with _run(out, config.shards, config.compute, config.n_groups, config.runner) as run:
-        return run.publish("denoise", denoise_job.denoise(config, run))
-
-
-@_flow("robustness")
-def robustness_flow(config: RobustnessRunConfig, out: str) -> dict[str, Any]:
-    """Attack a trained model: index, principal components, smallest perturbations, page."""
-    with _run(out, config.sources, config.compute, config.n_groups, config.runner) as run:
-        return run.publish("robustness", robustness_job.robustness(config, run))
-
-
-@_flow("redteam")
-def redteam_flow(config: RedTeamConfig, out: str) -> dict[str, Any]:
-    """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page.
-
-    An event tells whether all requirements are met.
-    """
-    clean = config.clean
-    with _run(out, clean.shards, clean.compute, clean.groups, clean.runner) as run:
-        result = redteam_job.redteam(config, run)
-        emit_event(
-            event=f"sanitize.redteam.{'met' if result['met'] else 'missed'}",
-            resource={"prefect.resource.id": "sanitize.redteam", "prefect.resource.name": run.out},
-            payload={"requirements": result["requirements"], "report": page_address(result["report"])},
-        )
-        return run.publish("redteam", result, redteam_job.table(result))
+FLOWS = {name: _flow_of(job) for name, job in JOBS.items()}
+globals().update({f"{name}_flow": flow for name, flow in FLOWS.items()})  # flows.tasks.clean_flow is an entrypoint
 
 
 def _show_report(url: str, key: str, description: str) -> None:
@@ -372,10 +332,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table in Markdown; cells may come from data."""
     cells = [[as_markdown(str(cell), MAX_TEXT) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
-
-
-def _counted(samples: dict[str, int]) -> str:
-    return (
-        f"**{samples['samples']:,} samples: {samples['kept']:,} clean, {samples['quarantined']:,} quarantined, "
-        f"{samples['unreadable']:,} unreadable.**"
-    )

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.clean import CleanConfig
-from flows.condense import CondenseRunConfig
-from flows.denoise import DenoiseRunConfig
-from flows.harden import HardenConfig
-from flows.ingest import IngestConfig
-from flows.redteam import RedTeamConfig
-from flows.train import TrainRunConfig
+from sanitize.jobs.clean import CleanConfig
+from sanitize.jobs.condense import CondenseRunConfig
+from sanitize.jobs.denoise import DenoiseRunConfig
+from sanitize.jobs.ingest import IngestConfig
+from sanitize.jobs.redteam import RedTeamConfig
+from sanitize.jobs.repair import RepairRunConfig
+from sanitize.jobs.train import TrainRunConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {path.name: path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))}
@@ -35,7 +35,7 @@ def test_config_validates(text: str) -> None:
         "train": TrainRunConfig,
         "condense": CondenseRunConfig,
         "denoise": DenoiseRunConfig,
-        "repair": HardenConfig,
+        "repair": RepairRunConfig,
         "redteam": RedTeamConfig,
         "ingest": IngestConfig,
     }

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto.s3.responses import S3Response
 
-from flows.runner import is_transient
+from flows.retry import is_transient
 from sanitize import lease, remote, storage
 from sanitize.errors import ArtifactError, ConfigError, LostLeaseError, StorageError
 from sanitize.lease import Lease, take

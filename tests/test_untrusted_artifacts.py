@@ -14,8 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flows.reference import ReferenceConfig
-from flows.restore import config_of, verify_run, written_config
 from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.compute import Compute
 from sanitize.condense import CondensedSet, load_condensed
@@ -23,6 +21,8 @@ from sanitize.data.tables import Embeddings, Scores, Selection
 from sanitize.denoise import PCA
 from sanitize.drift import Projection, Statistics
 from sanitize.errors import ArtifactError, SanitizeError
+from sanitize.jobs.reference import ReferenceConfig
+from sanitize.jobs.restore import config_of, verify_run, written_config
 from sanitize.models.checkpoint import ModelConfig, write_checkpoint
 from sanitize.models.mlp import MLPConfig
 from sanitize.package import PACKAGE, ModelPackage, open_model, package_model

@@ -61,7 +61,8 @@ def certify(
 
         sanitize certify runs/ensemble/80-package --shards 'data/test-*.tar' --out runs/certified
     """
-    from flows.certify import CertifyRunConfig, run_certify
+    from flows.start import start
+    from sanitize.jobs.certify import CertifyRunConfig
 
     with errors():
         settings = settings_of(config, model=model, shards=shards, allow_factory=allow_factory)
@@ -69,7 +70,7 @@ def certify(
         settings["smoothing"] = settings.get("smoothing", {}) | {k: v for k, v in given.items() if v is not None}
         set_compute(settings, seed=seed, device=device)
         with bars(quiet):
-            result = run_certify(CertifyRunConfig.model_validate(settings), out, direct)
+            result = start(CertifyRunConfig.model_validate(settings), out, direct)
     if as_json:
         print_json(result)
         return

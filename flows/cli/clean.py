@@ -50,7 +50,8 @@ def clean(
 
         sanitize clean configs/cifar10.yaml --out runs/cifar10 --direct
     """
-    from flows.clean import CleanConfig, run_clean
+    from flows.start import start
+    from sanitize.jobs.clean import CleanConfig
 
     with errors():
         settings = settings_of(config, shards=shards)
@@ -58,7 +59,7 @@ def clean(
             settings["n_groups"] = groups
         set_compute(settings, seed=seed, device=device)
         with bars(quiet):
-            result = run_clean(CleanConfig.model_validate(settings), out, direct)
+            result = start(CleanConfig.model_validate(settings), out, direct)
     if as_json:
         print_json(result)
     else:

@@ -49,7 +49,8 @@ def condense(
 
         sanitize condense configs/condense.yaml --out runs/condensed --direct
     """
-    from flows.condense import CondenseRunConfig, run_condense
+    from flows.start import start
+    from sanitize.jobs.condense import CondenseRunConfig
 
     with errors():
         settings = settings_of(config, shards=shards, test_shards=test_shards)
@@ -61,7 +62,7 @@ def condense(
         settings["condense"] = of_condense
         set_compute(settings, seed=seed, device=device)
         with bars(quiet):
-            result = run_condense(CondenseRunConfig.model_validate(settings), out, direct)
+            result = start(CondenseRunConfig.model_validate(settings), out, direct)
     if as_json:
         print_json(result)
         return

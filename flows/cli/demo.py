@@ -1,5 +1,6 @@
 """`sanitize demo`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +26,11 @@ def demo(
 
         sanitize demo --out runs/demo --direct
     """
-    from flows.demo import demo as run_demo
+    from flows.start import start
+    from sanitize.jobs.demo import demo as run_demo
 
     with errors(), bars(quiet):
-        result = run_demo(out, seed or 0, direct)
+        result = run_demo(out, seed or 0, partial(start, direct=direct))
     if as_json:
         print_json(result)
         return

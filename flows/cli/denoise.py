@@ -48,7 +48,8 @@ def denoise(
 
         sanitize train --shards 'runs/denoised/20-denoised/shards/*.tar' --out runs/robust
     """
-    from flows.denoise import DenoiseRunConfig, run_denoise
+    from flows.start import start
+    from sanitize.jobs.denoise import DenoiseRunConfig
 
     with errors():
         settings = settings_of(config, shards=shards)
@@ -56,7 +57,7 @@ def denoise(
         settings["denoise"] = dict(settings.get("denoise") or {}) | {k: v for k, v in given.items() if v is not None}
         set_compute(settings, seed=seed, device=device)
         with bars(quiet):
-            result = run_denoise(DenoiseRunConfig.model_validate(settings), out, direct)
+            result = start(DenoiseRunConfig.model_validate(settings), out, direct)
     if as_json:
         print_json(result)
         return

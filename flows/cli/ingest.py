@@ -58,8 +58,8 @@ def reference(
 
         sanitize reference runs/first --store s3://bucket/store --note "looked at by Ada"
     """
-    from flows.reference import make_reference
     from sanitize.drift import StatisticsConfig
+    from sanitize.jobs.reference import make_reference
 
     with errors(), bars(quiet):
         statistics = StatisticsConfig() if per_class is None else StatisticsConfig(per_class=per_class)
@@ -112,13 +112,14 @@ def ingest(
 
         sanitize ingest configs/ingest.yaml --store s3://bucket/store
     """
-    from flows.ingest import IngestConfig, run_ingest
+    from flows.start import start
+    from sanitize.jobs.ingest import IngestConfig
 
     with errors():
         settings = settings_of(config, shards=shards, max_shards=max_shards, n_groups=groups)
         set_compute(settings, device=device)
         with bars(quiet):
-            result = run_ingest(IngestConfig.model_validate(settings), store, direct)
+            result = start(IngestConfig.model_validate(settings), store, direct)
     if as_json:
         print_json(result)
     else:
@@ -182,7 +183,7 @@ def batches(
 
         sanitize batches --store runs/store --status held
     """
-    from flows.store import list_batches, list_refused
+    from sanitize.jobs.store import list_batches, list_refused
 
     with errors():
         found = [] if status == "refused" else list_batches(store, status)
@@ -240,7 +241,7 @@ def retry(batch: Retried, store: Store, by: By = "", note: Note = "", as_json: A
 def _decide(
     store: str, batch: str, decision: Literal["approved", "rejected", "retried"], by: str, note: str, as_json: bool
 ) -> None:
-    from flows.store import decide
+    from sanitize.jobs.store import decide
 
     with errors():
         result = decide(store, batch, decision, by, note)
@@ -262,7 +263,7 @@ def refit(store: Store, note: Note = "", as_json: AsJson = False, quiet: Quiet =
 
         sanitize refit --store runs/store --note "monthly"
     """
-    from flows.reference import refit as make_next
+    from sanitize.jobs.reference import refit as make_next
 
     with errors(), bars(quiet):
         result = make_next(store, note)

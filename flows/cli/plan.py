@@ -31,9 +31,9 @@ def plan(
 
         sanitize plan --shards 'data/train-*.tar' --task-minutes 5 --json
     """
-    from flows.clean import CleanConfig
-    from flows.plan import PlanConfig
-    from flows.plan import plan as measure
+    from sanitize.jobs.clean import CleanConfig
+    from sanitize.jobs.plan import PlanConfig
+    from sanitize.jobs.plan import plan as measure
 
     with errors():
         settings = settings_of(config, shards=shards)

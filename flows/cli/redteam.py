@@ -75,7 +75,8 @@ def redteam(
         sanitize redteam my-pipeline.yaml --attack badnets@1% --require 'badnets@1%:recall>=0.9' --require
         'none:false_removals<=0.02'
     """
-    from flows.redteam import RedTeamConfig, run_redteam
+    from flows.start import start
+    from sanitize.jobs.redteam import RedTeamConfig
 
     with errors():
         settings = read_yaml(config) if config else {}
@@ -91,7 +92,7 @@ def redteam(
         set_compute(pipeline, seed=seed, device=device)
         run_config = RedTeamConfig.model_validate(settings | {"clean": pipeline})
         with bars(quiet):
-            result = run_redteam(run_config, out, direct)
+            result = start(run_config, out, direct)
     if as_json:
         print_json(result)
     else:
@@ -101,7 +102,7 @@ def redteam(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from flows.redteam import SHOWN
+    from sanitize.jobs.redteam import SHOWN
 
     names = ("caught", "right", "lost", "ACC\nbefore", "after", "ASR\nbefore", "after", "untouched")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]

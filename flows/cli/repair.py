@@ -67,7 +67,8 @@ def repair(
 
         sanitize repair runs/suspect --method ibau --clean-shards 'data/trusted-*.tar' --out runs/repaired
     """
-    from flows.harden import HardenConfig, run_harden
+    from flows.start import start
+    from sanitize.jobs.repair import RepairRunConfig
 
     with errors():
         settings = read_yaml(config) if config else {}
@@ -87,7 +88,7 @@ def repair(
             settings["repair"] = of_repair if same else of_repair | {"method": {"kind": method}}
         set_compute(settings, seed=seed, device=device)
         with bars(quiet):
-            result = run_harden(HardenConfig.model_validate(settings), out, direct)
+            result = start(RepairRunConfig.model_validate(settings), out, direct)
     if as_json:
         print_json(result)
         return

@@ -12,7 +12,7 @@ def report(run: RunFolder) -> None:
 
         sanitize report runs/first
     """
-    from flows.restore import write_again
+    from sanitize.jobs.restore import write_again
 
     with errors():
         check_there(run)

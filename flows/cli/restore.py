@@ -26,7 +26,7 @@ def restore(
 
         sanitize restore runs/first --key 000123 --key train-0004.tar:000456 --note "seen by Ada: both are fine"
     """
-    from flows.restore import restore as put_back
+    from sanitize.jobs.restore import restore as put_back
 
     with errors(), bars(quiet):
         check_there(run)

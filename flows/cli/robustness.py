@@ -55,7 +55,8 @@ def robustness(
 
         sanitize robustness runs/robust --shards 'data/test-*.tar' --norm linf --radius 0.1 --n-images 200
     """
-    from flows.robustness import RobustnessRunConfig, run_robustness
+    from flows.start import start
+    from sanitize.jobs.robustness import RobustnessRunConfig
     from sanitize.measure import RobustnessConfig
 
     with errors():
@@ -72,7 +73,7 @@ def robustness(
         settings["robustness"] = of_robustness
         set_compute(settings, seed=seed, device=device)
         with bars(quiet):
-            result = run_robustness(RobustnessRunConfig.model_validate(settings), out, direct)
+            result = start(RobustnessRunConfig.model_validate(settings), out, direct)
     if as_json:
         print_json(result)
         return

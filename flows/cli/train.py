@@ -67,8 +67,9 @@ def train(
 
         torchrun --nproc-per-node 4 --no-python sanitize train configs/train.yaml    (four GPUs share each batch)
     """
-    from flows.train import TrainRunConfig, run_train
+    from flows.start import start
     from sanitize.distributed import joined, world
+    from sanitize.jobs.train import TrainRunConfig
     from sanitize.train import zoo
 
     with errors():
@@ -92,7 +93,7 @@ def train(
         with joined(run_config.compute):
             is_first = world()[0] == 0
             with bars(quiet or not is_first):
-                result = run_train(run_config, out, direct)
+                result = start(run_config, out, direct)
     if not is_first:
         return
     if as_json:

@@ -27,7 +27,7 @@ def verify(
 
         sanitize verify runs/store/batches/3f2a5b0c1d2e3f40
     """
-    from flows.verify_store import verify_path
+    from sanitize.jobs.verify_store import verify_path
 
     with errors():
         check_there(path)

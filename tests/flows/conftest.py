@@ -9,13 +9,14 @@ import pytest
 import yaml
 
 import flows  # noqa: F401 - sets Prefect's environment before Prefect is imported
-from flows.clean import CleanConfig, run_clean
-from flows.reference import make_reference
+from flows.start import start
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.digits import Digits, write_digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.drift import StatisticsConfig
+from sanitize.jobs.clean import CleanConfig
+from sanitize.jobs.reference import make_reference
 from tests.flows.stores import LEVEL
 
 
@@ -64,7 +65,7 @@ def config_file(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 def direct(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted direct run."""
     out = tmp_path_factory.mktemp("direct") / "run"
-    run_clean(CleanConfig.model_validate(settings), out, direct=True)
+    start(CleanConfig.model_validate(settings), out, direct=True)
     return out
 
 
@@ -85,7 +86,7 @@ def approved(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "n_groups": 1,
     }
     out = tmp_path_factory.mktemp("approved") / "run"
-    run_clean(CleanConfig.model_validate(settings), out, direct=True)
+    start(CleanConfig.model_validate(settings), out, direct=True)
     return out
 
 

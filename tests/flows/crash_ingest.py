@@ -18,10 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flows.ingest import IngestConfig, run_ingest
-from flows.reference import make_reference
 from sanitize.compute import Compute
 from sanitize.drift import StatisticsConfig
+from sanitize.jobs.ingest import IngestConfig
+from sanitize.jobs.job import run_job
+from sanitize.jobs.reference import make_reference
 from sanitize.ledger import Ledger
 from sanitize.storage import sha256_file
 from tests.select.crash_write import start
@@ -33,7 +34,7 @@ SHARDS_OF_BATCH = 2
 def work(store: Path, incoming: Path) -> str:
     """One ingest of what is there."""
     config = IngestConfig(shards=(str(incoming),), max_shards=SHARDS_OF_BATCH, compute=Compute(device="cpu"))
-    return json.dumps(run_ingest(config, str(store), direct=True))
+    return json.dumps(run_job(config, store))
 
 
 def outcome(store: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.run import claimed
+from sanitize.jobs.run import claimed
 
 
 @flow(name="sleeper", persist_result=False)

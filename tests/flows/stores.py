@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from flows.ingest import IngestConfig
-from flows.store import FEED
 from sanitize.compute import Compute
+from sanitize.jobs.ingest import IngestConfig
+from sanitize.jobs.store import FEED
 
 CPU = Compute(device="cpu")
 LEVEL = 0.01  # of about 400 rows that thresholds are calibrated on

@@ -10,13 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 import sanitize
-from flows.certify import CertifyRunConfig, run_certify
 from flows.cli import app
-from flows.restore import verify_run
-from flows.train import TrainRunConfig, run_train
+from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.data.digits import Digits
 from sanitize.errors import ConfigError
+from sanitize.jobs.certify import CertifyRunConfig
+from sanitize.jobs.restore import verify_run
+from sanitize.jobs.train import TrainRunConfig
 
 RUNNER = CliRunner()
 INDEX = {"n_classes": 10, "image": {"size": [8, 8], "channels": 1}}
@@ -38,7 +39,7 @@ def ensemble_settings(digits: Digits) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ensemble_run(ensemble_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("certify") / "ensemble"
-    run_train(TrainRunConfig.model_validate(ensemble_settings), out, direct=True)
+    start(TrainRunConfig.model_validate(ensemble_settings), out, direct=True)
     return out
 
 
@@ -50,7 +51,7 @@ def network_run(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "optim": {"epochs": 6, "noise_sd": 0.25, "learning_rate": 0.02},
     }
     settings = {"shards": digits.shards()[:4], "index": INDEX, "train": of_train, "compute": {"device": "cpu"}}
-    run_train(TrainRunConfig.model_validate(settings), out, direct=True)
+    start(TrainRunConfig.model_validate(settings), out, direct=True)
     return out
 
 
@@ -59,7 +60,7 @@ def test_groups_of_partitions_as_prefect_tasks_give_the_same_digests(
     ensemble_run: Path, ensemble_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    run_train(TrainRunConfig.model_validate(ensemble_settings | {"n_groups": 3}), out, direct=False)
+    start(TrainRunConfig.model_validate(ensemble_settings | {"n_groups": 3}), out, direct=False)
     for folder in ("00-index", "60-ensemble", "70-certificates", "80-package", "90-report"):
         assert read_manifest(out / folder).digest == read_manifest(ensemble_run / folder).digest
     assert verify_run(str(out))[1] == []
@@ -71,7 +72,7 @@ def test_smoothing_as_a_flow_gives_the_same_digests(network_run: Path, digits: D
     settings = {"model": str(network_run), "shards": digits.shards()[4:6], "smoothing": smoothing}
     config = CertifyRunConfig.model_validate(settings | {"compute": {"device": "cpu"}})
     for name, direct in (("direct", True), ("prefect", False)):
-        run_certify(config, tmp_path / name, direct)
+        start(config, tmp_path / name, direct)
     folders = ("70-certificates", "80-package", "90-report")
     assert (
         len({tuple(read_manifest(tmp_path / name / f).digest for f in folders) for name in ("direct", "prefect")}) == 1
@@ -132,10 +133,10 @@ def test_shards_that_a_global_filter_left_get_no_poisoning_certificate(
     (folder,) = (tmp_path / "clean").glob("*-shards")
     settings = ensemble_settings | {"shards": [str(folder / "clean")]}
     with pytest.raises(ConfigError, match="made by write_selected, which looks at all samples"):
-        run_train(TrainRunConfig.model_validate(settings), tmp_path / "refused", direct=True)
+        start(TrainRunConfig.model_validate(settings), tmp_path / "refused", direct=True)
     (folder / "manifest.json").unlink()  # a copy of the shards with the description that lies beside them
     with pytest.raises(ConfigError, match="made by write_selected"):
-        run_train(TrainRunConfig.model_validate(settings), tmp_path / "refused too", direct=True)
+        start(TrainRunConfig.model_validate(settings), tmp_path / "refused too", direct=True)
     assert not list(tmp_path.glob("refused*/80-package"))
 
 
@@ -144,7 +145,7 @@ def test_a_filter_inside_each_partition_keeps_the_certificate(
 ) -> None:
     filtered = {"kind": "per_partition", "contamination": 0.1}
     settings = ensemble_settings | {"partition": PARTITION | {"filter": filtered}}
-    result = run_train(TrainRunConfig.model_validate(settings), tmp_path / "run", direct=True)
+    result = start(TrainRunConfig.model_validate(settings), tmp_path / "run", direct=True)
     (certificate,) = result["certificates"]
     assert certificate["scope"]["filter"] == "inside each partition"
     counts = read_manifest(tmp_path / "run" / "60-ensemble").counts

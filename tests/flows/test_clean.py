@@ -14,11 +14,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from flows.clean import CleanConfig, clean, run_clean
-from flows.restore import restore, verify_run, write_again
-from flows.run import Run
+from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.errors import ConfigError
+from sanitize.jobs.clean import CleanConfig, clean
+from sanitize.jobs.restore import restore, verify_run, write_again
+from sanitize.jobs.run import Run
 from sanitize.select import ContaminationRule, SelectConfig
 
 FOLDERS = (
@@ -62,7 +63,7 @@ def test_run_folder_tells_what_happened(direct: Path, settings: dict[str, Any]) 
 
 def test_second_call_makes_nothing_again(direct: Path, settings: dict[str, Any]) -> None:
     before = {path: path.stat().st_mtime_ns for path in direct.glob("*/manifest.json")}
-    run_clean(CleanConfig.model_validate(settings), direct, direct=True)
+    start(CleanConfig.model_validate(settings), direct, direct=True)
     assert {path: path.stat().st_mtime_ns for path in direct.glob("*/manifest.json")} == before
 
 
@@ -87,7 +88,7 @@ def test_several_scorers_each_with_its_rule(
     trusted = sorted(path.name for path in poisoned.glob("*.tar"))[:2]
     more = {"rules": {"rca": {"kind": "conformal", "q": 0.1}, "robust_realnvp": {"kind": "conformal", "q": 0.1}}}
     config = CleanConfig.model_validate(settings | {"scorers": SCORERS, "select": more, "trusted": trusted})
-    result = run_clean(config, tmp_path / "run", direct=True)
+    result = start(config, tmp_path / "run", direct=True)
     kinds = [scorer["kind"] for scorer in SCORERS]
     for kind in kinds:
         info = json.loads((tmp_path / f"run/31-scores-{kind}/scorer.json").read_text())
@@ -116,7 +117,7 @@ def test_several_scorers_each_with_its_rule(
     for folder in ("40-selection", "50-shards", "90-report"):
         shutil.rmtree(tmp_path / "run" / folder)
     replayed = config.model_copy(update={"select": SelectConfig(rule=ContaminationRule(rate=0.02), verdict="majority")})
-    run_clean(replayed, tmp_path / "run", direct=True)
+    start(replayed, tmp_path / "run", direct=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("[0-3]*/manifest.json")} == before
     assert rows(tmp_path / "run", "40-selection") != verdicts
 
@@ -166,7 +167,7 @@ def test_groups_order_runner_and_prefect_change_nothing(
     shards = sorted(map(str, poisoned.glob("*.tar")), reverse=True)
     divided = {"shards": shards[groups:] + shards[:groups], "n_groups": groups, "runner": {"kind": runner}}
     config = CleanConfig.model_validate(settings | divided)
-    run_clean(config, tmp_path / "run", direct=False)
+    start(config, tmp_path / "run", direct=False)
     assert digests(tmp_path / "run") == digests(direct)
 
 

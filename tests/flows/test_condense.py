@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 import sanitize
 from flows.cli import app
-from flows.condense import CondenseRunConfig, run_condense
-from flows.restore import verify_run
+from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.data.digits import Digits
+from sanitize.jobs.condense import CondenseRunConfig
+from sanitize.jobs.restore import verify_run
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_the_page_shows_how_noise_became_images(run_folder: Path) -> None:
 @pytest.mark.usefixtures("prefect_server")
 def test_a_flow_gives_the_same_digests(run_folder: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     config = CondenseRunConfig.model_validate(yaml.safe_load((run_folder / "config.yaml").read_text()))
-    run_condense(config.model_copy(update={"n_groups": 2}), tmp_path / "run", direct=False)
+    start(config.model_copy(update={"n_groups": 2}), tmp_path / "run", direct=False)
     for folder in ("00-index", "01-index-test", "70-condensed", "90-report"):
         assert read_manifest(tmp_path / "run" / folder).digest == read_manifest(run_folder / folder).digest
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.demo import demo
+from sanitize.jobs.demo import demo
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_demo_finds_the_backdoor_and_closes_it(tmp_path: Path, seed: int) -> None:
-    result = demo(tmp_path, seed, direct=True)
+    result = demo(tmp_path, seed)
     assert result["recall"] >= 0.9
     assert result["clean_lost_fraction"] <= 0.02
     assert result["asr_before"] >= 0.9

@@ -22,7 +22,7 @@ from sanitize.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
-FLOWS = {"clean", "ingest", "condense", "train", "harden", "redteam"}
+FLOWS = {"clean", "ingest", "condense", "train", "repair", "redteam"}
 
 
 def test_all_that_was_promised_is_deployed() -> None:

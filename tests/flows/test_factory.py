@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.train import TrainRunConfig, run_train
+from flows.start import start
 from sanitize.data.digits import Digits
+from sanitize.jobs.train import TrainRunConfig
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.package import open_model
 
@@ -38,7 +39,7 @@ def trained(digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "compute": {"device": "cpu"},
     }
     for _ in range(2):  # the second one goes on with what the first one made
-        run_train(TrainRunConfig.model_validate(settings), out, direct=True)
+        start(TrainRunConfig.model_validate(settings), out, direct=True)
     return out
 
 

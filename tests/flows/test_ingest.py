@@ -14,11 +14,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flows import ingest
 from flows.cli import app
-from flows.ingest import FEED, IngestConfig, decide, run_ingest
-from flows.reference import load_reference, make_reference, refit
-from flows.store import list_batches
+from flows.start import start
 from sanitize.artifacts import verify
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.data.digits import Digits
@@ -27,6 +24,10 @@ from sanitize.data.tables import Selection
 from sanitize.drift import StatisticsConfig
 from sanitize.drift.statistics import CALIBRATE, FIT
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.jobs import ingest
+from sanitize.jobs.ingest import IngestConfig
+from sanitize.jobs.reference import load_reference, make_reference, refit
+from sanitize.jobs.store import FEED, decide, list_batches
 from sanitize.lease import take
 from sanitize.ledger import CommitEntry, Ledger
 from sanitize.storage import create, join, names_below, read_bytes, sha256_file
@@ -69,7 +70,7 @@ def test_ten_shards_at_once_and_in_five_batches_are_the_same_and_nothing_old_is_
     first = config_of(incoming, max_shards=2)
     land(shards[:8], incoming)
     land(digits.shards()[:1], incoming, "old-")  # of the approved run, under another name
-    result = run_ingest(first, str(store), direct=True)
+    result = start(first, str(store), direct=True)
     assert Counter(batch["status"] for batch in result["batches"]) == {"accepted": 4}
     assert (result["new"], result["duplicates"], result["known"]) == (8, 1, 0)
 
@@ -77,18 +78,18 @@ def test_ten_shards_at_once_and_in_five_batches_are_the_same_and_nothing_old_is_
     land(shards[8:], incoming)
     land(shards[:1], incoming, "zz-copy-")
     OPENED.clear()
-    result = run_ingest(first, str(store), direct=True)
+    result = start(first, str(store), direct=True)
     assert (result["new"], result["duplicates"], result["known"]) == (2, 1, 9)
     assert not set(before) & set(OPENED)  # seen, and not opened
     assert not [path for path in OPENED if "/batches/" in str(path) and result["batches"][0]["batch"] not in str(path)]
     OPENED.clear()
-    assert run_ingest(first, str(store), direct=True)["batches"] == []
+    assert start(first, str(store), direct=True)["batches"] == []
     assert not [path for path in OPENED if path.parent == incoming]
 
     together = shutil.copytree(referenced, tmp_path / "together")
     for copy in incoming.glob("[oz]*"):
         copy.unlink()
-    (batch,) = run_ingest(config_of(incoming), str(together), direct=True)["batches"]
+    (batch,) = start(config_of(incoming), str(together), direct=True)["batches"]
     assert batch["status"] == "accepted"
     assert batch["samples"]["quarantined"] > 0  # so that there is something to agree on
     assert verdicts_of(together) == verdicts_of(store)
@@ -153,17 +154,17 @@ def test_shards_ledger_and_feed_may_be_in_a_bucket_that_fails_now_and_then(
     approved: Path, store: Path, incoming: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     land(digits.shards()[8:10], incoming)
-    run_ingest(config_of(incoming), str(store), direct=True)
+    start(config_of(incoming), str(store), direct=True)
     with s3_bucket(monkeypatch, rate=0.05) as (bucket, proxy):
         far, landing = join(bucket, "store"), join(bucket, "incoming")
         config = IngestConfig(shards=(landing,), compute=CPU)
         make_reference(str(approved), far, StatisticsConfig(), LEVEL)
-        assert run_ingest(config, far, direct=True)["new"] == 0
+        assert start(config, far, direct=True)["new"] == 0
         for shard in incoming.glob("*.tar"):
             with create(join(landing, shard.name)) as writer:
                 writer.write(shard.read_bytes())
-        (batch,) = run_ingest(config, far, direct=True)["batches"]
-        again = run_ingest(config, far, direct=True)
+        (batch,) = start(config, far, direct=True)["batches"]
+        again = start(config, far, direct=True)
         assert (again["new"], again["known"], again["batches"]) == (0, 2, [])
         assert proxy.injected.total() > 0
 
@@ -187,7 +188,7 @@ def test_a_batch_that_another_process_took_over_is_left_to_it(
     def paused_at_its_end(*args: Any) -> CommitEntry:
         made = whole(*args)
         clock.now += 130
-        successors.append(take(args[4]))
+        successors.append(take(args[4].out))
         if is_damaged:  # the other process is just writing over what this one reads
             raise ArtifactError("a file is not what the manifest says")
         return made
@@ -195,13 +196,13 @@ def test_a_batch_that_another_process_took_over_is_left_to_it(
     with monkeypatch.context() as patch:
         clock = Clock(patch)
         patch.setattr(ingest, "_run_batch", paused_at_its_end)
-        (left,) = run_ingest(config_of(incoming), store, direct=True)["batches"]
+        (left,) = start(config_of(incoming), store, direct=True)["batches"]
         assert left["status"] == "claimed"
         assert "taken over" in left["reasons"][0]
         (batch,) = list_batches(store)
         assert batch["status"] == "claimed"
         successors[0].give_back()
-    (batch,) = run_ingest(config_of(incoming), store, direct=True)["batches"]
+    (batch,) = start(config_of(incoming), store, direct=True)["batches"]
     assert batch["status"] == "accepted"
 
 
@@ -218,11 +219,11 @@ def test_a_store_without_a_reference_and_a_second_first_one_are_refused(
 ) -> None:
     land(digits.shards()[8:9], incoming)
     with pytest.raises(ConfigError, match="make one with `sanitize reference"):
-        run_ingest(config_of(incoming), str(tmp_path / "empty"), direct=True)
+        start(config_of(incoming), str(tmp_path / "empty"), direct=True)
     with pytest.raises(ConfigError, match="`sanitize refit` makes the next"):
         make_reference(str(approved), str(store), StatisticsConfig(), LEVEL)
     with pytest.raises(ConfigError, match="lies inside"):
-        run_ingest(config_of(incoming), str(incoming / "store"), direct=True)
+        start(config_of(incoming), str(incoming / "store"), direct=True)
 
 
 # --- accidents --------------------------------------------------------------------------------------------------
@@ -264,9 +265,9 @@ def test_as_a_flow_the_digests_are_the_same_and_an_event_tells(
     emitted = []
     emit = tasks.emit_event
     monkeypatch.setattr(tasks, "emit_event", lambda **event: emitted.append(event) or emit(**event))
-    result = run_ingest(config_of(incoming, n_groups=2), str(store), direct=False)
+    result = start(config_of(incoming, n_groups=2), str(store), direct=False)
     other = shutil.copytree(referenced, tmp_path / "direct")
-    run_ingest(config_of(incoming), str(other), direct=True)
+    start(config_of(incoming), str(other), direct=True)
     states = [Ledger(str(of)).read() for of in (store, other)]
     assert [batch.commit for batch in states[0].batches.values()] == [b.commit for b in states[1].batches.values()]
     (event,) = emitted

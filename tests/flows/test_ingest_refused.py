@@ -19,17 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from flows import landed, unfit
 from flows.cli import app
-from flows.ingest import BatchConfig, claim, ingest, run_ingest
-from flows.landed import list_shards
-from flows.run import Run
-from flows.store import decide, list_batches, list_refused
+from flows.start import start
 from sanitize import ledger as ledger_module
 from sanitize.errors import ArtifactError, ConfigError, StorageError
+from sanitize.jobs import landed, unfit
+from sanitize.jobs.ingest import BatchConfig, claim, ingest
+from sanitize.jobs.landed import list_shards
+from sanitize.jobs.run import Run
+from sanitize.jobs.store import decide, list_batches, list_refused
 from sanitize.ledger import Ledger, State
 from sanitize.storage import exclusive, sha256_file
-from tests.flows.stores import config_of, feed_of, land
+from tests.flows.stores import CPU, config_of, feed_of, land
 
 Outcome = dict[str, Any]
 
@@ -47,8 +48,8 @@ class UpToTheIndex(Run):
         raise RuntimeError("a fault of ours")
 
 
-def quick(store: Path, incoming: Path, new_run: Any = UpToTheIndex, **more: Any) -> Outcome:
-    return ingest(config_of(incoming, **more), str(store), new_run, lambda _batch: None)
+def quick(store: Path, incoming: Path, kind: type[Run] = UpToTheIndex, **more: Any) -> Outcome:
+    return ingest(config_of(incoming, **more), kind(store, CPU))
 
 
 def tar_of(label: bytes, n: int, png: Callable[..., bytes], seed: int) -> bytes:
@@ -304,7 +305,7 @@ def test_a_damaged_reference_is_said_before_anything_is_claimed(
 
 def test_one_sample_is_a_batch(store: Path, incoming: Path, make_png: Callable[..., bytes]) -> None:
     (incoming / "one.tar").write_bytes(tar_of(b"4", 1, make_png, 0))
-    (batch,) = run_ingest(config_of(incoming), str(store), direct=True)["batches"]
+    (batch,) = start(config_of(incoming), str(store), direct=True)["batches"]
     assert batch["status"] in ("accepted", "held")
     assert batch["samples"]["samples"] == 1
 
@@ -317,7 +318,7 @@ def test_a_folder_whose_name_is_not_utf8_is_refused_and_others_go_on(
         folder.mkdir()
         (folder / "a.tar").write_bytes(tar_of(b"1", 3, make_png, seed))
     config = config_of(plain).model_copy(update={"shards": (str(odd), str(plain))})
-    result = ingest(config, str(store), UpToTheIndex, lambda _batch: None)
+    result = ingest(config, UpToTheIndex(store, CPU))
     assert result["new"] == 1
     assert ["caf\\xe9" in shard["shard"] for shard in result["refused"]] == [True]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flows.clean import CleanConfig
 from flows.cli import app
-from flows.plan import PlanConfig, plan
 from sanitize.artifacts import read_manifest
 from sanitize.errors import ConfigError, DataError
+from sanitize.jobs.clean import CleanConfig
+from sanitize.jobs.plan import PlanConfig, plan
 
 
 @pytest.fixture(scope="module")

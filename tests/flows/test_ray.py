@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from flows.clean import CleanConfig, run_clean
+from flows.start import start
+from sanitize.jobs.clean import CleanConfig
 from tests.flows.test_clean import digests
 
 
@@ -78,7 +79,7 @@ def test_a_killed_worker_changes_no_digest(
     config = CleanConfig.model_validate(settings | {"n_groups": 5, "runner": {"kind": "ray", "address": "auto"}})
     killer = Killer(nodes, "embed_shards")
     killer.start()
-    run_clean(config, tmp_path / "run", direct=False)
+    start(config, tmp_path / "run", direct=False)
     killer.stop()
     assert killer.killed is not None
     # Both nodes were at it, and another worker than the killed one went on.

@@ -16,13 +16,14 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.redteam import DEFAULT_ATTACKS, RedTeamConfig, run_redteam, table
+from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.attack import Poisoned
 from sanitize.data.digits import Digits
 from sanitize.data.names import as_markdown
 from sanitize.data.tables import Selection
 from sanitize.errors import ConfigError
+from sanitize.jobs.redteam import DEFAULT_ATTACKS, RedTeamConfig, table
 
 RUNNER = CliRunner()
 
@@ -57,7 +58,7 @@ def config_file(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 def direct(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("redteam") / "run"
-    run_redteam(RedTeamConfig.model_validate(settings), out, direct=True)
+    start(RedTeamConfig.model_validate(settings), out, direct=True)
     return out
 
 
@@ -123,7 +124,7 @@ def test_prefect_changes_nothing_and_tells_what_came_out(
     emit = tasks.emit_event
     monkeypatch.setattr(tasks, "emit_event", lambda **event: emitted.append(event) or emit(**event))
     config = RedTeamConfig.model_validate(settings)
-    result = run_redteam(config, tmp_path / "run", direct=False)
+    result = start(config, tmp_path / "run", direct=False)
     assert digests(tmp_path / "run") == digests(direct)
     shown = Artifact.get("redteam-stages")  # what Prefect's page has of it
     assert shown is not None
@@ -137,7 +138,7 @@ def test_prefect_changes_nothing_and_tells_what_came_out(
 # Runs the command with one change: the process is killed when a certain stage has been called so many times.
 KILLED_IN = """
 import os, signal, sys
-from flows.run import Run
+from sanitize.jobs.run import Run
 call, seen = Run._call, [0]
 def counted(self, function, *args, **more):
     seen[0] += function.__name__ == sys.argv[1]
@@ -229,7 +230,7 @@ def test_the_trusted_are_spared_and_trusted(settings: dict[str, Any], tmp_path: 
     trusted = Path(settings["clean"]["shards"][0]).name
     pipeline = settings["clean"] | {"trusted": [trusted], "select": {"rule": {"kind": "conformal", "q": 0.1}}}
     config = RedTeamConfig.model_validate(settings | {"clean": pipeline, "repeats": 1, "require": []})
-    run_redteam(config, tmp_path / "run", direct=True)
+    start(config, tmp_path / "run", direct=True)
     case = tmp_path / "run" / "cases" / "badnets@10" / "0"
     truth = Poisoned.load(case / "10-poisoned")
     assert truth.shards == ["part-0000.tar", "trusted-0000.tar"]

@@ -10,14 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.denoise import DenoiseRunConfig, run_denoise
-from flows.robustness import RobustnessRunConfig, run_robustness
-from flows.train import TrainRunConfig, run_train
+from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.certify import PartitionConfig
 from sanitize.data.digits import Digits
 from sanitize.data.samples import ShardReader
 from sanitize.errors import ConfigError
+from sanitize.jobs.denoise import DenoiseRunConfig
+from sanitize.jobs.robustness import RobustnessRunConfig
+from sanitize.jobs.train import TrainRunConfig
 from sanitize.measure import EvasionConfig, Robustness, smallest_perturbation
 from sanitize.models.pixels import OnPixels
 from sanitize.package import open_model
@@ -35,7 +36,7 @@ def denoise_settings(digits: Digits) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def denoised(denoise_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("denoise") / "run"
-    run_denoise(DenoiseRunConfig.model_validate(denoise_settings), out, direct=True)
+    start(DenoiseRunConfig.model_validate(denoise_settings), out, direct=True)
     return out
 
 
@@ -44,7 +45,7 @@ def network(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("robustness") / "network"
     of_train = {"architecture": {"kind": "mlp", "widths": [32]}, "optim": {"epochs": 6, "learning_rate": 0.01}}
     settings = {"shards": digits.shards()[:4], "index": INDEX, "train": of_train, "compute": {"device": "cpu"}}
-    run_train(TrainRunConfig.model_validate(settings), out, direct=True)
+    start(TrainRunConfig.model_validate(settings), out, direct=True)
     return out
 
 
@@ -57,7 +58,7 @@ def test_denoising_in_groups_as_prefect_tasks_gives_the_same_digests(
     denoised: Path, denoise_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     config = DenoiseRunConfig.model_validate(denoise_settings | {"n_groups": 3})
-    run_denoise(config, tmp_path / "run", direct=False)
+    start(config, tmp_path / "run", direct=False)
     assert digests(tmp_path / "run") == digests(denoised)
 
 
@@ -100,7 +101,7 @@ def test_a_network_is_attacked_image_by_image(network: Path, digits: Digits, tmp
 def test_the_lengths_are_those_of_the_samples_they_stand_beside(network: Path, digits: Digits, tmp_path: Path) -> None:
     settings = {"model": str(network), "shards": [digits.shards()[4]], "robustness": {"n_images": 8}}
     config = RobustnessRunConfig.model_validate(settings | {"compute": {"device": "cpu"}})
-    run_robustness(config, tmp_path / "run", direct=True)
+    start(config, tmp_path / "run", direct=True)
     rows = Robustness.load(tmp_path / "run" / "75-robustness").table().to_pylist()
     model = open_model(str(network))
     images = {
@@ -126,7 +127,7 @@ def test_attacks_as_prefect_tasks_give_the_same_digests(network: Path, digits: D
     settings |= {"robustness": {"n_images": 20, "searches": 3}, "compute": {"device": "cpu"}}
     for out, direct, n_groups in (("direct", True, 1), ("prefect", False, 2)):
         config = RobustnessRunConfig.model_validate(settings | {"n_groups": n_groups})
-        run_robustness(config, tmp_path / out, direct=direct)
+        start(config, tmp_path / out, direct=direct)
     assert digests(tmp_path / "direct") == digests(tmp_path / "prefect")
 
 
@@ -135,7 +136,7 @@ def test_votes_have_no_gradient(digits: Digits, tmp_path: Path) -> None:
         {"n_partitions": 3, "group_size": 3, "steps_per_epoch": 2, "optim": {"epochs": 1, "batch_size": 16}}
     )
     settings = {"shards": digits.shards()[:2], "index": INDEX, "partition": partition, "compute": {"device": "cpu"}}
-    run_train(TrainRunConfig.model_validate(settings), tmp_path / "ensemble", direct=True)
+    start(TrainRunConfig.model_validate(settings), tmp_path / "ensemble", direct=True)
     arguments = ["robustness", str(tmp_path / "ensemble"), "--shards", digits.shards()[4], "--direct"]
     found = RUNNER.invoke(app, [*arguments, "--device", "cpu", "--out", str(tmp_path / "run")])
     assert found.exit_code == 2

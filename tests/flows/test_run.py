@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.run import Run, split
 from sanitize.compute import Compute
 from sanitize.data.digits import write_digits
+from sanitize.jobs.run import Run, split
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(1, [5]), (2, [2, 3]), (3, [1, 2, 2]), (5, [1] * 5), (9, [1] * 5), (0, [5])])

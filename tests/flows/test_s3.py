@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from flows.clean import CleanConfig, run_clean
-from flows.restore import restore, verify_run, write_again
+from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.data.tables import Selection
+from sanitize.jobs.clean import CleanConfig
+from sanitize.jobs.restore import restore, verify_run, write_again
 from sanitize.storage import create, join, names_below, read_bytes
 from tests.faulty_proxy import FAULTS
 from tests.flows.test_clean import FOLDERS
@@ -26,7 +27,7 @@ def test_a_flow_from_s3_to_s3_gives_the_digests_of_local_disk(
                 writer.write(shard.read_bytes())
         out = join(bucket, "runs/first")
         config = CleanConfig.model_validate(settings | {"shards": [join(bucket, "in")], "n_groups": 2})
-        result = run_clean(config, out, direct=False)
+        result = start(config, out, direct=False)
         assert all(proxy.injected[fault] >= 5 for fault in FAULTS), proxy.injected
         assert {name: read_manifest(join(out, name)).digest for name in FOLDERS} == {
             name: read_manifest(direct / name).digest for name in FOLDERS

@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 
-from flows.clean import CleanConfig, run_clean
-from flows.train import TrainRunConfig, run_train
+from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.data.tables import Scores
 from sanitize.embed import SimCLRConfig
 from sanitize.errors import ConfigError
+from sanitize.jobs.clean import CleanConfig
+from sanitize.jobs.train import TrainRunConfig
 from sanitize.models.checkpoint import Checkpoint
 
 SIMCLR = {
@@ -33,7 +34,7 @@ def test_cleaning_with_an_encoder_that_sees_no_labels(poisoned: Path, tmp_path: 
     }
     config = CleanConfig.model_validate(settings)
     assert isinstance(config.embedder, SimCLRConfig)
-    run_clean(config, tmp_path / "run", direct=True)
+    start(config, tmp_path / "run", direct=True)
     assert read_manifest(tmp_path / "run" / "10-embedder").recipe.stage == "pretrain_simclr"
     scores = Scores.load(tmp_path / "run" / "31-scores-neighbours")
     found = [value for shard in scores.shards for value in scores.rows(shard, ["score"])["score"].to_pylist()]
@@ -64,7 +65,7 @@ def test_prl_simclr_sn(poisoned: Path, tmp_path: Path) -> None:
         },
         "compute": {"device": "cpu"},
     }
-    result = run_train(TrainRunConfig.model_validate(settings), tmp_path / "run", direct=True)
+    result = start(TrainRunConfig.model_validate(settings), tmp_path / "run", direct=True)
     model = Checkpoint.load(result["model"])
     assert torch.linalg.matrix_norm(model.model().head.weight.detach(), 2) <= 2 * (1 + 1e-5)
     assert result["last"]["test_accuracy"] > 0.4

@@ -1,20 +1,24 @@
 """How stages become tasks."""
 
+import inspect
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from prefect import flow, task
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.importtools import import_object
 
 from flows import tasks
-from flows.runner import Ray
 from sanitize.artifacts import Artifact, Recipe, make
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
+from sanitize.jobs import JOBS
+from sanitize.jobs.runner import Ray
 from sanitize.stage import Stage
 
 
@@ -57,6 +61,16 @@ def test_one_task_at_a_time_is_on_a_gpu(
 
     both()
     assert together == {"on_gpu": 1, "on_cpu": 2}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_is_a_flow_that_a_deployment_can_name(name: str) -> None:
+    flow = import_object(f"flows.tasks.{name}_flow")  # as Prefect finds it
+    assert flow is tasks.FLOWS[name]
+    assert flow.name == name
+    assert flow.description.startswith(inspect.getdoc(JOBS[name].function).splitlines()[0])
+    assert get_type_hints(flow.fn) == {"config": JOBS[name].config, "out": str, "return": dict[str, Any]}
+    assert list(flow.parameters.properties) == ["config", "out"]
 
 
 def test_no_gpu_no_limit(compute: Compute) -> None:

@@ -14,9 +14,10 @@ import yaml
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.restore import verify_run
-from flows.train import TrainRunConfig, run_train
+from flows.start import start
 from sanitize.artifacts import read_manifest
+from sanitize.jobs.restore import verify_run
+from sanitize.jobs.train import TrainRunConfig
 from sanitize.train import RobustModel
 
 FOLDERS = ("00-index", "01-index-test", "60-model", "61-drop-scores", "80-package", "90-report")
@@ -44,7 +45,7 @@ def digests(out: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def trained(train_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("train") / "run"
-    run_train(TrainRunConfig.model_validate(train_settings), out, direct=True)
+    start(TrainRunConfig.model_validate(train_settings), out, direct=True)
     return out
 
 
@@ -52,7 +53,7 @@ def trained(train_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFac
 def test_prefect_and_direct_give_the_same_digests(
     trained: Path, train_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    result = run_train(TrainRunConfig.model_validate(train_settings), tmp_path / "run", direct=False)
+    result = start(TrainRunConfig.model_validate(train_settings), tmp_path / "run", direct=False)
     assert digests(tmp_path / "run") == digests(trained)
     assert result["last"]["epoch"] == 3
     assert result["last"]["test_accuracy"] > 0.5

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flows.clean import run_clean
 from flows.cli import app
-from flows.ingest import run_ingest
-from flows.reference import refit
-from flows.restore import config_of as clean_config
-from flows.verify_store import verify_path
+from flows.start import start
 from sanitize.data.digits import Digits
 from sanitize.errors import ArtifactError
+from sanitize.jobs.reference import refit
+from sanitize.jobs.restore import config_of as clean_config
+from sanitize.jobs.verify_store import verify_path
 from tests.flows.stores import config_of, land
 
 
@@ -29,7 +28,7 @@ def ingested(referenced: Path, digits: Digits, tmp_path_factory: pytest.TempPath
     incoming.mkdir()
     land(digits.shards()[8:10], incoming)
     (incoming / "empty.tar").write_bytes(b"")
-    result = run_ingest(config_of(incoming), str(store), direct=True)
+    result = start(config_of(incoming), str(store), direct=True)
     assert [batch["status"] for batch in result["batches"]] == ["split", "accepted"]
     return folder
 
@@ -192,21 +191,21 @@ def test_what_is_no_store_and_no_run_is_said(tmp_path: Path) -> None:
 def test_cleaning_again_over_a_shard_that_was_altered_says_so(approved: Path, tmp_path: Path, which: str) -> None:
     run = shutil.copytree(approved, tmp_path / "run")
     config = clean_config(str(run))
-    run_clean(config, run, direct=True)
+    start(config, run, direct=True)
     shard = first(run, which)
     data = bytearray(shard.read_bytes())
     data[600] ^= 1
     shard.write_bytes(data)
     with pytest.raises(ArtifactError, match=f"{shard.name} has changed since it was written"):
-        run_clean(config, run, direct=True)
+        start(config, run, direct=True)
 
 
 def test_ingesting_again_over_a_clean_shard_that_was_altered_says_so(store: Path, ingested: Path) -> None:
     incoming = ingested / "incoming"
-    assert run_ingest(config_of(incoming), str(store), direct=True)["altered"] == []
+    assert start(config_of(incoming), str(store), direct=True)["altered"] == []
     shard = first(accepted(store), "50-shards/clean/*.tar")
     shard.write_bytes(shard.read_bytes())  # written again to the same bytes
-    assert run_ingest(config_of(incoming), str(store), direct=True)["altered"] == []
+    assert start(config_of(incoming), str(store), direct=True)["altered"] == []
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
     command = ["ingest", "--store", str(store), "--shards", str(incoming), "--direct", "--device", "cpu", "-q"]
     said = CliRunner().invoke(app, command)

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flows.clean import CleanConfig, scores_folder
-from flows.verify import artifacts_of, verify_run
 from sanitize.artifacts import first_line, first_problem
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection
 from sanitize.errors import ArtifactError, SanitizeError
+from sanitize.jobs.clean import CleanConfig, scores_folder
+from sanitize.jobs.verify import artifacts_of, verify_run
 from sanitize.report import write_report
 from sanitize.select import RestoreConfig, Shards, restore_samples, write_selected
 from sanitize.storage import create, exclusive, exists, join, read_bytes

@@ -1,10 +1,8 @@
-"""Where groups of shards are worked on: `runner:` of a run. Results never depend on it; `tasks` makes it Prefect's."""
+"""Where groups of shards are worked on: `runner:` of a job. Results never depend on it; Prefect's flows read it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from sanitize.errors import LostLeaseError, StorageError
 
 
 class _Runner(BaseModel):
@@ -59,12 +57,3 @@ class Ray(_Runner):
 
 
 RunnerConfig = Annotated[Threads | Processes | Ray, Field(discriminator="kind")]
-
-
-def is_transient(_task: Any, _run: Any, state: Any) -> bool:
-    """Retry what storage does now and then; bad data or configuration will not get better.
-
-    Not in `tasks`: a worker imports the module this is in, and there that would be every job there is.
-    """
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | StorageError) and not isinstance(error, LostLeaseError)

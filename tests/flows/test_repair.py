@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import sanitize
 from flows.cli import app
-from flows.harden import HardenConfig, run_harden
+from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.attack import BadNetsConfig, Poisoned, poison_shards
 from sanitize.compute import Compute
@@ -17,6 +17,7 @@ from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ConfigError
+from sanitize.jobs.repair import RepairRunConfig
 from sanitize.loop import OptimConfig
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig
@@ -36,9 +37,9 @@ def suspect(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[C
     return train_embedder(embedder, dataset, str(home / "model"), compute), poisoned
 
 
-def settings(suspect: tuple[Checkpoint, Poisoned], digits: Digits) -> HardenConfig:
+def settings(suspect: tuple[Checkpoint, Poisoned], digits: Digits) -> RepairRunConfig:
     model, poisoned = suspect
-    return HardenConfig.model_validate(
+    return RepairRunConfig.model_validate(
         {
             "model": model.path,
             "shards": poisoned.shard_paths(),
@@ -56,13 +57,13 @@ def test_the_backdoor_is_gone_and_prefect_gives_the_same_model(
     suspect: tuple[Checkpoint, Poisoned], digits: Digits, tmp_path: Path
 ) -> None:
     config = settings(suspect, digits)
-    report = run_harden(config, tmp_path / "direct", direct=True)["repair"]
+    report = start(config, tmp_path / "direct", direct=True)["repair"]
     assert report["before"]["asr"] > 0.8
     assert report["after"]["asr"] < 0.2
     assert report["after"]["acc"] > report["before"]["acc"] - 0.05
     assert report["done"]["layers"][0]["c"] > 0, "the truth is known"
     assert report["weights_changed"]["changed"] > 0
-    run_harden(config.model_copy(update={"n_groups": 3}), tmp_path / "prefect", direct=False)
+    start(config.model_copy(update={"n_groups": 3}), tmp_path / "prefect", direct=False)
     for folder in ("60-repaired", "80-package"):
         assert read_manifest(tmp_path / "direct" / folder).digest == read_manifest(tmp_path / "prefect" / folder).digest
     images_BCHW = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
@@ -98,7 +99,7 @@ def test_a_model_that_learned_no_backdoor_is_left_as_it_is(digits: Digits, tmp_p
     model = train_embedder(embedder, dataset, str(tmp_path / "model"), compute)
     config = {"model": model.path, "shards": digits.shards()[:14]}
     config |= {"compute": {"device": "cpu"}}
-    report = run_harden(HardenConfig.model_validate(config), tmp_path / "run", direct=True)["repair"]
+    report = start(RepairRunConfig.model_validate(config), tmp_path / "run", direct=True)["repair"]
     assert report["weights_changed"]["changed"] == 0
 
 
@@ -108,7 +109,7 @@ def test_an_unknown_layer_is_refused_with_the_names_there_are(
     config = settings(suspect, digits).model_dump(mode="json")
     config["repair"]["method"]["layers"] = ["features.nothing"]
     with pytest.raises(ConfigError, match="head"):
-        run_harden(HardenConfig.model_validate(config), tmp_path / "run", direct=True)
+        start(RepairRunConfig.model_validate(config), tmp_path / "run", direct=True)
 
 
 def test_what_is_repaired_can_be_certified_in_the_same_run(
@@ -116,11 +117,11 @@ def test_what_is_repaired_can_be_certified_in_the_same_run(
 ) -> None:
     config = settings(suspect, digits).model_dump(mode="json")
     config |= {"smoothing": {"sigma": 0.05, "n": 200, "n0": 20, "max_images": 20}}
-    result = run_harden(HardenConfig.model_validate(config), tmp_path / "run", direct=True)
+    result = start(RepairRunConfig.model_validate(config), tmp_path / "run", direct=True)
     assert [of["kind"] for of in result["certificates"]] == ["smoothing"]
     assert result["certificates"][0]["samples"] == 20
     assert Path(result["report"]).exists()
     written = json.loads((Path(result["package"]) / "certificate.json").read_text())
     assert written["certificates"][0]["kind"] == "smoothing"
     with pytest.raises(ConfigError, match="test_shards"):
-        run_harden(HardenConfig.model_validate(config | {"test_shards": []}), tmp_path / "none", direct=True)
+        start(RepairRunConfig.model_validate(config | {"test_shards": []}), tmp_path / "none", direct=True)

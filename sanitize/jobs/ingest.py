@@ -12,30 +12,12 @@ claim alone still says what is in the folder of a batch, so that two processes a
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.clean import scores_folder
-from flows.landed import as_utf8, list_shards
-from flows.reference import REMEMBERED, Reference, clean_shards, load_reference
-from flows.run import Run
-from flows.runner import RunnerConfig, Threads
-from flows.store import (
-    FEED,
-    SHARDS,
-    altered_shards,
-    decide,
-    list_batches,
-    list_refused,
-    told,
-    told_refused,
-    write_feed,
-)
-from flows.unfit import is_storage, look_again, unfit_shards
-from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import refuse_inside
 from sanitize.drift import DriftConfig, check_drift, summarise_shards
@@ -43,23 +25,26 @@ from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import embed_shards
 from sanitize.entries import ClaimEntry, CommitEntry, DuplicatesEntry, Offered, Refused, RefusedEntry
 from sanitize.errors import ArtifactError, SanitizeError, StorageError
+from sanitize.jobs.clean import scores_folder
+from sanitize.jobs.job import JobConfig, job
+from sanitize.jobs.landed import as_utf8, list_shards
+from sanitize.jobs.reference import REMEMBERED, Reference, clean_shards, load_reference
+from sanitize.jobs.run import Run
+from sanitize.jobs.store import (
+    FEED,
+    SHARDS,
+    altered_shards,
+    told,
+    told_refused,
+    write_feed,
+)
+from sanitize.jobs.unfit import is_storage, look_again, unfit_shards
 from sanitize.lease import check_held
 from sanitize.ledger import Batch, Ledger, State
 from sanitize.report import ReportConfig, write_drift_report, write_report
 from sanitize.score import score_shards
 from sanitize.select import WriteConfig, judge_shards, write_selected
 from sanitize.storage import exclusive, join
-
-__all__ = [
-    "FEED",
-    "BatchConfig",
-    "IngestConfig",
-    "decide",
-    "ingest",
-    "list_batches",
-    "list_refused",
-    "run_ingest",
-]
 
 logger = logging.getLogger("sanitize.ingest")
 STATUSES: dict[str, Literal["accepted", "held"]] = {"accept": "accepted", "hold": "held", "refit": "held"}
@@ -84,7 +69,7 @@ class BatchConfig(BaseModel):
     report: ReportConfig = ReportConfig(title="New training data")
 
 
-class IngestConfig(BatchConfig):
+class IngestConfig(BatchConfig, JobConfig):
     """Sanitizing what lands; one YAML file. How samples are judged is the reference's business.
 
     Attributes:
@@ -92,56 +77,34 @@ class IngestConfig(BatchConfig):
         max_shards: of one batch; where more are new, there are several batches.
         allow_factory: a function that the reference's embedder names may be run, if an installed package holds it.
         compute: device and threads; seed and precision are always the reference's.
-        n_groups: groups of shards that are worked on side by side. Results do not depend on it.
-        runner: threads, processes or ray: where groups of shards are worked on.
     """
 
-    shards: tuple[str, ...] = Field(min_length=1)
     max_shards: int = Field(default=64, ge=1)
     allow_factory: bool = Field(default=False, exclude=True)
-    compute: Compute = Compute()
-    n_groups: int = Field(default=1, ge=1)
-    runner: RunnerConfig = Threads()
 
 
-NewRun = Callable[[str, Compute, int], Run]
-Committed = Callable[[dict[str, Any]], None]
+@job(IngestConfig, claims=False)
+def ingest(config: IngestConfig, run: Run) -> dict[str, Any]:
+    """Sanitize what has landed, batch by batch, into a store.
 
-
-def run_ingest(config: IngestConfig, store: str, direct: bool) -> dict[str, Any]:
-    """Process what is new as a Prefect flow, or with plain function calls; both give the same digests.
-
-    Raises:
-        ConfigError: there is no reference, or no folder that shards could come into.
-        StorageError: storage does not answer; run again, and it goes on.
-    """
-    if direct:
-        return ingest(config, store, Run, lambda _batch: None)
-    from flows.tasks import ingest_flow  # imports Prefect: a second that --direct need not wait for
-
-    return dict(ingest_flow(config, store))
-
-
-def ingest(config: IngestConfig, store: str, new_run: NewRun, committed: Committed) -> dict[str, Any]:
-    """The order of work: finish what was begun, list, claim and process batch by batch, tell trainers.
+    The order of work: finish what was begun, list, claim and process batch by batch, tell trainers.
 
     Args:
         config: where shards land, and the limits.
-        store: folder or URL.
-        new_run: how stages are called.
-        committed: is told of every batch that this call commits.
+        run: its folder is the store; each batch is a run in it. It is told of every batch that this call commits.
 
     Returns:
         `batches` that were committed here, and those that storage kept from it (status `claimed`); shards that were
         `refused` here; how many shards were `new`, `duplicates` or `known`; those that were `changing` while they were
         read, and those that were `unreadable`; the `feed`, and what was `altered` in it; version of the `reference`.
     """
+    store = run.out
     refuse_inside(config.shards, store)
     ledger = Ledger(store)
     load_reference(
         store, ledger.read().reference, config.allow_factory
     )  # one that is damaged is said before anything is claimed
-    work = _Work(config, store, ledger, new_run, committed, [], [])
+    work = _Work(config, run, ledger, [], [])
     for begun in ledger.read().unfinished:
         work.finish(begun)
     landed = list_shards(config.shards, ledger.read())
@@ -167,27 +130,25 @@ class _Work(NamedTuple):
     """One ingest: what it needs, the batches it has `found` an end for, and the shards it has `refused`."""
 
     config: IngestConfig
-    store: str
+    run: Run
     ledger: Ledger
-    new_run: NewRun
-    committed: Committed
     found: list[dict[str, Any]]
     refused: list[Refused]
 
     def finish(self, batch: Batch) -> str:
         """Process a batch and tell of it; its status, or "" where another process is at work on it."""
         try:
-            entry = process(batch, self.store, self.ledger, self.config, self.new_run)
+            entry = process(batch, self.ledger, self.config, self.run)
         except (StorageError, OSError) as error:
             logger.exception("batch %s: storage does not answer", batch.claim.batch)
-            self.found.append(told(self.store, batch, None, (_said(error),)))
+            self.found.append(told(self.run.out, batch, None, (_said(error),)))
             return "claimed"
         if entry is None:
             return ""
         self.refused.extend(entry.refused)
-        self.found.append(told(self.store, batch, entry))
-        write_feed(self.store, self.ledger)
-        self.committed(self.found[-1])
+        self.found.append(told(self.run.out, batch, entry))
+        write_feed(self.run.out, self.ledger)
+        self.run.note_batch(self.found[-1])
         return entry.status
 
     def claim_all(self, offered: Sequence[Offered]) -> set[Offered]:
@@ -247,14 +208,14 @@ def note_duplicates(offered: Sequence[Offered], ledger: Ledger) -> State:
     return ledger.append(decide)[1]
 
 
-def process(batch: Batch, store: str, ledger: Ledger, config: IngestConfig, new_run: NewRun) -> CommitEntry | None:
+def process(batch: Batch, ledger: Ledger, config: IngestConfig, run: Run) -> CommitEntry | None:
     """Take a claimed batch through all stages and commit what became of it; None where another process does.
 
     Raises:
         StorageError, OSError: storage does not answer; the batch stays claimed, and the next ingest goes on with it.
     """
     name = batch.claim.batch
-    folder = join(store, "batches", name)
+    folder = join(run.out, "batches", name)
     with ExitStack() as stack:
         try:
             stack.enter_context(exclusive(folder))
@@ -264,7 +225,7 @@ def process(batch: Batch, store: str, ledger: Ledger, config: IngestConfig, new_
         state = ledger.read()
         if state.batches[name].commit is not None:
             return None
-        made = _outcome(batch, state, store, folder, config, new_run)
+        made = _outcome(batch, state, folder, config, run)
 
         def decide(state: State) -> CommitEntry | None:
             check_held(folder)  # `made` may be wrong where another process has written over the files since
@@ -274,16 +235,18 @@ def process(batch: Batch, store: str, ledger: Ledger, config: IngestConfig, new_
     return made if entry is not None else None
 
 
-def _outcome(batch: Batch, state: State, store: str, folder: str, config: IngestConfig, new_run: NewRun) -> CommitEntry:
+def _outcome(batch: Batch, state: State, folder: str, config: IngestConfig, run: Run) -> CommitEntry:
     """What became of a batch, whatever happens to it short of storage that does not answer."""
     index = None
     try:
         if batch.claim.reference not in state.references:
             raise ArtifactError(f"the ledger has no reference v{batch.claim.reference:04d}, which the batch names")
-        reference = load_reference(store, state.references[batch.claim.reference], config.allow_factory)
+        reference = load_reference(run.out, state.references[batch.claim.reference], config.allow_factory)
         settings = BatchConfig.model_validate(batch.claim.settings)
         index = index_config(reference, settings)
-        return _run_batch(batch, reference, settings, index, folder, config, new_run)
+        numerics = {"seed": reference.config.compute.seed, "precision": reference.config.compute.precision}
+        inside = run.inside(f"batches/{batch.claim.batch}", config.compute.model_copy(update=numerics))
+        return _run_batch(batch, reference, settings, index, inside)
     except Exception as error:
         if is_storage(error):
             raise
@@ -314,19 +277,9 @@ def _split(batch: Batch, refused: Sequence[Refused]) -> CommitEntry:
     return CommitEntry(batch=batch.claim.batch, status="split", reasons=(reason,), refused=tuple(refused))
 
 
-def _run_batch(
-    batch: Batch,
-    reference: Reference,
-    settings: BatchConfig,
-    index: IndexConfig,
-    folder: str,
-    config: IngestConfig,
-    new_run: NewRun,
-) -> CommitEntry:
+def _run_batch(batch: Batch, reference: Reference, settings: BatchConfig, index: IndexConfig, run: Run) -> CommitEntry:
     """The order of work in a batch: index, embed, score, judge, write, remember, compare, report."""
     known = reference.config
-    numerics = {"seed": known.compute.seed, "precision": known.compute.precision}
-    run = new_run(folder, config.compute.model_copy(update=numerics), config.n_groups)
     places = {shard.name: shard.url for shard in batch.claim.shards}
     names = list(places)
     dataset = run.sharded("00-index", index_shards, names, index, places)

@@ -9,9 +9,6 @@ from typing import Any, NamedTuple, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.clean import CleanConfig, scores_folder
-from flows.restore import config_of, latest
-from flows.run import Run, save_config
 from sanitize.artifacts import copy, read_manifest
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -28,6 +25,9 @@ from sanitize.drift import (
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import EmbedConfig
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.jobs.clean import CleanConfig, scores_folder
+from sanitize.jobs.restore import config_of, latest
+from sanitize.jobs.run import Run, save_config
 from sanitize.lease import check_held
 from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
 from sanitize.models.checkpoint import Checkpoint

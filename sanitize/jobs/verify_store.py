@@ -7,12 +7,12 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from flows.reference import CONFIG, STATISTICS, version_folder
-from flows.store import FEED, SHARDS, feed_of
-from flows.verify import Verified, artifacts_of, check_artifact, check_run, nothing
 from sanitize.artifacts import MANIFEST, read_manifest
 from sanitize.entries import CleanShard, ReferenceEntry
 from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
+from sanitize.jobs.reference import CONFIG, STATISTICS, version_folder
+from sanitize.jobs.store import FEED, SHARDS, feed_of
+from sanitize.jobs.verify import Verified, artifacts_of, check_artifact, check_run, nothing
 from sanitize.ledger import Batch, Ledger, State
 from sanitize.storage import absolute, exists, fingerprint, is_local, join, names_below, read_bytes, sha256_file
 

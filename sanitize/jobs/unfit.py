@@ -7,12 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from flows.landed import as_utf8
 from sanitize.artifacts import MANIFEST
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shard
 from sanitize.entries import ClaimEntry, Offered, Refused
 from sanitize.errors import DataError, ShardError, StorageError
+from sanitize.jobs.landed import as_utf8
 from sanitize.storage import exists, fingerprint, join, sha256_file
 
 logger = logging.getLogger("sanitize.ingest")

@@ -1,12 +1,9 @@
 """What would my pipeline catch on my data? Known attacks on a sample of it, the pipeline blind, models before/after."""
 
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flows.clean import CleanConfig, Cleaned, clean
-from flows.run import Run, claimed, save_config
 from sanitize.attack import AttackConfig, CleanLabelConfig, attacks_of, poison_shards
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
@@ -14,6 +11,9 @@ from sanitize.data.names import as_markdown
 from sanitize.data.sources import find_shards
 from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ConfigError
+from sanitize.jobs.clean import CleanConfig, Cleaned, clean_inside
+from sanitize.jobs.job import job
+from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.progress import track
 from sanitize.redteam import (
@@ -103,8 +103,9 @@ class Material(NamedTuple):
     test: Dataset
 
 
+@job(RedTeamConfig, settings=lambda config: config.clean)
 def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
-    """The order of work: sample, then each case with each seed (poison, clean, train, measure), sum up, page.
+    """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page.
 
     Returns:
         Places, what was measured, and whether all requirements are met.
@@ -126,9 +127,7 @@ def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
     findings = run.stage("80-findings", sum_up, summing, cases)
     report = run.stage("90-report", write_redteam_report, findings, material.samples)
     result = findings.info | {"findings": findings.path, "report": report.url("index.html")}
-    save_config(config, run.out)
-    run.save("finished", **result)
-    return result
+    return run.finish(config, result)
 
 
 def _material(config: RedTeamConfig, run: Run) -> Material:
@@ -168,7 +167,7 @@ def _case(
         truth = run.stage("10-poisoned", poison_shards, attack, train, **how)
         shards = truth.shard_paths()
     blind = {"shards": tuple(shards), "trusted": samples.trusted(), "index": index, "compute": run.compute}
-    cleaned = clean(config.clean.model_copy(update=blind), run.inside("clean", run.compute))
+    cleaned = clean_inside(config.clean.model_copy(update=blind), run.inside("clean", run.compute))
     models = _models(cleaned, index, config, run)
     if untouched is not None:
         models["untouched"] = untouched
@@ -197,17 +196,3 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [f"\n{'met' if r['met'] else '**MISSED**'}: {as_markdown(r['text'])}" for r in result["requirements"]]
     return "\n".join(lines)
-
-
-def run_redteam(config: RedTeamConfig, out: str | Path, direct: bool) -> dict[str, Any]:
-    """Run the red team as a Prefect flow, or with plain function calls; both give the same digests.
-
-    Raises:
-        SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
-    """
-    if direct:
-        with claimed(out, config.clean.shards):
-            return redteam(config, Run(out, config.clean.compute, config.clean.groups))
-    from flows.tasks import redteam_flow  # imports Prefect: a second that --direct need not wait for
-
-    return dict(redteam_flow(config, str(out)))

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.clean import CleanConfig, clean
-from flows.run import Run
 from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.data.samples import ShardReader
 from sanitize.data.sources import find_shards
 from sanitize.data.writer import shard_writer
 from sanitize.embed import EmbedderConfig
 from sanitize.errors import DataError
+from sanitize.jobs.clean import CleanConfig, clean_inside
+from sanitize.jobs.run import Run
 from sanitize.select import trusted_shards
 from sanitize.storage import fingerprint
 
@@ -153,7 +153,7 @@ def _try(
 
     make(Artifact, scratch / "in", Recipe(stage="plan"), write)
     run = MeasuredRun(scratch / "run", config.compute)
-    clean(_tried(config, scratch / "in", bool(trusted)), run)
+    clean_inside(_tried(config, scratch / "in", bool(trusted)), run)
     return run, sum(counts), sum(sizes) / max(1, sum(counts))
 
 

@@ -1,10 +1,9 @@
 """The demo: real digits, a planted backdoor, the clean flow, and a model trained before and after."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.clean import CleanConfig, run_clean
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -12,6 +11,8 @@ from sanitize.data.digits import write_digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Selection
 from sanitize.embed import EmbedderConfig, train_embedder
+from sanitize.jobs.clean import CleanConfig
+from sanitize.jobs.job import run_job
 from sanitize.loop import OptimConfig
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig
@@ -23,15 +24,21 @@ MODEL = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32, 64)), optim=Op
 N_HELD_OUT = 2  # shards no model is trained on; their untouched originals are the test set
 
 
-def demo(out: Path, seed: int, direct: bool) -> dict[str, Any]:
-    """Plant a backdoor, clean, and measure; everything is written below `out`."""
+def demo(out: Path, seed: int, run: Callable[[CleanConfig, str], dict[str, Any]] = run_job) -> dict[str, Any]:
+    """Plant a backdoor, clean, and measure; everything is written below `out`.
+
+    Args:
+        out: a folder.
+        seed: of every random choice.
+        run: runs the job of cleaning, given its config and its run folder.
+    """
     compute = Compute(seed=seed, device="cpu")
     digits = write_digits(str(out / "digits"), compute)
     honest = _index(digits.shards(), out / "index", compute)
     poisoned = poison_shards(ATTACK, honest, str(out / "poisoned"), compute)
 
     config = CleanConfig(shards=tuple(poisoned.shard_paths()), embedder=MODEL, compute=compute)
-    result = run_clean(config, out / "clean", direct)
+    result = run(config, str(out / "clean"))
 
     test = _index(digits.shards()[-N_HELD_OUT:], out / "index-test", compute)
     models = compute.model_copy(update={"seed": seed + 1})  # not the suspect model: fresh ones, as a user would train

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from flows.reference import approval
 from sanitize.artifacts import altered
 from sanitize.entries import CommitEntry, Decision, DecisionEntry, Refused, RetryEntry
 from sanitize.errors import ConfigError, StorageError
+from sanitize.jobs.reference import approval
 from sanitize.ledger import Batch, Ledger, State
 from sanitize.storage import create, exclusive, exists, is_local, join, read_bytes
 

@@ -1,4 +1,4 @@
-"""A run folder, and a way of calling stages: directly here, as Prefect tasks in `tasks`."""
+"""A run folder, and a way of calling stages: plain function calls here; a subclass may call them in another."""
 
 import json
 import logging
@@ -68,6 +68,15 @@ class Run:
 
         self._note_given(inputs)
         return first_before_others(lambda: self._timed(folder, function, call))
+
+    def finish(self, config: BaseModel, result: dict[str, Any]) -> dict[str, Any]:
+        """Write the config and the last `run.json`, with the result in it; returns the result."""
+        save_config(config, self.out)
+        self.save("finished", **result)
+        return result
+
+    def note_batch(self, batch: dict[str, Any]) -> None:
+        """Called by `ingest` with what became of a batch, as soon as that is certain; here nobody is told."""
 
     def _note_given(self, inputs: Sequence[Any]) -> None:
         """Remember artifacts that no stage of this run made, so that `sanitize verify` knows where they are from."""

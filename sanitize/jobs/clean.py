@@ -1,17 +1,12 @@
 """The main job: shards nobody can vouch for in, clean shards, quarantine and a report out."""
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from flows.run import Run, claimed, save_config
-from flows.runner import RunnerConfig, Threads
-from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.index import IndexConfig, bad_shards, index_shards
+from sanitize.data.index import bad_shards, index_shards
 from sanitize.data.sources import find_shards
 from sanitize.data.tables import Embeddings, Scores, Selection
 from sanitize.embed import (
@@ -23,6 +18,8 @@ from sanitize.embed import (
     train_embedder,
 )
 from sanitize.errors import ConfigError
+from sanitize.jobs.job import RunConfig, job
+from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import Report, ReportConfig, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
@@ -37,36 +34,25 @@ from sanitize.select import (
 )
 
 
-class CleanConfig(BaseModel):
+class CleanConfig(RunConfig):
     """One cleaning run; one YAML file.
 
     Attributes:
-        shards: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
-        trusted: those of them that the user vouches for, by name, place or glob: nothing in them is removed, no scorer
+        trusted: shards that the user vouches for, by name, place or glob: nothing in them is removed, no scorer
             is fitted on them, and rule `conformal` compares with them.
         scorers: one or more, each of another kind; their rules are in `select`.
         index, embed, select, write, report: one section a stage.
         embedder: of kind classifier (the suspect model) or simclr. The latter sees no labels, so it is for `neighbours`
             (`embedding: penultimate, windows: 1`), not for toxic_direction.
-        compute: device, precision, seed, threads.
-        runner: threads, processes or ray: where groups of shards are worked on.
-        n_groups: groups of shards that are worked on side by side; None takes one a CPU core. Results do not depend
-            on it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shards: tuple[str, ...] = Field(min_length=1)
     trusted: tuple[str, ...] = ()
-    index: IndexConfig = IndexConfig()
     embedder: AnyEmbedderConfig = EmbedderConfig()
     embed: EmbedConfig = EmbedConfig()
     scorers: tuple[ScorerConfig, ...] = Field(default=(ToxicDirectionConfig(),), min_length=1)
     select: SelectConfig = SelectConfig()
     write: WriteConfig = WriteConfig()
     report: ReportConfig = ReportConfig()
-    compute: Compute = Compute()
-    runner: RunnerConfig = Threads()
     n_groups: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -84,11 +70,6 @@ class CleanConfig(BaseModel):
             )
         return self
 
-    @property
-    def groups(self) -> int:
-        """`n_groups`, resolved."""
-        return self.n_groups or os.cpu_count() or 1
-
 
 EMBEDDERS: dict[str, Callable[..., Checkpoint]] = {"classifier": train_embedder, "simclr": pretrain_simclr}
 
@@ -104,8 +85,18 @@ class Cleaned(NamedTuple):
     report: Report
 
 
-def clean(config: CleanConfig, run: Run) -> Cleaned:
-    """The order of work, written once: index, embed, score, select, write, report."""
+@job(CleanConfig)
+def clean(config: CleanConfig, run: Run) -> dict[str, Any]:
+    """Clean shards: index, embed, score, select, write, report.
+
+    Returns:
+        The `summary` of the run.
+    """
+    return summary(clean_inside(config, run))
+
+
+def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
+    """The same for jobs that clean on their way, with the artifacts."""
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
     dataset = run.sharded("00-index", index_shards, names, config.index, config.shards)
@@ -116,8 +107,7 @@ def clean(config: CleanConfig, run: Run) -> Cleaned:
     shards = run.sharded("50-shards", write_selected, names, config.write, dataset, selection)
     report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards)
     cleaned = Cleaned(dataset, embedder, scores, selection, shards, report)
-    save_config(config, run.out)
-    run.save("finished", **summary(cleaned))
+    run.finish(config, summary(cleaned))
     return cleaned
 
 
@@ -129,23 +119,6 @@ def _score(config: ScorerConfig, embeddings: Embeddings, trusted: Sequence[str],
 def scores_folder(config: ScorerConfig) -> str:
     """Where a run has the scores of a scorer."""
     return f"31-scores-{config.kind}"
-
-
-def run_clean(config: CleanConfig, out: str | Path, direct: bool) -> dict[str, Any]:
-    """Run the job as a Prefect flow, or with plain function calls; both give the same digests.
-
-    Returns:
-        The `summary` of the run.
-
-    Raises:
-        SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
-    """
-    if direct:
-        with claimed(out, config.shards):
-            return summary(clean(config, Run(out, config.compute)))
-    from flows.tasks import clean_flow  # imports Prefect: a second that --direct need not wait for
-
-    return dict(clean_flow(config, str(out)))
 
 
 def summary(cleaned: Cleaned) -> dict[str, Any]:

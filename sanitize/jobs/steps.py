@@ -1,0 +1,47 @@
+"""Steps that several jobs share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sanitize.certify import Certificates
+from sanitize.data.dataset import Dataset
+from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.sources import find_shards
+from sanitize.jobs.run import Run
+from sanitize.models.checkpoint import Checkpoint, ModelConfig
+from sanitize.package import PACKAGE, package_model
+from sanitize.report import write_certificate_report
+
+
+def index_found(folder: str, sources: Sequence[str], index: IndexConfig, run: Run) -> Dataset:
+    """The index of all shards that are found at `sources`."""
+    return run.sharded(folder, index_shards, list(find_shards(sources)), index, sources)
+
+
+def index_more(
+    folder: str, sources: Sequence[str], changed: dict[str, Any], index: IndexConfig, dataset: Dataset, run: Run
+) -> Dataset | None:
+    """Other shards, indexed like those of `dataset`: their images have its size, their labels are of its classes.
+
+    None where there are none.
+    """
+    if not sources:
+        return None
+    image = index.image.model_copy(update={"size": dataset.image_shape[1:]})
+    same = index.model_copy(update={"n_classes": dataset.n_classes, "image": image} | changed)
+    return index_found(folder, sources, same, run)
+
+
+def as_the_model_sees(index: IndexConfig, model: ModelConfig) -> IndexConfig:
+    """The same, with the image size, channels and classes of the model."""
+    channels, height, width = model.image_shape
+    image = index.image.model_copy(update={"size": (height, width), "channels": channels})
+    return index.model_copy(update={"n_classes": model.n_classes, "image": image})
+
+
+def packaged(model: Checkpoint, certificates: Sequence[Certificates], run: Run) -> dict[str, Any]:
+    """The last steps of jobs that end in certificates: package and page; their places, and what is proved."""
+    package = run.stage(PACKAGE, package_model, model, certificates=certificates)
+    report = run.stage("90-report", write_certificate_report, package)
+    proved = package.read_json("certificate.json")["certificates"]
+    return {"package": package.path, "certificates": proved, "report": report.url("index.html")}

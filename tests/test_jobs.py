@@ -1,0 +1,71 @@
+"""Jobs are declared once, on one base config, and know nothing of Prefect; no import ring is left."""
+
+import inspect
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, get_type_hints
+
+import grimp
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from sanitize.compute import Compute
+from sanitize.jobs import JOBS, CleanConfig, Job, JobConfig, RedTeamConfig, run_job
+from sanitize.jobs.job import job, job_of
+from sanitize.jobs.run import Run
+
+every_job = pytest.mark.parametrize("declared", JOBS.values(), ids=JOBS.keys())
+
+
+def test_no_module_imports_another_in_a_ring() -> None:
+    """Imports inside of functions count too."""
+    graph = grimp.build_graph("sanitize", "flows", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert "sanitize.jobs.clean" in imports["sanitize.jobs.redteam"]
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_importing_the_jobs_does_not_import_prefect() -> None:
+    code = "import sys, sanitize.jobs; print(sorted({'flows', 'prefect', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+@every_job
+def test_a_job_has_a_file_of_its_name_and_takes_its_config(declared: Job) -> None:
+    assert declared.function.__module__ == f"sanitize.jobs.{declared.name}"
+    assert list(inspect.signature(declared.function).parameters) == ["config", "run"]
+    assert get_type_hints(declared.function) == {"config": declared.config, "run": Run, "return": dict[str, Any]}
+    assert inspect.getdoc(declared.function)
+
+
+@every_job
+def test_settings_of_the_run_are_in_one_base_config(declared: Job) -> None:
+    clean = {"clean": {"shards": ["a.tar"]}}
+    given = clean if declared.config is RedTeamConfig else {"shards": ["a.tar"]}
+    needed = {"model": "model"} if "model" in declared.config.model_fields and declared.name != "redteam" else {}
+    needed |= {"denoise": {"dims": 1}} if declared.name == "denoise" else {}
+    settings = declared.settings(declared.config.model_validate(given | needed))
+    assert isinstance(settings, JobConfig)
+    assert settings.sources == ("a.tar",)
+    assert settings.groups >= 1
+    assert job_of(declared.config.model_validate(given | needed)) is declared
+    with pytest.raises(ValidationError):
+        declared.config.model_validate(given | needed | {"nothing_of_the_kind": 1})
+
+
+def test_a_job_is_declared_once_and_says_where_its_settings_are() -> None:
+    def clean(config: CleanConfig, run: Run) -> dict[str, Any]:
+        return {}
+
+    with pytest.raises(TypeError, match="already"):
+        job(CleanConfig)(clean)
+    with pytest.raises(TypeError, match="settings of the run"):
+        job(BaseModel)
+    with pytest.raises(TypeError, match="no job takes a Compute"):
+        run_job(Compute(), "nowhere")
+    assert JOBS["clean"].function is not clean

@@ -1,4 +1,4 @@
-"""Orchestration: which stage runs when. No mathematics, and Prefect only in `tasks`."""
+"""Prefect and the command line: stages as tasks, jobs as flows. Only `tasks` imports Prefect."""
 
 import logging
 import os

@@ -3,7 +3,6 @@
 from typing import Any
 
 from sanitize.certify import CertifySmoothingConfig, certify_partitions, certify_smoothing
-from sanitize.data.sources import find_shards
 from sanitize.jobs.job import ModelRunConfig, job
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import as_the_model_sees, index_found, packaged
@@ -31,9 +30,10 @@ def certify(config: CertifyRunConfig, run: Run) -> dict[str, Any]:
     """
     model = open_model(config.model, config.allow_factory)
     dataset = index_found("00-index", config.shards, as_the_model_sees(config.index, model.config), run)
-    shards = list(find_shards(config.shards))
     if model.config.n_networks > 1:
-        certificates = run.sharded("70-certificates", certify_partitions, shards, model, dataset)
+        certificates = run.sharded("70-certificates", certify_partitions, dataset.shards, model, dataset)
     else:
-        certificates = run.sharded("70-certificates", certify_smoothing, shards, config.smoothing, model, dataset)
+        certificates = run.sharded(
+            "70-certificates", certify_smoothing, dataset.shards, config.smoothing, model, dataset
+        )
     return run.finish(config, packaged(model, [certificates], run))

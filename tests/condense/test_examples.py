@@ -13,7 +13,7 @@ from sanitize.condense import CondenseConfig, CondensedSet, MatchingConfig, Siam
 from sanitize.data.dataset import Dataset
 from sanitize.models.instance_convnet import InstanceConvNetConfig
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("train_on_*.py"))
 NEEDS = {"train_on_condensed_lightning": "lightning", "train_on_condensed_datasets": "datasets"}
 every_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 

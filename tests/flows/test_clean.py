@@ -154,7 +154,10 @@ def test_settings_that_cannot_work_are_refused_at_the_door(more: dict[str, Any],
 
 
 @pytest.mark.prefect
-@pytest.mark.parametrize(("groups", "runner"), [(1, "threads"), (2, "processes"), (5, "threads")])
+@pytest.mark.parametrize(
+    ("groups", "runner"),
+    [(1, "threads"), pytest.param(2, "processes", marks=pytest.mark.slow), (5, "threads")],
+)
 def test_groups_order_runner_and_prefect_change_nothing(
     direct: Path,
     settings: dict[str, Any],

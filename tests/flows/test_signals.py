@@ -37,6 +37,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def new(*arguments: Any, **more: Any) -> subprocess.Popen[str]:
         command = [sys.executable, *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        more.setdefault("preexec_fn", hear_signals)
         started.append(subprocess.Popen(command, env=env, start_new_session=True, **pipes, **more))
         return started[-1]
 
@@ -46,6 +47,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
             if is_running(pid):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
+
+
+def hear_signals() -> None:
+    """A shell lets what it starts in the background ignore SIGINT; the tests may run there."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 240) -> None:
@@ -61,6 +68,14 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def wait_for_end(pids: list[int]) -> None:
+    """Processes of a process that has ended: the last of them may still be at its last step."""
+    deadline = time.monotonic() + SOON
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def ended(process: subprocess.Popen[str], seconds: float = SOON) -> tuple[int, str, str]:
@@ -144,7 +159,7 @@ def test_children_and_temporary_files_go_too(start: Start) -> None:
     family = _descendants(process.pid)
     process.send_signal(signal.SIGINT)
     assert ended(process)[0] == 130
-    assert not any(map(is_running, family))
+    wait_for_end(family)
     assert not folder.exists()
 
 
@@ -169,7 +184,7 @@ def test_ctrl_c_in_a_terminal_leaves_workers_no_time_to_complain(start: Start, t
     family = _descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     assert ended(process) == (130, "", INTERRUPTED + "\n")
-    assert not any(map(is_running, family))  # the pipes are closed, so the last has ended
+    wait_for_end(family)
 
 
 def test_of_the_processes_of_torchrun_the_first_speaks(start: Start) -> None:

@@ -51,7 +51,10 @@ MOST_GROWTH = 1.10
 COMPUTE = Compute(device="cpu")
 INDEX = IndexConfig(n_classes=N_CLASSES, image=ImageConfig(channels=1))
 SCORERS = {
-    "toxic_direction": (ToxicDirectionConfig(embedding="pooled", witness=None), SelectConfig(rule=SeparationRule())),
+    "toxic_direction": (
+        ToxicDirectionConfig(embedding="pooled", label_check=None),
+        SelectConfig(rule=SeparationRule()),
+    ),
     "spectral": (SpectralConfig(embedding="pooled"), SelectConfig(rule=ContaminationRule(rate=0.05))),
 }
 STAGES = ["index_shards"]

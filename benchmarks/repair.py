@@ -65,10 +65,10 @@ from sanitize.repair import (
     FinePruningConfig,
     FineTuningConfig,
     IBAUConfig,
-    Material,
     NADConfig,
     NeuralCleanseConfig,
     Repaired,
+    RepairInputs,
     RepairMethod,
     in_memory,
     split_clean,
@@ -186,7 +186,7 @@ def run(setting: Setting, attack: str, seed: int, device: str = "cpu") -> list[d
     _train(model, config, poisoned, given, setting.optim, compute)
     spare = images[setting.n_train :], labels[setting.n_train :]
     clean = split_clean(*(of[: setting.n_clean] for of in spare), 0.2, compute.generator("held out"))
-    material = Material(config, in_memory(poisoned, given, truth_N), clean)
+    inputs = RepairInputs(config, in_memory(poisoned, given, truth_N), clean)
 
     def measured(network: nn.Module) -> dict[str, float]:
         return _acc_asr(network, config, attack, test, test_labels, compute)
@@ -203,7 +203,7 @@ def run(setting: Setting, attack: str, seed: int, device: str = "cpu") -> list[d
     rows = [common | {"method": "none"} | before | after_tuning | {"tuning_seconds": time.perf_counter() - start}]
     for name in setting.methods:
         start = time.perf_counter()
-        repaired = METHODS[name].repair(model, material, compute)
+        repaired = METHODS[name].repair(model, inputs, compute)
         seconds = time.perf_counter() - start
         row = common | {"method": name, "seconds": seconds, "acc_lost": before["acc"]} | measured(repaired.model)
         row["acc_lost"] -= row["acc"]
@@ -372,8 +372,8 @@ def timing(n_images: int, device: str) -> tuple[list[dict[str, Any]], list[str]]
     # Everything is removed, poison or not, so that all of the repair is measured.
     repair = DRRConfig(search="third_moment", tau=1e-6, n_starts=2, n_steps=10)
     repaired: list[Repaired] = []
-    material = Material(config, in_memory(images, labels))
-    of_drr = seconds(lambda: repaired.append(repair.repair(model, material, compute)))
+    inputs = RepairInputs(config, in_memory(images, labels))
+    of_drr = seconds(lambda: repaired.append(repair.repair(model, inputs, compute)))
     search = repaired[0].seconds["search"]
     rows.append({"what": "a forward pass of ResNet-18", "images": n_images, "seconds": of_pass})
     rows.append({"what": "DRR, all of it", "images": n_images, "seconds": of_drr, "times": of_drr / of_pass})
@@ -381,7 +381,7 @@ def timing(n_images: int, device: str) -> tuple[list[dict[str, Any]], list[str]]
     model, config = network(VGGConfig())
     clean = split_clean(images[:N_CLEAN], labels[:N_CLEAN], 0.2, compute.generator("held out"))
     unlearn = IBAUConfig(rounds=3, patience=3)
-    of_round = seconds(lambda: unlearn.repair(model, Material(config, None, clean), compute)) / unlearn.rounds
+    of_round = seconds(lambda: unlearn.repair(model, RepairInputs(config, None, clean), compute)) / unlearn.rounds
     tuning = TUNING.model_copy(update={"epochs": 3})
     tuned = clean.images_NCHW, clean.labels_N
     of_epoch = seconds(lambda: _train(deepcopy(model), config, *tuned, tuning, compute)) / tuning.epochs

@@ -27,7 +27,7 @@ import safetensors.torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from sanitize.distributed import first_before_others, said_by_first, world
+from sanitize.distributed import broadcast, rank0_first, world
 from sanitize.errors import ArtifactError, DataError
 from sanitize.storage import (
     HashingWriter,
@@ -267,7 +267,7 @@ class Part:
         self.write(name, json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
 
 
-class Workshop:
+class ArtifactBuilder:
     """An artifact in the making: its files, and in `.NAME.partial` the records of the parts that are finished."""
 
     def __init__(self, out: str, recipe: Recipe, sources: dict[str, dict[str, str | int]]) -> None:
@@ -407,7 +407,7 @@ def make(
     *,
     parts: Sequence[str] = (),
     write_part: Callable[[str, Part], None] | None = None,
-    finish: Callable[[Part, Workshop], None] | None = None,
+    finish: Callable[[Part, ArtifactBuilder], None] | None = None,
     only: Sequence[str] | None = None,
     sources: dict[str, dict[str, str | int]] | None = None,
 ) -> A:
@@ -432,7 +432,7 @@ def make(
         return found
     if is_local(out):
         local_path(out).parent.mkdir(parents=True, exist_ok=True)
-    workshop = Workshop(out, recipe, sources or {})
+    workshop = ArtifactBuilder(out, recipe, sources or {})
     for name in parts if only is None else only:
         if write_part is not None and not workshop.has(name):
             with workshop.part(name) as part:
@@ -457,10 +457,10 @@ def make_together(
     rank, size = world()
     if size > 1:
         recipe = recipe.model_copy(update={"numerics": recipe.numerics | {"processes": size}})
-    is_missing = said_by_first(not exists(join(out, MANIFEST)))
+    is_missing = broadcast(not exists(join(out, MANIFEST)))
     if rank > 0 and is_missing:
         work()
-    return first_before_others(lambda: make(kind, out, recipe, lambda part: write(part, work())))
+    return rank0_first(lambda: make(kind, out, recipe, lambda part: write(part, work())))
 
 
 def _finished(kind: type[A], out: str, recipe: Recipe, sources: dict[str, dict[str, str | int]] | None) -> A | None:

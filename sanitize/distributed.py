@@ -57,7 +57,7 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
     if world()[1] > 1:
         dist.all_reduce(torch.zeros(1))  # unlike `dist.barrier` on the CPU, where all of them have gloo
@@ -72,18 +72,18 @@ def by_process(value: Tensor) -> list[Tensor]:
     return values
 
 
-def first_before_others(work: Callable[[], T]) -> T:
+def rank0_first(work: Callable[[], T]) -> T:
     """Let the first process work alone; when it is done the others do the same, and find what it made."""
     rank, _ = world()
     if rank > 0:
-        meet()
+        barrier()
     result = work()
     if rank == 0:
-        meet()
+        barrier()
     return result
 
 
-def said_by_first(answer: bool) -> bool:
+def broadcast(answer: bool) -> bool:
     """The first process's answer, in all of them."""
     said = torch.tensor(answer, dtype=torch.int32)
     if world()[1] > 1:

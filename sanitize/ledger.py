@@ -41,7 +41,6 @@ from sanitize.errors import ArtifactError, ConfigError, DataError
 from sanitize.storage import create_new, is_local, join, names_below, open_read
 
 __all__ = [
-    "Batch",
     "ClaimEntry",
     "CleanShard",
     "CommitEntry",
@@ -49,6 +48,7 @@ __all__ = [
     "DecisionEntry",
     "DuplicatesEntry",
     "Entry",
+    "IngestBatch",
     "Ledger",
     "Offered",
     "ReferenceEntry",
@@ -63,7 +63,7 @@ MAX_ENTRY_BYTES = 1 << 30  # a reference from a million shards has half of that
 Status = Literal["claimed", "accepted", "held", "failed", "split"]
 
 
-class Batch(BaseModel):
+class IngestBatch(BaseModel):
     """A batch as the log has it so far."""
 
     claim: ClaimEntry
@@ -108,7 +108,7 @@ class State:
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.n_entries = 0
         self.references: dict[int, ReferenceEntry] = {}
-        self.batches: dict[str, Batch] = {}
+        self.batches: dict[str, IngestBatch] = {}
         self.seen: dict[Fingerprint, str] = {}
         self.taken: set[str] = set()
         self.refused: dict[tuple[str, str], Refused] = {}
@@ -159,7 +159,7 @@ class State:
             raise ArtifactError(f"batch {entry.batch} is {batch.status}; it cannot be {entry.decision}")
 
     def _add_claim(self, entry: ClaimEntry) -> None:
-        self.batches[entry.batch] = Batch(claim=entry)
+        self.batches[entry.batch] = IngestBatch(claim=entry)
         self._take(entry.shards)
         for shard in entry.shards:
             self.refused.pop((shard.url, ""), None)
@@ -204,7 +204,7 @@ class State:
         return self.references[max(self.references)]
 
     @property
-    def unfinished(self) -> list[Batch]:
+    def unfinished(self) -> list[IngestBatch]:
         """Claimed and not committed, the oldest first."""
         return [batch for batch in self.batches.values() if batch.commit is None]
 
@@ -232,7 +232,7 @@ class State:
             if what and (what in (shard.url, shard.url.rpartition("/")[2]) or shard.sha256.startswith(what))
         ]
 
-    def find(self, name: str) -> Batch:
+    def find(self, name: str) -> IngestBatch:
         """The batch whose name begins like that. Raises ConfigError where it is not one."""
         found = [batch for of_batch, batch in self.batches.items() if of_batch.startswith(name)]
         if len(found) != 1 or not name:

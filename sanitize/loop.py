@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sanitize.compute import Compute
-from sanitize.distributed import add_gradients, by_process, meet, share, total, weighted, world
+from sanitize.distributed import add_gradients, barrier, by_process, share, total, weighted, world
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.snapshots import Snapshot, Snapshots, below, optimizer_state, prefixed, restore_optimizer
 
@@ -54,7 +54,7 @@ class OptimConfig(BaseModel):
     compile: bool = False
 
 
-class Batch(NamedTuple):
+class TrainBatch(NamedTuple):
     """What one step learns from, on the device.
 
     Attributes:
@@ -81,13 +81,13 @@ class Step(NamedTuple):
     sums: dict[str, Tensor]
 
 
-Objective = Callable[[nn.Module, Batch, int], Step]  # the network, the batch, how many epochs are finished
+Objective = Callable[[nn.Module, TrainBatch, int], Step]  # the network, the batch, how many epochs are finished
 
 
 def cross_entropy(compute: Compute) -> Objective:
     """The plain objective: every sample counts, and its label is true."""
 
-    def objective(model: nn.Module, batch: Batch, _epoch: int) -> Step:
+    def objective(model: nn.Module, batch: TrainBatch, _epoch: int) -> Step:
         with compute.autocast():
             logits_BK = model(batch.x_B)
             loss = nn.functional.cross_entropy(logits_BK.float(), batch.y_B)
@@ -151,7 +151,7 @@ def train(
     noise = compute.generator("loop", "noise", world()[0], device=device)
     noise_sd = config.noise_sd * (torch.ones(()) if unit is None else unit).to(device)
     at = _Training(model, config, config.epochs * steps_per_epoch, {**(carried or {}), "noise": noise})
-    meet()  # the first process has made the folder of the snapshots, and taken out what another recipe left there
+    barrier()  # the first process has made the folder of the snapshots, and taken out what another recipe left there
     if snapshots is not None and (snapshot := snapshots.load()) is not None:
         at.restore(snapshot)
         on_step((at.epoch * steps_per_epoch + at.sums.n_steps) * config.batch_size)
@@ -162,7 +162,7 @@ def train(
             x_B = _layout(transform(x_B))
             if config.noise_sd:
                 x_B = x_B + noise_sd * torch.randn(x_B.shape, generator=noise, device=device)
-            batch = Batch(x_B, *others)
+            batch = TrainBatch(x_B, *others)
             step = objective(network, batch, number)
             at.step(step.loss)
             at.sums.add(step, batch)
@@ -253,7 +253,7 @@ class _Sums:
         self.tensors = tensors or {}
         self.n_seen = self.n_steps = 0
 
-    def add(self, step: Step, batch: Batch) -> None:
+    def add(self, step: Step, batch: TrainBatch) -> None:
         if not self.tensors:
             zero = torch.zeros((), device=step.loss.device)
             self.tensors = {f"sum.{name}": zero.clone() for name in step.sums} | {"bad_step": zero - 1}

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
-from sanitize.artifacts import Artifact, Part, Recipe, Workshop, make, make_together
+from sanitize.artifacts import Artifact, ArtifactBuilder, Part, Recipe, make, make_together
 from sanitize.compute import Compute
 from sanitize.progress import track
 
@@ -55,7 +55,7 @@ class Work(NamedTuple):
     write: Callable[[Part], None] | None = None
     parts: Sequence[str] = ()
     write_part: Callable[[str, Part, Advance], None] | None = None
-    finish: Callable[[Part, Workshop], None] | None = None
+    finish: Callable[[Part, ArtifactBuilder], None] | None = None
     fit: Callable[[], Any] | None = None
     write_fitted: Callable[[Part, Any], None] | None = None
     sources: dict[str, dict[str, str | int]] | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sanitize.artifacts import MANIFEST, Artifact, Part, Recipe, Workshop, make, read_manifest, verify
+from sanitize.artifacts import MANIFEST, Artifact, ArtifactBuilder, Part, Recipe, make, read_manifest, verify
 from sanitize.errors import ArtifactError
 
 RECIPE = Recipe(stage="count", config={"deep": {"q": 0.1}}, numerics={"seed": 0}, inputs={"data": "abc"})
@@ -23,7 +23,7 @@ def write_part(name: str, part: Part) -> None:
     part.counts["samples"] += len(name)
 
 
-def finish(part: Part, workshop: Workshop) -> None:
+def finish(part: Part, workshop: ArtifactBuilder) -> None:
     total = b"".join(workshop.read(f"rows/{name}.txt") for name in PARTS)
     part.write("total.txt", total)
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from sanitize.artifacts import Part, Workshop
+from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.attack.clean_label import CleanLabelConfig
 from sanitize.attack.several import AttackConfig, OneAttack, attacks_of
 from sanitize.attack.stored import OnStored, stored_image
@@ -56,7 +56,7 @@ def poison_shards(
     compute: Compute,
     shards: Sequence[str] | None = None,
     surrogate: Checkpoint | None = None,
-    spared: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Work:
     """Write a poisoned copy of a data set, with the truth.
 
@@ -67,7 +67,7 @@ def poison_shards(
         compute: seed of the choice of samples and of random labels; device of the surrogate.
         shards: names of the shards to do now; None does all that are missing and finishes.
         surrogate: a network trained on such images, for clean-label attacks alone.
-        spared: names of shards in which nothing is poisoned; their samples count for the rate.
+        exclude: names of shards in which nothing is poisoned; their samples count for the rate.
 
     Raises:
         ConfigError: an attack asks for more samples than are eligible, its target is no class, or a surrogate is
@@ -83,7 +83,7 @@ def poison_shards(
         if unread_suffix(shard):
             return  # nothing was read, and a file of ours must be what its name says
         if not chosen:
-            chosen.update(choose(config, dataset, compute, spared))
+            chosen.update(choose(config, dataset, compute, exclude))
         rows = []
         with shard_writer(part, f"shards/{shard}") as tar:
             for sample, row in dataset.samples(shard):
@@ -96,16 +96,16 @@ def poison_shards(
             write_rows(part, shard, pa.Table.from_pylist(rows))
         part.counts.update(samples=len(rows), poisoned=sum(row["poisoned"] for row in rows))
 
-    def finish(part: Part, _workshop: Workshop) -> None:
+    def finish(part: Part, _workshop: ArtifactBuilder) -> None:
         part.write_json("attack.json", config.model_dump(mode="json"))
 
-    settings = config.model_dump(mode="json") | ({"spared": sorted(spared)} if spared else {})
+    settings = config.model_dump(mode="json") | ({"exclude": sorted(exclude)} if exclude else {})
     bar = Bars("poison", dataset.n_samples)
     return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar, config=settings)
 
 
 def choose(
-    config: AttackConfig, dataset: Dataset, compute: Compute, spared: Sequence[str] = ()
+    config: AttackConfig, dataset: Dataset, compute: Compute, exclude: Sequence[str] = ()
 ) -> dict[str, dict[int, Choice]]:
     """Which samples are poisoned, how, and the labels they get: {shard: {position: choice}}.
 
@@ -118,7 +118,7 @@ def choose(
         candidates = [
             (compute.seed_for("attack", "choice", shard, position), shard, position, new)
             for shard, position, new in _eligible(attack, dataset, compute)
-            if position not in chosen[shard] and shard not in spared
+            if position not in chosen[shard] and shard not in exclude
         ]
         if wanted > len(candidates):
             raise ConfigError(

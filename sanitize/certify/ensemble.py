@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, Workshop
+from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.certify.partition import content_digest, partition_of
 from sanitize.certify.provenance import refuse_if_void
 from sanitize.compute import Compute
@@ -24,7 +24,7 @@ from sanitize.data.tables import EmbeddingBatch
 from sanitize.distributed import world
 from sanitize.embed.label_free import oriented_gradients
 from sanitize.errors import ConfigError
-from sanitize.loop import Batch, Objective, OptimConfig, Step, train
+from sanitize.loop import Objective, OptimConfig, Step, TrainBatch, train
 from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, refuse_misfits
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.sizes import MAX_NETWORKS
@@ -165,7 +165,7 @@ def train_partitions(
         part.write_json(f"groups/{group}.json", {"history": history, "partitions": counts})
         part.counts.update({name: sum(of[name] for of in counts) for name in ("samples", "trained_on")})
 
-    def finish(part: Part, workshop: Workshop) -> None:
+    def finish(part: Part, workshop: ArtifactBuilder) -> None:
         n_samples = workshop.counts(list(config.groups))["samples"]
         part.write_json("config.json", model_config.model_dump(mode="json"))
         part.write_json(PROVED, _proved(config, dataset, n_samples))
@@ -368,7 +368,7 @@ class PartitionBatches:
 def side_by_side(compute: Compute) -> Objective:
     """The sum over networks of each one's mean cross-entropy: every network is trained as if it were alone."""
 
-    def objective(model: nn.Module, batch: Batch, _epoch: int) -> Step:
+    def objective(model: nn.Module, batch: TrainBatch, _epoch: int) -> Step:
         with compute.autocast():
             logits_BMK = model(batch.x_B).float()
         logits_NK, labels_N = logits_BMK.flatten(0, 1), batch.y_B.flatten()

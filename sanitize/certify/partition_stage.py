@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from sanitize.artifacts import Part, Workshop
+from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.certify.certificates import Certificates
 from sanitize.certify.ensemble import PROVED
 from sanitize.certify.partition import certified_poisons
@@ -53,7 +53,7 @@ def certify_partitions(
             write_rows(part, shard, pa.concat_tables(tables))
         part.counts.update(samples=sum(map(len, tables)))
 
-    def finish(part: Part, _workshop: Workshop) -> None:
+    def finish(part: Part, _workshop: ArtifactBuilder) -> None:
         part.write_json("certificate.json", proved)
 
     bar = Bars("certify", dataset.n_samples)

@@ -10,12 +10,12 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from sanitize.artifacts import Part, Workshop, partial_of
+from sanitize.artifacts import ArtifactBuilder, Part, partial_of
 from sanitize.certify.certificates import Certificates
 from sanitize.certify.smoothing import SmoothingConfig, certify, lower_bound, radius
 from sanitize.compute import Compute
 from sanitize.data.chosen import choose_samples, read_chosen
-from sanitize.data.dataset import Batch, Dataset
+from sanitize.data.dataset import Dataset, ImageBatch
 from sanitize.data.tables import write_rows
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.models.checkpoint import Checkpoint
@@ -135,7 +135,7 @@ def certify_smoothing(
         write_rows(part, shard, pa.Table.from_pylist(rows, schema=_SCHEMA))
         part.counts.update(samples=len(rows), abstained=sum(row["prediction"] < 0 for row in rows))
 
-    def finish(part: Part, _workshop: Workshop) -> None:
+    def finish(part: Part, _workshop: ArtifactBuilder) -> None:
         part.write_json("certificate.json", _proved(config, compute))
 
     n_images = min(config.max_images or dataset.n_samples, dataset.n_samples)
@@ -173,7 +173,7 @@ def _proved(config: CertifySmoothingConfig, compute: Compute) -> dict[str, Any]:
     }
 
 
-def _certify(model: OnPixels, group: Batch, config: SmoothingConfig, compute: Compute) -> list[dict[str, Any]]:
+def _certify(model: OnPixels, group: ImageBatch, config: SmoothingConfig, compute: Compute) -> list[dict[str, Any]]:
     try:
         found = certify(model, group.images_BCHW, config, compute)
     except NumericsError as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sanitize.compute import Compute
-from sanitize.data.dataset import Batch, Dataset
+from sanitize.data.dataset import Dataset, ImageBatch
 from sanitize.data.shuffle import usable_rows
 
 _READ_AT_ONCE = 256  # images that are decoded together
@@ -51,14 +51,14 @@ def choose_samples(dataset: Dataset, n: int | None, compute: Compute) -> Mapping
     return of_shard
 
 
-def read_chosen(dataset: Dataset, shard: str, positions: set[int], batch_size: int) -> Iterator[Batch]:
+def read_chosen(dataset: Dataset, shard: str, positions: set[int], batch_size: int) -> Iterator[ImageBatch]:
     """Those samples of a shard, at most `batch_size` at once, always the same ones together."""
     for batch in dataset.batches(_READ_AT_ONCE, [shard]):
         at = [i for i, position in enumerate(batch.positions_B.tolist()) if position in positions]
         for start in range(0, len(at), batch_size):
             group = at[start : start + batch_size]
             keys = [batch.keys[i] for i in group]
-            yield Batch(shard, batch.positions_B[group], keys, batch.labels_B[group], batch.images_BCHW[group])
+            yield ImageBatch(shard, batch.positions_B[group], keys, batch.labels_B[group], batch.images_BCHW[group])
 
 
 def chosen_images(dataset: Dataset, n: int, compute: Compute) -> ChosenImages:

@@ -28,7 +28,7 @@ _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 8  # the interpreter, which reads, cannot feed more
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """Usable samples of one shard, in its order.
 
     Attributes:
@@ -131,7 +131,7 @@ class Dataset(ShardTables):
         said = f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again"
         return ShardError(said, shard)
 
-    def batches(self, size: int, shards: Sequence[str] | None = None) -> Iterator[Batch]:
+    def batches(self, size: int, shards: Sequence[str] | None = None) -> Iterator[ImageBatch]:
         """Stream usable samples in batches of at most `size`; a batch never spans two shards.
 
         A few threads decode while the next batches are read. What is held beside the batch that is handed out: as many
@@ -175,7 +175,7 @@ class Dataset(ShardTables):
 
     def _start(
         self, shard: str, rows: pa.Table, images: Iterator[bytes], threads: "_Threads"
-    ) -> tuple[Batch, list[Future[None]]]:
+    ) -> tuple[ImageBatch, list[Future[None]]]:
         """A batch, and the calls that fill in its images, a chunk of about a mebibyte each."""
         keys, config = rows["key"].to_pylist(), ImageConfig.model_validate(self.info["image"])
         positions_B, labels_B = (torch.from_numpy(rows[name].to_numpy().copy()) for name in ("position", "label"))
@@ -190,7 +190,7 @@ class Dataset(ShardTables):
                 part = slice(start, stop)
                 calls.append(threads.submit(n_bytes, self._decode, shard, keys[part], chunk, config, images_BCHW[part]))
                 start, n_bytes, chunk = stop, 0, []
-        return Batch(shard, positions_B, keys, labels_B, images_BCHW), calls
+        return ImageBatch(shard, positions_B, keys, labels_B, images_BCHW), calls
 
     def _decode(
         self, shard: str, keys: list[str], chunk: list[bytes], config: ImageConfig, images_NCHW: Tensor

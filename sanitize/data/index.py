@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Workshop
+from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.compute import Compute
 from sanitize.data.compression import not_read, unread_suffix
 from sanitize.data.dataset import Dataset
@@ -104,7 +104,7 @@ def index_shards(
         write_rows(part, shard, table.replace_schema_metadata({"shard": json.dumps(summary)}))
         part.counts.update(summary["counts"])
 
-    def finish(part: Part, workshop: Workshop) -> None:
+    def finish(part: Part, workshop: ArtifactBuilder) -> None:
         part.write_json("dataset.json", _describe(config, list(found), workshop))
 
     return Work(
@@ -161,7 +161,7 @@ def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any
     return found | {"status": "ok"}
 
 
-def _describe(config: IndexConfig, shards: list[str], workshop: Workshop) -> dict[str, Any]:
+def _describe(config: IndexConfig, shards: list[str], workshop: ArtifactBuilder) -> dict[str, Any]:
     """Facts over all shards; the place where too much bad data stops the run."""
     labels: Counter[int] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()

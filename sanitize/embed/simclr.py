@@ -26,7 +26,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import Resident, Streamed, buffer_bytes, shuffled
 from sanitize.distributed import weighted, world
 from sanitize.errors import ConfigError
-from sanitize.loop import Batch, Objective, OptimConfig, Step, train
+from sanitize.loop import Objective, OptimConfig, Step, TrainBatch, train
 from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, write_checkpoint
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.taps import find_taps
@@ -88,7 +88,7 @@ def contrastive(temperature: float, compute: Compute) -> Objective:
     whose views are most similar to each other.
     """
 
-    def objective(model: nn.Module, batch: Batch, _epoch: int) -> Step:
+    def objective(model: nn.Module, batch: TrainBatch, _epoch: int) -> Step:
         with compute.autocast():
             z_VD = model(batch.x_B)
         logits_VV, other_V = similarities(z_VD.float(), temperature)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sanitize import exact
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
-from sanitize.data.dataset import Batch, Dataset
+from sanitize.data.dataset import Dataset, ImageBatch
 from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
 from sanitize.embed.label_free import oriented_gradients, reduced_pixels
 from sanitize.errors import NumericsError
@@ -110,7 +110,9 @@ def _joined(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([of_block[name] for of_block in seen]) for name in seen[0]}
 
 
-def _embed(config: EmbedConfig, tapped: Tapped, batch: Batch, checkpoint: Checkpoint, compute: Compute) -> pa.Table:
+def _embed(
+    config: EmbedConfig, tapped: Tapped, batch: ImageBatch, checkpoint: Checkpoint, compute: Compute
+) -> pa.Table:
     blocks = compute.full_blocks(batch.images_BCHW, config.batch_size)
     seen = _joined([_see(config, tapped, images_bCHW, checkpoint, compute, n) for images_bCHW, n in blocks])
     columns: dict[str, pa.Array] = {

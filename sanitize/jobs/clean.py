@@ -112,7 +112,7 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
 
 
 def _score(config: ScorerConfig, embeddings: Embeddings, trusted: Sequence[str], run: Run) -> Scores:
-    fitted = run.stage(f"30-scorer-{config.kind}", fit_scorer, config, embeddings, held_out=trusted)
+    fitted = run.stage(f"30-scorer-{config.kind}", fit_scorer, config, embeddings, exclude=trusted)
     return run.sharded(scores_folder(config), score_shards, embeddings.shards, config, fitted, embeddings)
 
 

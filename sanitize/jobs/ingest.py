@@ -40,7 +40,7 @@ from sanitize.jobs.store import (
 )
 from sanitize.jobs.unfit import is_storage, look_again, unfit_shards
 from sanitize.lease import check_held
-from sanitize.ledger import Batch, Ledger, State
+from sanitize.ledger import IngestBatch, Ledger, State
 from sanitize.report import ReportConfig, write_drift_report, write_report
 from sanitize.score import score_shards
 from sanitize.select import WriteConfig, judge_shards, write_selected
@@ -135,7 +135,7 @@ class _Work(NamedTuple):
     found: list[dict[str, Any]]
     refused: list[Refused]
 
-    def finish(self, batch: Batch) -> str:
+    def finish(self, batch: IngestBatch) -> str:
         """Process a batch and tell of it; its status, or "" where another process is at work on it."""
         try:
             entry = process(batch, self.ledger, self.config, self.run)
@@ -166,7 +166,7 @@ class _Work(NamedTuple):
         return claimed
 
 
-def claim(config: IngestConfig, waiting: Sequence[Offered], ledger: Ledger) -> Batch | None:
+def claim(config: IngestConfig, waiting: Sequence[Offered], ledger: Ledger) -> IngestBatch | None:
     """The next batch of shards that nobody has, in the order in which they wait; None where all are somebody's."""
     settings = config.model_dump(mode="json", include=set(BatchConfig.model_fields))
 
@@ -183,7 +183,7 @@ def claim(config: IngestConfig, waiting: Sequence[Offered], ledger: Ledger) -> B
         return ClaimEntry(batch=name, reference=version, shards=tuple(shards.values()), settings=settings)
 
     entry, _ = ledger.append(decide)
-    return Batch(claim=entry) if isinstance(entry, ClaimEntry) else None
+    return IngestBatch(claim=entry) if isinstance(entry, ClaimEntry) else None
 
 
 def note_refused(refused: Sequence[Refused], ledger: Ledger, said: list[Refused]) -> None:
@@ -208,7 +208,7 @@ def note_duplicates(offered: Sequence[Offered], ledger: Ledger) -> State:
     return ledger.append(decide)[1]
 
 
-def process(batch: Batch, ledger: Ledger, config: IngestConfig, run: Run) -> CommitEntry | None:
+def process(batch: IngestBatch, ledger: Ledger, config: IngestConfig, run: Run) -> CommitEntry | None:
     """Take a claimed batch through all stages and commit what became of it; None where another process does.
 
     Raises:
@@ -235,7 +235,7 @@ def process(batch: Batch, ledger: Ledger, config: IngestConfig, run: Run) -> Com
     return made if entry is not None else None
 
 
-def _outcome(batch: Batch, state: State, folder: str, config: IngestConfig, run: Run) -> CommitEntry:
+def _outcome(batch: IngestBatch, state: State, folder: str, config: IngestConfig, run: Run) -> CommitEntry:
     """What became of a batch, whatever happens to it short of storage that does not answer."""
     index = None
     try:
@@ -271,13 +271,15 @@ def _said(error: Exception) -> str:
     return as_utf8(said)[:MAX_TEXT]
 
 
-def _split(batch: Batch, refused: Sequence[Refused]) -> CommitEntry:
+def _split(batch: IngestBatch, refused: Sequence[Refused]) -> CommitEntry:
     n, of_all = len(refused), len(batch.claim.shards)
     reason = f"{n} of {of_all} shards refused; the others are new again" if n < of_all else f"all {n} shards refused"
     return CommitEntry(batch=batch.claim.batch, status="split", reasons=(reason,), refused=tuple(refused))
 
 
-def _run_batch(batch: Batch, reference: Reference, settings: BatchConfig, index: IndexConfig, run: Run) -> CommitEntry:
+def _run_batch(
+    batch: IngestBatch, reference: Reference, settings: BatchConfig, index: IndexConfig, run: Run
+) -> CommitEntry:
     """The order of work in a batch: index, embed, score, judge, write, remember, compare, report."""
     known = reference.config
     places = {shard.name: shard.url for shard in batch.claim.shards}
@@ -291,7 +293,7 @@ def _run_batch(batch: Batch, reference: Reference, settings: BatchConfig, index:
         for scorer, fitted in zip(known.scorers, reference.fitted, strict=True)
     )
     judged = known.judge, dataset, scores, reference.scores
-    selection = run.stage("40-selection", judge_shards, *judged, held_out=(CALIBRATE,))
+    selection = run.stage("40-selection", judge_shards, *judged, trusted=(CALIBRATE,))
     shards = run.sharded(SHARDS, write_selected, names, settings.write, dataset, selection)
     read = known.statistics, dataset, embeddings, selection, reference.projection
     remembered = run.stage(REMEMBERED, summarise_shards, *read)

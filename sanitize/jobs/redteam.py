@@ -95,7 +95,7 @@ class RedTeamConfig(BaseModel):
         return embedder if isinstance(embedder, EmbedderConfig) and embedder.weights is None else EmbedderConfig()
 
 
-class Material(NamedTuple):
+class RedTeamData(NamedTuple):
     """What all cases work on: the sample, and both sides of it indexed."""
 
     samples: Samples
@@ -130,7 +130,7 @@ def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
     return run.finish(config, result)
 
 
-def _material(config: RedTeamConfig, run: Run) -> Material:
+def _material(config: RedTeamConfig, run: Run) -> RedTeamData:
     """A sample of the data, and the index of it; of the data itself no image is decoded."""
     found = find_shards(config.clean.shards)
     trusted = trusted_shards(config.clean.trusted, found)
@@ -144,7 +144,7 @@ def _material(config: RedTeamConfig, run: Run) -> Material:
     for attack in config.attacks:
         if any(round(one.rate * n) == 0 for one in attacks_of(attack)):
             raise ConfigError(f"{case_name(attack)} of {n} samples is none: raise sample.n_train, or the rate")
-    return Material(samples, train, test)
+    return RedTeamData(samples, train, test)
 
 
 def _index_like(train: Dataset, config: RedTeamConfig) -> IndexConfig:
@@ -154,7 +154,7 @@ def _index_like(train: Dataset, config: RedTeamConfig) -> IndexConfig:
 
 
 def _case(
-    attack: AttackConfig | None, untouched: Checkpoint | None, material: Material, config: RedTeamConfig, run: Run
+    attack: AttackConfig | None, untouched: Checkpoint | None, material: RedTeamData, config: RedTeamConfig, run: Run
 ) -> tuple[Measured, Checkpoint]:
     """One case with one seed: what was measured, and the model before; that of none is `untouched` to the others."""
     samples, train, test = material
@@ -163,7 +163,7 @@ def _case(
     if attack is not None:
         needs_surrogate = any(isinstance(one, CleanLabelConfig) for one in attacks_of(attack))
         surrogate = untouched if needs_surrogate else None
-        how = {"surrogate": surrogate, "spared": samples.trusted()}
+        how = {"surrogate": surrogate, "exclude": samples.trusted()}
         truth = run.stage("10-poisoned", poison_shards, attack, train, **how)
         shards = truth.shard_paths()
     blind = {"shards": tuple(shards), "trusted": samples.trusted(), "index": index, "compute": run.compute}

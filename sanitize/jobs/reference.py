@@ -245,7 +245,7 @@ def _fit(config: ReferenceConfig, remembered: Statistics, run: Run) -> None:
         if not len(remembered.rows(half, ["label"])):
             raise ConfigError(f"the run has too few samples for a reference: none is left to {half}")
     for scorer in config.scorers:
-        fitted = run.stage(f"30-scorer-{scorer.kind}", fit_scorer, scorer, remembered, held_out=[CALIBRATE])
+        fitted = run.stage(f"30-scorer-{scorer.kind}", fit_scorer, scorer, remembered, exclude=[CALIBRATE])
         run.sharded(scores_folder(scorer), score_shards, remembered.shards, scorer, fitted, remembered)
     save_config(config, run.out)
     run.save("finished")

@@ -18,7 +18,7 @@ from sanitize import __version__
 from sanitize.artifacts import MANIFEST, Artifact
 from sanitize.compute import Compute
 from sanitize.data.sources import refuse_inside
-from sanitize.distributed import first_before_others, world
+from sanitize.distributed import rank0_first, world
 from sanitize.storage import create, exclusive, exists, join
 
 logger = logging.getLogger("sanitize.run")
@@ -50,7 +50,7 @@ class Run:
 
     def stage(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
         """Run one stage into `folder` of the run; of several processes (torchrun) the first one does the work."""
-        return first_before_others(lambda: self.together(folder, function, *inputs, **more))
+        return rank0_first(lambda: self.together(folder, function, *inputs, **more))
 
     def together(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
         """Run a stage at which all processes are at work."""
@@ -67,7 +67,7 @@ class Run:
             return self._call(function, *inputs, out, self.compute)
 
         self._note_given(inputs)
-        return first_before_others(lambda: self._timed(folder, function, call))
+        return rank0_first(lambda: self._timed(folder, function, call))
 
     def finish(self, config: BaseModel, result: dict[str, Any]) -> dict[str, Any]:
         """Write the config and the last `run.json`, with the result in it; returns the result."""

@@ -10,7 +10,7 @@ from sanitize.artifacts import altered
 from sanitize.entries import CommitEntry, Decision, DecisionEntry, Refused, RetryEntry
 from sanitize.errors import ConfigError, StorageError
 from sanitize.jobs.reference import approval
-from sanitize.ledger import Batch, Ledger, State
+from sanitize.ledger import IngestBatch, Ledger, State
 from sanitize.storage import create, exclusive, exists, is_local, join, read_bytes
 
 FEED = "feed.json"
@@ -52,7 +52,7 @@ def altered_shards(store: str, state: State) -> list[str]:
         return [problem for problems in pool.map(look, released) for problem in problems]
 
 
-def told(store: str, batch: Batch, entry: CommitEntry | None, reasons: tuple[str, ...] = ()) -> dict[str, Any]:
+def told(store: str, batch: IngestBatch, entry: CommitEntry | None, reasons: tuple[str, ...] = ()) -> dict[str, Any]:
     """What became of a batch, for people and machines; with no entry, it is still claimed, and `reasons` say why."""
     folder = join(store, "batches", batch.claim.batch)
     pages = {"report": "90-report/index.html", "drift": "91-drift-report/index.html"}
@@ -145,7 +145,7 @@ def _begins_batch(state: State, name: str) -> bool:
     return any(batch.startswith(name) for batch in state.batches)
 
 
-def _cannot_be(batch: Batch, decision: Decision) -> str:
+def _cannot_be(batch: IngestBatch, decision: Decision) -> str:
     name = f"batch {batch.claim.batch}"
     if batch.status == "split":
         return f"{name} was split: its shards are refused (`sanitize batches` names them) or in other batches"
@@ -155,7 +155,7 @@ def _cannot_be(batch: Batch, decision: Decision) -> str:
     return f"{name} is {batch.status}; only {allowed.get(decision, 'failed or claimed')} is {decision}"
 
 
-def _give_up(store: str, batch: Batch, ledger: Ledger, by: dict[str, str]) -> None:
+def _give_up(store: str, batch: IngestBatch, ledger: Ledger, by: dict[str, str]) -> None:
     """Commit a claimed batch as failed. Raises ArtifactError where another process is at work on it."""
     name = batch.claim.batch
     with ExitStack() as stack:

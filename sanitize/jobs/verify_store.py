@@ -13,7 +13,7 @@ from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
 from sanitize.jobs.reference import CONFIG, STATISTICS, version_folder
 from sanitize.jobs.store import FEED, SHARDS, feed_of
 from sanitize.jobs.verify import Verified, artifacts_of, check_artifact, check_run, nothing
-from sanitize.ledger import Batch, Ledger, State
+from sanitize.ledger import IngestBatch, Ledger, State
 from sanitize.storage import absolute, exists, fingerprint, is_local, join, names_below, read_bytes, sha256_file
 
 
@@ -99,7 +99,7 @@ def _feed_problems(store: str, state: State) -> Iterator[str]:
         yield f"{url}: not as it was written, though its shards are those the ledger releases"
 
 
-def _batch(store: str, state: State, batch: Batch) -> Verified:
+def _batch(store: str, state: State, batch: IngestBatch) -> Verified:
     """The artifacts of a batch against its commit, and its chain against the reference it names."""
     name, commit = batch.claim.batch, batch.commit
     folder = join(store, "batches", name)

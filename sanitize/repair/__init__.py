@@ -7,10 +7,10 @@ from sanitize.repair.ep import EPConfig
 from sanitize.repair.fine_pruning import FinePruningConfig
 from sanitize.repair.fine_tuning import FineTuningConfig
 from sanitize.repair.ibau import IBAUConfig
-from sanitize.repair.material import (
+from sanitize.repair.inputs import (
     CleanImages,
-    Material,
     Repaired,
+    RepairInputs,
     RepairMethod,
     UntrustedBatch,
     in_memory,
@@ -30,10 +30,10 @@ __all__ = [
     "FinePruningConfig",
     "FineTuningConfig",
     "IBAUConfig",
-    "Material",
     "NADConfig",
     "NeuralCleanseConfig",
     "RepairConfig",
+    "RepairInputs",
     "RepairMethod",
     "RepairModelConfig",
     "Repaired",

@@ -24,7 +24,7 @@ from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.errors import NumericsError
 from sanitize.repair.channels import find_channels, prune_in_order, scaled_by
-from sanitize.repair.material import Material, Needs, Repaired, held_out_accuracy
+from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
 from sanitize.repair.sites import Site
 
 
@@ -53,22 +53,22 @@ class ANPConfig(BaseModel):
     threshold: float = Field(default=0.2, ge=0, le=1)
     max_drop: float = Field(default=0.04, ge=0, le=1)
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Prune a copy of `model`; `done` counts the pruned channels of each layer."""
         compute.activate()
         model = copy.deepcopy(model).to(compute.torch_device).eval()
-        sites = find_channels(model, material.config)
-        masks = self._masks(model, sites, material, compute)
+        sites = find_channels(model, inputs.config)
+        masks = self._masks(model, sites, inputs, compute)
         found = [(mask, i, c) for i, mask_C in enumerate(masks) for c, mask in enumerate(mask_C.tolist())]
         order = [(sites[i], c) for mask, i, c in sorted(found) if mask < self.threshold]
-        model, pruned = prune_in_order(model, order, self.max_drop, True, material, compute)
+        model, pruned = prune_in_order(model, order, self.max_drop, True, inputs, compute)
         counts = {site.name: len(pruned.get(site.name, ())) for site in sites}
         done = {"pruned": counts, "below_threshold": len(order)}
-        return Repaired(model, done | {"held_out_accuracy": held_out_accuracy(model, material, compute)})
+        return Repaired(model, done | {"held_out_accuracy": held_out_accuracy(model, inputs, compute)})
 
-    def _masks(self, model: nn.Module, sites: list[Site], material: Material, compute: Compute) -> list[Tensor]:
+    def _masks(self, model: nn.Module, sites: list[Site], inputs: RepairInputs, compute: Compute) -> list[Tensor]:
         """The mask of each layer, (C,)."""
-        device, clean = compute.torch_device, material.clean_images()
+        device, clean = compute.torch_device, inputs.clean_images()
         data = Resident(
             clean.images_NCHW.to(device),
             clean.labels_N.to(device),
@@ -91,7 +91,7 @@ class ANPConfig(BaseModel):
             if number == 0:
                 batches = data.epoch(epoch)
             images_BCHW, y_B, _ = next(batches)
-            x_BCHW = material.config.normalise(images_BCHW)
+            x_BCHW = inputs.config.normalise(images_BCHW)
             start_2C = 2 * torch.rand(2, sum(sizes), generator=generator, device=device) - 1
             worst_2C = (self.epsilon * start_2C).requires_grad_()
             ascent = loss(x_BCHW, y_B, mask_C.detach() + worst_2C[0], 1 + worst_2C[1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.models.checkpoint import ModelConfig
-from sanitize.repair.material import Material, held_out_accuracy
+from sanitize.repair.inputs import RepairInputs, held_out_accuracy
 from sanitize.repair.sites import Linear, Norm, Site
 
 
@@ -74,7 +74,7 @@ def prune_in_order(
     order: list[tuple[Site, int]],
     max_drop: float,
     keep_bias: bool,
-    material: Material,
+    inputs: RepairInputs,
     compute: Compute,
 ) -> tuple[nn.Module, dict[str, list[int]]]:
     """Prune one channel after the other until the next would cost too much.
@@ -84,18 +84,18 @@ def prune_in_order(
         order: layer and number of each channel that may go, the first to go first.
         max_drop: of the accuracy on held-out clean images, a share.
         keep_bias: as for `prune`.
-        material: holds the clean images.
+        inputs: holds the clean images.
         compute: device.
 
     Returns:
         The pruned network, and by name of the layer the channels that went.
     """
-    least = held_out_accuracy(model, material, compute) - max_drop
+    least = held_out_accuracy(model, inputs, compute) - max_drop
     pruned: dict[str, list[int]] = {site.name: [] for site, _ in order}
     for site, channel in order:
         trial = copy.deepcopy(model)
         prune(trial, site, torch.tensor([channel]), keep_bias)
-        if held_out_accuracy(trial, material, compute) < least:
+        if held_out_accuracy(trial, inputs, compute) < least:
             break
         model = trial
         pruned[site.name].append(channel)

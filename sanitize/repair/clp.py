@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.repair.channels import find_channels, outliers, prune
-from sanitize.repair.material import Material, Needs, Repaired
+from sanitize.repair.inputs import Needs, Repaired, RepairInputs
 from sanitize.repair.sites import Site
 
 
@@ -34,12 +34,12 @@ class CLPConfig(BaseModel):
     needs: ClassVar[Needs] = "nothing"
     u: float = Field(default=3.0, gt=0)
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Prune a copy of `model`; `done` counts the pruned channels of each layer."""
         compute.activate()
         model = copy.deepcopy(model).eval()
         pruned = {}
-        for site in find_channels(model, material.config):
+        for site in find_channels(model, inputs.config):
             channels_C = outliers(lipschitz_bounds(model, site), self.u)
             prune(model, site, channels_C, keep_bias=False)
             pruned[site.name] = int(channels_C.sum())

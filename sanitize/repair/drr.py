@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
-from sanitize.repair.material import Material, Needs, Repaired
+from sanitize.repair.inputs import Needs, Repaired, RepairInputs
 from sanitize.repair.observe import FeatureSample, group_moments, sample_features, separation_constant
 from sanitize.repair.sites import Projection, Site, find_sites, fold
 from sanitize.repair.third_moment import Directions, of_every_class, third_moment_directions
@@ -80,11 +80,11 @@ class DRRConfig(BaseModel):
     n_steps: int = Field(default=50, ge=1)
     min_separation: float = Field(default=5.0, gt=0)
     small_class_separation: float = Field(default=7.6, gt=0)
-    split: ToxicDirectionConfig = ToxicDirectionConfig(witness=None)
+    split: ToxicDirectionConfig = ToxicDirectionConfig(label_check=None)
     ridge: float = Field(default=0.03, gt=0)
     sample_size: int = Field(default=20_000, ge=100)
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Project the toxic directions away, in a copy of the network.
 
         Raises:
@@ -92,15 +92,15 @@ class DRRConfig(BaseModel):
             NumericsError: features are not finite.
         """
         model = copy.deepcopy(model)
-        sites = chosen_sites(model, material, self.layers)
+        sites = chosen_sites(model, inputs, self.layers)
         by_clusters = self.search == "clusters"
         sample = sample_features(
-            model, sites, material, "max_mean" if by_clusters else self.pooling, self.sample_size, compute
+            model, sites, inputs, "max_mean" if by_clusters else self.pooling, self.sample_size, compute
         )
         start = time.perf_counter()
         found = self._clusters(model, sample, compute) if by_clusters else self._third_moments(sample, compute)
         seconds = time.perf_counter() - start
-        removed = {} if found.nothing else _removed(self, model, sites, material, found, compute)
+        removed = {} if found.nothing else _removed(self, model, sites, inputs, found, compute)
         for site in sites:
             if site.name in removed:
                 fold(model, site, removed[site.name])
@@ -167,7 +167,7 @@ class Clusters(NamedTuple):
     rank: int
 
     @property
-    def witness(self) -> str:
+    def reference_site(self) -> str:
         """The site whose most separate class is the most separate of all: it decides which samples are suspicious."""
         return max(self.splits, key=lambda name: max(split.separation for split in self.splits[name].values()))
 
@@ -176,7 +176,7 @@ class Clusters(NamedTuple):
         """The splits of the classes that have a second cluster."""
         return {
             label: split
-            for label, split in self.splits[self.witness].items()
+            for label, split in self.splits[self.reference_site].items()
             if split.separation
             > (self.small_class_separation if split.n_samples < SMALL_CLASS else self.min_separation)
         }
@@ -191,7 +191,7 @@ class Clusters(NamedTuple):
         group_B = torch.full_like(predictions_B, _REST)
         for label, split in self.suspicious.items():
             there_B = predictions_B == label
-            odds_B = log_odds(split, pooled[self.witness][there_B].cpu())
+            odds_B = log_odds(split, pooled[self.reference_site][there_B].cpu())
             group_B[there_B] = torch.where(odds_B.to(group_B.device) > 0, label, _REST)
         return group_B
 
@@ -205,14 +205,16 @@ class Clusters(NamedTuple):
         """For the report."""
         separations = {str(label): split.separation for label, split in sorted(self.splits[site].items())}
         fractions = (
-            {str(y): split.minority_fraction for y, split in self.suspicious.items()} if site == self.witness else {}
+            {str(y): split.minority_fraction for y, split in self.suspicious.items()}
+            if site == self.reference_site
+            else {}
         )
         return {"separation": separations, "suspicious_fraction": fractions}
 
 
-def chosen_sites(model: nn.Module, material: Material, layers: int | tuple[str, ...]) -> list[Site]:
+def chosen_sites(model: nn.Module, inputs: RepairInputs, layers: int | tuple[str, ...]) -> list[Site]:
     """The last so many sites, or those of these names. Raises ConfigError where there are none."""
-    sites = find_sites(model, material.config.example())
+    sites = find_sites(model, inputs.config.example())
     if isinstance(layers, int):
         if not sites:
             raise ConfigError("the network has no convolution or Linear that a projection folds into")
@@ -272,12 +274,12 @@ def _removed(
     config: DRRConfig,
     model: nn.Module,
     sites: Sequence[Site],
-    material: Material,
+    inputs: RepairInputs,
     found: ThirdMoments | Clusters,
     compute: Compute,
 ) -> dict[str, Projection]:
     """What is projected away at each site where anything is; one pass over the data."""
-    moments = group_moments(model, sites, material, found.groups, compute)
+    moments = group_moments(model, sites, inputs, found.groups, compute)
     removed = {}
     for site in sites:
         v_Dk = found.directions(site.name, moments[site.name])

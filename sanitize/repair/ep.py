@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.repair.channels import find_channels, outliers, prune, spatial_max
-from sanitize.repair.material import Material, Needs, Repaired
+from sanitize.repair.inputs import Needs, Repaired, RepairInputs
 from sanitize.repair.sites import Site, watching
 
 _REACH = 10.0  # standard deviations on either side; what lies beyond is counted in the last bin
@@ -39,14 +39,14 @@ class EPConfig(BaseModel):
     u: float = Field(default=3.0, gt=0)
     bin_width: float = Field(default=0.1, gt=0, le=1)
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Prune a copy of `model`; `done` counts the pruned channels of each layer."""
         compute.activate()
         model = copy.deepcopy(model).to(compute.torch_device).eval()
-        sites = find_channels(model, material.config)
-        shape = _shape(model, sites, material, compute)
+        sites = find_channels(model, inputs.config)
+        shape = _shape(model, sites, inputs, compute)
         histograms = {site.name: Histogram(*shape[site.name], self.bin_width) for site in sites}
-        _watch(model, sites, material, compute, lambda site, y_BC: histograms[site.name].add(y_BC))
+        _watch(model, sites, inputs, compute, lambda site, y_BC: histograms[site.name].add(y_BC))
         pruned = {}
         for site in sites:
             channels_C = outliers(-histograms[site.name].entropy(), self.u)
@@ -83,7 +83,7 @@ class Histogram:
 
 
 def _shape(
-    model: nn.Module, sites: list[Site], material: Material, compute: Compute
+    model: nn.Module, sites: list[Site], inputs: RepairInputs, compute: Compute
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and standard deviation of each channel, float64."""
     sums = {site.name: torch.zeros(2, site.n_features, dtype=torch.float64) for site in sites}
@@ -91,7 +91,7 @@ def _shape(
     def add(site: Site, y_BC: Tensor) -> None:
         sums[site.name] += torch.stack([y_BC.sum(0), y_BC.square().sum(0)])
 
-    n = _watch(model, sites, material, compute, add)
+    n = _watch(model, sites, inputs, compute, add)
     means = {name: sums_2C / n for name, sums_2C in sums.items()}
     return {
         name: (mean_2C[0], (mean_2C[1] - mean_2C[0].square()).clamp(min=0).sqrt()) for name, mean_2C in means.items()
@@ -102,7 +102,7 @@ def _shape(
 def _watch(
     model: nn.Module,
     sites: list[Site],
-    material: Material,
+    inputs: RepairInputs,
     compute: Compute,
     see: Callable[[Site, Tensor], None],
 ) -> int:
@@ -113,8 +113,8 @@ def _watch(
 
     n = 0
     with watching(model, sites, on_activation):
-        for batch in material.untrusted_batches():
+        for batch in inputs.untrusted_batches():
             with compute.autocast():
-                model(material.config.normalise(batch.images_BCHW.to(compute.torch_device)))
+                model(inputs.config.normalise(batch.images_BCHW.to(compute.torch_device)))
             n += len(batch.labels_B)
     return n

@@ -18,7 +18,7 @@ from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, predict
 from sanitize.repair.channels import find_channels, prune, prune_in_order
 from sanitize.repair.fine_tuning import FINE_TUNING, fine_tune
-from sanitize.repair.material import Material, Needs, Repaired, held_out_accuracy
+from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
 from sanitize.repair.sites import Site, watching
 
 
@@ -37,45 +37,43 @@ class FinePruningConfig(BaseModel):
     max_drop: float = Field(default=0.04, ge=0, le=1)
     optim: OptimConfig = FINE_TUNING
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Prune and fine-tune a copy of `model`; `done` has how many channels went, and the accuracy held out.
 
         Raises:
             ConfigError: the network has no convolution.
         """
         compute.activate()
-        clean = material.clean_images()
+        clean = inputs.clean_images()
         model = copy.deepcopy(model).to(compute.torch_device).eval()
         sites = [
             site
-            for site in find_channels(model, material.config)
+            for site in find_channels(model, inputs.config)
             if isinstance(model.get_submodule(site.linear), nn.Conv2d)
         ]
         if not sites:
             raise ConfigError("fine-pruning prunes the last convolution, and the network has none")
         site = sites[-1]
-        order = [(site, channel) for channel in _activity(model, site, material, compute).argsort().tolist()]
-        model, pruned = prune_in_order(model, order, self.max_drop, False, material, compute)
+        order = [(site, channel) for channel in _activity(model, site, inputs, compute).argsort().tolist()]
+        model, pruned = prune_in_order(model, order, self.max_drop, False, inputs, compute)
         pruned_c = torch.tensor(pruned[site.name], dtype=torch.int64)
 
         def keep_pruned() -> None:
             prune(model, site, pruned_c, keep_bias=False)
 
-        fine_tune(
-            model, clean.images_NCHW, clean.labels_N, self.optim, material.config, compute, after_step=keep_pruned
-        )
-        accuracy = held_out_accuracy(model, material, compute)
+        fine_tune(model, clean.images_NCHW, clean.labels_N, self.optim, inputs.config, compute, after_step=keep_pruned)
+        accuracy = held_out_accuracy(model, inputs, compute)
         return Repaired(model, {"pruned": {site.name: len(pruned_c)}, "held_out_accuracy": accuracy})
 
 
-def _activity(model: nn.Module, site: Site, material: Material, compute: Compute) -> Tensor:
+def _activity(model: nn.Module, site: Site, inputs: RepairInputs, compute: Compute) -> Tensor:
     """Mean of each channel behind the ReLU, over clean images and positions, (C,) float64."""
     total_C = torch.zeros(site.n_features, dtype=torch.float64)
 
     def add(_site: Site, y_BCX: Tensor) -> None:
         total_C.add_(y_BCX.relu().flatten(2).mean(2).double().sum(0).cpu())
 
-    images_NCHW = material.clean_images().images_NCHW
+    images_NCHW = inputs.clean_images().images_NCHW
     with watching(model, [site], add):
-        predict(model, images_NCHW, material.config.normalise, compute)
+        predict(model, images_NCHW, inputs.config.normalise, compute)
     return total_C / len(images_NCHW)

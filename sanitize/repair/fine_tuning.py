@@ -11,7 +11,7 @@ from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import Objective, OptimConfig, train
 from sanitize.models.checkpoint import ModelConfig
-from sanitize.repair.material import Material, Needs, Repaired, held_out_accuracy
+from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
 
 FINE_TUNING = OptimConfig(
     optimizer="sgd", learning_rate=0.01, schedule="constant", weight_decay=5e-4, epochs=10, batch_size=64
@@ -31,13 +31,13 @@ class FineTuningConfig(BaseModel):
     needs: ClassVar[Needs] = "clean"
     optim: OptimConfig = FINE_TUNING
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Fine-tune a copy of `model` on the clean images; `done` has the accuracy on those held out."""
         compute.activate()
-        clean = material.clean_images()
+        clean = inputs.clean_images()
         model = copy.deepcopy(model)
-        fine_tune(model, clean.images_NCHW, clean.labels_N, self.optim, material.config, compute)
-        return Repaired(model, {"held_out_accuracy": held_out_accuracy(model, material, compute)})
+        fine_tune(model, clean.images_NCHW, clean.labels_N, self.optim, inputs.config, compute)
+        return Repaired(model, {"held_out_accuracy": held_out_accuracy(model, inputs, compute)})
 
 
 def fine_tune(

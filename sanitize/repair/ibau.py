@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.errors import NumericsError
-from sanitize.repair.material import Material, Needs, Repaired
+from sanitize.repair.inputs import Needs, Repaired, RepairInputs
 
 Loss = Callable[[Tensor], Tensor]  # of the perturbation; the weights are those of the network
 
@@ -73,7 +73,7 @@ class IBAUConfig(BaseModel):
     max_drop: float = Field(default=0.04, ge=0, le=1)
     patience: int = Field(default=3, ge=1)
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Unlearn, in a copy of the network; BatchNorm keeps its statistics.
 
         Raises:
@@ -81,11 +81,11 @@ class IBAUConfig(BaseModel):
             NumericsError: the loss is not finite.
         """
         start = time.perf_counter()
-        clean = material.clean_images()
+        clean = inputs.clean_images()
         device = compute.torch_device
         model = copy.deepcopy(model).to(device).eval()
-        x_NCHW = material.config.normalise(clean.images_NCHW.to(device))
-        held_MCHW = material.config.normalise(clean.held_out_MCHW.to(device))
+        x_NCHW = inputs.config.normalise(clean.images_NCHW.to(device))
+        held_MCHW = inputs.config.normalise(clean.held_out_MCHW.to(device))
         labels_N, held_M = clean.labels_N.to(device), clean.held_out_labels_M.to(device)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.SGD
         optimizer = kind(model.parameters(), lr=self.learning_rate)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
-from sanitize.loop import Batch, Objective, OptimConfig, Step
+from sanitize.loop import Objective, OptimConfig, Step, TrainBatch
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.repair.channels import find_channels
 from sanitize.repair.fine_tuning import FINE_TUNING, fine_tune
-from sanitize.repair.material import Material, Needs, Repaired, held_out_accuracy
+from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
 from sanitize.repair.sites import Site, watching
 
 
@@ -41,10 +41,10 @@ class NADConfig(BaseModel):
     teacher: OptimConfig = FINE_TUNING
     optim: OptimConfig = FINE_TUNING.model_copy(update={"epochs": 20})
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Distil into a copy of `model`; `done` names the activations whose maps were compared."""
         compute.activate()
-        clean, config = material.clean_images(), material.config
+        clean, config = inputs.clean_images(), inputs.config
         sites = last_of_each_resolution(model, config)
         if not sites:
             raise ConfigError("attention distillation needs a network with feature maps")
@@ -52,7 +52,7 @@ class NADConfig(BaseModel):
         fine_tune(teacher, clean.images_NCHW, clean.labels_N, self.teacher, config, compute)
         objective = _distillation(teacher, sites, self.beta, compute)
         fine_tune(student, clean.images_NCHW, clean.labels_N, self.optim, config, compute, objective)
-        accuracy = held_out_accuracy(student, material, compute)
+        accuracy = held_out_accuracy(student, inputs, compute)
         return Repaired(student, {"maps": [site.name for site in sites], "held_out_accuracy": accuracy})
 
 
@@ -82,7 +82,7 @@ def _distillation(teacher: nn.Module, sites: list[Site], beta: float, compute: C
             logits_BK = model(x_BCHW)
         return logits_BK.float(), seen
 
-    def objective(model: nn.Module, batch: Batch, _epoch: int) -> Step:
+    def objective(model: nn.Module, batch: TrainBatch, _epoch: int) -> Step:
         with torch.no_grad():
             _, wanted = maps(teacher, batch.x_B)
         logits_BK, seen = maps(model, batch.x_B)

@@ -25,7 +25,7 @@ from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.repair.fine_tuning import FINE_TUNING, fine_tune
-from sanitize.repair.material import Material, Needs, Repaired, held_out_accuracy
+from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
 
 
 class FoundTrigger(NamedTuple):
@@ -78,12 +78,12 @@ class NeuralCleanseConfig(BaseModel):
     stamped_fraction: float = Field(default=0.2, gt=0, le=1)
     optim: OptimConfig = FINE_TUNING
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Unlearn in a copy of `model`; `done` has size and anomaly index of each class, and which were unlearned."""
         compute.activate()
-        clean, config = material.clean_images(), material.config
+        clean, config = inputs.clean_images(), inputs.config
         model = copy.deepcopy(model).to(compute.torch_device).eval()
-        triggers = [self.invert(model, label, material, compute) for label in range(config.n_classes)]
+        triggers = [self.invert(model, label, inputs, compute) for label in range(config.n_classes)]
         sizes_K = torch.tensor([trigger.size for trigger in triggers], dtype=torch.float64)
         index_K = anomaly_index(sizes_K)
         suspicious = [label for label in range(config.n_classes) if index_K[label] > self.threshold]
@@ -92,11 +92,11 @@ class NeuralCleanseConfig(BaseModel):
             images_NCHW = self._stamped(clean.images_NCHW, found, compute)
             fine_tune(model, images_NCHW, clean.labels_N, self.optim, config, compute)
         done = {"sizes": sizes_K.tolist(), "anomaly_index": index_K.tolist(), "suspicious": suspicious}
-        return Repaired(model, done | {"held_out_accuracy": held_out_accuracy(model, material, compute)})
+        return Repaired(model, done | {"held_out_accuracy": held_out_accuracy(model, inputs, compute)})
 
-    def invert(self, model: nn.Module, label: int, material: Material, compute: Compute) -> FoundTrigger:
+    def invert(self, model: nn.Module, label: int, inputs: RepairInputs, compute: Compute) -> FoundTrigger:
         """The smallest trigger found that turns clean images into `label`; without success, the last one."""
-        device, clean, config = compute.torch_device, material.clean_images(), material.config
+        device, clean, config = compute.torch_device, inputs.clean_images(), inputs.config
         data = Resident(
             clean.images_NCHW.to(device),
             clean.labels_N.to(device),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.errors import DataError, NumericsError
-from sanitize.repair.material import Material, UntrustedBatch
+from sanitize.repair.inputs import RepairInputs, UntrustedBatch
 from sanitize.repair.sites import Site, channels_last, watching
 from sanitize.streaming import HashSample, Moments
 
@@ -60,13 +60,13 @@ def pool(y_B: Tensor, pooling: Pooling, hashes: Sequence[int]) -> Tensor:
 def seen(
     model: nn.Module,
     sites: Sequence[Site],
-    material: Material,
+    inputs: RepairInputs,
     read: Callable[[Tensor, UntrustedBatch], Tensor],
     compute: Compute,
 ) -> Iterator[tuple[UntrustedBatch, dict[str, Tensor], Tensor]]:
     """One pass: each batch, what `read` makes of every site's activation, and the predictions (B,)."""
     model.to(compute.torch_device).eval()
-    for batch in material.untrusted_batches():
+    for batch in inputs.untrusted_batches():
         there: dict[str, Tensor] = {}
 
         def keep(site: Site, y_B: Tensor, batch: UntrustedBatch = batch, there: dict[str, Tensor] = there) -> None:
@@ -77,12 +77,12 @@ def seen(
             stack.enter_context(torch.inference_mode())
             stack.enter_context(watching(model, list(sites), keep))
             stack.enter_context(compute.autocast())
-            predictions_B = model(material.config.normalise(batch.images_BCHW.to(compute.torch_device))).argmax(1)
+            predictions_B = model(inputs.config.normalise(batch.images_BCHW.to(compute.torch_device))).argmax(1)
         yield batch, there, predictions_B
 
 
 def sample_features(
-    model: nn.Module, sites: Sequence[Site], material: Material, pooling: Pooling, size: int, compute: Compute
+    model: nn.Module, sites: Sequence[Site], inputs: RepairInputs, pooling: Pooling, size: int, compute: Compute
 ) -> FeatureSample:
     """One pass over the untrusted data.
 
@@ -93,7 +93,7 @@ def sample_features(
     sample = HashSample(size)
     widths: dict[str, int] = {}
     has_truth = True
-    passes = seen(model, sites, material, lambda y_B, batch: pool(y_B, pooling, batch.hashes).float(), compute)
+    passes = seen(model, sites, inputs, lambda y_B, batch: pool(y_B, pooling, batch.hashes).float(), compute)
     for batch, pooled, predictions_B in passes:
         widths = {name: z_BP.shape[1] for name, z_BP in pooled.items()}
         has_truth &= batch.poisoned_B is not None
@@ -116,20 +116,20 @@ Groups = Callable[[dict[str, Tensor], Tensor], Tensor]  # pooled features by sit
 
 
 def group_moments(
-    model: nn.Module, sites: Sequence[Site], material: Material, groups: Groups, compute: Compute
+    model: nn.Module, sites: Sequence[Site], inputs: RepairInputs, groups: Groups, compute: Compute
 ) -> dict[str, dict[int, Moments]]:
     """One pass: moments of the features at all positions, of each site and of each group of samples.
 
     Args:
         model: the network.
         sites: where.
-        material: the untrusted data.
+        inputs: the untrusted data.
         groups: names a group for each sample, from `max_mean` pooled features.
         compute: device and precision.
     """
     moments: dict[str, dict[int, Moments]] = {site.name: {} for site in sites}
     pooled: dict[str, Tensor] = {}
-    for batch, activations, predictions_B in seen(model, sites, material, lambda y_B, _batch: y_B.clone(), compute):
+    for batch, activations, predictions_B in seen(model, sites, inputs, lambda y_B, _batch: y_B.clone(), compute):
         pooled = {name: pool(y_B, "max_mean", batch.hashes) for name, y_B in activations.items()}
         group_B = groups(pooled, predictions_B)
         for name, y_B in activations.items():

@@ -19,7 +19,7 @@ from sanitize.loop import predict
 from sanitize.models.checkpoint import Checkpoint, ModelConfig, write_checkpoint
 from sanitize.progress import track
 from sanitize.repair.drr import DRRConfig
-from sanitize.repair.material import CleanImages, Material, UntrustedBatch, split_clean
+from sanitize.repair.inputs import CleanImages, RepairInputs, UntrustedBatch, split_clean
 from sanitize.repair.methods import RepairConfig
 from sanitize.stage import Work, stage
 
@@ -106,13 +106,13 @@ def repair_model(
 
     def write(part: Part) -> None:
         network = model.model()
-        material = Material(
+        inputs = RepairInputs(
             model.config,
             None if untrusted is None else lambda: untrusted_batches(untrusted, truth, config.batch_size, compute),
             None if clean is None else clean_images(clean, config, compute),
         )
         with track("repair", 1) as advance:
-            repaired = config.method.repair(network, material, compute)
+            repaired = config.method.repair(network, inputs, compute)
             advance(1)
         report = {"method": config.method.model_dump(mode="json"), "done": repaired.done}
         report["weights_changed"] = weights_changed(network, repaired.model)

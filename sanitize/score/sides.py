@@ -57,7 +57,7 @@ class Sides(NamedTuple):
     by_labels: bool
 
 
-NOBODY_ASKED = Sides(Side(0.0, 0), Side(0.0, 0), False)
+NO_EVIDENCE = Sides(Side(0.0, 0), Side(0.0, 0), False)
 
 
 def suspicious_side(z_ND: Tensor, upper_N: Tensor, disagreement_N: Tensor) -> tuple[bool, Sides]:

@@ -50,11 +50,11 @@ _SCHEMA = pa.schema({"key": pa.string(), "position": pa.int64(), "label": pa.int
 
 
 class FittedScorer(Artifact):
-    """`state.safetensors` and `scorer.json` (config, class statistics, shards that were held out)."""
+    """`state.safetensors` and `scorer.json` (config, class statistics, shards that were excluded out)."""
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """scorer.json: `config`; `classes`: label -> statistics; `held_out`: names of shards."""
+        """scorer.json: `config`; `classes`: label -> statistics; `exclude`: names of shards."""
         return self.read_object("scorer.json", "config", "classes")
 
     def scorer(self, config: ScorerConfig) -> Scorer:
@@ -78,7 +78,7 @@ class FittedScorer(Artifact):
 
 @stage(FittedScorer, version=3, gpu=False)
 def fit_scorer(
-    config: ScorerConfig, embeddings: Embeddings, out: str, compute: Compute, held_out: Sequence[str] = ()
+    config: ScorerConfig, embeddings: Embeddings, out: str, compute: Compute, exclude: Sequence[str] = ()
 ) -> Work:
     """Fit a scorer on embeddings.
 
@@ -87,13 +87,13 @@ def fit_scorer(
         embeddings: what to fit on; read as a stream, several times.
         out: folder of the artifact.
         compute: seed of the hash-chosen samples.
-        held_out: shards it is not fitted on: those that are trusted, so that they can be compared with.
+        exclude: shards it is not fitted on: those that are trusted, so that they can be compared with.
 
     Raises:
         ConfigError: the embedding the scorer reads is not there.
     """
-    held = {"held_out": sorted(held_out)}
-    shards = [shard for shard in embeddings.shards if shard not in held_out]
+    excluded = {"exclude": sorted(exclude)}
+    shards = [shard for shard in embeddings.shards if shard not in exclude]
 
     def write(part: Part) -> None:
         scorer = new_scorer(config)
@@ -106,9 +106,11 @@ def fit_scorer(
 
             scorer.fit(one_pass, compute)
         part.write("state.safetensors", safetensors.torch.save(scorer.state_dict()))
-        part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": scorer.statistics} | held)
+        part.write_json(
+            "scorer.json", {"config": config.model_dump(mode="json"), "classes": scorer.statistics} | excluded
+        )
 
-    return Work(write=write, config=config.model_dump(mode="json") | held)
+    return Work(write=write, config=config.model_dump(mode="json") | excluded)
 
 
 @stage(Scores, version=2, gpu=False, draws="nothing")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sanitize import exact
 from sanitize.score.neighbours import NeighboursConfig
-from sanitize.score.sides import NOBODY_ASKED, Sides, suspicious_side
+from sanitize.score.sides import NO_EVIDENCE, Sides, suspicious_side
 from sanitize.score.two_gaussians import (
     Mixture,
     best_threshold,
@@ -63,7 +63,7 @@ class ToxicDirectionConfig(BaseModel):
     min_component_fraction: float = Field(default=0.01, ge=0, le=0.4, description="the same as a share of the class")
     min_class: int = Field(default=40, ge=8, description="a class with fewer finite rows is never touched")
     small_class: int = Field(default=500, ge=8, description="a class with fewer rows is cross-fitted in 5 folds, not 2")
-    witness: NeighboursConfig | None = Field(
+    label_check: NeighboursConfig | None = Field(
         default=NeighboursConfig(embedding="pixels", windows=1, k=20),
         description="label disagreement that decides which side of an even split is suspicious; null: its shape alone",
     )
@@ -191,7 +191,7 @@ def untouched(x_ND: Tensor) -> ClassSplit:
     weight_2 = torch.tensor([1.0, UNTOUCHED_ODDS], dtype=torch.float64)
     mixture = Mixture(torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), weight_2)
     direction_D = torch.zeros(x_ND.shape[1], dtype=torch.float64)
-    return ClassSplit(direction_D, 0.0, mixture, 0.0, 0.0, len(x_ND), 0.0, NOBODY_ASKED)
+    return ClassSplit(direction_D, 0.0, mixture, 0.0, 0.0, len(x_ND), 0.0, NO_EVIDENCE)
 
 
 def standardise(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,7 +307,7 @@ def suspicious_last(z_ND: Tensor, place_N: Tensor, mixture: Mixture, disagreemen
     """Order the components so that component 1 is the suspicious one; with what says so."""
     upper_N = mixture_log_odds(mixture, place_N) > 0
     if not 2 <= int(upper_N.sum()) <= len(z_ND) - 2:
-        return mixture, NOBODY_ASKED
+        return mixture, NO_EVIDENCE
     is_upper, sides = suspicious_side(z_ND, upper_N, disagreement_N)
     return mixture if is_upper else swapped(mixture), sides
 

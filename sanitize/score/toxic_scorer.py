@@ -1,7 +1,7 @@
 """The toxic-direction scorer: a bounded sample of each class is split in two, then all samples are scored as a stream.
 
 State while fitting: at most `MAX_SAMPLES` hash-chosen rows of each class, the same however the data is sharded, and the
-witness: the scorer of label disagreement that is asked about the first `ASKED` of them.
+label_check: the scorer of label disagreement that is asked about the first `ASKED` of them.
 """
 
 import math
@@ -33,7 +33,7 @@ class ToxicDirection:
         self._splits: dict[int, ClassSplit] = {}
 
     def fit(self, passes: Passes, compute: Compute) -> None:
-        """One pass to draw the samples, two for the witness, then one split a class, each on its own."""
+        """One pass to draw the samples, two for the label_check, then one split a class, each on its own."""
         seed = compute.seed_for("score", "toxic_direction", "sample")
         samples: dict[int, HashSample] = {}
         for batch in passes(self.config.embedding):
@@ -53,17 +53,17 @@ class ToxicDirection:
 
     def _ask(self, passes: Passes, samples: Mapping[int, HashSample], seed: int, compute: Compute) -> dict[int, float]:
         """Hash of a row -> its label disagreement, for the first rows of each class's sample."""
-        if self.config.witness is None:
+        if self.config.label_check is None:
             return {}
-        witness = Neighbours(self.config.witness)
-        witness.fit(passes, compute)
+        label_check = Neighbours(self.config.label_check)
+        label_check.fit(passes, compute)
         wanted = {value for sample in samples.values() for value in sample.hashes()[:ASKED]}
         found: dict[int, float] = {}
-        for batch in passes(self.config.witness.embedding):
+        for batch in passes(self.config.label_check.embedding):
             hashes = row_hashes(batch, seed)
             rows = [i for i, value in enumerate(hashes) if value in wanted]
             if rows:  # most batches of many small shards hold none of the rows that are asked about
-                found |= zip((hashes[i] for i in rows), witness.score(batch.take(rows)).tolist(), strict=True)
+                found |= zip((hashes[i] for i in rows), label_check.score(batch.take(rows)).tolist(), strict=True)
         return found
 
     def score(self, batch: EmbeddingBatch) -> Tensor:

@@ -26,12 +26,12 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection, write_rows
 from sanitize.errors import ArtifactError, ConfigError
-from sanitize.select.scored import Opinion, Scored, kind_of, read_scores
+from sanitize.select.scored import Scored, ScorerOutput, kind_of, read_scores
 from sanitize.select.stage import (
     SCHEMA,
     STATUSES,
     Decision,
-    Ruling,
+    RuleResult,
     SelectConfig,
     flags_needed,
     rule_on,
@@ -70,7 +70,7 @@ def judge_shards(
     reference: Sequence[Scores],
     out: str,
     compute: Compute,
-    held_out: Sequence[str] = (),
+    trusted: Sequence[str] = (),
 ) -> Work:
     """Decide which samples stay, one by one.
 
@@ -81,7 +81,7 @@ def judge_shards(
         reference: scores of the reference's sample by the same scorers.
         out: folder of the artifact: verdicts and `selection.json`, as `select_samples` writes them.
         compute: unused but for the convention; nothing is random.
-        held_out: shards of the reference's sample that scorers were not fitted on; thresholds are calibrated on them.
+        trusted: shards of the reference's sample that scorers were not fitted on; thresholds are calibrated on them.
 
     Raises:
         ConfigError: a verdict that rests on the whole batch is asked for, or a rule does not go with its scorer.
@@ -96,7 +96,7 @@ def judge_shards(
     named = {f"scores.{kind_of(s)}": s for s in scores}
     references = {f"reference.{kind_of(s)}": s for s in reference}
     _same_scorers(scores, reference)
-    decided = cache(lambda: _decide(config, scores, reference, held_out))
+    decided = cache(lambda: _decide(config, scores, reference, trusted))
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         rows = verdicts_of_shard(dataset, decided(), shard)
@@ -112,7 +112,7 @@ def judge_shards(
         write_part=write_part,
         finish=finish,
         bar=Bars("judge", dataset.manifest().counts.get("samples")),
-        config=config.model_dump(mode="json") | {"held_out": sorted(held_out)},
+        config=config.model_dump(mode="json") | {"trusted": sorted(trusted)},
         inputs={"dataset": dataset.digest} | {name: s.digest for name, s in (named | references).items()},
     )
 
@@ -126,30 +126,32 @@ def _same_scorers(scores: Sequence[Scores], reference: Sequence[Scores]) -> None
 
 
 def _decide(
-    config: JudgeConfig, scores: Sequence[Scores], reference: Sequence[Scores], held_out: Sequence[str]
+    config: JudgeConfig, scores: Sequence[Scores], reference: Sequence[Scores], trusted: Sequence[str]
 ) -> Decision:
-    known, new = read_scores(reference, held_out), read_scores(scores, ())
-    rules = config.select.rules_of([opinion.kind for opinion in known.opinions])
-    rulings = []
-    for theirs, ours in zip(known.opinions, new.opinions, strict=True):
-        ruling = rule_on(theirs, rules[theirs.kind], known, config.select)
-        rulings.append(_apply(ruling, theirs, ours, known, new, config.level))
-    n_flags_N = np.sum([ruling.flagged_N for ruling in rulings], axis=0)
-    return Decision(new, rulings, n_flags_N >= flags_needed(config.select, len(rulings)), set())
+    known, new = read_scores(reference, trusted), read_scores(scores, ())
+    rules = config.select.rules_of([output.kind for output in known.outputs])
+    results = []
+    for theirs, ours in zip(known.outputs, new.outputs, strict=True):
+        result = rule_on(theirs, rules[theirs.kind], known, config.select)
+        results.append(_apply(result, theirs, ours, known, new, config.level))
+    n_flags_N = np.sum([result.flagged_N for result in results], axis=0)
+    return Decision(new, results, n_flags_N >= flags_needed(config.select, len(results)), set())
 
 
-def _apply(ruling: Ruling, theirs: Opinion, ours: Opinion, known: Scored, new: Scored, level: float | None) -> Ruling:
-    """What the ruling on the reference, and the level, mean for new samples; a class it does not know stays."""
+def _apply(
+    result: RuleResult, theirs: ScorerOutput, ours: ScorerOutput, known: Scored, new: Scored, level: float | None
+) -> RuleResult:
+    """What the result on the reference, and the level, mean for new samples; a class it does not know stays."""
     flagged_N = np.zeros(len(ours.scores_N), bool)
     classes: dict[int, dict[str, Any]] = {}
-    held_out_M = theirs.scores_N[known.trusted_N]
+    trusted_M = theirs.scores_N[known.trusted_N]
     for label, at in new.judged.items():
         by_rule, by_level, found = math.inf, math.inf, {}
-        if label in ruling.classes:
-            found = ruling.classes[label]
+        if label in result.classes:
+            found = result.classes[label]
             by_rule = math.inf if found["threshold"] is None else found["threshold"]
-            of_class = theirs.scores_N[known.vouched.get(label, NOWHERE)]
-            by_level = conformal_threshold(of_class, held_out_M, level)
+            of_class = theirs.scores_N[known.trusted.get(label, NOWHERE)]
+            by_level = conformal_threshold(of_class, trusted_M, level)
         threshold = min(by_rule, by_level)
         flagged_N[at] = ours.scores_N[at] > threshold
         # What the rule found in the class of the reference is a reason where the rule decides, and only there.
@@ -158,7 +160,7 @@ def _apply(ruling: Ruling, theirs: Opinion, ours: Opinion, known: Scored, new: S
             "threshold": threshold if threshold < math.inf else None,
             "capped": False,
         }
-    return Ruling(ours, ruling.rule, classes, flagged_N, None)
+    return RuleResult(ours, result.rule, classes, flagged_N, None)
 
 
 def conformal_threshold(of_class_M: np.ndarray, all_N: np.ndarray, level: float | None) -> float:

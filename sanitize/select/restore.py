@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part, Workshop
+from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.compute import Compute
 from sanitize.data.tables import Selection, rows_name, write_rows
 from sanitize.errors import DataError
@@ -49,7 +49,7 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
         part.counts["samples"] += len(rows)
         write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
 
-    def finish(part: Part, workshop: Workshop) -> None:
+    def finish(part: Part, workshop: ArtifactBuilder) -> None:
         removed: Counter[str] = Counter()
         for shard in selection.shards:
             table = pq.read_table(pa.BufferReader(workshop.read(rows_name(shard))), columns=["label", "status"])

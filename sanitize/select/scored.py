@@ -15,7 +15,7 @@ from sanitize.data.tables import Scores
 from sanitize.errors import ArtifactError, ConfigError
 
 
-class Opinion(NamedTuple):
+class ScorerOutput(NamedTuple):
     """What one scorer says.
 
     Attributes:
@@ -36,16 +36,16 @@ class Scored:
     Attributes:
         slices: name of a shard -> where its samples are.
         judged: label -> where its samples are, int64, but for those that are trusted.
-        vouched: label -> where those are.
+        trusted: label -> where those are.
         trusted_N: True where the user vouches for the sample.
-        opinions: one a scorer.
+        outputs: one a scorer.
     """
 
     slices: dict[str, slice]
     judged: dict[int, np.ndarray]
-    vouched: dict[int, np.ndarray]
+    trusted: dict[int, np.ndarray]
     trusted_N: np.ndarray
-    opinions: list[Opinion]
+    outputs: list[ScorerOutput]
 
     def by_class(self, values_N: np.ndarray) -> dict[int, np.ndarray]:
         """label -> the values of its judged samples."""
@@ -69,7 +69,7 @@ def read_scores(scores: Sequence[Scores], trusted: Sequence[str]) -> Scored:
     if len(set(kinds)) < len(kinds):
         raise ConfigError(f"two scorers are of one kind: {', '.join(kinds)}")
     for of_scorer, info in zip(scores, infos, strict=True):
-        if not set(trusted) <= set(info.get("held_out", [])):
+        if not set(trusted) <= set(info.get("exclude", [])):
             raise ConfigError(f"the scorer of {of_scorer.path} was fitted on trusted shards; hold them out")
     if any(of_scorer.shards != scores[0].shards for of_scorer in scores):
         raise ArtifactError("the scorers did not score the same shards; give scores of one run")
@@ -84,12 +84,12 @@ def read_scores(scores: Sequence[Scores], trusted: Sequence[str]) -> Scored:
     trusted_N = np.zeros(n, bool)
     for shard in set(trusted) & set(slices):
         trusted_N[slices[shard]] = True
-    opinions = [
-        Opinion(kind, np.concatenate(piece), _by_label(info))
+    outputs = [
+        ScorerOutput(kind, np.concatenate(piece), _by_label(info))
         for kind, piece, info in zip(kinds, pieces, infos, strict=True)
     ]
-    judged, vouched = (_by_class(np.concatenate(labels), which_N) for which_N in (~trusted_N, trusted_N))
-    return Scored(slices, judged, vouched, trusted_N, opinions)
+    judged, trusted_of_class = (_by_class(np.concatenate(labels), which_N) for which_N in (~trusted_N, trusted_N))
+    return Scored(slices, judged, trusted_of_class, trusted_N, outputs)
 
 
 def _same_samples(scores: Sequence[Scores], shard: str) -> np.ndarray:

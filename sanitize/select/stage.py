@@ -29,7 +29,7 @@ from sanitize.select.rules import (
     cauchy_combination,
     keep_all_but,
 )
-from sanitize.select.scored import Opinion, Scored, kind_of, read_scores
+from sanitize.select.scored import Scored, ScorerOutput, kind_of, read_scores
 from sanitize.stage import Advance, Bars, Work, stage
 
 REASON = pa.struct(
@@ -146,13 +146,13 @@ STATUSES = ("kept", "quarantined", "unreadable")
 
 
 @dataclass(frozen=True)
-class Ruling:
+class RuleResult:
     """What its rule makes of the scores of one scorer.
 
     `classes`: label -> what selection.json says of it; `p_N`: p-values, where the rule gives them.
     """
 
-    opinion: Opinion
+    output: ScorerOutput
     rule: Rule
     classes: dict[int, dict[str, Any]]
     flagged_N: np.ndarray
@@ -161,10 +161,10 @@ class Ruling:
 
 @dataclass(frozen=True)
 class Decision:
-    """All rulings and what follows; `capped`: labels; `combined_N`: p-values, for the verdict that rests on them."""
+    """All results and what follows; `capped`: labels; `combined_N`: p-values, for the verdict that rests on them."""
 
     scored: Scored
-    rulings: list[Ruling]
+    results: list[RuleResult]
     removed_N: np.ndarray
     capped: set[int]
     combined_N: np.ndarray | None = None
@@ -173,13 +173,13 @@ class Decision:
         """Content of selection.json."""
         return {
             "verdict": config.verdict,
-            "rules": {ruling.opinion.kind: ruling.rule.model_dump(mode="json") for ruling in self.rulings},
+            "rules": {result.output.kind: result.rule.model_dump(mode="json") for result in self.results},
             "classes": {
                 str(label): {
                     "n": len(removed_n),
                     "removed": int(removed_n.sum()),
                     "capped": label in self.capped,
-                    "scorers": {ruling.opinion.kind: ruling.classes[label] for ruling in self.rulings},
+                    "scorers": {result.output.kind: result.classes[label] for result in self.results},
                 }
                 for label, removed_n in self.scored.by_class(self.removed_N).items()
             },
@@ -187,23 +187,23 @@ class Decision:
 
     def reasons(self, i: int, label: int) -> list[dict[str, Any]]:
         """What speaks against sample i, of class `label`."""
-        reasons = [_reason(ruling, label, i) for ruling in self.rulings if ruling.flagged_N[i]]
+        reasons = [_reason(result, label, i) for result in self.results if result.flagged_N[i]]
         if self.combined_N is None or not self.removed_N[i]:
             return reasons
-        p_values = ", ".join(f"{r.opinion.kind} {r.p_N[i]:.2g}" for r in self.rulings if r.p_N is not None)
+        p_values = ", ".join(f"{r.output.kind} {r.p_N[i]:.2g}" for r in self.results if r.p_N is not None)
         text = f"combined p-value {self.combined_N[i]:.2g} ({p_values})"
         return [{"stage": "combined", "reason": text, "p_value": float(self.combined_N[i])}, *reasons]
 
 
 def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str]) -> Decision:
     scored = read_scores(scores, trusted)
-    rules = config.rules_of([opinion.kind for opinion in scored.opinions])
-    rulings = [rule_on(opinion, rules[opinion.kind], scored, config) for opinion in scored.opinions]
+    rules = config.rules_of([output.kind for output in scored.outputs])
+    results = [rule_on(output, rules[output.kind], scored, config) for output in scored.outputs]
     if config.verdict == "combined":
-        return _combine(config, scored, rulings)
-    n_flags_N = np.sum([ruling.flagged_N for ruling in rulings], axis=0)
-    capped = {y for ruling in rulings for y, of_class in ruling.classes.items() if of_class["capped"]}
-    return Decision(scored, rulings, n_flags_N >= flags_needed(config, len(rulings)), capped)
+        return _combine(config, scored, results)
+    n_flags_N = np.sum([result.flagged_N for result in results], axis=0)
+    capped = {y for result in results for y, of_class in result.classes.items() if of_class["capped"]}
+    return Decision(scored, results, n_flags_N >= flags_needed(config, len(results)), capped)
 
 
 def flags_needed(config: SelectConfig, n_scorers: int) -> int:
@@ -211,9 +211,9 @@ def flags_needed(config: SelectConfig, n_scorers: int) -> int:
     return {"any": 1, "majority": n_scorers // 2 + 1, "all": n_scorers}[config.verdict]
 
 
-def _combine(config: SelectConfig, scored: Scored, rulings: list[Ruling]) -> Decision:
+def _combine(config: SelectConfig, scored: Scored, results: list[RuleResult]) -> Decision:
     """Benjamini-Hochberg on the combined p-values of all samples that are not trusted."""
-    combined_N = cauchy_combination(np.stack([ruling.p_N for ruling in rulings if ruling.p_N is not None]))
+    combined_N = cauchy_combination(np.stack([result.p_N for result in results if result.p_N is not None]))
     judged = -combined_N[~scored.trusted_N]  # negative: the higher, the more suspicious
     threshold = keep_all_but(judged, benjamini_hochberg(-judged, config.q))
     removed_N, capped = np.zeros(len(combined_N), bool), set()
@@ -222,16 +222,16 @@ def _combine(config: SelectConfig, scored: Scored, rulings: list[Ruling]) -> Dec
         removed_N[scored.judged[label]] = s_n > max(threshold, cap)
         if cap > threshold:
             capped.add(label)
-    return Decision(scored, rulings, removed_N, capped, combined_N)
+    return Decision(scored, results, removed_N, capped, combined_N)
 
 
-def rule_on(opinion: Opinion, rule: Rule, scored: Scored, config: SelectConfig) -> Ruling:
+def rule_on(output: ScorerOutput, rule: Rule, scored: Scored, config: SelectConfig) -> RuleResult:
     """Apply a rule to the scores of its scorer."""
-    by_class, trusted_M = scored.by_class(opinion.scores_N), opinion.scores_N[scored.trusted_N]
-    thresholds = rule.thresholds(by_class, opinion.statistics, trusted_M)
-    levels = rule.levels(by_class, opinion.statistics) if isinstance(rule, SeparationRule) else {}
+    by_class, trusted_M = scored.by_class(output.scores_N), output.scores_N[scored.trusted_N]
+    thresholds = rule.thresholds(by_class, output.statistics, trusted_M)
+    levels = rule.levels(by_class, output.statistics) if isinstance(rule, SeparationRule) else {}
     classes: dict[int, dict[str, Any]] = {}
-    flagged_N = np.zeros(len(opinion.scores_N), bool)
+    flagged_N = np.zeros(len(output.scores_N), bool)
     for label, s_n in by_class.items():
         cap = keep_all_but(s_n, int(config.max_removed_fraction * len(s_n)))
         # A rule that takes a whole class says minus infinity, which JSON cannot hold: the lowest float says it too.
@@ -241,15 +241,15 @@ def rule_on(opinion: Opinion, rule: Rule, scored: Scored, config: SelectConfig) 
             "flagged": int((s_n > threshold).sum()),
             "threshold": threshold if threshold < math.inf else None,
             "capped": bool(cap > thresholds[label]),
-            **opinion.statistics.get(label, {}),
+            **output.statistics.get(label, {}),
             **({"level": levels[label]} if label in levels else {}),
         }
     p_N = None
     if isinstance(rule, FDRRule | ConformalRule):
-        p_N = np.ones(len(opinion.scores_N))
+        p_N = np.ones(len(output.scores_N))
         for label, p_n in rule.p_values(by_class, trusted_M).items():
             p_N[scored.judged[label]] = p_n
-    return Ruling(opinion, rule, classes, flagged_N, p_N)
+    return RuleResult(output, rule, classes, flagged_N, p_N)
 
 
 def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[dict[str, Any]]:
@@ -272,9 +272,9 @@ def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[
     return rows
 
 
-def _reason(ruling: Ruling, label: int, i: int) -> dict[str, Any]:
+def _reason(result: RuleResult, label: int, i: int) -> dict[str, Any]:
     """Why a scorer flags sample i."""
-    of_class, score, kind = ruling.classes[label], float(ruling.opinion.scores_N[i]), ruling.opinion.kind
+    of_class, score, kind = result.classes[label], float(result.output.scores_N[i]), result.output.kind
     text = f"{kind} score {score:.4g} is above {of_class['threshold']:.4g}"
     if "separation" in of_class:
         text += f"; the class splits in two, {of_class['separation']:.1f} standard deviations apart"
@@ -285,4 +285,4 @@ def _reason(ruling: Ruling, label: int, i: int) -> dict[str, Any]:
         )
         text += ", which decided between them" if of_class["side_by_labels"] else ""
     reason = {"stage": kind, "reason": text, "score": score, "threshold": of_class["threshold"]}
-    return reason if ruling.p_N is None else reason | {"p_value": float(ruling.p_N[i])}
+    return reason if result.p_N is None else reason | {"p_value": float(result.p_N[i])}

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Artifact, Part, Workshop
+from sanitize.artifacts import Artifact, ArtifactBuilder, Part
 from sanitize.compute import Compute
 from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
@@ -78,7 +78,7 @@ def write_selected(
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         _write_shard(shard, part, config, dataset, selection, advance)
 
-    def finish(part: Part, workshop: Workshop) -> None:
+    def finish(part: Part, workshop: ArtifactBuilder) -> None:
         # The promise of the whole pipeline, checked where it is kept or broken.
         wanted = selection.manifest().counts
         done = workshop.counts(dataset.shards)

@@ -58,6 +58,6 @@ def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, 
         part.counts.update(samples=len(rows))
 
     def finish(part: Part, _workshop: Any) -> None:
-        part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": {}, "held_out": []})
+        part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": {}, "exclude": []})
 
     return Work(parts=dataset.shards, write_part=write_part, finish=finish)

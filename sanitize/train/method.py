@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.distributed import weighted
 from sanitize.errors import ConfigError
-from sanitize.loop import Batch, Objective, Step
+from sanitize.loop import Objective, Step, TrainBatch
 from sanitize.train.adversary import AdversaryConfig, InputSpace, ascend, divergence, perturb
 from sanitize.train.collaborate import CollaborateConfig, exchange, networks_of
 from sanitize.train.labels import LabelsConfig
@@ -197,7 +197,7 @@ def robust_objective(
         losses_B = of.losses_B + adversary.beta * divergence(worst.outputs_BK, of.outputs_BK)
         return of._replace(losses_B=losses_B)
 
-    def objective(model: nn.Module, batch: Batch, epoch: int) -> Step:
+    def objective(model: nn.Module, batch: TrainBatch, epoch: int) -> Step:
         networks = networks_of(model)
         x_B, y_B, rows_B = batch
         if config.adversary.kind == "at":

@@ -19,7 +19,7 @@ from sanitize.data.index import IndexConfig, index_shards
 from sanitize.embed import SimCLRConfig, pretrain_simclr, simclr
 from sanitize.embed.simclr import contrastive, similarities
 from sanitize.errors import ConfigError
-from sanitize.loop import Batch, Objective, OptimConfig
+from sanitize.loop import Objective, OptimConfig, TrainBatch
 from sanitize.models.convnet import ConvNetConfig
 
 FAST = SimCLRConfig(
@@ -33,7 +33,7 @@ FAST = SimCLRConfig(
 def nt_xent(z_VD: Tensor, temperature: float, compute: Compute) -> Tensor:
     """The objective's loss, of a network that gives `z_VD` whatever it is shown."""
     n = len(z_VD) // 2
-    step = contrastive(temperature, compute)(nn.Identity(), Batch(z_VD, torch.zeros(n)), 0)
+    step = contrastive(temperature, compute)(nn.Identity(), TrainBatch(z_VD, torch.zeros(n)), 0)
     assert step.sums["loss"] == step.loss.detach() * n
     return step.loss
 
@@ -136,7 +136,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     def stopping(temperature: float, compute: Compute) -> Objective:
         objective, steps = contrastive(temperature, compute), iter(range(11))
 
-        def stop(model: nn.Module, batch: Batch, epoch: int):  # type: ignore[no-untyped-def]
+        def stop(model: nn.Module, batch: TrainBatch, epoch: int):  # type: ignore[no-untyped-def]
             if next(steps, None) is None:
                 raise Stopped
             return objective(model, batch, epoch)
@@ -182,7 +182,7 @@ def test_each_batch_holds_of_both_data_sets(
     def watching(temperature: float, compute: Compute) -> Objective:
         objective = contrastive(temperature, compute)
 
-        def watch(model: nn.Module, batch: Batch, epoch: int):  # type: ignore[no-untyped-def]
+        def watch(model: nn.Module, batch: TrainBatch, epoch: int):  # type: ignore[no-untyped-def]
             assert len(batch.x_B) == 2 * len(batch.y_B)
             seen.append(len(batch.y_B))
             return objective(model, batch, epoch)

@@ -92,7 +92,7 @@ def test_several_scorers_each_with_its_rule(
     kinds = [scorer["kind"] for scorer in SCORERS]
     for kind in kinds:
         info = json.loads((tmp_path / f"run/31-scores-{kind}/scorer.json").read_text())
-        assert info["held_out"] == trusted
+        assert info["exclude"] == trusted
     verdicts = rows(tmp_path / "run", "40-selection")
     of_shards = [len(rows(tmp_path / "run", f"31-scores-{kind}")) for kind in kinds]
     assert of_shards == [len(verdicts)] * len(kinds)

@@ -25,7 +25,7 @@ from sanitize.repair.clp import CLPConfig
 from sanitize.repair.ep import EPConfig
 from sanitize.repair.fine_pruning import FinePruningConfig
 from sanitize.repair.fine_tuning import FineTuningConfig
-from sanitize.repair.material import Material, Repaired, RepairMethod, in_memory, split_clean
+from sanitize.repair.inputs import Repaired, RepairInputs, RepairMethod, in_memory, split_clean
 from sanitize.repair.nad import NADConfig, attention, last_of_each_resolution
 from sanitize.repair.neural_cleanse import FoundTrigger, NeuralCleanseConfig, anomaly_index
 
@@ -54,7 +54,7 @@ class Case(NamedTuple):
     """A network, what there is to repair it with, and what it is measured on."""
 
     model: nn.Module
-    material: Material
+    inputs: RepairInputs
     test_NCHW: Tensor
     labels_N: Tensor
 
@@ -82,7 +82,7 @@ def make(n_poisoned: int) -> Case:
     model = CONFIG.build()
     data = Resident(x_NCHW, y_N, 50, lambda epoch: CPU.generator("test", epoch))
     train(model, data.epoch, data.steps_per_epoch, OptimConfig(epochs=20, batch_size=50), CPU, CONFIG.normalise)
-    return Case(model.eval(), Material(CONFIG, in_memory(x_NCHW, y_N), clean), images_N1HW[1250:], labels_N[1250:])
+    return Case(model.eval(), RepairInputs(CONFIG, in_memory(x_NCHW, y_N), clean), images_N1HW[1250:], labels_N[1250:])
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def backdoored() -> Case:
 @pytest.fixture(scope="module")
 def repaired(backdoored: Case) -> Callable[[str], Repaired]:
     """What a method makes of the backdoored network, once."""
-    return cache(lambda name: METHODS[name].repair(backdoored.model, backdoored.material, CPU))
+    return cache(lambda name: METHODS[name].repair(backdoored.model, backdoored.inputs, CPU))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_repair_weakens_the_backdoor_and_leaves_its_model_alone(
 def test_the_same_again_gives_the_same_network(
     backdoored: Case, repaired: Callable[[str], Repaired], name: str
 ) -> None:
-    again = METHODS[name].repair(backdoored.model, backdoored.material, CPU)
+    again = METHODS[name].repair(backdoored.model, backdoored.inputs, CPU)
     assert again.done == repaired(name).done
     wanted = repaired(name).model.state_dict()
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in again.model.state_dict().items())
@@ -133,7 +133,7 @@ def test_the_same_again_gives_the_same_network(
 
 @every_method
 def test_a_network_without_a_backdoor_stays_about_as_good(honest: Case, name: str) -> None:
-    found = METHODS[name].repair(honest.model, honest.material, CPU)
+    found = METHODS[name].repair(honest.model, honest.inputs, CPU)
     acc, acc_before = (honest.measure(of)[0] for of in (found.model, honest.model))
     print(f"{name}: ACC {acc_before:.3f} -> {acc:.3f}, {found.done}")
     # EP: one channel of 16 is a sixteenth of the layer. NAD: so strong a pull to the teacher costs some of the network.
@@ -154,7 +154,7 @@ def test_what_fine_pruning_has_pruned_stays_pruned(repaired: Callable[[str], Rep
 
 def test_without_weight_on_attention_distillation_is_fine_tuning(backdoored: Case) -> None:
     nad, tuning = (
-        method.repair(backdoored.model, backdoored.material, CPU).model.state_dict()
+        method.repair(backdoored.model, backdoored.inputs, CPU).model.state_dict()
         for method in (NADConfig(beta=0, teacher=TUNE, optim=TUNE), FineTuningConfig(optim=TUNE))
     )
     for name, tensor in tuning.items():
@@ -201,7 +201,7 @@ def test_neural_cleanse_accuses_the_target_class_and_finds_a_small_trigger(
     done = repaired("neural cleanse").done
     assert done["suspicious"] == [2]
     assert done["sizes"][2] == min(done["sizes"])
-    trigger = method.invert(backdoored.model, 2, backdoored.material, CPU)
+    trigger = method.invert(backdoored.model, 2, backdoored.inputs, CPU)
     assert trigger.size == done["sizes"][2]
     stamped_NCHW = (255 * trigger.stamp(backdoored.test_NCHW / 255)).round().to(torch.uint8)
     assert predict(backdoored.model, stamped_NCHW, CONFIG.normalise, CPU).argmax(1).eq(2).float().mean() > 0.9

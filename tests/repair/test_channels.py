@@ -15,7 +15,7 @@ from sanitize.models.resnet import ResNetConfig
 from sanitize.repair.channels import find_channels, prune, scaled_by, spatial_max
 from sanitize.repair.clp import CLPConfig, lipschitz_bounds
 from sanitize.repair.ep import EPConfig, Histogram
-from sanitize.repair.material import Material, in_memory
+from sanitize.repair.inputs import RepairInputs, in_memory
 from sanitize.repair.sites import watching
 
 CPU = Compute(device="cpu")
@@ -102,7 +102,7 @@ def test_clp_prunes_the_one_channel_that_is_too_sensitive(where: str) -> None:
     with torch.no_grad():
         linear.weight[7] *= -12
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = CLPConfig().repair(model, Material(config), CPU)
+    found = CLPConfig().repair(model, RepairInputs(config), CPU)
     assert found.done == {"pruned": {"features.norm0_0": 0, "features.norm1_0": 1}}
     norm: Any = found.model.get_submodule("features.norm1_0")
     assert norm.weight[7] == norm.bias[7] == 0
@@ -116,7 +116,7 @@ def test_clp_leaves_a_network_of_equal_channels_alone() -> None:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.ones_(module.running_var)  # type: ignore[arg-type]
-    assert CLPConfig().repair(model, Material(config), CPU).done["pruned"] == {
+    assert CLPConfig().repair(model, RepairInputs(config), CPU).done["pruned"] == {
         "features.norm0_0": 0,
         "features.norm1_0": 0,
     }
@@ -165,7 +165,7 @@ def test_ep_prunes_the_one_neuron_that_waits_for_the_trigger() -> None:
     labels_N = torch.zeros(1000, dtype=torch.int64)
 
     found, again = (
-        EPConfig().repair(model, Material(config, in_memory(images_NCHW, labels_N, batch_size=size)), CPU)
+        EPConfig().repair(model, RepairInputs(config, in_memory(images_NCHW, labels_N, batch_size=size)), CPU)
         for size in (1000, 64)
     )
     assert sum(found.done["pruned"].values()) == 1

@@ -8,7 +8,7 @@ from sanitize.compute import Compute
 from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.models.mlp import MLPConfig
-from sanitize.repair import DRRConfig, Material, in_memory
+from sanitize.repair import DRRConfig, RepairInputs, in_memory
 from sanitize.repair.drr import oblique
 from sanitize.repair.observe import pool
 from sanitize.repair.third_moment import measured, third_moment_directions
@@ -69,7 +69,7 @@ def images(rate: float) -> tuple[Tensor, Tensor, Tensor]:
     return x_NCHW.to(torch.uint8), torch.where(poisoned_N, 0, labels_N), poisoned_N
 
 
-def fitted(rate: float) -> tuple[nn.Module, Material]:
+def fitted(rate: float) -> tuple[nn.Module, RepairInputs]:
     x_NCHW, labels_N, poisoned_N = images(rate)
     config = ModelConfig(architecture=MLPConfig(widths=(16,)), n_classes=5, image_shape=(1, 6, 6))
     torch.manual_seed(0)
@@ -80,26 +80,26 @@ def fitted(rate: float) -> tuple[nn.Module, Material]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.eval(), Material(config, in_memory(x_NCHW, labels_N, poisoned_N))
+    return model.eval(), RepairInputs(config, in_memory(x_NCHW, labels_N, poisoned_N))
 
 
-def hit_rate(model: nn.Module, material: Material) -> float:
+def hit_rate(model: nn.Module, inputs: RepairInputs) -> float:
     x_NCHW, labels_N, _ = images(0.0)
     triggered = x_NCHW[labels_N != 0].clone()
     triggered[:, :, 5, 3:] = 255
     with torch.no_grad():
-        return float((model(material.config.normalise(triggered)).argmax(1) == 0).float().mean())
+        return float((model(inputs.config.normalise(triggered)).argmax(1) == 0).float().mean())
 
 
 def test_a_planted_backdoor_is_removed_whatever_the_order_of_the_data() -> None:
-    model, material = fitted(0.1)
-    repaired = DRRConfig().repair(model, material, Compute(device="cpu"))
-    assert hit_rate(model, material) > 0.95
-    assert hit_rate(repaired.model, material) < 0.1
+    model, inputs = fitted(0.1)
+    repaired = DRRConfig().repair(model, inputs, Compute(device="cpu"))
+    assert hit_rate(model, inputs) > 0.95
+    assert hit_rate(repaired.model, inputs) < 0.1
     assert [layer["removed"] for layer in repaired.done["layers"]] == [1, 1]
     assert all(layer["c"] > 0 for layer in repaired.done["layers"]), "the truth is known"
-    batches = list(material.untrusted_batches())
-    backwards = material._replace(untrusted=lambda: iter(batches[::-1]))
+    batches = list(inputs.untrusted_batches())
+    backwards = inputs._replace(untrusted=lambda: iter(batches[::-1]))
     again = DRRConfig().repair(model, backwards, Compute(device="cpu"))
     for one, other in zip(repaired.model.state_dict().values(), again.model.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -107,12 +107,12 @@ def test_a_planted_backdoor_is_removed_whatever_the_order_of_the_data() -> None:
 
 @pytest.mark.parametrize("search", ["clusters", "third_moment"])
 def test_a_clean_model_is_left_alone(search: str) -> None:
-    model, material = fitted(0.0)
-    repaired = DRRConfig.model_validate({"search": search}).repair(model, material, Compute(device="cpu"))
+    model, inputs = fitted(0.0)
+    repaired = DRRConfig.model_validate({"search": search}).repair(model, inputs, Compute(device="cpu"))
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in repaired.model.state_dict().items())
 
 
 def test_a_layer_that_cannot_be_folded_is_refused() -> None:
-    model, material = fitted(0.0)
+    model, inputs = fitted(0.0)
     with pytest.raises(ConfigError, match="there are"):
-        DRRConfig(layers=("nothing",)).repair(model, material, Compute(device="cpu"))
+        DRRConfig(layers=("nothing",)).repair(model, inputs, Compute(device="cpu"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
-from sanitize.repair import CleanImages, IBAUConfig, Material
+from sanitize.repair import CleanImages, IBAUConfig, RepairInputs
 from sanitize.repair.ibau import ascend, conjugate_gradient, fixed_point, hypergradient, into_ball
 
 
@@ -72,9 +72,9 @@ def test_a_round_uses_all_images_and_leaves_the_given_model_and_batch_norm_alone
     model = config.build().eval()
     before = copy.deepcopy(model.state_dict())
     images, labels = torch.randint(256, (50, 1, 8, 8), dtype=torch.uint8), torch.randint(3, (50,))
-    material = Material(config, clean=CleanImages(images[:40], labels[:40], images[40:], labels[40:]))
+    inputs = RepairInputs(config, clean=CleanImages(images[:40], labels[:40], images[40:], labels[40:]))
     method = IBAUConfig(rounds=2, batch_size=16, max_drop=1.0)
-    repaired, again = (method.repair(model, material, Compute(device="cpu")) for _ in range(2))
+    repaired, again = (method.repair(model, inputs, Compute(device="cpu")) for _ in range(2))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [len(repaired.done["rounds"]), repaired.done["taken"] <= 2] == [3, True]
     for name, tensor in repaired.model.state_dict().items():

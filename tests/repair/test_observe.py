@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.models.taps import Tapped, find_taps
-from sanitize.repair import Material, in_memory
+from sanitize.repair import RepairInputs, in_memory
 from sanitize.repair.observe import Pooling, group_moments, sample_features
 from sanitize.repair.sites import find_sites
 
@@ -36,15 +36,15 @@ def model() -> nn.Module:
 def test_features_are_those_before_the_in_place_relu(model: nn.Module, pooling: Pooling, compute: Compute) -> None:
     config = ModelConfig(n_classes=3, image_shape=(3, 2, 2))
     images_NCHW = torch.randint(256, (20, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    material = Material(config, in_memory(images_NCHW, torch.zeros(20, dtype=torch.int64)))
+    inputs = RepairInputs(config, in_memory(images_NCHW, torch.zeros(20, dtype=torch.int64)))
     sites = find_sites(model, config.example())
     assert [(site.name, site.side) for site in sites] == [("first", "output"), ("head", "input")]
     z_ND = model.first(config.normalise(images_NCHW).flatten(1)).detach()  # type: ignore[operator]
     assert (z_ND < 0).any()
-    sample = sample_features(model, sites, material, pooling, 100, compute)
+    sample = sample_features(model, sites, inputs, pooling, 100, compute)
     for name, wanted_ND in (("first", z_ND), ("head", z_ND.relu())):
         assert torch.equal(sample.pooled[name].sort(0).values, wanted_ND.double().sort(0).values)
-    moments = group_moments(model, sites, material, lambda _pooled, y_B: torch.zeros_like(y_B), compute)
+    moments = group_moments(model, sites, inputs, lambda _pooled, y_B: torch.zeros_like(y_B), compute)
     torch.testing.assert_close(moments["first"][0].mean_D, z_ND.double().mean(0))
 
 

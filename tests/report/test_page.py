@@ -252,7 +252,7 @@ def test_what_the_labels_of_neighbours_say_is_shown(tmp_path: Path, by_labels: b
     assert reason.endswith("which decided between them") == by_labels
 
 
-def test_without_a_witness_nothing_is_said_of_labels(planted: Run, tmp_path: Path) -> None:
+def test_without_a_label_check_nothing_is_said_of_labels(planted: Run, tmp_path: Path) -> None:
     words = _Page(_html(planted.report(tmp_path / "report"))).words
     assert "Other labels" not in words
     assert "nearest neighbours" not in words

@@ -121,8 +121,8 @@ def test_it_is_fitted_the_same_in_any_batches(name: str, seed: int, cuts: list[i
     config = SCORERS[name]
     parts = [part for part in divided(seed, cuts, by_class) if len(part)]
     if isinstance(config, ToxicDirectionConfig):
-        config = config.model_copy(update={"witness": None})
-        name = "toxic_direction without witness"
+        config = config.model_copy(update={"label_check": None})
+        name = "toxic_direction without label_check"
         SCORERS.setdefault(name, config)
     scorer, (other, wanted_N) = fitted(config, parts), whole(name)
     (batch,) = batches(config.embedding, [torch.arange(N)])
@@ -167,7 +167,7 @@ def test_a_handful_of_rows_can_be_fitted_and_scored(name: str, n: int, one_class
 
 
 @pytest.mark.parametrize("size", [1, 50])
-def test_the_witness_is_not_asked_about_batches_without_a_sampled_row(
+def test_the_label_check_is_not_asked_about_batches_without_a_sampled_row(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each class at most `ASKED` rows are asked about; here few, so that most batches hold none of them."""

@@ -88,7 +88,7 @@ def test_few_samples_are_never_sure() -> None:
     assert not at_odds(Side(0.0, 300), Side(0.6, 300))
 
 
-def test_the_scorer_asks_its_witness_and_says_what_it_said(compute: Compute) -> None:
+def test_the_scorer_asks_its_label_check_and_says_what_it_said(compute: Compute) -> None:
     """Class 0 has two groups of one shape: its own images, and some of each other class that were given its label."""
     generator = seeded(5)
     true_N = torch.arange(1200) % 6
@@ -118,6 +118,8 @@ def test_the_scorer_asks_its_witness_and_says_what_it_said(compute: Compute) -> 
     assert {name: t.tolist() for name, t in again.state_dict().items()} == {
         name: t.tolist() for name, t in scorer.state_dict().items()
     }
-    alone = ToxicDirection(ToxicDirectionConfig(n_starts=32, witness=NeighboursConfig(embedding="pixels", windows=1)))
+    alone = ToxicDirection(
+        ToxicDirectionConfig(n_starts=32, label_check=NeighboursConfig(embedding="pixels", windows=1))
+    )
     alone.fit(lambda name: passes(name)[::-1], compute)
     assert alone.statistics[0]["side_by_labels"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sanitize.score.sides import NOBODY_ASKED
+from sanitize.score.sides import NO_EVIDENCE
 from sanitize.score.toxic_direction import (
     ClassSplit,
     ToxicDirectionConfig,
@@ -161,7 +161,7 @@ def test_log_odds_rise_along_the_direction(seed: int, gap: float, ratio: float) 
     place_N = torch.randn(80, generator=seeded(seed), dtype=torch.float64)
     place_N[:20] = place_N[:20] * ratio + gap
     mixture = em(place_N, (torch.arange(80) < 20).double())
-    split = ClassSplit(torch.ones(1, dtype=torch.float64), 0.0, mixture, 9.0, 1.0, 80, 0.25, NOBODY_ASKED)
+    split = ClassSplit(torch.ones(1, dtype=torch.float64), 0.0, mixture, 9.0, 1.0, 80, 0.25, NO_EVIDENCE)
     line_B1 = torch.linspace(-30, 50, 200, dtype=torch.float64)[:, None]
     steps_B = log_odds(split, line_B1).diff() * (mixture.mean_2[1] - mixture.mean_2[0]).sign()
     assert (steps_B >= 0).all()

@@ -56,19 +56,19 @@ def fitted(
     tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, embeddings, compute: Compute
 ) -> tuple[Path, list[FittedScorer], list[Scores], str]:
     """Scorers fitted on three shards, and what they say of all four; the last is held out."""
-    folder, held_out = tmp_path_factory.mktemp("judge"), dataset.shards[-1]
+    folder, trusted = tmp_path_factory.mktemp("judge"), dataset.shards[-1]
     fitted, scores = [], []
     for config in SCORERS:
         out = str(folder / config.kind)
-        fitted.append(fit_scorer(config, embeddings, out, compute, held_out=[held_out]))
+        fitted.append(fit_scorer(config, embeddings, out, compute, exclude=[trusted]))
         scores.append(score_shards(config, fitted[-1], embeddings, f"{out}-scores", compute))
-    return folder, fitted, scores, held_out
+    return folder, fitted, scores, trusted
 
 
 def judged(
     fitted, checkpoint: Checkpoint, shards: list[str], folder: Path, compute: Compute, config: JudgeConfig
 ) -> dict[tuple[str, int], tuple[str, tuple[str, ...]]]:
-    _, scorers, reference, held_out = fitted
+    _, scorers, reference, trusted = fitted
     places = {f"{Path(shard).stem}-0123.tar": shard for shard in shards}
     dataset = index_shards(IndexConfig(n_classes=10), places, str(folder / "index"), compute)
     embeddings = embed_shards(EmbedConfig(batch_size=64), dataset, checkpoint, str(folder / "embeddings"), compute)
@@ -77,7 +77,7 @@ def judged(
         for of, scorer in zip(SCORERS, scorers, strict=True)
     ]
     inputs = config, dataset, scores, reference
-    selection = judge_shards(*inputs, str(folder / "selection"), compute, held_out=[held_out])
+    selection = judge_shards(*inputs, str(folder / "selection"), compute, trusted=[trusted])
     info = selection.read_json("selection.json")
     assert sum(c["removed"] for c in info["classes"].values()) == selection.manifest().counts["quarantined"]
     return {
@@ -110,9 +110,9 @@ def test_without_rule_and_level_nothing_is_removed(
 def test_what_rests_on_the_whole_batch_or_on_other_scorers_is_refused(
     fitted, dataset: Dataset, scores: Scores, tmp_path: Path, compute: Compute
 ) -> None:
-    _, _, reference, held_out = fitted
+    _, _, reference, trusted = fitted
     combined = JudgeConfig(select=SelectConfig(verdict="combined"))
     with pytest.raises(ConfigError, match="what becomes of a sample depends on its batch"):
         judge_shards(combined, dataset, reference, reference, str(tmp_path / "a"), compute)
     with pytest.raises(ArtifactError, match="by the scorers of the reference"):
-        judge_shards(JudgeConfig(), dataset, [scores], reference[:1], str(tmp_path / "b"), compute, [held_out])
+        judge_shards(JudgeConfig(), dataset, [scores], reference[:1], str(tmp_path / "b"), compute, [trusted])

@@ -39,7 +39,7 @@ def make_scores(
     score: Callable[[str, dict], float],
     classes: dict | None = None,
     kind: str = "made-up",
-    held_out: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
 ) -> Scores:
     """Scores of the usable samples by a function of shard and row."""
 
@@ -51,7 +51,7 @@ def make_scores(
                 columns["score"] = pa.array([score(shard, row) for row in rows], pa.float32())
                 write_rows(part, shard, pa.table(columns))
         statistics = classes or {"0": {"top_variance": 1.0}, "1": {"top_variance": 1.0}}
-        info = {"config": {"kind": kind}, "classes": statistics, "held_out": held_out}
+        info = {"config": {"kind": kind}, "classes": statistics, "exclude": exclude}
         part.write_json("scorer.json", info)
 
     return make(Scores, out, Recipe(stage="made-up", config={"out": out.name}), write)
@@ -325,7 +325,7 @@ def test_trusted_samples_are_compared_with_and_never_removed(tmp_path: Path, mix
     def score(shard: str, row: dict) -> float:
         return row["position"] if shard == "a.tar" else 1000 - row["position"]
 
-    scores = make_scores(tmp_path / "scores", mixed, score, held_out=trusted)
+    scores = make_scores(tmp_path / "scores", mixed, score, exclude=trusted)
     config = SelectConfig(rule=ConformalRule(q=0.2), max_removed_fraction=1)
     selection = select_samples(config, mixed, [scores], str(tmp_path / "out"), compute, trusted=trusted)
     for row in verdicts(selection):

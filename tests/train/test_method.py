@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.errors import ConfigError, NumericsError
-from sanitize.loop import Batch, OptimConfig, cross_entropy, predict, train
+from sanitize.loop import OptimConfig, TrainBatch, cross_entropy, predict, train
 from sanitize.train import Drops, MethodConfig, Pair, SelectBatchConfig, robust_objective, zoo
 from sanitize.train.adversary import AdversaryConfig
 from sanitize.train.labels import LabelsConfig
@@ -95,7 +95,7 @@ def test_without_ingredients_it_is_plain_cross_entropy(compute: Compute) -> None
     gradients = []
     for objective in (cross_entropy(compute), robust_objective(MethodConfig(), compute)):
         model = network(3, MethodConfig())
-        objective(model, Batch(x_ND, y_N), 0).loss.backward()
+        objective(model, TrainBatch(x_ND, y_N), 0).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
 
@@ -105,7 +105,7 @@ def test_selection_averages_over_what_it_keeps(compute: Compute) -> None:
     config = MethodConfig(select_batch=SelectBatchConfig(kind="spl", tau=0.4, warmup_epochs=1))
     model = network(3, config)
     losses_B = nn.functional.cross_entropy(model(x_ND), y_N, reduction="none")
-    loss = robust_objective(config, compute)(model, Batch(x_ND, y_N), 5).loss
+    loss = robust_objective(config, compute)(model, TrainBatch(x_ND, y_N), 5).loss
     torch.testing.assert_close(loss, losses_B.sort().values[:30].mean())
 
 
@@ -115,14 +115,14 @@ def test_co_updates_each_network_with_what_the_other_picked(compute: Compute) ->
     pair = network(3, config)
     f, g = (nn.functional.cross_entropy(one(x_ND), y_N, reduction="none") for one in pair.networks)
     wanted = f[g.argsort()[:30]].mean() + g[f.argsort()[:30]].mean()
-    torch.testing.assert_close(robust_objective(config, compute)(pair, Batch(x_ND, y_N), 5).loss, wanted)
+    torch.testing.assert_close(robust_objective(config, compute)(pair, TrainBatch(x_ND, y_N), 5).loss, wanted)
 
 
 def test_decouple_with_networks_that_agree_changes_nothing(compute: Compute) -> None:
     x_ND, y_N = blobs(50)
     pair = network(3, CLASSIFY["decouple"])
     pair.networks[1].load_state_dict(pair.networks[0].state_dict())
-    step = robust_objective(CLASSIFY["decouple"], compute)(pair, Batch(x_ND, y_N), 0)
+    step = robust_objective(CLASSIFY["decouple"], compute)(pair, TrainBatch(x_ND, y_N), 0)
     step.loss.backward()
     assert step.loss == 0
     assert all((p.grad == 0).all() for p in pair.parameters())
@@ -144,7 +144,7 @@ def test_an_adversary_costs_the_trusted_and_leaves_the_dropped(compute: Compute)
     filtered = MethodConfig(select_batch=SelectBatchConfig(kind="prl_l", tau=0.4, warmup_epochs=1))
     attacked = filtered.model_copy(update={"adversary": AdversaryConfig(kind="at", tau_x=0.1)})
     model = network(3, filtered)
-    batch = Batch(x_ND, y_N)
+    batch = TrainBatch(x_ND, y_N)
     before, after = (robust_objective(config, compute)(model, batch, 5) for config in (filtered, attacked))
     assert after.loss > before.loss
     assert after.sums["dropped"] == before.sums["dropped"] == 20
@@ -159,7 +159,7 @@ def test_gradients_of_samples_are_shortened_one_by_one(compute: Compute) -> None
     y_NQ = 10 * torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     config = MethodConfig(loss="squared", max_sample_grad_norm=5.0)
     model = network(2, config)
-    robust_objective(config, compute)(model, Batch(x_ND, y_NQ), 0).loss.backward()
+    robust_objective(config, compute)(model, TrainBatch(x_ND, y_NQ), 0).loss.backward()
     found = torch.cat([p.grad.flatten() for p in model.parameters()])
     total = torch.zeros_like(found)
     for x_D, y_Q in zip(x_ND, y_NQ, strict=True):

@@ -6,7 +6,7 @@ A method is one file: a frozen config with `kind`, `needs` and one pure function
         kind: Literal["clp"] = "clp"
         needs: ClassVar[Needs] = "nothing"
 
-        def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired: ...
+        def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired: ...
 
 which leaves the model it is given as it was. The union of all methods is `RepairConfig`. No method ever sees the data
 that ACC and ASR are measured on. Shapes: B batch, N samples, C H W image.
@@ -59,7 +59,7 @@ class CleanImages(NamedTuple):
     held_out_labels_M: Tensor
 
 
-class Material(NamedTuple):
+class RepairInputs(NamedTuple):
     """What there is to repair with.
 
     Attributes:
@@ -104,7 +104,7 @@ class RepairMethod(Protocol):
 
     needs: Needs
 
-    def repair(self, model: nn.Module, material: Material, compute: Compute) -> Repaired:
+    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Repair a copy of `model` (eval mode, takes normalised images)."""
         ...
 
@@ -119,10 +119,10 @@ def split_clean(
     return CleanImages(images_NCHW[rest], labels_N[rest], images_NCHW[held_out], labels_N[held_out])
 
 
-def held_out_accuracy(model: nn.Module, material: Material, compute: Compute) -> float:
+def held_out_accuracy(model: nn.Module, inputs: RepairInputs, compute: Compute) -> float:
     """Accuracy of the network on the clean images that are held out."""
-    clean = material.clean_images()
-    logits_MK = predict(model, clean.held_out_MCHW, material.config.normalise, compute)
+    clean = inputs.clean_images()
+    logits_MK = predict(model, clean.held_out_MCHW, inputs.config.normalise, compute)
     return accuracy(logits_MK, clean.held_out_labels_M)
 
 

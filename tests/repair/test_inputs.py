@@ -5,7 +5,7 @@ import torch
 
 from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import ModelConfig
-from sanitize.repair import Material, split_clean
+from sanitize.repair import RepairInputs, split_clean
 
 
 def test_clean_images_are_split_without_overlap_and_by_the_seed_alone() -> None:
@@ -20,8 +20,8 @@ def test_clean_images_are_split_without_overlap_and_by_the_seed_alone() -> None:
 
 
 def test_what_is_missing_is_asked_for() -> None:
-    material = Material(ModelConfig(n_classes=2, image_shape=(1, 8, 8)))
+    inputs = RepairInputs(ModelConfig(n_classes=2, image_shape=(1, 8, 8)))
     with pytest.raises(ConfigError, match="trained on"):
-        material.untrusted_batches()
+        inputs.untrusted_batches()
     with pytest.raises(ConfigError, match="clean images"):
-        material.clean_images()
+        inputs.clean_images()

@@ -36,13 +36,13 @@ from flows.retry import is_transient
 from flows.server import does_not_answer, temporary_server, watched
 from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
-from sanitize.data.names import as_markdown, printable
 from sanitize.errors import ConfigError, SanitizeError, StorageError
 from sanitize.jobs import JOBS, Job
 from sanitize.jobs.redteam import table as table_of_cases
 from sanitize.jobs.run import Run
 from sanitize.jobs.runner import Processes, Ray, RunnerConfig, Threads
 from sanitize.stage import STAGES
+from sanitize.tar.names import as_markdown, printable
 
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")

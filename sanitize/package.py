@@ -21,12 +21,12 @@ from sanitize.certify import Certificates, PartitionEnsemble
 from sanitize.certify.certificates import Proved, excerpt
 from sanitize.certify.ensemble import PROVED
 from sanitize.compute import Compute
-from sanitize.data.names import as_markdown
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint, ModelConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.stage import Work, stage
 from sanitize.storage import exists, join
+from sanitize.tar.names import as_markdown
 
 PACKAGE = "80-package"  # of a run folder
 

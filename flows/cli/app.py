@@ -51,14 +51,14 @@ class Terminal(Console):
 
     def render_str(self, text: str, **more: Any) -> Text:
         """All that rich shows as text comes through here."""
-        from sanitize.data.names import printable
+        from sanitize.tar.names import printable
 
         return super().render_str("\n".join(map(printable, text.split("\n"))), **more)
 
 
 class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        from sanitize.data.names import printable
+        from sanitize.tar.names import printable
 
         return "\n".join(map(printable, super().format(record).split("\n")))
 
@@ -125,7 +125,7 @@ def say(what: str, style: str, about: str) -> None:
 
 def as_text(text: str) -> Text:
     """What strangers wrote, on one line and with nothing in it that would drive the terminal."""
-    from sanitize.data.names import printable
+    from sanitize.tar.names import printable
 
     return Text(printable(" ".join(text.splitlines())))
 

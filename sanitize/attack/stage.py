@@ -17,18 +17,18 @@ from sanitize.attack.several import AttackConfig, OneAttack, attacks_of
 from sanitize.attack.stored import OnStored, stored_image
 from sanitize.attack.triggered import refuse_targets
 from sanitize.compute import Compute
-from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import encode_png
-from sanitize.data.names import split_name
 from sanitize.data.samples import Sample, find_image
 from sanitize.data.tables import ShardTables, write_rows
-from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
 from sanitize.stage import Advance, Bars, Work, stage
+from sanitize.tar.compression import unread_suffix
+from sanitize.tar.names import split_name
+from sanitize.tar.write import TarWriter
 
 Poison = Callable[[Tensor, Tensor], Tensor]  # uint8 images (B, C, H, W), their true labels (B,) -> uint8 images
 

@@ -15,9 +15,9 @@ from urllib.parse import quote
 import pyarrow.compute as pc
 
 from sanitize.artifacts import FileEntry
-from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Selection
+from sanitize.tar.compression import unread_suffix
 
 # The standard JSON-LD context of Croissant 1.0, whole: mlcroissant warns of any other.
 _CONTEXT = {

@@ -17,10 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.compute import Compute
-from sanitize.data.compression import not_read, unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode
-from sanitize.data.names import printable
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import (
     BadLabel,
@@ -36,6 +34,8 @@ from sanitize.data.tables import rows_name, write_rows
 from sanitize.errors import DataError
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.storage import fingerprint
+from sanitize.tar.compression import not_read, unread_suffix
+from sanitize.tar.names import printable
 
 _MAX_NAMED = 10  # shards in a message
 MAX_CLASSES = 1000  # without n_classes, a larger label is taken for a mistake: one hostile label must not size a model

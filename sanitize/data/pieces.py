@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sanitize.data.names import printable, split_usual
 from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile
-from sanitize.data.tar import TarLimits
-from sanitize.data.tar_plain import NotPlain, PlainMembers, normalised, parse_plain
+from sanitize.tar.names import printable, split_usual
+from sanitize.tar.plain import NotPlain, PlainMembers, normalised, parse_plain
+from sanitize.tar.read import TarLimits
 
 _PIECE_BYTES = 1 << 20  # that are read at once; of a larger sample, what its members hold
 

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from sanitize.data.decode import IMAGE_SUFFIXES
-from sanitize.data.names import FOLDER_BYTES, printable, split_usual
 from sanitize.data.samples import Sample, SampleLimits, ShardFile, ShardReader
-from sanitize.data.tar import TarLimits
-from sanitize.data.tar_plain import SMALL, NotPlain, PlainMembers, read_plain
 from sanitize.storage import open_read
+from sanitize.tar.names import FOLDER_BYTES, printable, split_usual
+from sanitize.tar.plain import SMALL, NotPlain, PlainMembers, read_plain
+from sanitize.tar.read import TarLimits
 
 SCHEMA = pa.schema(
     {

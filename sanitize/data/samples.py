@@ -12,14 +12,14 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.data.compression import GZIP, HEAD_BYTES, GzipStream, explain, not_read, unread_suffix
 from sanitize.data.decode import IMAGE_SUFFIXES
-from sanitize.data.names import USUAL_NAME, SeenPaths, printable, split_name
-from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
-from sanitize.data.tar_write import BLOCK
 from sanitize.errors import DataError
 from sanitize.hashing import Sha256
 from sanitize.storage import open_read
+from sanitize.tar.compression import GZIP, HEAD_BYTES, GzipStream, explain, not_read, unread_suffix
+from sanitize.tar.names import USUAL_NAME, SeenPaths, printable, split_name
+from sanitize.tar.read import Member, TarDamage, TarLimits, TarReader, unsafe_name
+from sanitize.tar.write import BLOCK
 
 _INTEGER = re.compile(rb"[+-]?\d{1,18}")
 _SKIPPED_BYTES = 1 << 20  # at once

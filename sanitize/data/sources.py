@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sanitize import remote
-from sanitize.data.compression import UNREAD_SUFFIXES, not_read, unread_suffix
-from sanitize.data.names import printable
 from sanitize.errors import ConfigError, DataError, SanitizeError
 from sanitize.storage import absolute, check_url, is_local, join, local_path
+from sanitize.tar.compression import UNREAD_SUFFIXES, not_read, unread_suffix
+from sanitize.tar.names import printable
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SUFFIXES = (*SHARD_SUFFIXES, *UNREAD_SUFFIXES)

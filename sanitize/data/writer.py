@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from sanitize.artifacts import Part
-from sanitize.data.compression import is_compressed
-from sanitize.data.tar_write import TarWriter
 from sanitize.storage import HashingWriter
+from sanitize.tar.compression import is_compressed
+from sanitize.tar.write import TarWriter
 
 _BUFFER_BYTES = 1 << 20  # small members one by one are slow to hash
 

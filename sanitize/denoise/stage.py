@@ -11,16 +11,16 @@ from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
-from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode, encode_png
-from sanitize.data.names import split_name
 from sanitize.data.samples import Sample, find_image
-from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.denoise.pca import PCA
 from sanitize.denoise.pca_noise import PCANoise, PCANoiseConfig
 from sanitize.stage import Advance, Bars, Work, stage
+from sanitize.tar.compression import unread_suffix
+from sanitize.tar.names import split_name
+from sanitize.tar.write import TarWriter
 
 
 class DenoiseConfig(PCANoiseConfig):

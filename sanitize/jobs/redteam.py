@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sanitize.attack import AttackConfig, CleanLabelConfig, attacks_of, poison_shards
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.names import as_markdown
 from sanitize.data.sources import find_shards
 from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ConfigError
@@ -33,6 +32,7 @@ from sanitize.redteam import (
 )
 from sanitize.report import write_redteam_report
 from sanitize.select import trusted_shards
+from sanitize.tar.names import as_markdown
 
 SHOWN = (
     "recall",

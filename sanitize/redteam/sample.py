@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.names import split_name
 from sanitize.data.samples import Sample
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ConfigError, DataError
 from sanitize.progress import track
 from sanitize.stage import Work, stage
+from sanitize.tar.names import split_name
 
 _PER_SHARD = 1000  # samples of a fresh shard
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode, encode_png, resized
-from sanitize.data.names import printable
 from sanitize.data.samples import SampleLimits, ShardReader
 from sanitize.errors import SanitizeError
 from sanitize.select.write import Shards
+from sanitize.tar.names import printable
 
 BUDGET = 1_200_000  # bytes of all thumbnails together, before base64
 SIDES = (128, 112, 96, 80, 64, 48, 32, 24)  # of a thumbnail in pixels, tried until it fits its share of the budget

@@ -11,17 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import Artifact, ArtifactBuilder, Part
 from sanitize.compute import Compute
-from sanitize.data.compression import unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.describe import croissant, describe_clean
-from sanitize.data.names import SeenPaths, folded_path, is_portable
 from sanitize.data.samples import Sample
 from sanitize.data.tables import Selection
-from sanitize.data.tar import unsafe_name
-from sanitize.data.tar_write import TarWriter
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
 from sanitize.stage import Advance, Bars, Work, stage
+from sanitize.tar.compression import unread_suffix
+from sanitize.tar.names import SeenPaths, folded_path, is_portable
+from sanitize.tar.read import unsafe_name
+from sanitize.tar.write import TarWriter
 
 EVIDENCE = "sanitize.json"
 _BLOCK_BYTES = 1 << 20  # that are copied at once

@@ -30,16 +30,16 @@ from flows.cli import app
 from sanitize import storage
 from sanitize.artifacts import Part, Recipe, make, verify
 from sanitize.compute import Compute
-from sanitize.data.compression import is_compressed, unread_suffix
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.samples import SampleLimits
 from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.data.tables import Scores, Selection, write_rows
-from sanitize.data.tar import unsafe_name
-from sanitize.data.tar_write import TarWriter
 from sanitize.errors import ConfigError, DataError, StorageError
 from sanitize.select import SelectConfig, Shards, WriteConfig, select_samples, write_selected
+from sanitize.tar.compression import is_compressed, unread_suffix
+from sanitize.tar.read import unsafe_name
+from sanitize.tar.write import TarWriter
 
 pytestmark = pytest.mark.hostile
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sanitize import storage
-from sanitize.data.names import folded_path, is_portable
+from sanitize.tar.names import folded_path, is_portable
 from tests.data.test_hostile import (
     END,
     HERE,

@@ -7,10 +7,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from sanitize.data.names import printable
 from sanitize.data.sources import find_shards, list_sources
 from sanitize.errors import ConfigError, DataError
 from sanitize.storage import check_url, fingerprint, open_read
+from sanitize.tar.names import printable
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.attack import Poisoned
 from sanitize.data.digits import Digits
-from sanitize.data.names import as_markdown
 from sanitize.data.tables import Selection
 from sanitize.errors import ConfigError
 from sanitize.jobs.redteam import DEFAULT_ATTACKS, RedTeamConfig, table
+from sanitize.tar.names import as_markdown
 
 RUNNER = CliRunner()
 

@@ -40,13 +40,13 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.names import as_path, folded_path, is_portable
 from sanitize.data.samples import SampleLimits
 from sanitize.data.tables import Scores, write_rows
-from sanitize.data.tar import unsafe_name
-from sanitize.data.tar_write import TarWriter
 from sanitize.errors import DataError
 from sanitize.select import SelectConfig, WriteConfig, select_samples, write_selected
+from sanitize.tar.names import as_path, folded_path, is_portable
+from sanitize.tar.read import unsafe_name
+from sanitize.tar.write import TarWriter
 
 CONFIG = IndexConfig(
     max_bad_fraction=1,

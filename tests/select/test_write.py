@@ -11,10 +11,10 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Selection, write_rows
-from sanitize.data.tar import unsafe_name
 from sanitize.errors import DataError
 from sanitize.select import Shards, WriteConfig, write_selected
 from sanitize.select.stage import SCHEMA
+from sanitize.tar.read import unsafe_name
 
 Read = Callable[[str | Path], list[tuple[str, bytes]]]
 ANYTHING = IndexConfig(max_bad_fraction=1)

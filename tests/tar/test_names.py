@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from sanitize.data.names import (
+from sanitize.tar.names import (
     USUAL_NAME,
     SeenPaths,
     as_markdown,

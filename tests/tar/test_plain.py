@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader
-from sanitize.data.tar_plain import NotPlain, normalised, parse_plain, read_plain
-from sanitize.data.tar_write import TarWriter
+from sanitize.tar.plain import NotPlain, normalised, parse_plain, read_plain
+from sanitize.tar.read import Member, TarDamage, TarLimits, TarReader
+from sanitize.tar.write import TarWriter
 
 LIMITS = TarLimits()
 KINDS = ("ours", "ustar", "gnu", "pax", "mixed")

@@ -12,8 +12,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from sanitize.data.tar import TarLimits, tells_only_time
-from sanitize.data.tar_write import BLOCK, GNU, POSIX, header
+from sanitize.tar.read import TarLimits, tells_only_time
+from sanitize.tar.write import BLOCK, GNU, POSIX, header
 
 SMALL = 2048  # bytes; payloads up to here are handed out
 _BATCH = 256  # headers that are checked together

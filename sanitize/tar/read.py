@@ -17,9 +17,9 @@ from zlib import error as zlib_error
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.data.compression import BarrenStream
-from sanitize.data.tar_write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_sum
 from sanitize.errors import DataError
+from sanitize.tar.compression import BarrenStream
+from sanitize.tar.write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_sum
 
 _CHUNK = 1 << 20  # most that is asked of the stream at once
 _LEAST = 1 << 13  # read-ahead after a long seek

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sanitize.data.tar import Member, TarDamage, TarLimits, TarReader, unsafe_name
-from sanitize.data.tar_write import TarWriter
 from sanitize.errors import DataError
+from sanitize.tar.read import Member, TarDamage, TarLimits, TarReader, unsafe_name
+from sanitize.tar.write import TarWriter
 
 END = bytes(1024)
 LIMITS = TarLimits(max_member_bytes=5000, max_name_bytes=300, max_extension_bytes=2000)

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sanitize.compute import Compute
-from sanitize.data import compression
-from sanitize.data.compression import GzipStream, explain, is_compressed, unread_suffix
 from sanitize.data.index import IndexConfig, index_shard, index_shards
 from sanitize.data.samples import ShardReader
 from sanitize.data.sources import list_sources
 from sanitize.errors import DataError
+from sanitize.tar import compression
+from sanitize.tar.compression import GzipStream, explain, is_compressed, unread_suffix
 
 Members = list[tuple[str, bytes]]
 slow = settings(max_examples=80, deadline=None)

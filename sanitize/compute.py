@@ -1,7 +1,6 @@
 """Device, precision, threads and seed of a run, chosen once. The only file that asks torch which hardware is there."""
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +13,6 @@ from torch import Tensor
 from sanitize.errors import ConfigError
 
 _CPU_ROWS = 32  # of a block of `Compute.full_blocks`
-
-logger = logging.getLogger(__name__)
 
 
 class Compute(BaseModel):

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 BLOCK = 8 << 20  # bytes of one ranged request; a reader holds two of them, the one it reads and the next
 ATTEMPTS = 8
+PARALLEL = 16  # requests at once, where many objects are looked at
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds; 11 s of pauses in all
 # What another attempt would not change. Libraries disagree on what they raise for the rest: not all of it is OSError.
 _PERMANENT: tuple[type[Exception], ...] = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
@@ -74,9 +75,9 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-def info(url: str) -> dict[str, Any]:
-    """Size and what else the store says of an object. Raises FileNotFoundError."""
-    fs, path = filesystem(url)
+def info(url: str, place: tuple[Any, str] | None = None) -> dict[str, Any]:
+    """Size and other properties of an object; `place` is `filesystem(url)`. Raises FileNotFoundError."""
+    fs, path = place or filesystem(url)
     found: dict[str, Any] = retried(lambda: fs.info(path), f"look at {url}")
     return found
 

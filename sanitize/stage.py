@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
-from sanitize.artifacts import Artifact, ArtifactBuilder, Part, Recipe, make, make_together
+from sanitize.artifacts import Artifact, ArtifactBuilder, Part, Recipe, Sources, make, make_together
 from sanitize.compute import Compute
 from sanitize.progress import track
 
@@ -58,7 +58,7 @@ class Work(NamedTuple):
     finish: Callable[[Part, ArtifactBuilder], None] | None = None
     fit: Callable[[], Any] | None = None
     write_fitted: Callable[[Part, Any], None] | None = None
-    sources: dict[str, dict[str, str | int]] | None = None
+    sources: Sources | None = None
     bar: Bars | None = None
     handle: Callable[[Any], Any] | None = None
     config: dict[str, Any] | None = None

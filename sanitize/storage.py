@@ -13,11 +13,12 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from sanitize import remote
 from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
@@ -122,13 +123,34 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def fingerprint(url: str) -> dict[str, str | int]:
-    """What tells, without reading it, that a file has changed: size, and modification time or ETag."""
-    check_url(url)
+    """URL, size, and modification time or ETag of a file: they differ where the file has changed.
+
+    Raises:
+        DataError: the file is not there.
+    """
+    return fingerprints([url])[0]
+
+
+def fingerprints(urls: Sequence[str]) -> list[dict[str, str | int]]:
+    """Fingerprint of each file; object stores get up to `remote.PARALLEL` requests at once.
+
+    Raises:
+        DataError: a file is not there.
+    """
+    # A file system of fsspec belongs to the thread that opens it: here one serves all threads.
+    places = [None if is_local(check_url(url)) else remote.filesystem(url) for url in urls]
+    if not any(places):
+        return [_fingerprint(url, None) for url in urls]
+    with ThreadPoolExecutor(remote.PARALLEL) as pool:
+        return list(pool.map(_fingerprint, urls, places))
+
+
+def _fingerprint(url: str, place: tuple[Any, str] | None) -> dict[str, str | int]:
     try:
-        if is_local(url):
+        if place is None:
             status = local_path(url).stat()
             return {"url": absolute(url), "size": status.st_size, "modified": status.st_mtime_ns}
-        found = remote.info(url)
+        found = remote.info(url, place)
     except OSError as error:
         raise DataError(f"cannot read {url}: {error}") from error
     return {"url": url, "size": int(found["size"] or 0), "modified": remote.version(found)}

@@ -7,22 +7,10 @@ a million rows loses the small directions in float32.
 
 import heapq
 from collections.abc import Mapping
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
-
-
-class Mergeable(Protocol):
-    """State that crosses shards. The order of updates and merges changes results by rounding only."""
-
-    def merge(self, other: Self) -> None:
-        """Add everything `other` has seen to this state; `other` stays as it was."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The whole state as tensors, for safetensors."""
-        ...
 
 
 class Moments:

@@ -23,6 +23,9 @@ class FaultyProxy(ThreadingHTTPServer):
         rate: share of the requests that meet a fault, drawn with `seed`.
         injected: how often each fault was met.
         largest: bytes of the largest body that was sent.
+        requests: how often each method was called on each path (without its query).
+        delay: seconds that each request waits.
+        most_at_once: most requests that were under way at once.
     """
 
     daemon_threads = True
@@ -31,7 +34,10 @@ class FaultyProxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.rate = target, rate
         self.injected: Counter[str] = Counter()
-        self.n_requests = self.largest = 0
+        self.requests: Counter[tuple[str, str]] = Counter()
+        self.delay = 0.0
+        self.n_requests = self.largest = self.most_at_once = 0
+        self._under_way = 0
         self._random = random.Random(seed)
         self._lock = threading.Lock()
 
@@ -39,6 +45,20 @@ class FaultyProxy(ThreadingHTTPServer):
     def url(self) -> str:
         """Where it listens."""
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @contextmanager
+    def counted(self, method: str, path: str) -> Iterator[None]:
+        """Count a request while it is under way."""
+        with self._lock:
+            self.requests[method, path.partition("?")[0]] += 1
+            self._under_way += 1
+            self.most_at_once = max(self.most_at_once, self._under_way)
+        try:
+            time.sleep(self.delay)
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
 
     def draw(self) -> str:
         """The fault the next request meets, or ''."""
@@ -59,6 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultyProxy
 
     def _handle(self) -> None:
+        with self.server.counted(self.command, self.path):
+            self._forward()
+
+    def _forward(self) -> None:
         fault = self.server.draw()
         body = self._body()
         if fault == "reset before":

@@ -251,8 +251,8 @@ def test_parts_made_by_many_workers_at_once(tmp_path: Path) -> None:
 
 
 KILLED = """
-    import os, pathlib, signal, sys
-    import sanitize.artifacts
+    import os, pathlib, shutil, signal, sys
+
     from sanitize.artifacts import Artifact, Recipe, make
 
     where, out = sys.argv[1:]
@@ -260,7 +260,7 @@ KILLED = """
     if where == "before the rename":
         pathlib.Path.rename = die
     if where == "after the rename":
-        sanitize.artifacts.shutil.rmtree = die
+        shutil.rmtree = die
 
     def write_part(name, part):
         with part.create(f"rows/{name}.txt") as file:

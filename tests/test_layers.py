@@ -55,7 +55,9 @@ def test_every_stage_is_declared() -> None:
     }
     assert found == set(DECLARED)
     for module in MODULES:
-        if module.__name__ not in ("sanitize.artifacts", "sanitize.stage", "sanitize.jobs.plan"):  # plan copies samples
+        if not module.__name__.startswith(
+            ("sanitize.artifacts", "sanitize.stage", "sanitize.jobs.plan")
+        ):  # plan copies samples
             assert not hasattr(module, "make"), module.__name__
 
 

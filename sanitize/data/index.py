@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import ArtifactBuilder, Part
+from sanitize.artifacts import ArtifactBuilder, Part, Sources
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode
@@ -29,11 +29,10 @@ from sanitize.data.samples import (
     image_name,
     read_label,
 )
-from sanitize.data.sources import find_shards
+from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.tables import rows_name, write_rows
 from sanitize.errors import DataError
 from sanitize.stage import Advance, Bars, Work, stage
-from sanitize.storage import fingerprint
 from sanitize.tar.compression import not_read, unread_suffix
 from sanitize.tar.names import printable
 
@@ -72,7 +71,7 @@ class IndexConfig(BaseModel):
 @stage(Dataset, version=2, gpu=False, draws="nothing")
 def index_shards(
     config: IndexConfig,
-    sources: Sequence[str] | str | Mapping[str, str],
+    sources: Sequence[str] | str | Sources,
     out: str,
     compute: Compute,
     shards: Sequence[str] | None = None,
@@ -81,8 +80,8 @@ def index_shards(
 
     Args:
         config: what a sample must have.
-        sources: directories, globs, brace ranges or URLs of .tar / .tar.gz shards, in any order; or name -> place of
-            each, where names are given.
+        sources: directories, globs, brace ranges or URLs of .tar / .tar.gz shards, in any order; or the shards that
+            were found, with their fingerprints (`fingerprint_shards`).
         out: folder of the artifact: `rows/SHARD.parquet`, `dataset.json`.
         compute: unused here but for the convention; nothing is random.
         shards: names of the shards to do now; None does all that are missing and finishes.
@@ -96,11 +95,12 @@ def index_shards(
             could be read of more than `max_bad_shards` shards.
         ArtifactError: `out` was made from other shards.
     """
-    found = dict(sorted(sources.items())) if isinstance(sources, Mapping) else find_shards(sources)
+    found = sources if isinstance(sources, Mapping) else fingerprint_shards(find_shards(sources))
+    found = dict(sorted(found.items()))
     _refuse_unread(config, found)
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
-        table, summary = index_shard(found[shard], config, advance)
+        table, summary = index_shard(str(found[shard]["url"]), config, advance)
         write_rows(part, shard, table.replace_schema_metadata({"shard": json.dumps(summary)}))
         part.counts.update(summary["counts"])
 
@@ -111,13 +111,13 @@ def index_shards(
         parts=list(found),
         write_part=write_part,
         finish=finish,
-        sources={shard: fingerprint(url) for shard, url in found.items()},
+        sources=found,
         bar=Bars("index"),
         inputs=dict.fromkeys(found, "shard"),
     )
 
 
-def _refuse_unread(config: IndexConfig, found: Mapping[str, str]) -> None:
+def _refuse_unread(config: IndexConfig, found: Mapping[str, object]) -> None:
     """Raise DataError before anything is read where names alone say that too much cannot be."""
     unread = {shard: not_read(unread_suffix(shard)) for shard in found if unread_suffix(shard)}
     if len(unread) > config.max_bad_shards:

@@ -10,14 +10,15 @@ import os
 import re
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from sanitize import remote
+from sanitize.artifacts import Sources
 from sanitize.errors import ConfigError, DataError, SanitizeError
-from sanitize.storage import absolute, check_url, is_local, join, local_path
+from sanitize.storage import absolute, check_url, fingerprints, is_local, join, local_path
 from sanitize.tar.compression import UNREAD_SUFFIXES, not_read, unread_suffix
 from sanitize.tar.names import printable
 
@@ -66,6 +67,18 @@ def find_shards(sources: Sequence[str] | str, may_come: bool = False) -> dict[st
     for error in refused.values():
         raise error
     return found
+
+
+def fingerprint_shards(shards: Mapping[str, str]) -> Sources:
+    """URL, size, and modification time or ETag of each shard, by name. A run takes them once.
+
+    Args:
+        shards: {name: url}, as `find_shards` returns them.
+
+    Raises:
+        DataError: a shard is not there.
+    """
+    return dict(zip(shards, fingerprints(list(shards.values())), strict=True))
 
 
 def list_sources(sources: Sequence[str] | str, may_come: bool = False) -> Listing:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import bad_shards, index_shards
-from sanitize.data.sources import find_shards
+from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.tables import Embeddings, Scores, Selection
 from sanitize.embed import (
     AnyEmbedderConfig,
@@ -99,7 +99,7 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     """The same for jobs that clean on their way, with the artifacts."""
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
-    dataset = run.sharded("00-index", index_shards, names, config.index, config.shards)
+    dataset = run.sharded("00-index", index_shards, names, config.index, fingerprint_shards(found))
     embedder = run.stage("10-embedder", EMBEDDERS[config.embedder.kind], config.embedder, dataset)
     embeddings = run.sharded("20-embeddings", embed_shards, names, config.embed, dataset, embedder)
     scores = tuple(_score(scorer, embeddings, trusted, run) for scorer in config.scorers)

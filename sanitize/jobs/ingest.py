@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import refuse_inside
+from sanitize.data.sources import fingerprint_shards, refuse_inside
 from sanitize.drift import DriftConfig, check_drift, summarise_shards
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import embed_shards
@@ -284,7 +284,7 @@ def _run_batch(
     known = reference.config
     places = {shard.name: shard.url for shard in batch.claim.shards}
     names = list(places)
-    dataset = run.sharded("00-index", index_shards, names, index, places)
+    dataset = run.sharded("00-index", index_shards, names, index, fingerprint_shards(places))
     if refused := unfit_shards(dataset, batch.claim, index):
         return _split(batch, refused)
     embeddings = run.sharded("20-embeddings", embed_shards, names, known.embed, dataset, reference.embedder)

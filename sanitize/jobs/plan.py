@@ -16,14 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.data.samples import ShardReader
-from sanitize.data.sources import find_shards
+from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.writer import shard_writer
 from sanitize.embed import EmbedderConfig
 from sanitize.errors import DataError
 from sanitize.jobs.clean import CleanConfig, clean_inside
 from sanitize.jobs.run import Run
 from sanitize.select import trusted_shards
-from sanitize.storage import fingerprint
 
 SELECTED_BYTES, SCORED_BYTES = 17, 4  # that `select` holds of each sample, and of each scorer's score of it
 MAX_FITTED = 10_000  # samples of a class that a scorer is fitted on (20,000 of all classes, some)
@@ -118,7 +117,7 @@ def plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]:
     if n_large <= n_small:
         raise DataError(f"{n_large} samples in {len(chosen)} shards are too few to measure on")
     costs = _costs(small, large, n_large - n_small, n_large, config)
-    n_bytes = sum(int(fingerprint(url)["size"]) for url in found.values())
+    n_bytes = sum(int(shard["size"]) for shard in fingerprint_shards(found).values())
     n = round(n_bytes / stored)
     scaled = math.ceil(len(found) * how.scale_to / n)
     return {

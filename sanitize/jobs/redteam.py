@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sanitize.attack import AttackConfig, CleanLabelConfig, attacks_of, poison_shards
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards
+from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ConfigError
 from sanitize.jobs.clean import CleanConfig, Cleaned, clean_inside
@@ -135,7 +135,7 @@ def _material(config: RedTeamConfig, run: Run) -> RedTeamData:
     found = find_shards(config.clean.shards)
     trusted = trusted_shards(config.clean.trusted, found)
     hashed = config.clean.index.model_copy(update={"check": "digest"})
-    source = run.sharded("00-source", index_shards, list(found), hashed, config.clean.shards)
+    source = run.sharded("00-source", index_shards, list(found), hashed, fingerprint_shards(found))
     samples = run.stage("01-sample", sample_shards, config.sample, source, trusted=trusted)
     classes = config.clean.index.model_copy(update={"n_classes": source.n_classes})
     train = run.stage("02-index-train", index_shards, classes, samples.paths("train"))

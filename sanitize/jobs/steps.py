@@ -6,7 +6,7 @@ from typing import Any
 from sanitize.certify import Certificates
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.sources import find_shards
+from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint, ModelConfig
 from sanitize.package import PACKAGE, package_model
@@ -15,7 +15,8 @@ from sanitize.report import write_certificate_report
 
 def index_found(folder: str, sources: Sequence[str], index: IndexConfig, run: Run) -> Dataset:
     """The index of all shards that are found at `sources`."""
-    return run.sharded(folder, index_shards, list(find_shards(sources)), index, sources)
+    found = fingerprint_shards(find_shards(sources))
+    return run.sharded(folder, index_shards, list(found), index, found)
 
 
 def index_more(

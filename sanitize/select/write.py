@@ -24,7 +24,6 @@ from sanitize.tar.read import unsafe_name
 from sanitize.tar.write import TarWriter
 
 EVIDENCE = "sanitize.json"
-_BLOCK_BYTES = 1 << 20  # that are copied at once
 
 
 class WriteConfig(BaseModel):

@@ -23,7 +23,6 @@ from sanitize.tar.write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_su
 
 _CHUNK = 1 << 20  # most that is asked of the stream at once
 _LEAST = 1 << 13  # read-ahead after a long seek
-_MOST_HEAD = 1 << 13  # more than TarWriter puts before a payload
 _MAX_RECORDS = 1000  # in one PAX header; writers put about ten there
 _ASCII = bytes(range(128))
 _NO_PAYLOAD = {b"1": "hard link", b"2": "symbolic link", b"3": "character device", b"4": "block device", b"6": "fifo"}

@@ -21,6 +21,7 @@ from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, bad_shards, index_shards
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import Sample, SampleLimits, ShardReader
+from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.errors import ArtifactError, ConfigError, DataError
 
 Make = Callable[..., str]
@@ -276,6 +277,24 @@ def test_a_shard_that_changes_is_noticed(
         index_shards(IndexConfig(), str(path), str(tmp_path / "out"), compute)
     with pytest.raises(DataError, match=r"x\.tar has changed"):
         list(dataset.batches(8))
+
+
+@pytest.mark.parametrize("check", ["headers", "digest", "decode"])
+def test_a_shard_that_changes_after_its_fingerprint_was_taken_is_named(
+    check: Any, tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute
+) -> None:
+    config, path, out = IndexConfig(check=check), tmp_path / "x.tar", str(tmp_path / "out")
+    make_tar(path, good(3))
+    found = fingerprint_shards(find_shards(str(path)))
+    make_tar(path, good(40))
+    dataset = index_shards(config, found, out, compute)
+    if check == "headers":  # nothing was hashed
+        with pytest.raises(DataError, match=r"x\.tar has changed since it was indexed"):
+            list(dataset.samples("x.tar"))
+    else:
+        assert len(list(dataset.samples("x.tar"))) == 40
+    with pytest.raises(ArtifactError, match=r"x\.tar has changed since .* was made from it"):
+        index_shards(config, str(path), out, compute)
 
 
 def test_remote_shards_are_indexed_and_read(digits: Digits, dataset: Dataset, tmp_path: Path, compute: Compute) -> None:

@@ -11,6 +11,7 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.sources import fingerprint_shards
 from sanitize.data.tables import Scores
 from sanitize.embed import EmbedConfig, embed_shards
 from sanitize.errors import ArtifactError, ConfigError
@@ -70,7 +71,7 @@ def judged(
 ) -> dict[tuple[str, int], tuple[str, tuple[str, ...]]]:
     _, scorers, reference, trusted = fitted
     places = {f"{Path(shard).stem}-0123.tar": shard for shard in shards}
-    dataset = index_shards(IndexConfig(n_classes=10), places, str(folder / "index"), compute)
+    dataset = index_shards(IndexConfig(n_classes=10), fingerprint_shards(places), str(folder / "index"), compute)
     embeddings = embed_shards(EmbedConfig(batch_size=64), dataset, checkpoint, str(folder / "embeddings"), compute)
     scores = [
         score_shards(of, scorer, embeddings, str(folder / of.kind), compute)

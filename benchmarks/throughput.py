@@ -203,7 +203,7 @@ def select_one_percent(dataset: Dataset, folder: Path) -> Selection:
         table = dataset.rows(shard, ["position", "key", "label"])
         write_rows(part, shard, table.append_column("score", pa.array(rng.random(len(table), np.float32))))
 
-    def finish(part: Part, _workshop: object) -> None:
+    def finish(part: Part, _builder: object) -> None:
         part.write_json("scorer.json", {"config": {"kind": "random"}, "classes": {}})
 
     recipe = Recipe(stage="random_scores")

@@ -1,6 +1,6 @@
-"""Several processes that train one network (torchrun): each has a share of every batch, and gradients are added up.
+"""Training of one network in several processes (torchrun): each has a share of every batch, and gradients are summed.
 
-All of them run the same program. In a single process every function here does nothing.
+All processes run the same program. In a single process the functions here return their input or do nothing.
 """
 
 import os
@@ -20,16 +20,16 @@ T = TypeVar("T")
 
 @contextmanager
 def joined(compute: Compute) -> Iterator[None]:
-    """Be one of the processes that torchrun started, if it started this one; each takes a GPU of its own.
+    """Join the process group, if torchrun started this process; each process takes a GPU of its own.
 
     Raises:
-        ConfigError: the device is one GPU, for all of them.
+        ConfigError: the device is a single GPU by its number.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     on_gpu = compute.take_gpu(int(os.environ["LOCAL_RANK"]))
-    # The first process may index shards for hours while the others wait. Where one dies, torchrun ends the others.
+    # Rank 0 may index shards for hours while the others wait. If a process dies, torchrun ends the others.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
     try:
         yield
@@ -38,12 +38,12 @@ def joined(compute: Compute) -> Iterator[None]:
 
 
 def world() -> tuple[int, int]:
-    """Number of this process, and how many there are."""
+    """Rank of this process, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def share(tensors_B: Iterable[Tensor]) -> list[Tensor]:
-    """This process's part of a batch that all of them drew alike."""
+    """This process's share of a batch (B, ...) that is the same in all processes."""
     rank, size = world()
     return [tensor_B.tensor_split(size)[rank] for tensor_B in tensors_B]
 
@@ -58,13 +58,13 @@ def total(value: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this function."""
     if world()[1] > 1:
-        dist.all_reduce(torch.zeros(1))  # unlike `dist.barrier` on the CPU, where all of them have gloo
+        dist.all_reduce(torch.zeros(1))  # on the CPU, unlike `dist.barrier`: gloo is always available
 
 
 def by_process(value: Tensor) -> list[Tensor]:
-    """The tensors of all processes, alike in shape, in the order of their numbers."""
+    """Tensors of all processes, of one shape, in the order of their ranks."""
     values = [torch.empty_like(value) for _ in range(world()[1])]
     if len(values) == 1:
         return [value]
@@ -73,7 +73,7 @@ def by_process(value: Tensor) -> list[Tensor]:
 
 
 def rank0_first(work: Callable[[], T]) -> T:
-    """Let the first process work alone; when it is done the others do the same, and find what it made."""
+    """Call `work` in rank 0 alone, then in the other processes, which find its results."""
     rank, _ = world()
     if rank > 0:
         barrier()
@@ -83,21 +83,21 @@ def rank0_first(work: Callable[[], T]) -> T:
     return result
 
 
-def broadcast(answer: bool) -> bool:
-    """The first process's answer, in all of them."""
-    said = torch.tensor(answer, dtype=torch.int32)
+def broadcast(value: bool) -> bool:
+    """The value of rank 0, in all processes."""
+    sent = torch.tensor(value, dtype=torch.int32)
     if world()[1] > 1:
-        dist.broadcast(said, 0)
-    return bool(said)
+        dist.broadcast(sent, 0)
+    return bool(sent)
 
 
 def weighted(mean: Tensor, count: Tensor) -> Tensor:
-    """A mean over `count` samples of this process, weighted so that the sum over processes is the mean over all."""
+    """Weight a mean over `count` samples of this process; the sum over processes is then the mean over all samples."""
     return mean if world()[1] == 1 else mean * (count / total(count).clamp(min=1))
 
 
 def add_gradients(model: nn.Module) -> None:
-    """Replace every gradient by its sum over all processes, in one message."""
+    """Replace every gradient by its sum over all processes, in one all-reduce."""
     if world()[1] == 1:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -1,13 +1,13 @@
 """Entries of the ledger: one JSON file each, see `ledger.py`.
 
-A store may come from a stranger, so entries are not trusted: names and numbers are bounded when an entry is parsed.
+A store is untrusted: names and numbers are bounded when an entry is parsed.
 """
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-MAX_NAME_BYTES = 160  # of a shard in its batch; what is named after it is longer, and file systems hold 255
+MAX_NAME_BYTES = 160  # name of a shard in its batch; files named after it are longer, and file systems allow 255
 Decision = Literal["approved", "rejected", "retried"]
 Fingerprint = tuple[str, int, str]  # url, size, modification time or ETag
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -16,7 +16,7 @@ BatchId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]  # also the name of a
 
 
 class Offered(BaseModel):
-    """A shard that was offered: where it was seen, and the sha256 of its bytes."""
+    """A shard that was offered: its place, and the sha256 of its bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,14 +27,14 @@ class Offered(BaseModel):
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What tells, without reading it, that it is still the same."""
+        """URL, size and modification: equal for an unchanged shard."""
         return self.url, self.size, self.modified
 
     @property
     def name(self) -> str:
-        """Its name in its batch: no two shards share one, and it does not depend on what else is in the batch.
+        """Name of the shard in its batch: unique, and independent of other shards of the batch.
 
-        A long name is cut to `MAX_NAME_BYTES`; the digest in it still tells shards apart.
+        A long name is cut to `MAX_NAME_BYTES`; the digest in it keeps it unique.
         """
         base = self.url.rpartition("/")[2]
         suffix = next(suffix for suffix in (".tar.gz", ".tgz", ".tar", "") if base.lower().endswith(suffix))
@@ -44,15 +44,15 @@ class Offered(BaseModel):
 
 
 class Refused(BaseModel):
-    """A shard that is in no batch, and why.
+    """A shard that is in no batch, with the reason.
 
     Attributes:
-        url: where it is; bytes that are not UTF-8 are escaped.
-        size, modified: of the file as it was refused; 0 and "" where nothing is known of it.
-        sha256: of its bytes, where they are the reason: no ingest looks at them again, under whatever name, until
-            `sanitize retry`. "" where the reason lies elsewhere (its name, a permission, it changed while it was
-            processed): each ingest looks at the shard again.
-        reason: in plain words.
+        url: URL or path; bytes that are not UTF-8 are escaped.
+        size, modified: size and modification of the file when it was refused; 0 and "" if unknown.
+        sha256: digest of the bytes, if they are the reason: ingest ignores these bytes, under any name, until
+            `sanitize retry`. "" for other reasons (the name, a permission, a change during processing): each ingest
+            looks at the shard again.
+        reason: reason in plain words.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,15 +84,15 @@ class CleanShard(BaseModel):
 
 
 class ReferenceEntry(BaseModel):
-    """A version of the reference was approved. Version 1 brings the shards of the run it was made from.
+    """A version of the reference was approved. Version 1 contains the shards of the run it was made from.
 
     Attributes:
         version: 1, 2, …
-        digests: of its artifacts, by folder.
-        config: sha256 of its `config.yaml`; "" in entries of older versions.
-        merged: batches whose statistics are in this version and were not in the one before.
-        shards, clean: of the run, for version 1.
-        by, at, note: who approved it, when (ISO 8601), why.
+        digests: digest of each artifact, by folder.
+        config: sha256 of its `config.yaml`; "" in entries of older versions of sanitize.
+        merged: batches whose statistics are new in this version.
+        shards, clean: shards and clean shards of the run, for version 1.
+        by, at, note: person, time (ISO 8601) and reason of the approval.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -110,13 +110,13 @@ class ReferenceEntry(BaseModel):
 
 
 class ClaimEntry(BaseModel):
-    """These shards are a batch: nobody else takes them.
+    """Shards that become a batch: no other batch can claim them.
 
     Attributes:
-        batch: its name, from the contents of its shards.
-        reference: version it is judged against.
-        shards: sorted by name.
-        settings: all that its verdicts depend on beside the reference.
+        batch: name of the batch, derived from the contents of its shards.
+        reference: version of the reference it is judged against.
+        shards: shards of the batch, sorted by name.
+        settings: everything else that its verdicts depend on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -129,7 +129,7 @@ class ClaimEntry(BaseModel):
 
 
 class DuplicatesEntry(BaseModel):
-    """Shards whose bytes had been offered before, so that they need not be read again to see it."""
+    """Shards whose bytes had been offered before, so that they need not be read again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -138,7 +138,7 @@ class DuplicatesEntry(BaseModel):
 
 
 class RefusedEntry(BaseModel):
-    """Shards that no batch can take: of an unfit name, or nothing can be read of them."""
+    """Shards that no batch can take: their name is unfit, or they cannot be read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -147,11 +147,11 @@ class RefusedEntry(BaseModel):
 
 
 class RetryEntry(BaseModel):
-    """A person's word: bytes that were refused are offered again.
+    """Decision of a person: refused bytes are offered again.
 
     Attributes:
-        shards: sha256 of each.
-        by, at, note: who decided, when (ISO 8601), why.
+        shards: sha256 of each shard.
+        by, at, note: person, time (ISO 8601) and reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -164,17 +164,17 @@ class RetryEntry(BaseModel):
 
 
 class CommitEntry(BaseModel):
-    """What became of a batch; there is one for each, ever.
+    """Result of a batch; each batch has at most one.
 
     Attributes:
         status: accepted or held by the drift rule; failed as a whole; or split: some of its shards are refused, and the
             others are new again, so that another batch takes them.
-        verdict: of the drift rule; None where the batch failed before, or was split.
-        reasons: in plain words.
-        samples: counts by status.
-        digests: of its artifacts, by folder.
-        clean: what it adds to the feed, if it is accepted or approved.
-        refused: shards that a split batch is freed from.
+        verdict: verdict of the drift rule; None where the batch failed before, or was split.
+        reasons: reasons in plain words.
+        samples: number of samples by status.
+        digests: digest of each artifact, by folder.
+        clean: shards that it adds to the feed, if it is accepted or approved.
+        refused: refused shards of a split batch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -199,7 +199,7 @@ class CommitEntry(BaseModel):
 
 
 class DecisionEntry(BaseModel):
-    """A person's word: a held or accepted batch is approved or rejected, the shards of a failed one are tried again."""
+    """Decision of a person: a held or accepted batch is approved or rejected, a failed one is rejected or retried."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,22 +1,22 @@
 """Products and sums of rows whose bits depend on the row alone: not on the batch, the BLAS or the processor.
 
-A sum of floating-point numbers depends on its order, and a BLAS chooses the order. On AVX-512, MKL gives a row of a
-product other bits in a batch of another size, and also in another place of a batch of the same size (up to 11 columns,
-and widths that are no multiple of 4), so that blocks of one shape are not enough. `MKL_CBWR` must be in the environment
-before torch is imported, slows down every product of the process, and says nothing about Arm, where there is no MKL.
+A floating-point sum depends on its order, and a BLAS chooses the order. On AVX-512, MKL gives a row of a product other
+bits in a batch of another size, and also in another place of a batch of the same size (up to 11 columns, and widths
+that are no multiple of 4), so that blocks of one shape are not enough. `MKL_CBWR` must be in the environment before
+torch is imported, slows down every product of the process, and does not apply to Arm, where there is no MKL.
 
 Here the order does not matter, because no sum is rounded. Each row of x, and each column of the weights, is rounded to
 integers of p and of q bits in a unit of its own (a power of two), with
 
     p + q + log2 D <= 53,
 
-so that all products, and all their sums in any order, are integers that float64 holds exactly (the idea of Ozaki,
-Ogita, Oishi & Rump, Numerical Algorithms 2012). An entry is off by at most 2^-(p + 1) of the largest one of its row:
-2^-24 with 64 columns, like float32, and 2^-23 with 512. Everything else is done element by element in operations that
-IEEE 754 rounds correctly, and so in the same way everywhere.
+so that all products, and all their sums in any order, are integers that float64 represents exactly (Ozaki, Ogita, Oishi
+& Rump, Numerical Algorithms 2012). The error of an entry is at most 2^-(p + 1) of the largest entry of its row: 2^-24
+with 64 columns, like float32, and 2^-23 with 512. All other operations are element by element, and IEEE 754 rounds them
+correctly, so they give the same bits everywhere.
 
-The price is a product in float64 and a few passes over the rows; it is measured in docs/methods.md. Shapes: ... leading
-dimensions, B rows, D columns of them, K columns of the product.
+The cost is a product in float64 and a few passes over the rows, measured in docs/methods.md. Shapes: ... leading
+dimensions, B rows, D columns of the rows, K columns of the product.
 """
 
 import math
@@ -27,12 +27,12 @@ from torch import Tensor, nn
 _MANTISSA = 53  # bits of float64
 _LARGEST = 1023  # exponent of the largest power of two in float64
 _POWERS = torch.tensor([math.ldexp(1.0, i) for i in range(-_LARGEST, _LARGEST + 1)], dtype=torch.float64)
-_NARROW = 16  # outputs; MKL was found to treat up to 11 in another way
-_CHUNK = 1 << 17  # numbers of a temporary, about: larger ones do not stay in the cache
+_NARROW = 16  # outputs; MKL was found to use other code for up to 11
+_CHUNK = 1 << 17  # approximate size of a temporary, in numbers; larger ones do not stay in the cache
 
 
 def matmul(x_BD: Tensor, weight_DK: Tensor) -> Tensor:
-    """x @ weight, float64 (B, K), for columns in any units: a small column with large weights loses nothing.
+    """x @ weight, float64 (B, K), for columns in any units: a small column with large weights keeps its precision.
 
     Args:
         x_BD: rows, finite, any floating dtype.
@@ -45,17 +45,17 @@ def matmul(x_BD: Tensor, weight_DK: Tensor) -> Tensor:
 
 
 def baddbmm(bias_M1K: Tensor, x_MBD: Tensor, weight_MDK: Tensor) -> Tensor:
-    """`torch.baddbmm`, float32 (M, B, K), for columns in units that can be compared, as those of a network can."""
+    """`torch.baddbmm`, float32 (M, B, K), for columns of similar size, such as activations of a network."""
     return _product(x_MBD, weight_MDK).float() + bias_M1K
 
 
 def similarity(x_BD: Tensor, y_MD: Tensor) -> Tensor:
-    """x @ y^T, float32 (B, M), of rows of unit length."""
+    """x @ y^T, float32 (B, M), for rows of unit length."""
     return _product(x_BD, y_MD.T).float()
 
 
 def total(x: Tensor, dim: int = -1) -> Tensor:
-    """Sum over a dimension in an order that depends on its length alone: halves are added until one is left."""
+    """Sum over a dimension in an order that depends on its length alone: halves are added repeatedly."""
     n = x.shape[dim]
     if n == 0:
         return x.sum(dim)
@@ -76,9 +76,9 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Integers of at most 2^bits, float64, one unit for all along `dim`; and the units."""
+    """Integers of at most 2^bits, float64, with one unit along `dim`; and the units."""
     exponent = torch.frexp(x.abs().amax(dim, keepdim=True)).exponent
-    # The exponents that float32 can scale by; what is smaller is rounded to fewer bits.
+    # The exponents that float32 can scale by; smaller numbers are rounded to fewer bits.
     exponent = exponent.clamp(-100, 128) if x.dtype == torch.float32 else exponent.clamp(-900, 1000)
     scaled = x * _power(bits - exponent).to(x.dtype)
     return scaled.round_().double(), _power(exponent - bits)
@@ -90,16 +90,16 @@ def _power(exponent: Tensor) -> Tensor:
 
 
 def _power_above(x: Tensor) -> Tensor:
-    """The power of two above each number, 1 for a zero."""
+    """Power of two above each number; 1 for a zero."""
     exponent = torch.frexp(x).exponent.clamp(-900, 900)
     return _power(exponent.where(x > 0, 0))
 
 
 def make_narrow_linears_exact(model: nn.Module) -> None:
-    """Let every Linear of `model` with fewer than 16 outputs give each row bits of its own.
+    """Make the output of every Linear of `model` with fewer than 16 outputs depend on the row alone, to the bit.
 
-    Of what a network does on a CPU, in batches of one shape, this alone was found to depend on the place of a row:
-    MKL on AVX-512 multiplies narrow matrices by other code, whose sums begin where the memory is aligned.
+    On a CPU, in batches of one shape, only these layers were found to depend on the place of a row: MKL on AVX-512
+    multiplies narrow matrices by other code, whose sums begin where the memory is aligned.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features < _NARROW:
@@ -107,6 +107,6 @@ def make_narrow_linears_exact(model: nn.Module) -> None:
 
 
 def _exact_output(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    # Autocast, where it is on, does not touch a product in float64.
+    # Autocast does not change a product in float64.
     product = _product(inputs[0].to(output.dtype).float(), linear.weight.T.to(output.dtype).float()).float()
     return (product if linear.bias is None else product + linear.bias).to(output.dtype)

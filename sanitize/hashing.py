@@ -1,13 +1,13 @@
-"""SHA-256 beside the work: hashing is most of what copying a shard costs, and it needs no interpreter."""
+"""SHA-256 in a thread: hashing is most of the cost of copying a shard, and does not hold the interpreter lock."""
 
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 
-_LARGE = 1 << 17  # bytes; hashing them takes so long that handing them to a thread does not count
+_LARGE = 1 << 17  # bytes; hashing them takes much longer than handing them to a thread
 
 
 class Sha256:
-    """As `hashlib.sha256`, but large pieces are hashed by a thread, one piece behind the caller."""
+    """Like `hashlib.sha256`; large pieces are hashed by a thread, one piece behind the caller."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -15,17 +15,17 @@ class Sha256:
         self._behind: Future[None] | None = None
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
-        """Hash what comes next; `data` is the caller's again when this returns."""
+        """Hash the next bytes; the caller may change `data` afterwards."""
         self._wait()
         if len(data) < _LARGE:
             self._sha256.update(data)
             return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "sanitize-sha256")
-        self._behind = self._thread.submit(self._sha256.update, bytes(data))  # bytes of bytes are no copy
+        self._behind = self._thread.submit(self._sha256.update, bytes(data))  # bytes(bytes) is no copy
 
     def hexdigest(self) -> str:
-        """Of everything so far; ends the thread, which a hash that is dropped does too."""
+        """Hex digest of all bytes so far; ends the thread (garbage collection does so too)."""
         self._wait()
         if self._thread is not None:
             self._thread.shutdown()

@@ -1,16 +1,16 @@
-"""What became of every shard that was ever offered: an append-only log of small files beside the data.
+"""The ledger: the state of every shard that was ever offered, an append-only log of small files beside the data.
 
-An entry is `ledger/NNNNNNNN.json`; it is created only where none of that number is, and never changed. Whoever writes
-number n has read all before it, so the entries are in one order that all see, and a decision that rests on what was
-read (these shards are new) still holds when it is written: where another was quicker the name is taken, the log is read
-again, and the decision made anew. This is optimistic concurrency as in Delta Lake (Armbrust et al., VLDB 2020, section
-3.2); no lock, no server, and a process may die at any instant.
+An entry is the file `ledger/NNNNNNNN.json`; it is created only if the number is free, and never changed. The writer of
+number n has read all earlier entries, so all processes see one order of entries, and a decision based on the state that
+was read (these shards are new) still holds when it is written: where another writer was faster, the number is taken,
+the log is read again, and the decision is made again. This is optimistic concurrency as in Delta Lake (Armbrust et al.,
+VLDB 2020, section 3.2); it needs no lock and no server, and a process may die at any instant.
 
-Nothing here is measured by the clock but the `at` of a person's decision. A shard is what its bytes are, whatever its
-name; `url`, `size` and `modified` serve to recognise without reading one that was seen.
+The only clock time is the `at` of a person's decision. The bytes of a shard identify it, not its name; `url`, `size`
+and `modified` serve to recognise a known shard without reading it.
 
-A store may come from a stranger, so entries are not trusted: names and numbers are bounded when an entry is parsed
-(`entries.py`), and one that does not follow from those before it (a commit without a claim, say) is an error.
+A store is untrusted, so names and numbers are bounded when an entry is parsed (`entries.py`), and an entry that does not
+follow from the earlier ones (a commit without a claim, say) is an error.
 """
 
 import hashlib
@@ -59,12 +59,12 @@ __all__ = [
 ]
 
 _ENTRY = "{:08d}.json"
-MAX_ENTRY_BYTES = 1 << 30  # a reference from a million shards has half of that
+MAX_ENTRY_BYTES = 1 << 30  # a reference of a million shards has half as many
 Status = Literal["claimed", "accepted", "held", "failed", "split"]
 
 
 class IngestBatch(BaseModel):
-    """A batch as the log has it so far."""
+    """State of a batch in the log."""
 
     claim: ClaimEntry
     commit: CommitEntry | None = None
@@ -72,12 +72,12 @@ class IngestBatch(BaseModel):
 
     @property
     def status(self) -> Status:
-        """As it was committed."""
+        """Status of the commit, or "claimed"."""
         return "claimed" if self.commit is None else self.commit.status
 
     @property
     def may_be(self) -> tuple[Decision, ...]:
-        """What a person can decide on it: nothing before it is committed, and nothing once its shards are new again."""
+        """Decisions that a person can make: none before the commit, and none once the shards are new again."""
         if self.decision is not None and self.decision.decision == "retried":
             return ()
         if self.status in ("held", "accepted"):
@@ -86,23 +86,23 @@ class IngestBatch(BaseModel):
 
     @property
     def is_released(self) -> bool:
-        """True where training jobs may see its clean shards: what a person decided last is what counts."""
+        """True if training jobs may read its clean shards; the last decision of a person counts."""
         if self.decision is not None:
             return self.decision.decision == "approved"
         return self.status == "accepted"
 
 
 class State:
-    """All that the entries say, in their order.
+    """State of the ledger after its entries.
 
     Attributes:
-        n_entries: how many there are.
-        references: by version.
-        batches: by name, in the order they were claimed.
+        n_entries: number of entries.
+        references: references by version.
+        batches: batches by name, in the order of their claims.
         seen: fingerprint of a shard -> sha256.
         taken: sha256 of all shards that are in a batch, in the first reference, or refused.
-        refused: shards that are in no batch, by URL and sha256, in the order they were refused.
-        attempts: sha256 of a shard -> how many times it was in a batch that ended without a verdict on it.
+        refused: shards that are in no batch, by URL and sha256, in the order of refusal.
+        attempts: sha256 of a shard -> number of its batches that ended without a verdict on it.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -117,7 +117,7 @@ class State:
             self.add(entry)
 
     def add(self, entry: Entry) -> None:
-        """The next entry. Raises ArtifactError where it does not follow from those before it."""
+        """Add the next entry. Raises ArtifactError where it does not follow from the earlier ones."""
         self.check(entry)
         self.n_entries += 1
         if isinstance(entry, ReferenceEntry):
@@ -138,7 +138,7 @@ class State:
             self.refused = {key: shard for key, shard in self.refused.items() if shard.sha256 not in entry.shards}
 
     def check(self, entry: Entry) -> None:
-        """Raises ArtifactError where the entry does not follow from those before it."""
+        """Raises ArtifactError where the entry does not follow from the earlier ones."""
         if isinstance(entry, ReferenceEntry) and entry.version != len(self.references) + 1:
             raise ArtifactError(f"reference v{entry.version:04d} follows {len(self.references)} others")
         if isinstance(entry, ClaimEntry):
@@ -193,23 +193,23 @@ class State:
             self.refused[shard.url, shard.sha256] = shard
             if shard.sha256:
                 self.taken.add(shard.sha256)
-            else:  # it is read again: its bytes may not be what the ledger has for this fingerprint
+            else:  # read it again: its bytes may differ from those of this fingerprint
                 self.seen.pop((shard.url, shard.size, shard.modified), None)
 
     @property
     def reference(self) -> ReferenceEntry:
-        """The newest. Raises ConfigError where there is none."""
+        """The newest reference. Raises ConfigError where there is none."""
         if not self.references:
             raise ConfigError("the store has no reference yet: make one with `sanitize reference RUN --store STORE`")
         return self.references[max(self.references)]
 
     @property
     def unfinished(self) -> list[IngestBatch]:
-        """Claimed and not committed, the oldest first."""
+        """Batches that are claimed and not committed, the oldest first."""
         return [batch for batch in self.batches.values() if batch.commit is None]
 
     def new(self, shards: Iterable[Offered]) -> list[Offered]:
-        """Those that are in no batch, each content once, sorted by name; of copies the smallest URL counts."""
+        """Shards that are in no batch, each content once, sorted by name; of copies the smallest URL is taken."""
         unique: dict[str, Offered] = {}
         for shard in sorted(shards, key=lambda shard: shard.url):
             if shard.sha256 not in self.taken:
@@ -217,15 +217,15 @@ class State:
         return sorted(unique.values(), key=lambda shard: shard.name)
 
     def name_of(self, shards: Sequence[Offered]) -> str:
-        """Name of a batch of these shards, 16 hex digits; another one where some are tried again."""
+        """Name of a batch of these shards, 16 hex digits; it differs where shards are tried again."""
         text = "\n".join(sorted(f"{shard.sha256} {self.attempts[shard.sha256]}" for shard in shards))
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        while name in self.batches:  # somebody looked for shards whose digests make it so
+        while name in self.batches:  # shards can be crafted to give such a name
             name = hashlib.sha256(name.encode()).hexdigest()[:16]
         return name
 
     def find_refused(self, what: str) -> list[Refused]:
-        """Refused shards of this URL, of this file name, or whose sha256 begins like that."""
+        """Refused shards with this URL, file name, or beginning of a sha256."""
         return [
             shard
             for shard in self.refused.values()
@@ -233,14 +233,14 @@ class State:
         ]
 
     def find(self, name: str) -> IngestBatch:
-        """The batch whose name begins like that. Raises ConfigError where it is not one."""
-        found = [batch for of_batch, batch in self.batches.items() if of_batch.startswith(name)]
+        """The batch whose name begins with `name`. Raises ConfigError unless there is exactly one."""
+        found = [batch for whole, batch in self.batches.items() if whole.startswith(name)]
         if len(found) != 1 or not name:
             raise ConfigError(f"{len(found)} batches begin with {name!r}; `sanitize batches` lists them")
         return found[0]
 
     def feed(self) -> list[CleanShard]:
-        """Clean shards that training jobs may read: of the run behind version 1, and of all released batches."""
+        """Clean shards that training jobs may read: those of the run of version 1, and of all released batches."""
         lines = [line for entry in self.references.values() for line in entry.clean]
         released = (batch.commit for batch in self.batches.values() if batch.is_released)
         lines += [line for commit in released if commit is not None for line in commit.clean]
@@ -248,7 +248,7 @@ class State:
 
 
 class Ledger:
-    """The log of a store, a folder or a URL. What was read is not read again: entries never change."""
+    """Log of a store, a folder or a URL. Entries never change, so each is read once."""
 
     def __init__(self, store: str) -> None:
         self.folder = join(store, "ledger")
@@ -256,16 +256,18 @@ class Ledger:
 
     @property
     def so_far(self) -> State:
-        """What was read; where `read` failed, all before the entry that it names."""
+        """State of the entries read so far; where `read` failed, of those before the entry it names."""
         return self._state
 
     def read(self) -> State:
-        """The log as it is; the same object each time. Raises ArtifactError where an entry is missing or damaged."""
-        names = [name for name in names_below(self.folder) if name[:1].isdigit()]  # others are being written
+        """Current state, the same object each time. Raises ArtifactError where an entry is missing or damaged."""
+        names = [name for name in names_below(self.folder) if name[:1].isdigit()]  # others are unfinished
         if names != [_ENTRY.format(number) for number in range(len(names))]:
-            raise ArtifactError(f"{self.folder} is not whole: it has {len(names)} entries, and the last is {names[-1]}")
+            raise ArtifactError(
+                f"{self.folder} is incomplete: it has {len(names)} entries, and the last is {names[-1]}"
+            )
         new = names[self._state.n_entries :]
-        with ThreadPoolExecutor(1 if is_local(self.folder) else 16) as pool:  # one by one, a far store takes minutes
+        with ThreadPoolExecutor(1 if is_local(self.folder) else 16) as pool:  # one after another, this takes minutes
             for name, entry in zip(new, pool.map(self._entry, new), strict=True):
                 try:
                     self._state.add(entry)
@@ -285,13 +287,14 @@ class Ledger:
             raise ArtifactError(f"{url} is damaged: {error}") from error
 
     def append(self, decide: Callable[[State], Entry | None]) -> tuple[Entry | None, State]:
-        """Add what `decide` makes of the log as it is when the entry is written.
+        """Add the entry that `decide` returns for the state at the time of writing.
 
         Args:
-            decide: called again where another process was quicker; None adds nothing.
+            decide: function from the state to an entry; called again where another process was faster. None adds
+                no entry.
 
         Returns:
-            The entry that was added, and the log with it.
+            The added entry, and the state with it.
         """
         while True:
             state = self.read()

@@ -1,4 +1,4 @@
-"""Progress of long work. The library reports it; whoever runs the library decides whether it is shown.
+"""Progress of long work: the library reports it, the caller may show it.
 
 Silent by default. `with shown(): ...` draws rich bars with a rate for every `track` inside, from any thread.
 """
@@ -23,7 +23,7 @@ class _Rate(Column):
 
 @contextmanager
 def shown(console: Console | None = None) -> Iterator[None]:
-    """Draw the bars of everything that runs inside on `console` (default: stderr)."""
+    """Draw progress bars on `console` (default: stderr) inside the block."""
     global _display
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, _Rate(), TimeElapsedColumn(), console=console or Console(stderr=True)) as display:
@@ -35,13 +35,13 @@ def shown(console: Console | None = None) -> Iterator[None]:
 
 
 def hide() -> None:
-    """Draw no more bars, and give the terminal back as it was."""
+    """Stop drawing, and restore the terminal."""
     if _display is not None:
         _display.stop()
 
 
 class Bar:
-    """One bar, or none where nobody looks."""
+    """One bar; it is drawn only inside of `shown`."""
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         self._description, self._display = description, _display
@@ -54,18 +54,18 @@ class Bar:
             self._display.advance(self.task, n)
 
     def note(self, text: str) -> None:
-        """Show a text behind the description, in place of the last one."""
+        """Show a text behind the description, in place of the previous one."""
         if self._display is not None:
             self._display.update(self.task, description=f"{self._description}: {text}")
 
 
 @contextmanager
 def track(description: str, total: int | None, unit: str = "samples") -> Iterator[Bar]:
-    """A bar of `total` units; the block gets what advances it."""
+    """A bar of `total` units for the block, which calls it to advance."""
     display, bar = _display, Bar(description, total, unit)
     yield bar
     if display is None:
         return
     task = bar.task
     completed = display.tasks[display.task_ids.index(task)].completed
-    display.update(task, total=completed, visible=completed > 0)  # a stage that found all its work done shows no bar
+    display.update(task, total=completed, visible=completed > 0)  # no bar for a stage without work left

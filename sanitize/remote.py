@@ -1,7 +1,7 @@
 """Objects behind a URL (s3://, gs://, http(s)://, memory:// …), through fsspec.
 
-Networks fail now and then. Every request is repeated with back-off; a read goes on at the offset where it broke; and an
-object appears whole or not at all, because a store shows an upload only when all of it is there.
+Failed requests are repeated with back-off; a read continues at the offset where it broke; and an object appears whole
+or not at all, because a store shows an upload only when it is complete.
 """
 
 import io
@@ -23,11 +23,11 @@ from sanitize.errors import ConfigError, DataError, SanitizeError, StorageError
 logger = logging.getLogger("sanitize.remote")
 T = TypeVar("T")
 
-BLOCK = 8 << 20  # bytes of one ranged request; a reader holds two of them, the one it reads and the next
+BLOCK = 8 << 20  # bytes of one ranged request; a reader holds two blocks, the current and the next
 ATTEMPTS = 8
 PARALLEL = 16  # requests at once, where many objects are looked at
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds; 11 s of pauses in all
-# What another attempt would not change. Libraries disagree on what they raise for the rest: not all of it is OSError.
+# Errors that another attempt would not change. For others libraries raise many types, not only OSError.
 _PERMANENT: tuple[type[Exception], ...] = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
 _PERMANENT += (ImportError, ValueError, TypeError, NotImplementedError, SanitizeError)
 
@@ -43,11 +43,15 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def retried(call: Callable[[], T], what: str) -> T:
-    """The result of `call`, which is repeated while it fails of something that may pass.
+    """Result of `call`, repeated while it fails with a transient error.
+
+    Args:
+        call: a request.
+        what: description of the request, for messages.
 
     Raises:
-        OSError, ValueError, SanitizeError: what no other attempt would change, as it is.
-        StorageError: the last of `ATTEMPTS` failed too.
+        OSError, ValueError, SanitizeError: a permanent error, as raised by `call`.
+        StorageError: all of `ATTEMPTS` attempts failed.
     """
     pause = FIRST_PAUSE
     for attempt in range(1, ATTEMPTS + 1):
@@ -65,7 +69,7 @@ def retried(call: Callable[[], T], what: str) -> T:
 
 
 def _is_http_trouble(error: Exception) -> bool:
-    """True where fsspec says "not found" of a web server that could not be asked."""
+    """True where fsspec reports "not found" for a web server that did not answer."""
     cause = error.__cause__
     answered = getattr(cause, "status", 0) in range(400, 500)
     return type(cause).__module__.startswith("aiohttp") and not answered
@@ -83,7 +87,7 @@ def info(url: str, place: tuple[Any, str] | None = None) -> dict[str, Any]:
 
 
 def version(found: dict[str, Any]) -> str:
-    """What tells one version of an object from the next: its ETag where there is one, else its time."""
+    """Version of an object: its ETag, or else its time."""
     names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
     return next((str(found[name]) for name in names if found.get(name)), "")
 
@@ -108,14 +112,14 @@ def stamps_below(url: str) -> dict[str, tuple[int, float]]:
     root = path.rstrip("/") + "/"
     found: dict[str, dict[str, Any]] = retried(lambda: fs.find(path, detail=True), f"list {url}")
     return {
-        name[name.index(root) + len(root) :]: (int(of_object.get("size") or 0), _modified(of_object))
-        for name, of_object in found.items()
+        name[name.index(root) + len(root) :]: (int(entry.get("size") or 0), _modified(entry))
+        for name, entry in found.items()
         if root in name
     }
 
 
 def _modified(found: dict[str, Any]) -> float:
-    """Seconds; 0 where the store does not say."""
+    """Time of modification in seconds; 0 if unknown."""
     names = ("LastModified", "last_modified", "mtime", "updated", "created")
     said = next((found[name] for name in names if found.get(name)), 0.0)
     if isinstance(said, str):
@@ -124,8 +128,12 @@ def _modified(found: dict[str, Any]) -> float:
 
 
 def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
-    """URLs that a prefix, a glob or a single URL stands for, sorted. Below a prefix, the suffixes are compared in lower
-    case."""
+    """URLs of the objects of a prefix, a glob or a single URL, sorted.
+
+    Args:
+        url: prefix, glob or URL.
+        suffixes: lower-case suffixes of the objects to return below a prefix.
+    """
     fs, path = filesystem(url)
     protocol = url.partition("://")[0]
     if any(c in url for c in "*?["):
@@ -138,13 +146,13 @@ def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def read(url: str) -> bytes:
-    """A whole object. Raises FileNotFoundError."""
+    """Content of an object. Raises FileNotFoundError."""
     with RangeReader(url) as reader:
         return reader.readall()
 
 
 def modified(url: str) -> float:
-    """When an object was written, in seconds since 1970 by the clock of its store. Raises FileNotFoundError."""
+    """Time of modification in seconds since 1970, by the clock of the store. Raises FileNotFoundError."""
     fs, path = filesystem(url)
     return float(retried(lambda: fs.modified(path), f"look at {url}").timestamp())
 
@@ -156,14 +164,14 @@ def _allowed() -> bool:
 def upload(
     file: Path, url: str, check: Callable[[], object] = _allowed, is_allowed: Callable[[], bool] = _allowed
 ) -> None:
-    """Make a local file an object.
+    """Upload a local file.
 
     Args:
-        file: what is uploaded.
-        url: where it goes.
+        file: path of the file.
+        url: URL of the object.
         check: called before each attempt; raises if the object must not be written.
-        is_allowed: called after each piece of a large object, and so before the store is told that it is complete;
-            where it is False this attempt is dropped, and `check` has the word. Must not call the store.
+        is_allowed: called after each piece of a large object, and so before the upload is completed; if it returns
+            False, this attempt is dropped and `check` is called again. Must not call the store.
     """
     if url.startswith(("http://", "https://")):
         raise PermissionError("a web server is only read from")
@@ -172,7 +180,7 @@ def upload(
 
     def watch(*_: object, **__: object) -> None:
         if not is_allowed():
-            raise OSError("it must be checked again whether it may be written")
+            raise OSError("the permission to write must be checked again")
 
     def put() -> None:
         check()
@@ -183,11 +191,11 @@ def upload(
     retried(put, f"write {url}")
 
 
-_CREATING = threading.Lock()  # fsspec's memory:// looks whether there is one, and then writes
+_CREATING = threading.Lock()  # in fsspec's memory://, looking and writing are two steps
 
 
 def write_new(url: str, data: bytes) -> bool:
-    """Make an object unless there is one; False where there is. One of several writers wins, if the store can tell."""
+    """Create an object unless the name exists; False if it does. Of several writers one wins, if the store can tell."""
     fs, path = filesystem(url)
 
     def create() -> None:
@@ -202,19 +210,19 @@ def write_new(url: str, data: bytes) -> bool:
 
 
 def remove(url: str) -> None:
-    """Remove an object, or all that is below a prefix; nothing there is fine."""
+    """Remove an object, or all objects below a prefix, if there are any."""
     fs, path = filesystem(url)
     with suppress(FileNotFoundError):
         retried(lambda: fs.rm(path, recursive=True), f"remove {url}")
 
 
 class RangeReader(io.RawIOBase):
-    """An object as a seekable stream: ranged requests, the next one under way while the last is read.
+    """An object as a seekable stream of ranged requests; the next block is fetched while one is read.
 
     Raises:
-        FileNotFoundError: it is not there.
-        DataError: the store does not say how long it is, or does not serve ranges.
-        StorageError: a range could not be had in `ATTEMPTS` attempts.
+        FileNotFoundError: there is no such object.
+        DataError: the store does not report the size, or does not serve ranges.
+        StorageError: a range could not be read in `ATTEMPTS` attempts.
     """
 
     def __init__(self, url: str, block: int | None = None) -> None:
@@ -223,10 +231,10 @@ class RangeReader(io.RawIOBase):
         self._fs, self._path = filesystem(url)
         size = info(url)["size"]
         if size is None:
-            raise DataError(f"cannot read {url}: the server does not say how long it is")
+            raise DataError(f"cannot read {url}: the server does not report its size")
         self.size = int(size)
         self._at = 0
-        self._start, self._data = 0, b""  # the block in hand
+        self._start, self._data = 0, b""  # the current block
         self._ahead: tuple[int, Future[bytes]] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -243,12 +251,12 @@ class RangeReader(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go elsewhere; nothing is requested until bytes are asked for."""
+        """Change the position; data is requested by the next read."""
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence])
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` with what the block in hand, or else the next one, has."""
+        """Fill `buffer` from the current block, or else from the next one."""
         if self._at >= self.size:
             return 0
         if not self._start <= self._at < self._start + len(self._data):
@@ -281,7 +289,7 @@ class RangeReader(io.RawIOBase):
         return retried(get, f"read {self._url} from byte {start}")
 
     def close(self) -> None:
-        """Let the block that is under way go."""
+        """Close the stream; a pending request is abandoned."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._data = b""

@@ -1,4 +1,4 @@
-"""Files, by path or URL. Local paths take the plain road; everything else goes through `remote`.
+"""Files, by path or URL. Local paths use the file system; everything else goes through `remote`.
 
 A file appears whole or not at all: it is written beside its final name, flushed to disk, and renamed; an object is
 written to a temporary file here first, and uploaded when it is complete.
@@ -25,8 +25,8 @@ from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
 from sanitize.hashing import Sha256
 from sanitize.lease import check_held, is_surely_held, leased
 
-# fsspec protocols that name bytes and do nothing else; others reach into archives, caches and programs on behalf of
-# whoever wrote the URL, and `pipe:`, which webdataset knows, runs a shell.
+# fsspec protocols that only read bytes. Others open archives, caches and programs, and `pipe:` of webdataset runs a
+# shell: with those, a URL could do more than its reader expects.
 _PLAIN = frozenset({"file", "memory", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"})
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -42,12 +42,12 @@ def local_path(url: str) -> Path:
 
 
 def absolute(url: str) -> str:
-    """A local URL as an absolute path; links are not followed, so that a folder of links keeps its names."""
+    """Absolute path of a local URL; links are not followed, so that a folder of links keeps its names."""
     return os.path.abspath(local_path(url))  # noqa: PTH100 - Path.resolve would follow them
 
 
 def join(folder: str | Path, *names: str) -> str:
-    """The path or URL of something inside a folder."""
+    """Path or URL of a file or folder inside a folder."""
     return "/".join([str(folder).rstrip("/"), *names])
 
 
@@ -60,7 +60,7 @@ def check_url(url: str) -> str:
 
 
 def open_read(url: str) -> BinaryIO:
-    """Open for reading bytes; the result is seekable. Raises DataError if it is not there."""
+    """Seekable binary stream of a file. Raises DataError if the file cannot be opened."""
     check_url(url)
     try:
         if is_local(url):
@@ -71,17 +71,17 @@ def open_read(url: str) -> BinaryIO:
 
 
 def read_bytes(url: str | Path) -> bytes:
-    """All of a small file. Raises FileNotFoundError."""
+    """Content of a small file. Raises FileNotFoundError."""
     return local_path(str(url)).read_bytes() if is_local(str(url)) else remote.read(str(url))
 
 
 def exists(url: str | Path) -> bool:
-    """True for a file and for a folder; in an object store a folder is there when something is in it."""
+    """True for a file and for a folder; in an object store, a folder exists when an object is in it."""
     return local_path(str(url)).exists() if is_local(str(url)) else remote.exists(str(url))
 
 
 def names_below(folder: str | Path) -> list[str]:
-    """Names of all files below a folder, relative to it, sorted; none where there is no folder."""
+    """Names of all files below a folder, relative to it, sorted; empty without a folder."""
     if not is_local(str(folder)):
         return remote.names_below(str(folder))
     path = local_path(str(folder))
@@ -103,7 +103,7 @@ def stamps_below(folder: str | Path) -> dict[str, tuple[int, float]]:
 
 
 def remove(url: str | Path) -> None:
-    """Remove a file or a folder with all that is in it; nothing there is fine."""
+    """Remove a file, or a folder with its content, if it exists."""
     if not is_local(str(url)):
         check_held(str(url))
         remote.remove(str(url))
@@ -114,7 +114,7 @@ def remove(url: str | Path) -> None:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    # O_NONBLOCK: a FIFO in place of a shard would otherwise make us wait for someone to write to it.
+    # O_NONBLOCK: opening a FIFO in place of a shard would otherwise wait for a writer.
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -157,7 +157,7 @@ def _fingerprint(url: str, place: tuple[Any, str] | None) -> dict[str, str | int
 
 
 class HashingWriter:
-    """A binary file that remembers the sha256 and the size of what was written to it."""
+    """A binary file that computes the sha256 and the size of the bytes written to it."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -166,35 +166,35 @@ class HashingWriter:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write all of `data`."""
-        self.size += len(data)  # first: where the disk is full, this is how much was wanted
+        self.size += len(data)  # first: where the disk is full, this is the size that was needed
         self._sha256.update(data)
         self._stream.write(data)
         return len(data)
 
     def flush(self) -> None:
-        """Hand what is buffered to the file."""
+        """Write buffered bytes to the file."""
         self._stream.flush()
 
     @property
     def sha256(self) -> str:
-        """Hex digest of everything written so far."""
+        """Hex digest of all bytes written so far."""
         return self._sha256.hexdigest()
 
 
 @contextmanager
 def create(url: str | Path) -> Iterator[HashingWriter]:
-    """Write a file that appears under its name only when it is whole; an exception leaves nothing behind.
+    """Write a file that appears under its name only when it is whole; an exception leaves no file behind.
 
     Raises:
         StorageError: the disk is full, the file may not be written, or the store cannot be reached.
-        LostLeaseError: it is in a folder that this process had to itself, and another has taken; see `exclusive`.
+        LostLeaseError: another process has taken the folder that this process had locked; see `exclusive`.
     """
     with _create_file(local_path(str(url))) if is_local(str(url)) else _create_object(str(url)) as writer:
         yield writer
 
 
 def create_new(url: str | Path, data: bytes) -> bool:
-    """Write a small file unless there is one of that name; False where there is. Of several writers one wins.
+    """Write a small file unless the name exists; False if it does. Of several writers one wins.
 
     Raises:
         StorageError: the file may not be written, or the store cannot be reached.
@@ -207,7 +207,7 @@ def create_new(url: str | Path, data: bytes) -> bool:
     with create(temporary) as writer:
         writer.write(data)
     try:
-        os.link(temporary, path)  # fails where the name is taken; a rename would replace what is there
+        os.link(temporary, path)  # fails where the name exists; a rename would replace the file
     except FileExistsError:
         return False
     except OSError as error:
@@ -250,7 +250,7 @@ def _create_file(path: Path) -> Iterator[HashingWriter]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk; that a file was flushed says nothing of its name."""
+    """Flush the names in a folder to disk; flushing a file does not flush its name."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -275,10 +275,10 @@ def _cannot_write(path: Path, size: int, error: OSError) -> StorageError:
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
     except OSError:
-        free = "it is not known how much is free there"
+        free = "the free space there is unknown"
     return StorageError(
         f"no space left to write {path}: it takes more than {size:,} bytes, {free}. Make room, or choose another "
-        "--out; run again, and what is finished is not done again"
+        "--out, and run again: finished parts are kept"
     )
 
 
@@ -290,11 +290,11 @@ def sha256_file(url: str | Path) -> str:
 
 @contextmanager
 def exclusive(url: str | Path) -> Iterator[None]:
-    """Hold the lock of a run folder; when the process ends, however it ends, another may take it.
+    """Hold the lock of a run folder; when the process ends, for any reason, another may take the lock.
 
     Raises:
-        ArtifactError: another process holds it.
-        LostLeaseError: the folder is in an object store, and another process has taken it; see `lease`.
+        ArtifactError: another process holds the lock.
+        LostLeaseError: the folder is in an object store, and another process has taken the lock; see `lease`.
     """
     with _locked(local_path(str(url))) if is_local(str(url)) else leased(str(url)):
         yield

@@ -1,8 +1,7 @@
-"""Statistics of data that is seen once, in any order, by any number of workers.
+"""Statistics of data that is streamed once, in any order, by any number of workers.
 
-Every state here merges: `a.merge(b)` is what one pass over both halves would have given, and a state survives being
-saved and loaded without losing a bit. B rows of a batch, D features, K classes. All sums are float64: the scatter of
-a million rows loses the small directions in float32.
+Every state merges: `a.merge(b)` equals one pass over both halves up to rounding; saving and loading are lossless.
+B rows of a batch, D features. All sums are float64: in float32, the scatter of a million rows loses small directions.
 """
 
 import heapq
@@ -17,8 +16,8 @@ class Moments:
     """Count, mean and scatter matrix of rows, updated by Chan, Golub & LeVeque (1979).
 
     Attributes:
-        count: rows seen.
-        mean_D: their mean, float64.
+        count: number of rows.
+        mean_D: mean of the rows, float64.
         scatter_DD: sum of (x - mean)(x - mean)^T, float64.
     """
 
@@ -37,7 +36,7 @@ class Moments:
         self._add(len(x_BD), mean_D, centred_BD.T @ centred_BD)
 
     def merge(self, other: Self) -> None:
-        """Add all rows `other` has seen."""
+        """Add the rows of `other`."""
         self._add(other.count, other.mean_D, other.scatter_DD)
 
     def _add(self, count: int, mean_D: Tensor, scatter_DD: Tensor) -> None:
@@ -69,25 +68,27 @@ class Moments:
 
 
 class ClassMoments:
-    """`Moments` of each class; a class has a state from the first row on."""
+    """`Moments` of each class that has rows, in `by_class`."""
 
     def __init__(self, n_features: int) -> None:
         self.n_features = n_features
-        self.of: dict[int, Moments] = {}
+        self.by_class: dict[int, Moments] = {}
 
     def update(self, x_BD: Tensor, labels_B: Tensor) -> None:
         """Add rows (B, D) with integer labels (B,)."""
         for label in labels_B.unique().tolist():
-            self.of.setdefault(label, Moments(self.n_features)).update(x_BD[labels_B == label])
+            self.by_class.setdefault(label, Moments(self.n_features)).update(x_BD[labels_B == label])
 
     def merge(self, other: Self) -> None:
-        """Add all rows `other` has seen, class by class."""
-        for label, moments in other.of.items():
-            self.of.setdefault(label, Moments(self.n_features)).merge(moments)
+        """Add the rows of `other`, class by class."""
+        for label, moments in other.by_class.items():
+            self.by_class.setdefault(label, Moments(self.n_features)).merge(moments)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors named `LABEL.count`, `LABEL.mean`, `LABEL.scatter`."""
-        return {f"{y}.{name}": t for y, moments in sorted(self.of.items()) for name, t in moments.state_dict().items()}
+        return {
+            f"{y}.{name}": t for y, moments in sorted(self.by_class.items()) for name, t in moments.state_dict().items()
+        }
 
     @classmethod
     def from_state_dict(cls, n_features: int, state: Mapping[str, Tensor]) -> Self:
@@ -95,15 +96,14 @@ class ClassMoments:
         classes = cls(n_features)
         for label in sorted({int(name.partition(".")[0]) for name in state}):
             one = {name: state[f"{label}.{name}"] for name in ("count", "mean", "scatter")}
-            classes.of[label] = Moments.from_state_dict(one)
+            classes.by_class[label] = Moments.from_state_dict(one)
         return classes
 
 
 class HashSample:
-    """A uniform sample of at most `size` rows: those whose hash is smallest (bottom-k sampling).
+    """A uniform sample of at most `size` rows: those with the smallest hashes (bottom-k sampling).
 
-    Which rows are in it depends on their hashes alone, never on order, sharding or workers, so the sample is the
-    same however the data was streamed, and two samples merge without loss.
+    The sample depends on the hashes alone, not on order, sharding or workers, and two samples merge without loss.
     """
 
     def __init__(self, size: int) -> None:
@@ -112,7 +112,7 @@ class HashSample:
         self._heap: list[int] = []  # negated hashes: the largest hash is on top, first to go
 
     def update(self, hashes: list[int], x_BD: Tensor) -> None:
-        """Offer rows (B, D) with one hash each; a hash names its row, a row offered twice counts once."""
+        """Offer rows (B, D) with one hash each; rows of one hash count once."""
         for value, row_D in zip(hashes, x_BD, strict=True):
             if value in self._rows:
                 continue
@@ -133,7 +133,7 @@ class HashSample:
         return len(self._rows)
 
     def hashes(self) -> list[int]:
-        """The hashes of the sample, ascending."""
+        """Hashes of the sample, ascending."""
         return sorted(self._rows)
 
     def rows(self) -> Tensor:

@@ -23,8 +23,8 @@ def write_part(name: str, part: Part) -> None:
     part.counts["samples"] += len(name)
 
 
-def finish(part: Part, workshop: ArtifactBuilder) -> None:
-    total = b"".join(workshop.read(f"rows/{name}.txt") for name in PARTS)
+def finish(part: Part, builder: ArtifactBuilder) -> None:
+    total = b"".join(builder.read(f"rows/{name}.txt") for name in PARTS)
     part.write("total.txt", total)
 
 
@@ -226,7 +226,7 @@ def test_parts_made_in_groups_give_the_digest_of_one_go(tmp_path: Path, groups: 
 
 
 def test_parts_made_by_many_workers_at_once(tmp_path: Path) -> None:
-    """Each worker opens the workshop at the same moment, and none may throw away what another has begun."""
+    """Workers that open a builder at the same moment keep what another has begun."""
     expected = make_counts(tmp_path / "expected").digest
     for attempt in range(10):
         out = tmp_path / f"{attempt}"

@@ -66,7 +66,7 @@ def test_auto_takes_what_there_is_and_says_so() -> None:
     compute = Compute()
     assert compute.torch_device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert "auto" in compute.describe()
-    assert "as asked" in Compute(device="cpu").describe()
+    assert "as set" in Compute(device="cpu").describe()
 
 
 @pytest.mark.parametrize(

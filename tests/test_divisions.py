@@ -177,7 +177,7 @@ def test_what_is_said_of_a_sample_does_not_depend_on_its_shard(
     )
     assert ours.counts == theirs.counts
     assert ours.info["unreadable"] == theirs.info["unreadable"] == 1
-    for label, moments in theirs.moments.of.items():
-        assert ours.moments.of[label].count == moments.count
-        torch.testing.assert_close(ours.moments.of[label].mean_D, moments.mean_D)
-        torch.testing.assert_close(ours.moments.of[label].scatter_DD, moments.scatter_DD)
+    for label, moments in theirs.moments.by_class.items():
+        assert ours.moments.by_class[label].count == moments.count
+        torch.testing.assert_close(ours.moments.by_class[label].mean_D, moments.mean_D)
+        torch.testing.assert_close(ours.moments.by_class[label].scatter_DD, moments.scatter_DD)

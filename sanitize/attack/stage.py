@@ -96,7 +96,7 @@ def poison_shards(
             write_rows(part, shard, pa.Table.from_pylist(rows))
         part.counts.update(samples=len(rows), poisoned=sum(row["poisoned"] for row in rows))
 
-    def finish(part: Part, _workshop: ArtifactBuilder) -> None:
+    def finish(part: Part, _builder: ArtifactBuilder) -> None:
         part.write_json("attack.json", config.model_dump(mode="json"))
 
     settings = config.model_dump(mode="json") | ({"exclude": sorted(exclude)} if exclude else {})

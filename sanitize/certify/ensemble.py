@@ -165,8 +165,8 @@ def train_partitions(
         part.write_json(f"groups/{group}.json", {"history": history, "partitions": counts})
         part.counts.update({name: sum(of[name] for of in counts) for name in ("samples", "trained_on")})
 
-    def finish(part: Part, workshop: ArtifactBuilder) -> None:
-        n_samples = workshop.counts(list(config.groups))["samples"]
+    def finish(part: Part, builder: ArtifactBuilder) -> None:
+        n_samples = builder.counts(list(config.groups))["samples"]
         part.write_json("config.json", model_config.model_dump(mode="json"))
         part.write_json(PROVED, _proved(config, dataset, n_samples))
 

@@ -53,7 +53,7 @@ def certify_partitions(
             write_rows(part, shard, pa.concat_tables(tables))
         part.counts.update(samples=sum(map(len, tables)))
 
-    def finish(part: Part, _workshop: ArtifactBuilder) -> None:
+    def finish(part: Part, _builder: ArtifactBuilder) -> None:
         part.write_json("certificate.json", proved)
 
     bar = Bars("certify", dataset.n_samples)

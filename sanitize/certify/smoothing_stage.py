@@ -135,7 +135,7 @@ def certify_smoothing(
         write_rows(part, shard, pa.Table.from_pylist(rows, schema=_SCHEMA))
         part.counts.update(samples=len(rows), abstained=sum(row["prediction"] < 0 for row in rows))
 
-    def finish(part: Part, _workshop: ArtifactBuilder) -> None:
+    def finish(part: Part, _builder: ArtifactBuilder) -> None:
         part.write_json("certificate.json", _proved(config, compute))
 
     n_images = min(config.max_images or dataset.n_samples, dataset.n_samples)

@@ -1,7 +1,7 @@
-"""A few samples of a data set for work that is too costly to do on all of them.
+"""A few samples of a data set, for work that is too costly to do on all samples.
 
-Those with the smallest hashes, keyed by the seed, of shard, key and position: the order of nothing decides, and other
-shards beside them change only who is pushed out.
+The samples with the smallest hashes of seed, shard, key and position: the choice does not depend on any order, and
+further shards only replace some of the samples.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset, ImageBatch
 from sanitize.data.shuffle import usable_rows
 
-_READ_AT_ONCE = 256  # images that are decoded together
+_READ_AT_ONCE = 256  # images decoded together
 
 
 class ChosenImages(NamedTuple):
-    """Samples that are held in memory, in the order of shards and positions.
+    """Samples in memory, in the order of shards and positions.
 
     Attributes:
-        shards, positions, keys: of each.
-        labels_N: int64.
-        images_NCHW: uint8.
+        shards, positions, keys: shard, position and key of each sample.
+        labels_N: labels, int64.
+        images_NCHW: images, uint8.
     """
 
     shards: list[str]
@@ -36,7 +36,7 @@ class ChosenImages(NamedTuple):
 
 
 def choose_samples(dataset: Dataset, n: int | None, compute: Compute) -> Mapping[str, set[int]]:
-    """Positions of `n` usable samples, or of all if there are fewer or `n` is None, by shard; no shard is without."""
+    """Positions of `n` usable samples (of all, if there are fewer or `n` is None), by shard; none of them is empty."""
 
     def hashed() -> Iterator[tuple[bytes, str, int]]:
         for shard in dataset.shards:
@@ -45,14 +45,14 @@ def choose_samples(dataset: Dataset, n: int | None, compute: Compute) -> Mapping
                 name = f"{compute.seed}/{shard}/{key}/{position}"
                 yield hashlib.blake2b(name.encode(), digest_size=8).digest(), shard, position
 
-    of_shard: dict[str, set[int]] = {}
+    chosen: dict[str, set[int]] = {}
     for _, shard, position in hashed() if n is None else heapq.nsmallest(n, hashed()):
-        of_shard.setdefault(shard, set()).add(position)
-    return of_shard
+        chosen.setdefault(shard, set()).add(position)
+    return chosen
 
 
 def read_chosen(dataset: Dataset, shard: str, positions: set[int], batch_size: int) -> Iterator[ImageBatch]:
-    """Those samples of a shard, at most `batch_size` at once, always the same ones together."""
+    """Batches of these samples of a shard, of at most `batch_size`; the division into batches is always the same."""
     for batch in dataset.batches(_READ_AT_ONCE, [shard]):
         at = [i for i, position in enumerate(batch.positions_B.tolist()) if position in positions]
         for start in range(0, len(at), batch_size):
@@ -62,7 +62,7 @@ def read_chosen(dataset: Dataset, shard: str, positions: set[int], batch_size: i
 
 
 def chosen_images(dataset: Dataset, n: int, compute: Compute) -> ChosenImages:
-    """The samples that `choose_samples` names, read into memory."""
+    """Images and labels of the samples that `choose_samples` returns."""
     chosen = choose_samples(dataset, n, compute)
     batches = [batch for shard in sorted(chosen) for batch in read_chosen(dataset, shard, chosen[shard], _READ_AT_ONCE)]
     return ChosenImages(

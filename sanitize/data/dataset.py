@@ -1,4 +1,4 @@
-"""An indexed data set: which samples there are, and a stream of their images in batches of one size."""
+"""An indexed data set: its samples, and a stream of their images in batches of one size."""
 
 import os
 from collections import deque
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _BYTES_AHEAD = 256 << 20
 _CHUNK_BYTES = 1 << 20
-_MAX_THREADS = 8  # the interpreter, which reads, cannot feed more
+_MAX_THREADS = 8  # one reading interpreter cannot supply more
 
 
 class ImageBatch(NamedTuple):
@@ -33,10 +33,10 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         shard: name of the shard.
-        positions_B: their positions in it, int64.
-        keys: their keys.
-        labels_B: int64.
-        images_BCHW: uint8.
+        positions_B: positions in the shard, int64.
+        keys: keys of the samples.
+        labels_B: labels, int64.
+        images_BCHW: images, uint8.
     """
 
     shard: str
@@ -47,7 +47,7 @@ class ImageBatch(NamedTuple):
 
 
 class Dataset(ShardTables):
-    """What `index_shards` made; the shards themselves stay where they are."""
+    """Artifact of `index_shards`; the shards themselves stay in their place."""
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -56,32 +56,32 @@ class Dataset(ShardTables):
 
     @cached_property
     def urls(self) -> dict[str, str]:
-        """Where each shard is, by name, in sorted order."""
+        """Place of each shard, by name, in sorted order."""
         return {shard: str(source["url"]) for shard, source in sorted(self.manifest().sources.items())}
 
     @property
     def n_classes(self) -> int:
-        """K."""
+        """Number of classes K."""
         return int(self.info["n_classes"])
 
     @property
     def n_samples(self) -> int:
-        """Usable samples."""
+        """Number of usable samples."""
         return sum(self.info["labels"].values())
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image in a batch. Raises ConfigError where it was neither set nor looked at."""
+        """(C, H, W) of every image in a batch. Raises ConfigError if the size was neither set nor read from images."""
         if self.info["image_size"] is None:
             raise ConfigError(f"set index.image.size: with index.check={self.info['check']} no image was decoded")
         height, width = self.info["image_size"]
         return int(self.info["image"]["channels"]), height, width
 
     def samples(self, shard: str) -> Iterator[tuple[Sample, dict[str, Any]]]:
-        """Every sample of a shard, usable or not, beside its index row.
+        """Every sample of a shard, usable or not, with its index row.
 
         Raises:
-            DataError: the shard is not what it was when it was indexed.
+            DataError: the shard has changed since it was indexed.
         """
         rows = self.rows(shard)
         return zip(self._read(shard, rows), rows.to_pylist(), strict=True)
@@ -94,14 +94,14 @@ class Dataset(ShardTables):
                 yield from piece.samples()
 
     def pieces(self, shard: str, rows: pa.Table) -> Iterator[Piece | Sample]:
-        """The same, many samples at once where nothing is odd about them.
+        """The same, many ordinary samples at once.
 
         Args:
-            shard: its name.
+            shard: name of the shard.
             rows: all its index rows.
 
         Raises:
-            DataError: as `samples` does; only behind the last sample is it known that nothing has changed.
+            DataError: as `samples` does; the final check follows the last sample.
         """
         url, limits = self.urls[shard], SampleLimits.model_validate(self.info["limits"])
         digest = self.info["shards"][shard]["sha256"] is not None
@@ -117,7 +117,7 @@ class Dataset(ShardTables):
             raise self._changed(shard, f"sample {moved.position}") from moved
 
     def _confirm(self, shard: str, sha256: str, size: int) -> None:
-        """Raise DataError unless the shard that was read is what was indexed."""
+        """Raise DataError if the shard has changed since it was indexed."""
         indexed = self.info["shards"][shard]["sha256"]
         if indexed is None:
             source, now = self.manifest().sources[shard], fingerprint(self.urls[shard])
@@ -128,18 +128,18 @@ class Dataset(ShardTables):
             raise self._changed(shard, f"byte {size}")
 
     def _changed(self, shard: str, where: str) -> ShardError:
-        said = f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again"
-        return ShardError(said, shard)
+        message = f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again"
+        return ShardError(message, shard)
 
     def batches(self, size: int, shards: Sequence[str] | None = None) -> Iterator[ImageBatch]:
         """Stream usable samples in batches of at most `size`; a batch never spans two shards.
 
-        A few threads decode while the next batches are read. What is held beside the batch that is handed out: as many
-        batches as there are threads, and 256 MiB of samples that wait for a thread (one larger sample waits alone).
+        A few threads decode while the next batches are read. Memory holds as many batches ahead as there are threads,
+        and 256 MiB of samples that wait for a thread (one larger sample waits alone).
 
         Raises:
-            DataError: a shard is not what it was when it was indexed, or, where the index did not look, an image is
-                damaged; the batches before that place come first.
+            DataError: a shard has changed since it was indexed, or an image that the index did not decode is damaged;
+                the batches before that place are yielded first.
         """
         threads = _Threads()
         try:
@@ -156,15 +156,15 @@ class Dataset(ShardTables):
             threads.stop()
 
     def _usable(self, shard: str, size: int) -> Iterator[tuple[pa.Table, Iterator[bytes]]]:
-        """The rows of each batch, and its images as they are stored, to be read before the next batch is asked for."""
+        """Rows of each batch, and its images as stored, to be read before the next batch."""
         rows = self.rows(shard)
         usable, images = rows.filter(pc.equal(rows["status"], "ok")), self._images(shard, rows)
         for start in range(0, len(usable), size):
             yield usable.slice(start, size), islice(images, size)
-        next(images, None)  # there is none; asked for it, the reader goes to the end and sees what has changed
+        next(images, None)  # none is left; the reader goes to the end and checks the shard
 
     def _images(self, shard: str, rows: pa.Table) -> Iterator[bytes]:
-        """Of each usable sample the payload of its image."""
+        """Payload of the image of each usable sample."""
         is_ok = pc.equal(rows["status"], "ok").to_pylist()
         names = rows["image"].to_pylist()
         for piece in self.pieces(shard, rows):
@@ -176,7 +176,7 @@ class Dataset(ShardTables):
     def _start(
         self, shard: str, rows: pa.Table, images: Iterator[bytes], threads: "_Threads"
     ) -> tuple[ImageBatch, list[Future[None]]]:
-        """A batch, and the calls that fill in its images, a chunk of about a mebibyte each."""
+        """A batch, and the calls that fill in its images, each for a chunk of about 1 MiB."""
         keys, config = rows["key"].to_pylist(), ImageConfig.model_validate(self.info["image"])
         positions_B, labels_B = (torch.from_numpy(rows[name].to_numpy().copy()) for name in ("position", "label"))
         images_BCHW = torch.empty(len(keys), *self.image_shape, dtype=torch.uint8)
@@ -202,10 +202,12 @@ class Dataset(ShardTables):
                 pixels_HWC[:] = decode_pixels(data, config, (height, width))
             except BadImage as error:
                 raise self.bad_image(shard, key, error) from error
-        images_NCHW.copy_(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))  # once: of each image it costs as much
+        images_NCHW.copy_(
+            torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2)
+        )  # once for all: a single image costs as much
 
     def bad_image(self, shard: str, key: str, error: Exception) -> DataError:
-        """The error to raise where the image of a usable sample cannot be decoded."""
+        """Error for an image of a usable sample that cannot be decoded."""
         if self.info["check"] == "decode":
             return self._changed(shard, key)
         return ShardError(
@@ -215,7 +217,7 @@ class Dataset(ShardTables):
         )
 
     def images(self) -> tuple[Tensor, Tensor]:
-        """All usable images, uint8 (N, C, H, W), and labels (N,), int64. For data sets that fit into memory."""
+        """All usable images, uint8 (N, C, H, W), and labels, int64 (N,), in memory."""
         images_NCHW = torch.empty(self.n_samples, *self.image_shape, dtype=torch.uint8)
         labels_N = torch.empty(self.n_samples, dtype=torch.int64)
         start = 0
@@ -227,7 +229,7 @@ class Dataset(ShardTables):
 
 
 class _Threads:
-    """Threads that take calls; those not ended yet hold at most `_BYTES_AHEAD` of payload, or are a single one."""
+    """Threads that run calls; unfinished calls hold at most `_BYTES_AHEAD` of payload, unless there is only one."""
 
     def __init__(self) -> None:
         self.count = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
@@ -236,7 +238,7 @@ class _Threads:
         self._room = _BYTES_AHEAD
 
     def submit(self, n_bytes: int, call: Callable[..., None], *args: Any) -> Future[None]:
-        """Start a call that holds `n_bytes`, as soon as there is room."""
+        """Start a call that holds `n_bytes`, once there is room."""
         while self._calls and (n_bytes > self._room or self._calls[0][0].done()):
             oldest, freed = self._calls.popleft()
             wait([oldest])
@@ -246,12 +248,12 @@ class _Threads:
         return self._calls[-1][0]
 
     def stop(self) -> None:
-        """Forget the calls that have not begun, and wait for those that have."""
+        """Cancel the calls that have not begun, and wait for the others."""
         self._pool.shutdown(cancel_futures=True)
 
 
 def ahead(items: Iterable[T], n: int) -> Iterator[T]:
-    """The same items, up to `n` of them taken before they are asked for; an error comes behind the last item."""
+    """The same items, with up to `n` of them fetched in advance; an error is raised behind the last item."""
     taken: deque[T] = deque()
     failure: Exception | None = None
     try:

@@ -1,22 +1,23 @@
-"""From the bytes of an image that a stranger wrote to a uint8 tensor of a known size, or a reason why not.
+"""Decoder for untrusted images: bytes become a uint8 tensor of a known size, or a reason for the refusal.
 
-What each kind of image becomes (C = 3; with C = 1 the result is its luminance):
+Conversions (C = 3; with C = 1 the result is the luminance):
   8-bit greyscale, RGB, CMYK, palette   converted to RGB
   alpha channel                         dropped, colours as stored
   16 bits a channel                     scaled to 8 bits
   animated                              first frame
   EXIF orientation                      not applied: trainers read pixels as they are stored
-Another size than the data set's is cropped to its proportions around the centre and resized (bilinear, antialiased).
+Images of another size than the data set's are cropped around the centre to its proportions and resized (bilinear,
+antialiased).
 
-libjpeg-turbo (simplejpeg) reads ordinary JPEGs: the pixels are Pillow's, at a tenth of the cost where images are small,
-for Pillow's parser is written in Python. Pillow reads everything else. torchvision's decoders are about to be removed
-from it, and in its PNG decoder a flipped bit can cause a segmentation fault (0.29: within the first two of 3,000 files
-that were damaged); one hostile image must never end a run.
+libjpeg-turbo (simplejpeg) reads ordinary JPEGs: the pixels equal Pillow's, at a tenth of the cost for small images,
+because Pillow's parser is written in Python. Pillow reads all other images. torchvision's decoders are deprecated, and
+in its PNG decoder a flipped bit can cause a segmentation fault (0.29: within the first two of 3,000 damaged files); one
+hostile image must not end a run.
 
-What an image may cost is decided before it is decoded (see image_costs).
+The cost of an image is limited before it is decoded (see image_costs).
 
-An image that ends too early is bad: Pillow refuses what trainers' decoders may fill with grey. Only a JPEG whose scan
-stops early but whose end marker is there becomes, as everywhere, grey from that point on.
+A truncated image is bad: Pillow refuses images that decoders of trainers may fill with grey. Only a JPEG whose scan
+stops early and whose end marker is present becomes grey from that point on, as in other decoders.
 """
 
 import io
@@ -33,16 +34,16 @@ from torch import Tensor, nn
 from sanitize.data.image_costs import COSTLY, jpeg_header, jpeg_scan_samples, png_parts
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm"})
-# Pillow warns of bombs at a limit of its own. For the whole process: to do it call by call is not safe in threads.
+# Pillow warns of bombs at its own limit. Filtered for the whole process: filters per call are not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
-_LEAST_SIDE = 8  # rows and columns of JPEG come in blocks of 8; a PNG row of a pixel costs as much as one of 8
+_LEAST_SIDE = 8  # JPEG has blocks of 8 x 8; a PNG row of one pixel costs as much as one of 8
 _MAX_PPM_HEADER = 1024  # Pillow reads comments byte by byte
 
 
 class BadImage(ValueError):
-    """These bytes are no image we are willing to decode; the message is the reason, fit for a verdict row."""
+    """The bytes are no image that is decoded; the message is the reason, for a verdict row."""
 
 
 class ImageConfig(BaseModel):
@@ -51,12 +52,13 @@ class ImageConfig(BaseModel):
     Attributes:
         size: height and width in pixels, or None to take the most common size of the data set.
         channels: 3 (RGB) or 1 (luminance).
-        max_pixels: an image whose header claims more is not decoded (decompression bombs). A side below 8 counts as 8.
-        max_scan_pixels: pixels that all scans of a JPEG go over, each component of a scan for itself. An ordinary
-            progressive JPEG goes over each pixel 8 times (with colour at full resolution 14 times). The default takes
-            about 1 s.
-        max_chunks: chunks of a PNG, or segments before the first scan of a JPEG and bytes between them. A compressed
-            text or profile and a segment of Exif data count as 1,000. The default takes about .3 s.
+        max_pixels: number of pixels in the header above which an image is not decoded (decompression bombs). A side
+            below 8 counts as 8.
+        max_scan_pixels: number of pixels in all scans of a JPEG, each component of a scan counted separately. An
+            ordinary progressive JPEG scans each pixel 8 times (with colour at full resolution 14 times). The default
+            takes about 1 s.
+        max_chunks: number of chunks of a PNG, or of segments before the first scan of a JPEG and bytes between them. A
+            compressed text or profile and a segment of Exif data count as 1,000. The default takes about .3 s.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,7 +71,7 @@ class ImageConfig(BaseModel):
 
 
 def image_header(data: bytes, config: ImageConfig) -> Image.Image:
-    """Parse the header only. Raises BadImage if it is none, costs too much, or is of a format we do not read."""
+    """Parse the header only. Raises BadImage if it is missing, costs too much, or has a format that is not read."""
     if not data:
         raise BadImage("image is empty")
     _check_parts(data, config)
@@ -98,7 +100,7 @@ def _fits(height: int, width: int, config: ImageConfig) -> bool:
 
 
 def _check_parts(data: bytes, config: ImageConfig) -> None:
-    """Raise BadImage where the header has more parts than `max_chunks`. Most images are too small for that."""
+    """Raise BadImage where the header has more parts than `max_chunks`; most images are too small for that."""
     limit = config.max_chunks
     if data.startswith(_JPEG):
         costly = data.count(b"Exif\0\0")
@@ -109,9 +111,9 @@ def _check_parts(data: bytes, config: ImageConfig) -> None:
 
 
 def _check_scans(data: bytes, height: int, width: int, config: ImageConfig) -> None:
-    """Raise BadImage where the scans of a JPEG go over more pixels than `max_scan_pixels`."""
+    """Raise BadImage where all scans of a JPEG have more pixels than `max_scan_pixels`."""
     limit = config.max_scan_pixels
-    # At most four components, padded to 32 pixels; the marker may also stand in a thumbnail, or in a video behind it.
+    # At most four components, padded to 32 pixels; the marker may also be in a thumbnail, or in a video behind it.
     if data.count(b"\xff\xda") * 4 * (height + -height % 32) * (width + -width % 32) <= limit:
         return
     header = jpeg_header(data, config.max_chunks)
@@ -123,21 +125,21 @@ def decode(data: bytes, config: ImageConfig, size: tuple[int, int] | None = None
     """Decode one image.
 
     Args:
-        data: the encoded image.
+        data: encoded image.
         config: channels and limits.
-        size: (H, W) to bring the image to; None leaves it as it is.
+        size: (H, W) of the result; None keeps the size of the image.
 
     Returns:
         uint8 tensor (C, H, W).
 
     Raises:
-        BadImage: with the reason.
+        BadImage: the image is not decoded; the message is the reason.
     """
     return torch.from_numpy(decode_pixels(data, config, size)).permute(2, 0, 1).contiguous()
 
 
 def decode_pixels(data: bytes, config: ImageConfig, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The same as an array (H, W, C), which is how decoders leave it."""
+    """The same as an array (H, W, C), the layout of decoders."""
     pixels_HWC = _ordinary_jpeg(data, config)
     if pixels_HWC is None:
         header = image_header(data, config)
@@ -151,9 +153,9 @@ def decode_pixels(data: bytes, config: ImageConfig, size: tuple[int, int] | None
 
 
 def _ordinary_jpeg(data: bytes, config: ImageConfig) -> np.ndarray | None:
-    """The pixels of a JPEG in which nothing is odd, nor above a limit; None for what Pillow has to judge.
+    """Pixels of an ordinary JPEG within the limits; None for images that Pillow reads.
 
-    Pillow's luminance differs by a rounding from a JPEG's own, so colour that is to become luminance is odd.
+    Pillow's luminance differs by a rounding from a JPEG's own, so colour images with C = 1 are left to Pillow.
     """
     if not (data.startswith(_JPEG) and data.endswith(b"\xff\xd9")):
         return None
@@ -167,7 +169,7 @@ def _ordinary_jpeg(data: bytes, config: ImageConfig) -> np.ndarray | None:
         return simplejpeg.decode_jpeg(data, "RGB" if config.channels == 3 else "GRAY")
     except BadImage:
         raise
-    except (ValueError, KeyError):  # damage, great or small; KeyError: a subsampling that has no name
+    except (ValueError, KeyError):  # damage; KeyError: an unknown subsampling
         return None
 
 
@@ -182,10 +184,10 @@ def _by_pillow(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def fit(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop the centre to the proportions of `size` (H, W), then resize; an image of that size is returned as it is.
+    """Crop the centre to the proportions of `size` (H, W), then resize; an image of that size is returned unchanged.
 
-    In this order no more memory is taken than by the image or the result: one pixel by a million, scaled until it
-    covers the result, would be a bomb.
+    This order takes no more memory than the image or the result: an image of 1 x 1,000,000 pixels, scaled to cover the
+    result before it is cropped, would be a bomb.
     """
     if tuple(image_CHW.shape[1:]) == size:
         return image_CHW
@@ -197,9 +199,9 @@ def fit(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resized(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """A uint8 image at `size` (H, W): bilinear, antialiased.
+    """A uint8 image resized to `size` (H, W): bilinear, antialiased.
 
-    What torchvision's `resize` comes down to; to import that costs a process three seconds.
+    Equal to torchvision's `resize`, whose import takes three seconds.
     """
     return nn.functional.interpolate(image_CHW[None], size, mode="bilinear", antialias=True)[0]
 

@@ -1,7 +1,7 @@
-"""What clean shards hold, for whoever reads them without us: `dataset.json`, and the same as `croissant.json` in the
-format that catalogues and loaders know (Croissant 1.0, MLCommons: http://mlcommons.org/croissant/1.0).
+"""Description of clean shards for other programs: `dataset.json`, and the same as `croissant.json`, the format of
+catalogues and loaders (Croissant 1.0, MLCommons: http://mlcommons.org/croissant/1.0).
 
-Both lie beside the folder `clean/`, not in it: Hugging Face `datasets` takes any .json among shards for the data.
+Both are beside the folder `clean/`, not in it: Hugging Face `datasets` reads any .json among shards as data.
 """
 
 import glob
@@ -51,18 +51,18 @@ _MIME_TYPES = {
 
 
 def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, FileEntry]) -> dict[str, Any]:
-    """The content of `dataset.json`.
+    """Content of `dataset.json`.
 
     Args:
-        dataset: the index the shards were written from.
-        selection: what was kept.
-        files: `clean/SHARD` -> sha256 and size, of every shard that was written; others are ignored.
+        dataset: index that the shards were written from.
+        selection: verdicts on the samples.
+        files: sha256 and size of every written shard, by `clean/SHARD`; others are ignored.
 
     Returns:
-        `samples`: how many were kept, quarantined and unreadable. `n_classes`; `labels`: label -> samples kept, also
-        where none are left. `label`: the member that holds the class, as `IndexConfig.label`. `image`: how the index
-        decoded images (size is [height, width]), and the suffixes of usable ones. `shards`: path -> samples, size in
-        bytes, sha256; in sorted order. `made_from`: digests of index and selection.
+        `samples`: number of kept, quarantined and unreadable samples. `n_classes`; `labels`: label -> kept samples,
+        perhaps 0. `label`: member that contains the class, as in `IndexConfig.label`. `image`: settings of decoding
+        (size is [height, width]), and suffixes of usable images. `shards`: path -> samples, size in bytes, sha256; in
+        sorted order. `made_from`: digests of index and selection.
     """
     counts = selection.manifest().counts
     labels: Counter[int] = Counter()
@@ -91,11 +91,11 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
 
 
 def croissant(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `croissant.json`, from that of `dataset.json`.
+    """Content of `croissant.json`, from that of `dataset.json`.
 
-    Three record sets: `images` and `labels` as they are found in the shards, and `samples`, which joins them by key.
-    Paths are relative to the folder of the file. What we cannot know (license, creator, url, datePublished, citeAs,
-    version) is left out; add it before you publish.
+    Three record sets: `images` and `labels` as stored in the shards, and `samples`, which joins them by key. Paths are
+    relative to the folder of the file. Unknown fields (license, creator, url, datePublished, citeAs, version) are left
+    out; add them before publication.
     """
     n = description["samples"]
     source = description["made_from"]
@@ -115,7 +115,7 @@ def croissant(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _distribution(description: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every shard, the images in them, the labels in them. @id must be an IRI; contentUrl is opened as a path."""
+    """Shards, and the images and labels in them. @id must be an IRI; contentUrl is opened as a path."""
     shards = [
         {
             "@type": "cr:FileObject",
@@ -168,7 +168,7 @@ def _record_sets(description: Mapping[str, Any]) -> list[dict[str, Any]]:
         ),
         _record_set(
             "samples",
-            # From the labels' side: a second picture of a sample (KEY.mask.png) finds no partner and drops out.
+            # Joined from the labels: a second picture of a sample (KEY.mask.png) has no label and is dropped.
             _field("samples/key", "sc:Text", _other("labels/key"), references=_other("images/key")),
             _field("samples/image", "sc:ImageObject", _other("images/image")),
             _field("samples/label", number, _other("labels/label")),
@@ -191,7 +191,7 @@ def _extract(file_set: str, what: dict[str, str]) -> dict[str, Any]:
 
 
 def _key(file_set: str, suffixes: list[str]) -> dict[str, Any]:
-    """The name up to the first dot of its last component, where what follows is one of the suffixes."""
+    """Name up to the first dot of its last component, for names with one of the suffixes."""
     regex = rf"^((?:.*/)?[^/.]+)\.(?:{'|'.join(map(re.escape, suffixes))})$"
     return {**_extract(file_set, {"fileProperty": "fullpath"}), "transform": {"regex": regex}}
 

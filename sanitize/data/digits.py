@@ -1,4 +1,4 @@
-"""Demo data that needs no download: scikit-learn's 1,797 handwritten digits, written as WebDataset shards."""
+"""Demo data without a download: scikit-learn's 1,797 handwritten digits as WebDataset shards."""
 
 import sklearn.datasets
 import torch
@@ -20,7 +20,7 @@ class Digits(Artifact):
 
 @stage(Digits, gpu=False)
 def write_digits(out: str, compute: Compute, n_shards: int = 12) -> Work:
-    """Write the digits, shuffled by the seed, about equally many in each shard."""
+    """Write the digits, shuffled by the seed and divided evenly among the shards."""
 
     def write(part: Part) -> None:
         digits = sklearn.datasets.load_digits()

@@ -1,16 +1,16 @@
-"""What decoding an image would cost beyond its pixels, counted before any of it is decoded.
+"""Cost of decoding an image beyond its pixels, counted before it is decoded.
 
-Two things multiply in a small file. Each scan of a JPEG goes over all pixels and may take a few bytes: 480 scans of 49
+Two costs can be large in a small file. Each scan of a JPEG covers all pixels and may take a few bytes: 480 scans of 49
 megapixels are 228 KB, and took 43 s. And Pillow handles each part of a header in Python, up to 4 us a part; some parts
-cost as much as a thousand others. Both counts stop at their limit and take at most .1 s. They see every part that
-Pillow or libjpeg comes to, and perhaps more.
+cost as much as a thousand others. Both counts stop at their limit and take at most .1 s. They include every part that
+Pillow or libjpeg reads, and perhaps more.
 """
 
 import re
 from typing import NamedTuple
 
-COSTLY = 1000  # parts that one costly part counts as: 2 ms to decompress a text, or to copy all Exif data once more
-_COSTLY_CHUNKS = (b"zTXt", b"iTXt", b"iCCP")  # each may be a mebibyte of text in a kilobyte
+COSTLY = 1000  # weight of a costly part: 2 ms to decompress a text, or to copy all Exif data once more
+_COSTLY_CHUNKS = (b"zTXt", b"iTXt", b"iCCP")  # each may contain 1 MiB of text in 1 KiB
 _EXIF = b"Exif\0\0"
 _MARKER = re.compile(rb"\xff[^\xff\x00]")
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\xff\x00\xd0-\xd7]")
@@ -20,12 +20,12 @@ _SCAN, _END = 0xDA, 0xD9
 
 
 class JpegHeader(NamedTuple):
-    """What stands before the first scan.
+    """The part of a JPEG before the first scan.
 
     Attributes:
-        parts: segments, and bytes outside of them; a segment of Exif data counts as COSTLY.
+        parts: number of segments, and of bytes outside of them; a segment of Exif data counts as COSTLY.
         samples: component id -> samples of that component, padded to whole blocks; empty without a frame header.
-        first_scan: offset of the marker of the first scan; the length of the file if there is none.
+        first_scan: offset of the marker of the first scan; length of the file if there is none.
     """
 
     parts: int
@@ -34,14 +34,14 @@ class JpegHeader(NamedTuple):
 
 
 def jpeg_header(data: bytes, max_parts: int) -> JpegHeader:
-    """Walk over the segments before the first scan; stop where there are more than `max_parts` parts."""
+    """Segments before the first scan; counting stops above `max_parts` parts."""
     at, parts = 2, 0
     samples: dict[int, int] = {}
     while parts <= max_parts and (found := _MARKER.search(data, at)):
         marker, behind = data[found.end() - 1], found.end()
         if marker == _SCAN:
             return JpegHeader(parts + found.start() - at, samples, found.start())
-        parts += 1 + found.start() - at  # fill bytes and junk before a marker are a part each
+        parts += 1 + found.start() - at  # each fill or junk byte before a marker is a part
         at = behind
         if marker not in _NO_SEGMENT:
             at += _length(data, behind)
@@ -52,7 +52,7 @@ def jpeg_header(data: bytes, max_parts: int) -> JpegHeader:
 
 
 def jpeg_scan_samples(data: bytes, header: JpegHeader, limit: int, max_parts: int) -> int:
-    """Samples that all scans go over; above `limit` if there are more, or more than `max_parts` segments."""
+    """Samples in all scans; a number above `limit` if there are more, or more than `max_parts` segments."""
     at, total, whole = header.first_scan, 0, sum(header.samples.values())
     for _ in range(max_parts):
         found = _MARKER_IN_SCAN.search(data, at)
@@ -72,7 +72,7 @@ def jpeg_scan_samples(data: bytes, header: JpegHeader, limit: int, max_parts: in
 
 
 def png_parts(data: bytes, max_parts: int) -> int:
-    """Chunks of a PNG; one with text or a profile counts as COSTLY. Stops where they are more than `max_parts`."""
+    """Chunks of a PNG; a chunk with text or a profile counts as COSTLY. Counting stops above `max_parts`."""
     at, parts = 8, 0
     while at + 8 <= len(data) and parts <= max_parts:
         name = data[at + 4 : at + 8]
@@ -84,12 +84,12 @@ def png_parts(data: bytes, max_parts: int) -> int:
 
 
 def _length(data: bytes, at: int) -> int:
-    """Bytes of the segment whose length field is at `at`; a length below 2 is taken for 2, as libjpeg does."""
+    """Length of the segment whose length field is at `at`; at least 2, as in libjpeg."""
     return max(2, int.from_bytes(data[at : at + 2]))
 
 
 def _samples(frame: bytes) -> dict[int, int]:
-    """The samples of each component, from a frame header (without its length field)."""
+    """Samples of each component, from a frame header (without its length field)."""
     height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
     components = [(frame[i], frame[i + 1] >> 4, frame[i + 1] & 15) for i in range(6, len(frame) - 2, 3)]
     most_h = max([1, *(h for _, h, _ in components)])

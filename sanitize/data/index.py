@@ -1,7 +1,7 @@
-"""The index: one walk over every shard that says which samples can be used, and why the others cannot.
+"""The index: one pass over every shard that finds the usable samples, and a reason for each of the others.
 
-It is the gatekeeper. Later stages read only samples whose status is `ok`; the others go to quarantine as they are. How
-close it looks is `IndexConfig.check`; only with "decode" is it known that images can be decoded.
+Later stages read only samples of status `ok`; the others go to quarantine unchanged. `IndexConfig.check` sets the depth
+of the check; only "decode" proves that images can be decoded.
 """
 
 import hashlib
@@ -37,24 +37,24 @@ from sanitize.tar.compression import not_read, unread_suffix
 from sanitize.tar.names import printable
 
 _MAX_NAMED = 10  # shards in a message
-MAX_CLASSES = 1000  # without n_classes, a larger label is taken for a mistake: one hostile label must not size a model
+MAX_CLASSES = 1000  # limit without n_classes: one hostile label must not set the size of a model
 
 
 class IndexConfig(BaseModel):
-    """What a sample must have.
+    """Requirements on samples.
 
     Attributes:
-        check: how closely images are looked at. "decode": each is decoded, so that nothing is `ok` that later stages
-            cannot read. "digest": they are hashed, not decoded. "headers": only labels are read, and nothing is hashed;
-            whether a shard is still what was indexed is then told by its size and modification time.
-        label: member that holds the class: the suffix of a file with an ascii integer, or "json:FIELD". None: no labels
-            are read, and all samples are of class 0.
+        check: depth of the check. "decode": each image is decoded, so that later stages can read all `ok` samples.
+            "digest": images are hashed, not decoded. "headers": only labels are read, and no byte is hashed; a changed
+            shard is then recognised by its size and modification time.
+        label: member with the class: the suffix of a file with an ascii integer, or "json:FIELD". None reads no labels:
+            all samples are of class 0.
         n_classes: number of classes; None takes the largest label below 1,000, plus one.
-        image: how images are decoded.
-        limits: what one sample may cost.
+        image: settings of decoding.
+        limits: limits on the cost of one sample.
         max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops.
-        max_bad_shards: number of shards above which the run stops that are damaged and have no usable sample: nothing
-            says how many samples were in them.
+        max_bad_shards: number of damaged shards without a usable sample above which the run stops: the number of
+            samples in them is unknown.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,23 +76,23 @@ def index_shards(
     compute: Compute,
     shards: Sequence[str] | None = None,
 ) -> Work:
-    """Walk the shards once, look at every image as closely as `config.check` says, and write one row a sample.
+    """Read the shards once, check every sample as `config.check` says, and write one row a sample.
 
     Args:
-        config: what a sample must have.
+        config: requirements on samples.
         sources: directories, globs, brace ranges or URLs of .tar / .tar.gz shards, in any order; or the shards that
             were found, with their fingerprints (`fingerprint_shards`).
         out: folder of the artifact: `rows/SHARD.parquet`, `dataset.json`.
-        compute: unused here but for the convention; nothing is random.
-        shards: names of the shards to do now; None does all that are missing and finishes.
+        compute: threads; no random numbers are drawn.
+        shards: names of the shards to index now; None indexes all missing ones and finishes.
 
     Returns:
         The Dataset.
 
     Raises:
         ConfigError: no shards, or one of them twice.
-        DataError: a shard cannot be opened, no sample is usable, more than `max_bad_fraction` are not, or nothing
-            could be read of more than `max_bad_shards` shards.
+        DataError: a shard cannot be opened, no sample is usable, more than `max_bad_fraction` of the samples or more
+            than `max_bad_shards` shards are unreadable.
         ArtifactError: `out` was made from other shards.
     """
     found = sources if isinstance(sources, Mapping) else fingerprint_shards(find_shards(sources))
@@ -104,8 +104,8 @@ def index_shards(
         write_rows(part, shard, table.replace_schema_metadata({"shard": json.dumps(summary)}))
         part.counts.update(summary["counts"])
 
-    def finish(part: Part, workshop: ArtifactBuilder) -> None:
-        part.write_json("dataset.json", _describe(config, list(found), workshop))
+    def finish(part: Part, builder: ArtifactBuilder) -> None:
+        part.write_json("dataset.json", _describe(config, list(found), builder))
 
     return Work(
         parts=list(found),
@@ -118,7 +118,7 @@ def index_shards(
 
 
 def _refuse_unread(config: IndexConfig, found: Mapping[str, object]) -> None:
-    """Raise DataError before anything is read where names alone say that too much cannot be."""
+    """Raise DataError if the names alone show too many unreadable shards."""
     unread = {shard: not_read(unread_suffix(shard)) for shard in found if unread_suffix(shard)}
     if len(unread) > config.max_bad_shards:
         raise DataError(_too_many(unread, len(found), config))
@@ -145,7 +145,7 @@ def index_shard(
 
 
 def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any]:
-    """Status of a sample, the reason where it is not "ok", and what could be found out about it."""
+    """Status of a sample, the reason where it is not "ok", and its properties."""
     if sample.problem is not None:
         return {"status": "unreadable", "reason": sample.problem}
     found: dict[str, Any] = {}
@@ -161,14 +161,14 @@ def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any
     return found | {"status": "ok"}
 
 
-def _describe(config: IndexConfig, shards: list[str], workshop: ArtifactBuilder) -> dict[str, Any]:
-    """Facts over all shards; the place where too much bad data stops the run."""
+def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) -> dict[str, Any]:
+    """Content of dataset.json. Raises DataError where too much data is bad."""
     labels: Counter[int] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     reasons: Counter[str] = Counter()
     summaries = {}
     for shard in shards:
-        rows = pa.BufferReader(workshop.read(rows_name(shard)))
+        rows = pa.BufferReader(builder.read(rows_name(shard)))
         table = pq.read_table(rows, columns=["status", "reason", "label", "height", "width"])
         summaries[shard] = json.loads(table.schema.metadata[b"shard"])
         is_ok = pc.equal(table["status"], "ok")
@@ -193,10 +193,10 @@ def _describe(config: IndexConfig, shards: list[str], workshop: ArtifactBuilder)
 
 
 def bad_shards(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Shards that are damaged and have no usable sample, and the damage. An archive that is empty is not damaged.
+    """Damaged shards without a usable sample, with the damage. An empty archive is not damaged.
 
     Args:
-        summaries: of each shard, as `index_shard` gives them and `dataset.json` holds them.
+        summaries: summary of each shard, from `index_shard` or `dataset.json`.
     """
     return {
         shard: str(summary["damage"])
@@ -208,13 +208,13 @@ def bad_shards(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def _refuse_if_bad(
     config: IndexConfig, n_ok: int, reasons: Mapping[str, int], summaries: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Raise DataError where too much is bad.
+    """Raise DataError where too much data is bad.
 
     Args:
-        config: how much may be bad.
-        n_ok: usable samples.
-        reasons: reason -> unreadable samples.
-        summaries: of each shard, as `index_shard` gives them.
+        config: limits on bad data.
+        n_ok: number of usable samples.
+        reasons: reason -> number of unreadable samples.
+        summaries: summary of each shard, from `index_shard`.
     """
     n_bad, bad = sum(reasons.values()), bad_shards(summaries)
     why = []

@@ -1,4 +1,4 @@
-"""Reading an uncompressed shard again, by the offsets its index holds: many samples at once where the archive is plain.
+"""Reading an uncompressed shard again, by the offsets in its index: many samples at once where the archive is plain.
 
 Shapes: K samples of a piece, N members of theirs.
 """
@@ -15,24 +15,24 @@ from sanitize.tar.names import printable, split_usual
 from sanitize.tar.plain import NotPlain, PlainMembers, normalised, parse_plain
 from sanitize.tar.read import TarLimits
 
-_PIECE_BYTES = 1 << 20  # that are read at once; of a larger sample, what its members hold
+_PIECE_BYTES = 1 << 20  # bytes read at once; members of larger samples are read one by one
 
 
 class Moved(Exception):
-    """At this sample the shard is not what was indexed."""
+    """The shard has changed since it was indexed, at the sample of this position."""
 
     def __init__(self, position: int) -> None:
         self.position = position
 
 
 class Piece(NamedTuple):
-    """Neighbours in a shard.
+    """Neighbouring samples of a shard.
 
     Attributes:
-        positions: theirs.
-        keys: theirs.
+        positions: positions in the shard.
+        keys: keys of the samples.
         bounds: K + 1 indices: sample i has the members bounds[i], …, bounds[i + 1] - 1.
-        members: of all of them; offsets count from the piece.
+        members: members of all samples; offsets count from the beginning of the piece.
     """
 
     positions: range
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     members: PlainMembers
 
     def samples(self, which: Iterable[int] | None = None) -> Iterator[Sample]:
-        """The samples; or some, by their place in the piece."""
+        """The samples; or only those of the indices `which` in the piece."""
         names, sizes_N = self.members.names_N.astype(str).tolist(), self.members.sizes_N.tolist()
         start_N, window = self.members.payloads_N.tolist(), self.members.window
         for i in range(len(self.keys)) if which is None else which:
@@ -50,28 +50,27 @@ class Piece(NamedTuple):
             yield Sample(self.positions[i], self.keys[i], members, None, [(names[j], sizes_N[j]) for j in own])
 
     def payloads(self, names: list[str]) -> list[bytes]:
-        """Payloads of the members that have these (ASCII) names, in the order of the shard."""
-        of = self.members
-        is_wanted_N = np.isin(of.names_N, np.array(names, "S"))
-        starts, sizes = of.payloads_N[is_wanted_N].tolist(), of.sizes_N[is_wanted_N].tolist()
-        return [of.window[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        """Payloads of the members with these (ASCII) names, in the order of the shard."""
+        members = self.members
+        is_wanted_N = np.isin(members.names_N, np.array(names, "S"))
+        starts, sizes = members.payloads_N[is_wanted_N].tolist(), members.sizes_N[is_wanted_N].tolist()
+        return [members.window[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
     def normalised(self, keep_K: np.ndarray) -> bytes:
-        """What TarWriter makes of those samples for which `keep_K` (bool) is True."""
+        """The samples with `keep_K` (bool) True, as TarWriter writes them."""
         return normalised(self.members, np.repeat(keep_K, np.diff(self.bounds)))
 
 
 def read_pieces(file: ShardFile, rows: pa.Table, limits: SampleLimits) -> Iterator[Piece | Sample]:
-    """All samples of a shard, in order; one by one where something about them is odd.
+    """All samples of a shard, in order; one by one where a piece is not ordinary.
 
     Args:
         file: the shard, at its beginning.
         rows: its index rows (rows.SCHEMA).
-        limits: those of the index.
+        limits: limits of the index.
 
     Raises:
-        Moved: where names or sizes of members differ from those in the index. What does not show in them, the digest
-            of the file shows.
+        Moved: names or sizes of members differ from those in the index. Other changes show in the digest of the file.
     """
     start_K, end_K = rows["start"].to_numpy(), rows["end"].to_numpy()
     lists = rows["members"].combine_chunks()
@@ -101,17 +100,17 @@ def read_pieces(file: ShardFile, rows: pa.Table, limits: SampleLimits) -> Iterat
 
 
 def _members(data: bytes, sizes_N: np.ndarray, limits: SampleLimits) -> PlainMembers:
-    """All members of a piece, where nothing about them is odd. Raises NotPlain."""
+    """All members of an ordinary piece. Raises NotPlain for others."""
     members = parse_plain(data, TarLimits(max_member_bytes=limits.max_sample_bytes))
     if not np.array_equal(members.sizes_N, sizes_N):
-        raise NotPlain  # perhaps because there is a member that belongs to no sample
+        raise NotPlain  # perhaps a member belongs to no sample
     if split_usual(members.names_N) is None or len(np.unique(members.names_N)) < len(sizes_N):
         raise NotPlain
     return members
 
 
 def as_indexed(samples: Iterable[Sample], rows: pa.Table, first: int = 0) -> Iterator[Sample]:
-    """The same samples, the first of them at position `first`. Raises Moved where names or sizes differ from `rows`."""
+    """The same samples, with positions from `first` on. Raises Moved where names or sizes differ from `rows`."""
     wanted = rows["members"].to_pylist()
     n = 0
     for sample in samples:
@@ -124,7 +123,7 @@ def as_indexed(samples: Iterable[Sample], rows: pa.Table, first: int = 0) -> Ite
 
 
 class _Span:
-    """The next bytes of a file as a stream of its own."""
+    """The next bytes of a file as a stream."""
 
     def __init__(self, file: ShardFile, size: int) -> None:
         self._file = file

@@ -1,7 +1,4 @@
-"""The index rows of one shard: sample by sample, or, where the archive is plain, by columns.
-
-Both ways give the same rows. Shapes: N members, K samples.
-"""
+"""Index rows of one shard: sample by sample, or, where the archive is plain, by columns, with the same result. Shapes: N members, K samples."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -34,12 +31,12 @@ SCHEMA = pa.schema(
 )
 _JUDGED = ("status", "reason", "label", "height", "width", "image", "sha256")
 _IMAGE_SUFFIXES = np.array([suffix.encode() for suffix in sorted(IMAGE_SUFFIXES)])
-_MAX_DIGITS = 6  # of a label that is read here
-Judge = Callable[[Sample], Mapping[str, Any]]  # what it says of a sample: status, and others of _JUDGED
+_MAX_DIGITS = 6  # digits of a label that is read by columns
+Judge = Callable[[Sample], Mapping[str, Any]]  # from a sample to its status and other columns of _JUDGED
 
 
 class ShardRows(NamedTuple):
-    """Rows in the order of the samples, and what was found of the shard itself; see ShardReader."""
+    """Rows in the order of the samples, and properties of the shard; see ShardReader."""
 
     table: pa.Table
     sha256: str | None
@@ -48,7 +45,7 @@ class ShardRows(NamedTuple):
 
 
 def read_rows(reader: ShardReader, judge: Judge, advance: Callable[[int], None]) -> ShardRows:
-    """One row for each sample that `reader` gives."""
+    """One row for each sample of `reader`."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if name != "members"}
     names: list[str] = []
     sizes: list[int] = []
@@ -70,11 +67,13 @@ def read_rows(reader: ShardReader, judge: Judge, advance: Callable[[int], None])
 
 
 def _table(columns: Mapping[str, Any], names: Any, sizes: Any, counts: Any) -> pa.Table:
-    """`names` and `sizes` are those of all members, `counts` says how many each sample has."""
+    """Table from columns, the `names` and `sizes` of all members, and the number of members of each sample."""
     members = SCHEMA.field("members").type
     pairs = pa.StructArray.from_arrays([_strings(names), pa.array(sizes, pa.int64())], fields=list(members.value_type))
     lists = pa.ListArray.from_arrays(pa.array(np.cumsum([0, *counts]), pa.int32()), pairs, members)
-    arrays = {name: _strings(of) if SCHEMA.field(name).type == pa.string() else of for name, of in columns.items()}
+    arrays = {
+        name: _strings(column) if SCHEMA.field(name).type == pa.string() else column for name, column in columns.items()
+    }
     return pa.table([pa.array(arrays[f.name], f.type) for f in SCHEMA if f.name != "members"] + [lists], schema=SCHEMA)
 
 
@@ -85,15 +84,15 @@ def _strings(values: Any) -> pa.StringArray:
 def plain_rows(
     url: str, limits: SampleLimits, label: str, n_classes: int, judge: Judge, advance: Callable[[int], None]
 ) -> ShardRows | None:
-    """The same by columns, reading no payloads but labels; None for a shard in which anything is odd.
+    """The same by columns, with only the payloads of labels read; None for a shard that is not ordinary throughout.
 
     Args:
-        url: of the shard.
-        limits: what one sample may cost.
-        label: where labels are, as `IndexConfig.label` says it.
-        n_classes: labels at or above it are refused.
-        judge: asked about samples that do not have exactly one image and one label of nothing but digits.
-        advance: told of progress, in samples.
+        url: path or URL of the shard.
+        limits: limits on the cost of one sample.
+        label: place of labels, as in `IndexConfig.label`.
+        n_classes: number of classes; labels at or above it are refused.
+        judge: function for samples without exactly one image and one label of digits alone.
+        advance: function called with the number of finished samples.
     """
     suffix, _, field = label.partition(":")
     try:
@@ -126,12 +125,12 @@ class _Plain(NamedTuple):
     """All N members of a plain shard.
 
     Attributes:
-        names_N, keys_N: bytes, dtype S.
-        is_image_N, is_label_N: bool, by suffix.
-        label_N: the label where it is one, -1 elsewhere.
-        sizes_N, starts_N, ends_N: as PlainMembers has them.
-        odd_labels: index -> payload of what should be a label.
-        size: bytes of the shard.
+        names_N, keys_N: names and keys, dtype S.
+        is_image_N, is_label_N: masks by suffix, bool.
+        label_N: labels, -1 for other members.
+        sizes_N, starts_N, ends_N: as in PlainMembers.
+        odd_labels: index -> payload of members that should be labels.
+        size: size of the shard in bytes.
     """
 
     names_N: np.ndarray
@@ -154,9 +153,9 @@ def _read(url: str, limits: SampleLimits, suffix: str, n_classes: int) -> _Plain
         stream = ShardFile(file, url, digest=False)
         for found in read_plain(cast(BinaryIO, stream), TarLimits(max_member_bytes=limits.max_sample_bytes)):
             usual = split_usual(found.names_N)
-            # Names and 512 bytes a member, as SampleReader counts.
+            # Names and 512 bytes a member, as in SampleReader.
             listed += int((np.char.str_len(found.names_N) + 512).sum())
-            folders += int(np.char.count(found.names_N, b"/").sum())  # or fewer
+            folders += int(np.char.count(found.names_N, b"/").sum())  # an upper bound
             if usual is None or listed + FOLDER_BYTES * folders > limits.max_listing_bytes:
                 raise NotPlain
             is_label_N = usual[1] == suffix.encode()
@@ -180,7 +179,7 @@ def _read(url: str, limits: SampleLimits, suffix: str, n_classes: int) -> _Plain
 
 
 def _labels(found: PlainMembers, is_label_N: np.ndarray, n_classes: int) -> np.ndarray:
-    """The M payloads that are to be labels, as numbers; -1 for what is not a few digits, or n_classes and more."""
+    """Labels (M,) of the members `is_label_N`; -1 for payloads that are not a few digits, or are n_classes or more."""
     size_M, start_M = found.sizes_N[is_label_N], found.payloads_N[is_label_N]
     fits_M = (size_M > 0) & (size_M <= _MAX_DIGITS)
     digit_MX = np.frombuffer(found.window + bytes(_MAX_DIGITS), np.uint8)[
@@ -194,7 +193,7 @@ def _labels(found: PlainMembers, is_label_N: np.ndarray, n_classes: int) -> np.n
 
 
 def _judged(plain: _Plain, first_K: np.ndarray, counts_K: np.ndarray, judge: Judge) -> dict[str, Any]:
-    """The columns of _JUDGED: most samples have one image and one label, and need no judge."""
+    """Columns of _JUDGED: most samples have one image and one label, and need no call of `judge`."""
     label_K = np.maximum.reduceat(plain.label_N, first_K)
     easy_K = (np.add.reduceat(plain.is_image_N, first_K, dtype=int) == 1) & (label_K >= 0)
     easy_K &= np.add.reduceat(plain.is_label_N, first_K, dtype=int) == 1

@@ -1,7 +1,7 @@
 """One shard as a stream of samples: the WebDataset convention, read strictly.
 
-A sample is a run of members that share a key, the name up to the first dot of its base name. Bad input costs one
-sample, or the rest of one shard, never more; whatever is wrong is said in words and carried along.
+A sample is a sequence of members that share a key, the name up to the first dot of its base name. Bad input costs one
+sample, or at most the rest of one shard; each problem is reported in words.
 """
 
 import json
@@ -22,19 +22,19 @@ from sanitize.tar.read import Member, TarDamage, TarLimits, TarReader, unsafe_na
 from sanitize.tar.write import BLOCK
 
 _INTEGER = re.compile(rb"[+-]?\d{1,18}")
-_SKIPPED_BYTES = 1 << 20  # at once
+_SKIPPED_BYTES = 1 << 20  # bytes skipped at once
 _MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
 
 
 class SampleLimits(BaseModel):
-    """What one sample may cost.
+    """Limits on the cost of one sample.
 
     Attributes:
-        max_sample_bytes: payload of all its members together, held in memory while it is looked at.
-        max_members: members that share one key.
-        max_listing_bytes: names of all members of one shard, 512 bytes a member and 128 a folder; about what its index
-            rows take in memory. Of a member with large extension headers, half of these count if that is more. A shard
-            that has more counts as damaged from there on.
+        max_sample_bytes: payload of all its members together, which is held in memory.
+        max_members: number of members that share one key.
+        max_listing_bytes: size of the names of all members of one shard, plus 512 bytes a member and 128 a folder;
+            about the memory of its index rows. For a member with large extension headers, half of their size counts if
+            that is more. A shard with more counts as damaged from there on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,11 +49,11 @@ class Sample(NamedTuple):
 
     Attributes:
         position: 0, 1, 2, … in the shard; with the shard's name it identifies the sample even where keys repeat.
-        key: as WebDataset forms it.
-        members: (name, payload) of every regular file that was read: of all, or of the suffix that was asked for.
-        problem: why the sample cannot be used as it stands, or None.
+        key: key as in WebDataset.
+        members: (name, payload) of every regular file that was read: of all, or of the requested suffix.
+        problem: reason why the sample is unusable, or None.
         sizes: (name, bytes) of every regular file.
-        start, end: where it lies in the uncompressed archive, from its first header to behind its last padding.
+        start, end: its bytes in the uncompressed archive, from its first header to behind its last padding.
     """
 
     position: int
@@ -66,19 +66,19 @@ class Sample(NamedTuple):
 
 
 class ShardReader:
-    """Iterate over the samples of one shard (a tar archive, gzip-compressed or not); then see what was found.
+    """Iterate over the samples of one shard (a tar archive, gzip-compressed or not).
 
     Args:
-        url: of the shard.
-        limits: what one sample may cost.
-        suffix: read only payloads of members with this suffix, in lower case; None reads all.
-        digest: read the file from end to end and hash it. Without, payloads that are not wanted are stepped over.
+        url: path or URL of the shard.
+        limits: limits on the cost of one sample.
+        suffix: lower-case suffix of the members whose payloads are read; None reads all.
+        digest: True reads and hashes the whole file; False steps over payloads that are not read.
 
     Attributes:
-        damage: why reading stopped early, or what is odd about the archive; None when all is well.
-        is_gzip: whether the file is gzip-compressed, whatever its name; known with the first sample.
-        sha256: of the shard file as it is stored, known after the last sample; "" without `digest`.
-        size: its bytes.
+        damage: reason why reading stopped early, or an oddity of the archive; else None.
+        is_gzip: True if the file is gzip-compressed, whatever its name; set with the first sample.
+        sha256: digest of the stored file, set after the last sample; "" without `digest`.
+        size: size of the file in bytes.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ShardReader:
 
 
 class SampleReader:
-    """Iterate over the samples of an archive, or of a piece of one; everything else is as in ShardReader."""
+    """Iterate over the samples of an archive, or of a piece of one; otherwise like ShardReader."""
 
     def __init__(self, stream: BinaryIO, limits: SampleLimits, suffix: str | None = None) -> None:
         self.damage: str | None = None
@@ -128,7 +128,7 @@ class SampleReader:
                 if listed + seen.folder_bytes > self._limits.max_listing_bytes:
                     raise TarDamage("more names than max_listing_bytes", member.start)
                 if member.kind == "directory":
-                    continue  # webdataset steps over them too: between two members of a sample they split nothing
+                    continue  # as in webdataset: a directory between two members does not split a sample
                 usual = USUAL_NAME.fullmatch(member.name)
                 key, suffix = usual.groups() if usual else split_name(member.name)
                 if group is None or key != group.key:
@@ -150,7 +150,7 @@ class SampleReader:
 
 
 class _Group:
-    """Members of one key as they come in."""
+    """Members of one key so far."""
 
     def __init__(self, key: str, start: int, limits: SampleLimits) -> None:
         self.key = key
@@ -163,7 +163,7 @@ class _Group:
         self._bytes = 0
 
     def add(self, member: Member, usual: bool) -> bool:
-        """Take a member in; True where its payload may be read. `usual`: its name is known to be harmless."""
+        """Add a member; True if its payload may be read. `usual` is True for a name that is known to be harmless."""
         self._bytes += member.size
         self._end = member.end
         fits = self._bytes <= self._limits.max_sample_bytes and len(self._sizes) < self._limits.max_members
@@ -184,7 +184,7 @@ class _Group:
             return f"unsafe member name '{printable(member.name)}': {unsafe}"
         if member.name.endswith("/") or not split_name(member.name)[0].rpartition("/")[2]:
             return f"member name {printable(member.name)!r} has nothing before its first dot"
-        if member.name.lower() in self._names:  # the key is the same: readers do not tell suffixes apart by case
+        if member.name.lower() in self._names:  # the key is the same, and readers ignore the case of suffixes
             return f"member '{printable(member.name)}' occurs twice"
         if self._bytes > self._limits.max_sample_bytes:
             return f"sample is larger than max_sample_bytes {self._limits.max_sample_bytes}"
@@ -193,17 +193,17 @@ class _Group:
         return None
 
     def sample(self, position: int, seen: SeenPaths | None) -> Sample:
-        """The sample, once it is complete; `seen`: those before it, to which it is added."""
+        """The complete sample, which is added to the earlier ones in `seen`."""
         clash = seen.add(self.key, [name for name, _ in self._sizes]) if seen is not None else None
         problem = self.problem if clash is None else f"key '{printable(self.key)}' {clash}"
         return Sample(position, self.key, self.members, problem, self._sizes, self._start, self._end)
 
 
 class ShardFile:
-    """A shard as it is stored, from its beginning: hashed as it goes by, and then read forward only; or seekable.
+    """A shard as stored, from its beginning: hashed while it is read, and then forward only; or seekable.
 
     Attributes:
-        head: its first bytes.
+        head: first bytes of the shard.
     """
 
     def __init__(self, file: BinaryIO, url: str, digest: bool) -> None:
@@ -222,15 +222,15 @@ class ShardFile:
 
     @property
     def is_gzip(self) -> bool:
-        """Whether the file is gzip-compressed, whatever its name."""
+        """True if the file is gzip-compressed, whatever its name."""
         return self.head.startswith(GZIP)
 
     def archive(self) -> BinaryIO:
-        """The tar archive: this stream, or what it decompresses to."""
+        """The tar archive: this stream, decompressed if necessary."""
         return cast(BinaryIO, GzipStream(self) if self.is_gzip else self)
 
     def read(self, size: int = -1) -> bytes:
-        """As that of any stream. Raises DataError where the disk or the store fails."""
+        """Read at most `size` bytes. Raises DataError where the disk or the store fails."""
         try:
             data = self._file.read(size)
         except OSError as error:
@@ -241,19 +241,19 @@ class ShardFile:
         return data
 
     def seekable(self) -> bool:
-        """False where reading forward, once, is what hashes the shard."""
+        """False if the shard is hashed, which needs one pass forward."""
         return self._sha256 is None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As that of any stream."""
+        """Change the position; see `io.IOBase.seek`."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """As that of any stream."""
+        """Current position in bytes."""
         return self._file.tell()
 
     def skip(self, size: int) -> None:
-        """Go on `size` bytes further down; where they are hashed that means to read them."""
+        """Skip `size` bytes; they are read if the shard is hashed."""
         if self.seekable():
             self.seek(size, os.SEEK_CUR)
             return
@@ -261,7 +261,7 @@ class ShardFile:
             size -= len(data)
 
     def finish(self) -> tuple[str, int]:
-        """Read what is left to be hashed; the hex digest, "" where there is none, and the bytes of the file."""
+        """Hash the rest of the file; returns the hex digest ("" without hashing), and the size in bytes."""
         if self._sha256 is None:
             return "", self.seek(0, os.SEEK_END)
         while self.read(_SKIPPED_BYTES):
@@ -270,11 +270,11 @@ class ShardFile:
 
 
 class BadLabel(ValueError):
-    """The label cannot be used; the message is the reason."""
+    """The label is unusable; the message is the reason."""
 
 
 def image_name(names: Iterable[str]) -> str:
-    """The one name with the suffix of an image. Raises LookupError with the reason: none, or several."""
+    """The only name with the suffix of an image. Raises LookupError if there are none or several."""
     images = [name for name in names if split_name(name)[1] in IMAGE_SUFFIXES]
     if len(images) != 1:
         raise LookupError("no image member" if not images else f"{len(images)} image members")
@@ -288,15 +288,15 @@ def find_image(sample: Sample) -> tuple[str, bytes]:
 
 
 def read_label(sample: Sample, source: str, n_classes: int) -> int:
-    """The class, 0 <= label < n_classes.
+    """Class of a sample, 0 <= label < n_classes.
 
     Args:
-        sample: as read.
-        source: suffix of the member that holds an ascii integer ("cls"), or "json:FIELD".
-        n_classes: labels at or above it are refused.
+        sample: sample with the payload of its label.
+        source: suffix of the member with an ascii integer ("cls"), or "json:FIELD".
+        n_classes: number of classes; labels at or above it are refused.
 
     Raises:
-        BadLabel: missing, there twice, not an integer, or out of range.
+        BadLabel: the label is missing, occurs twice, is no integer, or is out of range.
     """
     suffix, _, field = source.partition(":")
     found = [data for name, data in sample.members if split_name(name)[1] == suffix.lower()]
@@ -317,7 +317,9 @@ def _json_field(data: bytes, field: str) -> bytes:
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs) and sum(name == field for name, _ in pairs) > 1:  # parsers differ in which they take
+        if (
+            len(found) < len(pairs) and sum(name == field for name, _ in pairs) > 1
+        ):  # parsers differ in which one they take
             raise BadLabel(f"the json member has field {field!r} twice")
         return found
 

@@ -1,6 +1,6 @@
-"""Shuffled mini-batches for training: from memory where the data fits, through a buffer where it does not.
+"""Shuffled mini-batches for training: from memory if the data fits, else through a buffer.
 
-The order of an epoch depends on its number alone, not on the epochs before, so that a run can go on in the middle.
+The order of an epoch depends on its number alone, not on earlier epochs, so that training can resume in the middle.
 Shapes: B batch, N samples, C H W image.
 """
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from sanitize.data.dataset import Dataset
 
 Order = Callable[[int], torch.Generator]  # the CPU generator of an epoch, by its number
-Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # inputs, targets, and which samples of the data set they are
+Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # inputs, targets, and rows of the data set
 
 
 class Resident:
-    """Data that is held as it is, on the CPU or the device: no sample is copied from the host but once.
+    """Data that is held whole on the CPU or the device: each sample is copied from the host once.
 
     Args:
         inputs_N: (N, C, H, W) uint8 or (N, D) float.
         targets_N: labels (N,) int64 or targets (N, K) float.
         batch_size: B; the last incomplete batch of an epoch is dropped unless it is the only one.
-        order: see `Order`.
+        order: random generator of each epoch.
     """
 
     def __init__(self, inputs_N: Tensor, targets_N: Tensor, batch_size: int, order: Order) -> None:
@@ -35,7 +35,7 @@ class Resident:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one epoch."""
+        """Number of batches of one epoch."""
         return len(self.inputs_N) // self.batch_size
 
     def epoch(self, number: int) -> Batches:
@@ -46,14 +46,14 @@ class Resident:
 
 
 class Streamed:
-    """Images of a data set that need not fit into memory: shards in random order, through a buffer of bounded size from
-    which samples are drawn at random.
+    """Images of a data set that may be larger than memory: shards are streamed in random order through a bounded
+    buffer, from which samples are drawn at random.
 
     Args:
-        dataset: what to stream.
+        dataset: data set to stream.
         batch_size: as for `Resident`.
-        cache_bytes: of decoded images in the buffer; it holds two batches at least.
-        order: see `Order`.
+        cache_bytes: size of the decoded images in the buffer; it holds at least two batches.
+        order: random generator of each epoch.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, cache_bytes: int, order: Order) -> None:
@@ -64,7 +64,7 @@ class Streamed:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one epoch."""
+        """Number of batches of one epoch."""
         return self.dataset.n_samples // self.batch_size
 
     def epoch(self, number: int) -> Batches:
@@ -105,7 +105,7 @@ class Streamed:
 def shuffled(
     dataset: Dataset, batch_size: int, cache_bytes: int, order: Order, device: torch.device | None = None
 ) -> Resident | Streamed:
-    """The batches of a data set: decoded once and held on `device` if `cache_bytes` are enough, streamed otherwise."""
+    """Batches of a data set: decoded once and held on `device` if `cache_bytes` suffice, else streamed."""
     if buffer_bytes(dataset, cache_bytes) is not None:
         return Streamed(dataset, batch_size, cache_bytes, order)
     images_NCHW, labels_N = dataset.images()
@@ -114,20 +114,19 @@ def shuffled(
 
 
 def buffer_bytes(dataset: Dataset, cache_bytes: int) -> int | None:
-    """Size of the buffer a data set is streamed through, None where all of it is held; it is part of a recipe, for what
-    is drawn from a buffer depends on its size."""
+    """Size of the buffer that a data set is streamed through, None if it is held whole. The size is part of a recipe,
+    because the drawn batches depend on it."""
     return cache_bytes if dataset.n_samples * torch.Size(dataset.image_shape).numel() > cache_bytes else None
 
 
 def first_rows(dataset: Dataset) -> dict[str, int]:
-    """Of each shard, which row of the data set its first usable sample is; rows count the usable samples of all
-    shards, in order."""
+    """Row of the first usable sample of each shard; rows count the usable samples of all shards, in order."""
     counts = [dataset.info["shards"][shard]["counts"] for shard in dataset.shards]
-    n_usable = [of_shard["samples"] - of_shard["unreadable"] for of_shard in counts]
+    n_usable = [count["samples"] - count["unreadable"] for count in counts]
     return dict(zip(dataset.shards, accumulate(n_usable, initial=0), strict=False))
 
 
 def usable_rows(dataset: Dataset, shard: str) -> pa.Table:
-    """position, key and label of the usable samples of a shard."""
+    """Columns position, key and label of the usable samples of a shard."""
     rows = dataset.rows(shard, ["position", "key", "label", "status"])
     return rows.filter(pc.equal(rows["status"], "ok")).drop(["status"])

@@ -1,8 +1,7 @@
-"""Which shards a user means: directories, globs, brace ranges and URLs become names and places.
+"""Finding shards: directories, globs, brace ranges and URLs become names and places.
 
-A folder is *searched* (at every depth): files with the suffix of a shard are shards, whatever else lies there. What a
-source names, one by one or in a brace range, is a shard whatever its suffix. Names found by searching are never
-expanded again.
+A folder is *searched* (at every depth) for files with the suffix of a shard. A file that a source names, alone or in a
+brace range, is a shard whatever its suffix. Names found by searching are not expanded again.
 """
 
 import glob
@@ -24,22 +23,22 @@ from sanitize.tar.names import printable
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SUFFIXES = (*SHARD_SUFFIXES, *UNREAD_SUFFIXES)
-# Files of ours are named after a shard: ".tmp-" and 12 digits before its name while they are written, ".parquet" behind
+# Output files are named after a shard: ".tmp-" and 12 digits before its name while they are written, ".parquet" behind
 # it. File systems allow 255 bytes.
 MAX_NAME_BYTES = 220
-MAX_PATH_BYTES = 1024  # of a name with its folders; systems allow 4096, of which the run folder takes some
-# The name of a shard becomes that of files we write, and is printed: no control characters, and all of it UTF-8.
+MAX_PATH_BYTES = 1024  # length of a name with its folders; systems allow 4096, including the run folder
+# The name of a shard is printed and becomes that of output files: no control characters, and all of it UTF-8.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_MAX_LISTED = 100_000  # entries of a folder that are looked at to say what it holds
+_MAX_LISTED = 100_000  # entries of a folder that are counted for a message
 _PATTERN = re.compile(r"[*?[]")
 
 
 class Listing(NamedTuple):
-    """What sources find.
+    """Shards that sources find.
 
     Attributes:
-        shards: {name: url}, sorted by name; the name is the path below the folder all shards share.
-        refused: {url: reason} of what looks like a shard and is not read, so that it can be named.
+        shards: {name: url}, sorted by name; the name is the path below the folder that all shards share.
+        refused: {url: reason} of files that look like shards and are not read.
     """
 
     shards: dict[str, str]
@@ -50,18 +49,18 @@ def find_shards(sources: Sequence[str] | str, may_come: bool = False) -> dict[st
     """Expand directories, globs and brace ranges (`train-{000000..000009}.tar`) into shards.
 
     Args:
-        sources: where to look.
-        may_come: a folder that has no shards yet, or none that a pattern finds, is no error.
+        sources: directories, globs, brace ranges or URLs.
+        may_come: True if a folder without shards, or a pattern without matches, is no error.
 
     Returns:
-        {name: url}, sorted by name, which is the path below the folder all shards share. The order in which
-        sources were given is forgotten on purpose: results must not depend on it. Archives of a compression that is
-        not read (`.tar.xz`) are among them: the index counts them as shards of which nothing could be read.
+        {name: url}, sorted by name, which is the path below the folder that all shards share. The order of the sources
+        is dropped on purpose: results must not depend on it. Archives of an unsupported compression (`.tar.xz`) are
+        included: the index counts them as unreadable shards.
 
     Raises:
-        ConfigError: a source finds nothing; a shard was given twice, is a link that leads out of the folder that was
-            searched, or has a name that is unfit for a file of ours.
-        DataError: a folder cannot be listed, or what has the name of a shard is no regular file.
+        ConfigError: a source finds nothing; a shard was given twice, is a link that leads out of the searched folder,
+            or has a name that is unfit for output files.
+        DataError: a folder cannot be listed, or a file with the name of a shard is no regular file.
     """
     found, refused = _survey(sources, may_come)
     for error in refused.values():
@@ -82,12 +81,12 @@ def fingerprint_shards(shards: Mapping[str, str]) -> Sources:
 
 
 def list_sources(sources: Sequence[str] | str, may_come: bool = False) -> Listing:
-    """The same, where one bad file must not stop all others: what `find_shards` would raise for is in `refused`.
+    """The same, with bad files in `refused` instead of an error.
 
-    Archives of a compression that is not read are refused by their suffix.
+    Archives of an unsupported compression are refused by their suffix.
 
     Raises:
-        ConfigError: a source is no plain path or URL, or finds nothing at all.
+        ConfigError: a source is no plain path or URL, or finds nothing.
         StorageError: an object store does not answer.
     """
     found, errors = _survey(sources, may_come)
@@ -99,13 +98,13 @@ def list_sources(sources: Sequence[str] | str, may_come: bool = False) -> Listin
 
 
 def _survey(sources: Sequence[str] | str, may_come: bool) -> tuple[dict[str, str], dict[str, SanitizeError]]:
-    """Shards by name, sorted, and what is wrong with others, by URL."""
+    """Shards by name, sorted, and errors of others by URL."""
     urls: list[str] = []
     refused: dict[str, SanitizeError] = {}
     for source in [sources] if isinstance(sources, str) else sources:
         check_url(source)
         for url in _braces(source):
-            found = _expand(check_url(url), may_come)  # again: braces may have hidden what it is
+            found = _expand(check_url(url), may_come)  # again: braces may hide the protocol
             if not (found.urls or found.refused or (may_come and _has_folder(url))):
                 raise ConfigError(
                     f"no shards at {url!r}: expected files ending in {', '.join(SHARD_SUFFIXES)}{found.holds()}"
@@ -128,7 +127,7 @@ def _survey(sources: Sequence[str] | str, may_come: bool) -> tuple[dict[str, str
 
 
 def _braces(source: str) -> list[str]:
-    """A source with its brace ranges expanded; a path that is there is taken as it is."""
+    """A source with its brace ranges expanded; an existing path is not expanded."""
     from webdataset.shardlists import expand_urls
 
     if is_local(source) and local_path(source).exists():
@@ -138,7 +137,7 @@ def _braces(source: str) -> list[str]:
 
 
 def _names(urls: Sequence[str]) -> dict[str, str]:
-    """Each URL by its path below the folder that all share."""
+    """Each URL by its path below the folder that all URLs share."""
     if not urls:
         return {}
     folders = [url.rpartition("/")[0] for url in urls]
@@ -147,9 +146,9 @@ def _names(urls: Sequence[str]) -> dict[str, str]:
 
 
 def _once(urls: Sequence[str]) -> tuple[list[str], dict[str, SanitizeError]]:
-    """Each place once, and an error for every other way that leads to it.
+    """Each place once, and an error for every other path that leads to it.
 
-    Links are followed: a sample that is counted twice weighs twice. Hard links are files of their own.
+    Links are followed, because duplicate samples would get twice the weight. Hard links count as separate files.
     """
     # A bucket may hold a//x.tar beside a/x.tar; a folder may not.
     plain = Counter(re.sub("/+", "/", url) for url in urls)
@@ -175,7 +174,7 @@ def _once(urls: Sequence[str]) -> tuple[list[str], dict[str, SanitizeError]]:
 
 
 def _unfit(name: str) -> str | None:
-    """Why no file of ours can have the name of this shard in its own."""
+    """Reason why no output file can be named after this shard, or None."""
     if _UNFIT.search(name) or {".", ".."} & set(name.split("/")):
         return "control characters or '..' in its name"
     if "::" in name:
@@ -188,7 +187,7 @@ def _unfit(name: str) -> str | None:
 
 
 def refuse_inside(sources: Sequence[str], out: str | Path) -> None:
-    """Raise ConfigError if `out` lies in a folder that is searched for shards: the next run would read its results."""
+    """Raise ConfigError if `out` is in a folder that is searched for shards: the next run would read its results."""
     for source in sources:
         if _is_searched(source, str(out)):
             raise ConfigError(
@@ -200,7 +199,7 @@ def refuse_inside(sources: Sequence[str], out: str | Path) -> None:
 def _is_searched(source: str, out: str) -> bool:
     if is_local(source) != is_local(out):
         return False
-    # Everything below a folder is searched, and below what stands before "**"; other patterns name single files.
+    # Everything below a folder, or below the part before "**", is searched; other patterns name single files.
     start, stars, _ = source.partition("**")
     folder = start.rpartition("/")[0] if stars else source
     if not is_local(source):
@@ -218,7 +217,7 @@ def _common_prefix(folders: Sequence[str]) -> str:
 
 
 class _Found:
-    """What one source finds: URLs of shards, what is refused, and suffixes of all else there is."""
+    """Result of one source: URLs of shards, refused files, and suffixes of all other files."""
 
     def __init__(self) -> None:
         self.urls: list[str] = []
@@ -226,7 +225,7 @@ class _Found:
         self.others: Counter[str] | None = None
 
     def add(self, path: Path, within: Path | None = None) -> None:
-        """Take a local file in. `within`: the real path of the folder that was searched; None for a file of a name."""
+        """Add a local file. `within` is the real path of the searched folder; None for a file given by name."""
         error = _fault(path, within)
         if error is None:
             self.urls.append(str(path))
@@ -234,7 +233,7 @@ class _Found:
             self.refused[str(path)] = error
 
     def holds(self) -> str:
-        """For the end of a message: what a folder holds that has no shards."""
+        """Content of a folder without shards, for the end of a message."""
         if self.others is None:
             return ""
         most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))[:5]
@@ -255,7 +254,7 @@ def _expand(url: str, may_come: bool) -> _Found:
     elif path.exists() or path.is_symlink():
         found.add(path)
     elif _PATTERN.search(str(path)):
-        # Where shards come in, strangers may put links for a pattern to find; else a pattern is the user's own choice.
+        # In a folder of incoming shards, matching links are untrusted; else the user has chosen the files.
         folder = _folder_before_pattern(str(path))
         for match in sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207 - the pattern may be absolute
             found.add(Path(match), folder.resolve() if may_come else None)
@@ -267,7 +266,7 @@ def _expand(url: str, may_come: bool) -> _Found:
 def _search(folder: Path, found: _Found) -> None:
     """All shards below a folder; links are not followed into other folders."""
 
-    def refuse(error: OSError) -> None:  # os.walk would go on without a word
+    def refuse(error: OSError) -> None:  # os.walk ignores errors by default
         found.refused[error.filename] = DataError(f"cannot list {printable(error.filename)}: {error.strerror}")
 
     real = folder.resolve()
@@ -291,7 +290,7 @@ def _search(folder: Path, found: _Found) -> None:
 
 
 def _fault(path: Path, within: Path | None) -> SanitizeError | None:
-    """Why a local file is not read as a shard, or None."""
+    """Reason why a local file is not read as a shard, or None."""
     shown = printable(str(path))
     if "::" in str(path):
         return ConfigError(f"shard '{shown}' is refused: readers chain URLs by '::', which is in its path; rename it")
@@ -312,7 +311,7 @@ def _fault(path: Path, within: Path | None) -> SanitizeError | None:
 
 
 def _suffixes(names: Iterable[str]) -> Counter[str]:
-    """How many names there are of each suffix."""
+    """Number of names of each suffix."""
     suffixes = (re.search(r"(\.tar)?\.[^.]{1,16}$", name.lower()) for name in names)
     return Counter(printable(found[0]) if found else "without a suffix" for found in suffixes)
 
@@ -322,7 +321,7 @@ def _folder_before_pattern(path: str) -> Path:
 
 
 def _has_folder(url: str) -> bool:
-    """Whether there is a folder that shards could come into. Buckets have none, so nothing speaks against one."""
+    """True if there is a folder for incoming shards; always True for buckets, which have no folders."""
     if not is_local(url):
         return True
     is_folder = not _PATTERN.search(url) and not _is_shard(url)

@@ -1,6 +1,6 @@
-"""Artifacts that hold one Parquet file a shard: index, embeddings, scores, verdicts.
+"""Artifacts of one Parquet file a shard: index, embeddings, scores, verdicts.
 
-A file a shard (and not a file a group of shards) makes the bytes independent of how the work was divided.
+With one file a shard, the bytes do not depend on the groups of shards.
 """
 
 import io
@@ -20,11 +20,11 @@ from sanitize.artifacts import Artifact, Part, first_line
 from sanitize.errors import ArtifactError, ConfigError
 from sanitize.storage import is_local
 
-N_ORIENTATIONS = 9  # of the embedding `gradients`, in each cell; Dalal & Triggs (2005) found no use in more
+N_ORIENTATIONS = 9  # orientations a cell in the embedding `gradients`; Dalal & Triggs (2005): more do not help
 
 
 def rows_name(shard: str) -> str:
-    """File that holds the rows of `shard` inside an artifact."""
+    """Name of the file with the rows of `shard` in an artifact."""
     return f"rows/{shard}.parquet"
 
 
@@ -49,22 +49,22 @@ class ShardTables(Artifact):
         return sorted(name.removeprefix("rows/").removesuffix(".parquet") for name in names)
 
     def rows(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of one shard, in the order of its samples. Raises ArtifactError where the file holds no such rows."""
+        """Rows of one shard, in the order of its samples. Raises ArtifactError where the file is damaged."""
         with self._damage(shard):
             return pq.read_table(self.parquet(shard), columns=columns and list(columns))
 
     @contextmanager
     def _damage(self, shard: str) -> Iterator[None]:
-        """ArtifactError for what pyarrow raises where a file is no Parquet file, or has other columns."""
+        """Raise ArtifactError where pyarrow finds no Parquet file, or other columns."""
         try:
             yield
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the file cannot be opened; pyarrow also raises OSError, without a number, for what is in it
+                raise  # the file cannot be opened; for bad content, pyarrow raises OSError without a number
             raise ArtifactError(f"{self.url(rows_name(shard))} is damaged: {first_line(error)}") from error
 
     def parquet(self, shard: str) -> Path | pa.BufferReader:
-        """What pyarrow reads the rows of a shard from: the file, or what was fetched of it, checked."""
+        """Source of the rows of a shard for pyarrow: the local file, or its checked content."""
         name = rows_name(shard)
         return self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name))
 
@@ -73,11 +73,11 @@ class EmbeddingBatch(NamedTuple):
     """Embeddings of samples of one shard, in its order.
 
     Attributes:
-        shard: its name.
+        shard: name of the shard.
         positions_B: positions in the shard, int64.
         keys: keys of the samples.
         labels_B: given labels, int64.
-        z_BD: float32.
+        z_BD: embeddings, float32.
     """
 
     shard: str
@@ -87,7 +87,7 @@ class EmbeddingBatch(NamedTuple):
     z_BD: Tensor
 
     def take(self, rows: Sequence[int]) -> Self:
-        """Some of its rows."""
+        """The batch with only these rows."""
         at = torch.tensor(rows, dtype=torch.int64)
         keys = [self.keys[i] for i in rows]
         return self._replace(
@@ -96,11 +96,11 @@ class EmbeddingBatch(NamedTuple):
 
 
 class Embeddings(ShardTables):
-    """position, key, shard, label, logits, and one or more embeddings as fixed-size lists of float32."""
+    """Columns position, key, shard, label, logits, and one or more embeddings as fixed-size lists of float32."""
 
     @cached_property
     def names(self) -> list[str]:
-        """The embeddings there are."""
+        """Names of the embeddings."""
         if not self.shards:
             raise ArtifactError(f"{self.path} has no rows")
         with self._damage(self.shards[0]):
@@ -128,11 +128,11 @@ class Embeddings(ShardTables):
 
 
 class Scores(ShardTables):
-    """position, key, label, score: higher is more suspicious, always, and finite. `scorer.json` says by what."""
+    """Columns position, key, label, score: finite, higher = more suspicious. `scorer.json` names the scorer."""
 
 
 class Selection(ShardTables):
-    """One verdict a sample, in the index's order: position, key, label, keep, status, reasons."""
+    """One verdict a sample, in the order of the index: columns position, key, label, keep, status, reasons."""
 
 
 def fixed_size_list(x_BD: Tensor) -> pa.FixedSizeListArray:

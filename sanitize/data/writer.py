@@ -1,4 +1,4 @@
-"""Writing one shard inside an artifact: the same samples give the same bytes, compressed or not."""
+"""Writer for one shard of an artifact: the same samples give the same bytes, compressed or not."""
 
 import gzip
 import io
@@ -11,12 +11,12 @@ from sanitize.storage import HashingWriter
 from sanitize.tar.compression import is_compressed
 from sanitize.tar.write import TarWriter
 
-_BUFFER_BYTES = 1 << 20  # small members one by one are slow to hash
+_BUFFER_BYTES = 1 << 20  # hashing small members one by one is slow
 
 
 @contextmanager
 def shard_writer(part: Part, name: str, gzip_level: int = 6) -> Iterator[TarWriter]:
-    """A tar writer into the file `name` of the artifact, gzip-compressed where the name says so."""
+    """A tar writer for the file `name` of the artifact, gzip-compressed if the name says so."""
     with part.create(name) as file:
         if not is_compressed(name):
             buffered = io.BufferedWriter(_Raw(file), _BUFFER_BYTES)
@@ -25,7 +25,7 @@ def shard_writer(part: Part, name: str, gzip_level: int = 6) -> Iterator[TarWrit
             tar.close()
             buffered.flush()
             return
-        # mtime 0 and no file name in the gzip header: otherwise every run would give other bytes.
+        # mtime 0 and no file name in the gzip header: otherwise each run gives other bytes.
         with gzip.GzipFile("", "wb", gzip_level, cast(BinaryIO, file), mtime=0) as compressor:
             tar = TarWriter(cast(BinaryIO, compressor))
             yield tar
@@ -33,7 +33,7 @@ def shard_writer(part: Part, name: str, gzip_level: int = 6) -> Iterator[TarWrit
 
 
 class _Raw(io.RawIOBase):
-    """What `io.BufferedWriter` asks of a file."""
+    """Adapter of a file for `io.BufferedWriter`."""
 
     def __init__(self, file: HashingWriter) -> None:
         self._file = file

@@ -118,7 +118,7 @@ def _shifts(
     config: DriftConfig, reference: Statistics, batch: Statistics, projection: Projection, compute: Compute
 ) -> Iterator[Finding]:
     pools = _pools(reference, projection)
-    here, there = batch.moments.of, reference.moments.of
+    here, there = batch.moments.by_class, reference.moments.by_class
     labels = [y for y in sorted(here.keys() & there.keys()) if _is_compared(config, here[y], there[y], pools.get(y))]
     distances: list[Distance] = []
     with track("compare classes", len(labels), "classes") as advance:

@@ -51,7 +51,7 @@ class Statistics(Embeddings):
             found = ClassMoments.from_state_dict(n, state)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ArtifactError(f"{self.path} does not hold moments of classes: {first_line(error)}") from error
-        shapes = {(one.mean_D.shape, one.scatter_DD.shape) for one in found.of.values()}
+        shapes = {(one.mean_D.shape, one.scatter_DD.shape) for one in found.by_class.values()}
         if shapes - {((n,), (n, n))} or not all(tensor.isfinite().all() for tensor in state.values()):
             raise ArtifactError(f"{self.path} does not hold finite moments of {n} components")
         return found

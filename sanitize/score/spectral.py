@@ -64,7 +64,7 @@ class Spectral:
         for batch in passes(self.config.embedding):
             moments = moments or ClassMoments(batch.z_BD.shape[1])
             moments.update(batch.z_BD, batch.labels_B)
-        classes = moments.of if moments else {}
+        classes = moments.by_class if moments else {}
         for label, of_class in classes.items():
             if of_class.count < 3:
                 continue

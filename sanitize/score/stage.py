@@ -154,7 +154,7 @@ def score_shards(
         write_rows(part, shard, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
         part.counts["samples"] += sum(map(len, tables))
 
-    def finish(part: Part, _workshop: object) -> None:
+    def finish(part: Part, _builder: object) -> None:
         part.write_json("scorer.json", fitted.info)
 
     return Work(parts=embeddings.shards, write_part=write_part, finish=finish)

@@ -104,7 +104,7 @@ def judge_shards(
         part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
         advance(len(rows))
 
-    def finish(part: Part, _workshop: object) -> None:
+    def finish(part: Part, _builder: object) -> None:
         part.write_json("selection.json", decided().summary(config.select) | {"level": config.level})
 
     return Work(

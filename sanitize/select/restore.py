@@ -49,10 +49,10 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
         part.counts["samples"] += len(rows)
         write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
 
-    def finish(part: Part, workshop: ArtifactBuilder) -> None:
+    def finish(part: Part, builder: ArtifactBuilder) -> None:
         removed: Counter[str] = Counter()
         for shard in selection.shards:
-            table = pq.read_table(pa.BufferReader(workshop.read(rows_name(shard))), columns=["label", "status"])
+            table = pq.read_table(pa.BufferReader(builder.read(rows_name(shard))), columns=["label", "status"])
             removed.update(str(row["label"]) for row in table.to_pylist() if row["status"] == "quarantined")
         summary = selection.read_object("selection.json", "classes")
         for label, of_class in summary["classes"].items():

@@ -133,7 +133,7 @@ def select_samples(
         part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
         advance(len(rows))
 
-    def finish(part: Part, _workshop: object) -> None:
+    def finish(part: Part, _builder: object) -> None:
         part.write_json("selection.json", decided().summary(config) | trust)
 
     bar = Bars("select", dataset.manifest().counts.get("samples"))

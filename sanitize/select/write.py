@@ -77,15 +77,15 @@ def write_selected(
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         _write_shard(shard, part, config, dataset, selection, advance)
 
-    def finish(part: Part, workshop: ArtifactBuilder) -> None:
+    def finish(part: Part, builder: ArtifactBuilder) -> None:
         # The promise of the whole pipeline, checked where it is kept or broken.
         wanted = selection.manifest().counts
-        done = workshop.counts(dataset.shards)
+        done = builder.counts(dataset.shards)
         if any(done.get(name, 0) != wanted.get(name, 0) for name in ("kept", "quarantined", "unreadable")):
             raise DataError(f"counts do not add up: verdicts say {dict(wanted)}, written were {dict(done)}")
         if done["kept"] + done["quarantined"] + done["unreadable"] != dataset.manifest().counts["samples"]:
             raise DataError(f"samples were lost: {dict(done)} of {dataset.manifest().counts['samples']}")
-        described = describe_clean(dataset, selection, workshop.files(dataset.shards))
+        described = describe_clean(dataset, selection, builder.files(dataset.shards))
         part.write_json("dataset.json", described)
         part.write_json("croissant.json", croissant(described))
 

@@ -4,7 +4,7 @@ import zlib
 from typing import Protocol
 
 GZIP = b"\x1f\x8b"
-# Archives that are not read, by suffix; beside shards they are named, not passed over.
+# Archives that are not read, by suffix; they are reported among the shards, not ignored.
 UNREAD_SUFFIXES = {
     **dict.fromkeys((".tar.xz", ".txz", ".tar.lzma", ".tlz"), "xz"),
     **dict.fromkeys((".tar.zst", ".tar.zstd", ".tzst"), "zstd"),
@@ -30,22 +30,22 @@ _UNREAD_MAGIC = {
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"Rar!": "rar",
 }
-# What is found in place of shards when a download went wrong.
+# Files in place of shards after a failed download.
 _NOT_ARCHIVES = {
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for: run `git lfs pull`",
     b"<!doctype html": "a web page, not an archive",
     b"<html": "a web page, not an archive",
     b"<?xml": "an XML document, not an archive",
 }
-HEAD_BYTES = 32  # that `explain` looks at
-_INPUT_BYTES = 1 << 14  # decompressed at once: what is lost where a stream is damaged
-# What may be in a gzip stream beside its content: names, comments, padding, empty blocks, members of next to nothing.
+HEAD_BYTES = 32  # length of the `head` of `explain`
+_INPUT_BYTES = 1 << 14  # compressed bytes read at once
+# Allowance for everything in a gzip stream but content: names, comments, padding, empty blocks, tiny members.
 _FREE_BYTES = 1 << 20  # and twice the content
 _FREE_MEMBERS = 10_000  # and one for each KiB of content; a member takes 15 us
 
 
 class Readable(Protocol):
-    """What bytes are read from."""
+    """A stream to read bytes from."""
 
     def read(self, size: int = -1, /) -> bytes:
         """At most `size` bytes; b"" at the end."""
@@ -53,23 +53,23 @@ class Readable(Protocol):
 
 
 def unread_suffix(name: str) -> str:
-    """The compression that the suffix of a name stands for, where it is not read; else ""."""
+    """Name of an unsupported compression, by the suffix of a file name; else ""."""
     lower = name.lower()
     return next((what for suffix, what in UNREAD_SUFFIXES.items() if lower.endswith(suffix)), "")
 
 
 def not_read(compression: str) -> str:
-    """What is said of an archive of a compression that is not read."""
+    """Message for an archive of an unsupported compression."""
     return f"{compression} compressed: not read; repack it as .tar or .tar.gz"
 
 
 def is_compressed(name: str) -> bool:
-    """True for the names of gzip-compressed shards, .tar.gz and .tgz in any case. What we write is as its name says."""
+    """True for names in .gz or .tgz, in any case. Shards are written in the compression that their name says."""
     return name.lower().endswith((".gz", ".tgz"))
 
 
 def explain(head: bytes) -> str | None:
-    """What a file is that is no tar archive, from its first bytes; None where they do not say."""
+    """Description of a file that is no tar archive, from its first bytes; None if they are unknown."""
     if not head:
         return "an empty file of 0 bytes"
     for magic, what in _UNREAD_MAGIC.items():
@@ -79,16 +79,16 @@ def explain(head: bytes) -> str | None:
 
 
 class BarrenStream(zlib.error):
-    """A gzip stream that holds next to nothing for its length; the message is fit for `TarDamage.reason`."""
+    """A gzip stream with too little content for its length; the message can be a `TarDamage.reason`."""
 
 
 class GzipStream:
-    """A gzip stream of one or more members, decompressed forward, in time that its content bounds.
+    """A gzip stream of one or more members, decompressed forward; its content bounds the time.
 
-    Header fields (a name, a comment) are stepped over by zlib and never held.
+    Header fields (a name, a comment) are stepped over by zlib and not held in memory.
 
     Attributes:
-        verified: decompressed bytes that belong to members whose checksum was right.
+        verified: number of decompressed bytes in members whose checksum was right.
     """
 
     def __init__(self, file: Readable) -> None:
@@ -109,8 +109,8 @@ class GzipStream:
 
         Raises:
             EOFError: the stream is cut.
-            zlib.error: it is corrupt, something else is behind one of its members, or it is a BarrenStream. What comes
-                before is read first.
+            zlib.error: the stream is corrupt, a member is followed by other data, or the stream is a BarrenStream. The
+                bytes before the damage are returned first.
         """
         while self._error is None:
             if self._inflate.eof:
@@ -145,7 +145,7 @@ class GzipStream:
         return data
 
     def _take(self, n: int) -> None:
-        """Count bytes of the file; set the error where they are too many for the content."""
+        """Count compressed bytes; set the error where they are too many for the content."""
         self._taken += n
         if self._taken > 2 * self._n + _FREE_BYTES:
             self._error = BarrenStream("compressed stream of little but headers, padding or empty blocks")
@@ -153,7 +153,7 @@ class GzipStream:
             self._error = BarrenStream("compressed stream of too many small members")
 
     def _next_member(self) -> bool:
-        """Go on behind a member, and behind zeros that pad it; False where the file ends."""
+        """Go to the next member, over padding zeros; False where the file ends."""
         block = self._input
         while not (left := block.lstrip(b"\0")) and self._error is None:
             self._take(len(block))
@@ -170,7 +170,7 @@ def _new_inflate() -> "zlib._Decompress":
 
 
 def _before_damage(inflate: "zlib._Decompress", data: bytes) -> bytes:
-    """All that comes before damaged bytes in `data`: zlib drops what it made in a call that fails."""
+    """Decompressed bytes before the damage in `data`: zlib drops the output of a call that fails."""
     pieces = []
     try:
         for byte in data:

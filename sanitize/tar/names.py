@@ -1,4 +1,4 @@
-"""Names of members: what a key and a suffix are, for one name and for many at once; which names are one file."""
+"""Names of members: key and suffix, for one name and for many at once; names that stand for the same file."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,23 +7,23 @@ from unicodedata import normalize
 
 import numpy as np
 
-# A name in which nothing is odd, and its key and suffix as `split_name` finds them.
+# An ordinary name; the groups are its key and suffix, as in `split_name`.
 USUAL_NAME = re.compile(r"((?:[\w-]+/)*[\w-]+)\.([\w-]+(?:\.[\w-]+)*)", re.ASCII)
 _DOT, _SLASH, _WORD, _OTHER = 1, 2, 3, 4
 _KINDS = np.full(256, _OTHER, np.uint8)
 _KINDS[list(b"-_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")] = _WORD
 _KINDS[ord(".")], _KINDS[ord("/")], _KINDS[0] = _DOT, _SLASH, 0
-_MAX_COMPONENT = 255  # bytes; no file system holds more
-_MAX_PATH = 1024  # characters; to normalise n accents takes n * n steps, and macOS has no longer paths
-_MAX_FOLDERS = 64  # one inside the other
-FOLDER_BYTES = 128  # of memory for each folder that is remembered
-# What Windows cannot hold, or takes for another name: devices, a dot or blank at the end, some characters.
+_MAX_COMPONENT = 255  # bytes; the limit of file systems
+_MAX_PATH = 1024  # characters; normalising n accents takes n * n steps, and paths of macOS are not longer
+_MAX_FOLDERS = 64  # depth of nested folders
+FOLDER_BYTES = 128  # memory of each remembered folder
+# Names that Windows refuses or changes: devices, a dot or blank at the end, some characters.
 _DEVICE = "(?:con|prn|aux|nul|(?:com|lpt)[0-9\xb9\xb2\xb3])"
 _UNPORTABLE = re.compile(rf'(?:^|/){_DEVICE} *(?:[./]|$)|[. ](?:/|$)|[<>:"|?*\\]', re.IGNORECASE)
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and suffix of a member: split at the first dot of the base name; the suffix is lower-case, may be ''."""
+    """Key and suffix of a member, split at the first dot of the base name; the suffix is lower-case, perhaps ''."""
     slash = name.rfind("/") + 1
     dot = name.find(".", slash)
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :].lower())
@@ -40,7 +40,7 @@ def split_usual(names_N: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     if (
         (kind_NX == _OTHER).any()
         or (ends_NX[:, :-1] & ~ends_NX[:, 1:]).any()  # a NUL inside
-        or separates_NX[:, 0].any()  # something must stand before, between and behind separators
+        or separates_NX[:, 0].any()  # separators need a character before and behind
         or (separates_NX[:, :-1] & (separates_NX | ends_NX)[:, 1:]).any()
         or separates_NX[:, -1].any()
         or not is_dot_NX.any(1).all()
@@ -55,7 +55,7 @@ def split_usual(names_N: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def printable(name: str) -> str:
-    """A name that any table or terminal can hold: bytes that are not UTF-8, and control characters, are escaped."""
+    """The name for tables and terminals: bytes that are not UTF-8, and control characters, are escaped."""
     if name.isprintable():
         return name
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -63,8 +63,8 @@ def printable(name: str) -> str:
 
 
 def as_path(name: str) -> str:
-    """The file that a name stands for: without `.` and empty components, in Unicode's form NFC (as file systems of
-    Apple compare names). Two names of one file differ in nothing else, except on file systems that ignore case."""
+    """Path of the file that a name stands for: without `.` and empty components, in Unicode's form NFC (as Apple's file
+    systems compare names). Names with different paths are different files, except where case is ignored."""
     if (
         name.isascii()
         and "//" not in name
@@ -80,13 +80,13 @@ def as_path(name: str) -> str:
 
 
 def folded_path(name: str) -> str:
-    """The same for a file system that ignores case, and the dots and blanks at the end of a name."""
+    """The same for file systems that ignore case, and dots and blanks at the end of a name."""
     parts = as_path(as_path(name.replace("\\", "/")).casefold()).split("/")
     return "/".join(stripped for part in parts if (stripped := part.rstrip(". ")))
 
 
 def is_portable(name: str) -> bool:
-    """Whether every common file system can hold a file of this name."""
+    """True if all common file systems can store a file of this name."""
     name = as_path(name)
     parts = name.split("/")
     longest = max(len(part.encode("utf-8", "surrogateescape")) for part in parts)
@@ -94,27 +94,27 @@ def is_portable(name: str) -> bool:
 
 
 class SeenPaths:
-    """The files and folders of the samples of a shard so far, to see whether another sample has files of its own.
+    """Files and folders of the samples of a shard so far, to find samples that share a file.
 
     Args:
-        path_of: the path of a name on the file system in question.
+        path_of: function from a name to its path on a file system.
     """
 
     def __init__(self, path_of: Callable[[str], str] = as_path) -> None:
         self._path_of = path_of
         self._samples: dict[str, tuple[str, tuple[str, ...]]] = {}  # path of the key -> key, suffixes
-        self._shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # the same suffixes are held once
+        self._shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal tuples are stored once
         self._folders: set[int] = set()  # hashes of paths
         self._folder = ""
         self._folder_is_member = False
 
     @property
     def folder_bytes(self) -> int:
-        """Memory that the folders take, about."""
+        """Approximate memory of the folders in bytes."""
         return FOLDER_BYTES * len(self._folders)
 
     def add(self, key: str, names: Sequence[str]) -> str | None:
-        """Take in a sample and the names of its members; what is wrong with the key, or None."""
+        """Add a sample and the names of its members; returns the problem of its key, or None."""
         path = self._path_of(key)
         if path in self._samples:
             same = self._samples[path][0] == key
@@ -143,7 +143,7 @@ class SeenPaths:
         return suffix in self._samples.get(key, ("", ()))[1]
 
 
-# Words with nothing in them that Markdown, in any dialect, would take for more than words.
+# Words without characters that mean something in a dialect of Markdown.
 _PLAIN_WORD = r"(?:\(?[^\W_]+(?:[-'_][^\W_]+|(?<=\d)\.\d+)*(?:\)| %)?[,;:.]?|&)"
 _PROSE = re.compile(rf"(?!\d+[.)](?: |$)){_PLAIN_WORD}(?: {_PLAIN_WORD})*")
 _SPAN = re.compile(r"\|+|[^|]+")
@@ -151,21 +151,21 @@ _CUT = " …"
 
 
 def as_markdown(text: str, limit: int = 300) -> str:
-    """What strangers wrote, as Markdown that shows it and does nothing: no link, image, HTML or layout comes of it.
+    """Untrusted text as Markdown without links, images, HTML or layout.
 
-    Anything but plain words becomes a code span, in which no dialect looks for links. Line breaks become spaces; what
-    cannot be printed is escaped as in `printable`.
+    Anything but plain words becomes a code span, in which no dialect looks for links. Line breaks become spaces;
+    unprintable characters are escaped as in `printable`.
 
     Args:
         text: a label, name, path or message.
-        limit: characters that are shown of it.
+        limit: largest number of characters shown.
     """
     line = printable(" ".join(text[: 2 * limit].split()))
     if len(line) > limit or len(text) > 2 * limit:
         line = line[: limit - len(_CUT)] + _CUT
     if _PROSE.fullmatch(line):
         return line
-    # A pipe would end the cell of a table, even in a code span; dialects disagree on how to escape it there.
+    # A pipe ends the cell of a table, even in a code span, where dialects escape it in different ways.
     return "".join("&#124;" * len(part) if part[0] == "|" else _code(part) for part in _SPAN.findall(line))
 
 

@@ -1,8 +1,8 @@
-"""Plain archives, thousands of headers at a time: the size fields lead the way, then numpy checks whatever there is.
+"""Reader for plain archives, thousands of headers at a time: it follows the size fields, then numpy checks all headers.
 
-Plain is what most writers make of files with short names: one ustar or GNU header each, or one behind a PAX header that
-tells the time of modification and nothing else (Python's tarfile, webdataset), and an end-of-archive marker. Anything
-else is not read here at all: TarReader knows what to make of it, and of what is plain it makes the same.
+In a plain archive each file has one ustar or GNU header, perhaps behind a PAX header with nothing but the time of
+modification (Python's tarfile, webdataset), and an end-of-archive marker follows. Most writers make such archives of
+files with short names. All others are left to TarReader, which reads plain archives to the same result.
 """
 
 import os
@@ -12,24 +12,24 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from sanitize.tar.read import TarLimits, tells_only_time
+from sanitize.tar.read import TarLimits, has_only_mtime
 from sanitize.tar.write import BLOCK, GNU, POSIX, header
 
-SMALL = 2048  # bytes; payloads up to here are handed out
-_BATCH = 256  # headers that are checked together
-_NEAR, _FAR = 1 << 12, 1 << 20  # bytes that are read at once where payloads are large, and where they are small
-_SPARSE = 1 << 14  # bytes from header to header from which on stepping over payloads is faster than reading them
+SMALL = 2048  # bytes; payloads up to this size are returned
+_BATCH = 256  # headers checked together
+_NEAR, _FAR = 1 << 12, 1 << 20  # bytes read at once between large payloads, and between small ones
+_SPARSE = 1 << 14  # bytes from header to header; above, seeking over payloads is faster than reading them
 _DIGITS = np.r_[124:135, 148:154]  # columns of a header: size and checksum, in octal
 _PLACES = np.zeros((17, 2))  # float64 holds 8**11 exactly
 _PLACES[:11, 0], _PLACES[11:, 1] = 8.0 ** np.arange(10, -1, -1), 8.0 ** np.arange(5, -1, -1)
 _PADDING = np.triu(np.full((BLOCK, BLOCK), 0xFF, np.uint8))  # row n: all but the first n bytes
 _ZERO = np.uint8(ord("0"))
-_OCTAL = np.arange(15, -1, -3)  # bits that six octal digits stand for
+_OCTAL = np.arange(15, -1, -3)  # lowest bit of each of six octal digits
 _MAGICS = np.array([int.from_bytes(magic[:7], "little") for magic in (POSIX, GNU)], np.uint64)
 
 
 class _Pattern:
-    """Some columns of a block and what must be in them, compared eight bytes at once."""
+    """Required bytes in some columns of a block, compared eight at once."""
 
     def __init__(self, block: bytes, columns: np.ndarray) -> None:
         mask = np.zeros(BLOCK, np.uint8)
@@ -38,8 +38,8 @@ class _Pattern:
         self._mask = mask.view("<u8")[self._words]
         self._value = np.frombuffer(block, "<u8")[self._words] & self._mask
 
-    def of(self, block_MX: np.ndarray) -> np.ndarray:
-        """Which of M blocks (bytes) have it."""
+    def matches(self, block_MX: np.ndarray) -> np.ndarray:
+        """Mask (M,) of the blocks (M, 512), uint8, that have the required bytes."""
         word_MX = block_MX.view("<u8")[:, self._words]
         return ((word_MX & self._mask) == self._value).all(1)
 
@@ -52,17 +52,17 @@ _PAX = _Pattern(_OURS[:156] + b"x" + _OURS[157:], np.r_[_FIELD_ENDS, 156, 257:26
 
 
 class NotPlain(Exception):
-    """Only TarReader can tell what is in this archive."""
+    """The archive is not plain; read it with TarReader."""
 
 
 class PlainMembers(NamedTuple):
-    """N members, all files, in the order of the archive; offsets count as those of `tar.Member` do.
+    """N members, all files, in the order of the archive; offsets count like those of `Member`.
 
     Attributes:
-        names_N: ASCII, dtype S.
-        sizes_N, starts_N, ends_N: int64.
-        window, payloads_N: bytes of the archive, and where in them the payloads begin; those of more than SMALL bytes
-            are not in them as a whole.
+        names_N: ASCII names, dtype S.
+        sizes_N, starts_N, ends_N: size, start and end of each member in bytes, int64.
+        window: bytes of the archive; payloads of more than SMALL bytes may be incomplete.
+        payloads_N: first byte of each payload in `window`, int64.
     """
 
     names_N: np.ndarray
@@ -74,12 +74,12 @@ class PlainMembers(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """Bytes from offset `base` of the archive on, where a payload ended, and the headers among them, not checked yet.
+    """Bytes of the archive from offset `base` on, the end of a payload, with the headers in them, not checked yet.
 
     Attributes:
-        indices: where in `data` the headers begin.
-        sizes: what their size fields say.
-        blocks: the headers, one behind the other.
+        indices: first byte of each header in `data`.
+        sizes: values of their size fields.
+        blocks: the headers, concatenated.
     """
 
     data: bytes
@@ -90,14 +90,14 @@ class _Window(NamedTuple):
 
 
 def read_plain(stream: BinaryIO, limits: TarLimits) -> Iterator[PlainMembers]:
-    """The members of a plain archive in batches; large payloads are stepped over.
+    """Members of a plain archive in batches; large payloads are stepped over.
 
     Args:
-        stream: seekable, positioned at the first header; left open.
+        stream: seekable stream, positioned at the first header; it is left open.
         limits: as for TarReader.
 
     Raises:
-        NotPlain: perhaps after some batches.
+        NotPlain: the archive is not plain; raised before or between batches.
     """
     if not stream.seekable():
         raise NotPlain
@@ -118,10 +118,10 @@ def read_plain(stream: BinaryIO, limits: TarLimits) -> Iterator[PlainMembers]:
 
 
 def parse_plain(data: bytes, limits: TarLimits) -> PlainMembers:
-    """The members of a piece of a plain archive, from a header to the end of a member.
+    """Members of a piece of a plain archive, from a header to the end of a member.
 
     Raises:
-        NotPlain: or the piece has other ends.
+        NotPlain: the piece is not plain, or does not begin and end there.
     """
     window = _look(data, 0, 0)
     if not window.indices:
@@ -133,10 +133,10 @@ def parse_plain(data: bytes, limits: TarLimits) -> PlainMembers:
 
 
 def normalised(members: PlainMembers, keep_N: np.ndarray) -> bytes:
-    """What TarWriter makes of those members of a piece (parse_plain) for which `keep_N` (bool) is True.
+    """The members of a piece (parse_plain) with `keep_N` (bool) True, as TarWriter writes them.
 
-    Everything in an archive is whole blocks, so this is a choice of blocks: those of members that stay, without PAX
-    headers; then headers are changed where they are, and padding is cleared.
+    An archive consists of whole blocks, so this selects the blocks of kept members, without PAX headers; then headers
+    are overwritten in place, and padding is cleared.
     """
     block_LX = np.frombuffer(members.window, np.uint8).reshape(-1, BLOCK)
     size_M = members.sizes_N[keep_N]
@@ -155,7 +155,7 @@ def normalised(members: PlainMembers, keep_N: np.ndarray) -> bytes:
 
 
 def _normal_headers(block_MX: np.ndarray) -> np.ndarray:
-    """Headers with the same names and sizes, and all else as `header` has it."""
+    """Headers with the same names and sizes; all other fields as in `header`."""
     normal_MX = np.tile(np.frombuffer(_OURS, np.uint8), (len(block_MX), 1))
     for field in (slice(0, 100), slice(124, 135)):
         normal_MX[:, field] = block_MX[:, field]
@@ -168,7 +168,7 @@ def _normal_headers(block_MX: np.ndarray) -> np.ndarray:
 
 def _walk(stream: BinaryIO, origin: int, present: int, limits: TarLimits) -> Iterator[_Window]:
     """Follow the size fields from window to window up to the end-of-archive marker."""
-    end = at = 0  # of the payload before; of the next header
+    end = at = 0  # end of the payload before; offset of the next header
     dense = False
     while True:
         stream.seek(origin + end)
@@ -188,7 +188,7 @@ def _walk(stream: BinaryIO, origin: int, present: int, limits: TarLimits) -> Ite
 
 
 def _step(data: bytes, base: int, at: int) -> _Window:
-    """The headers from offset `at` on, each where the one before says; small payloads are there as a whole."""
+    """Headers from offset `at` on, found by the size fields; small payloads are complete."""
     indices, sizes, index = [], [], at - base
     while index + BLOCK <= len(data):
         digits = data[index + 124 : index + 135]
@@ -204,7 +204,7 @@ def _step(data: bytes, base: int, at: int) -> _Window:
 
 
 def _look(data: bytes, base: int, at: int) -> _Window:
-    """The same, all at once. Raises NotPlain where a payload holds what looks like a header."""
+    """The same, all headers at once. Raises NotPlain where a payload contains what looks like a header."""
     first = at - base
     if first > len(data):  # the archive ends in a payload or behind it
         raise NotPlain
@@ -221,14 +221,14 @@ def _look(data: bytes, base: int, at: int) -> _Window:
 
 
 def _checked(windows: list[_Window], present: int, limits: TarLimits) -> PlainMembers:
-    """What M headers say, once everything in them has been looked at."""
+    """Members of M headers, all fields of which are checked. Raises NotPlain."""
     data = windows[0].data if len(windows) == 1 else b"".join([window.data for window in windows])
     shifts = accumulate([len(window.data) for window in windows], initial=0)
     index_M = np.array([shift + i for shift, window in zip(shifts, windows, strict=False) for i in window.indices])
     start_M = np.array([window.base + i for window in windows for i in window.indices])
     block_MX = np.frombuffer(b"".join([window.blocks for window in windows]), np.uint8).reshape(-1, BLOCK)
     size_M = _sizes(block_MX)
-    is_file_M, is_pax_M = _FILE.of(block_MX) | _GNU_FILE.of(block_MX), _PAX.of(block_MX)
+    is_file_M, is_pax_M = _FILE.matches(block_MX) | _GNU_FILE.matches(block_MX), _PAX.matches(block_MX)
     pax_M = np.flatnonzero(is_pax_M)
     if not (
         (is_file_M | is_pax_M).all()
@@ -238,7 +238,7 @@ def _checked(windows: list[_Window], present: int, limits: TarLimits) -> PlainMe
         and size_M.max() <= limits.max_member_bytes
         and size_M[pax_M].max(initial=0) <= limits.max_extension_bytes
         and all(
-            _tells_only_time(data, i, n) for i, n in zip(index_M[pax_M].tolist(), size_M[pax_M].tolist(), strict=True)
+            _has_only_mtime(data, i, n) for i, n in zip(index_M[pax_M].tolist(), size_M[pax_M].tolist(), strict=True)
         )
     ):
         raise NotPlain
@@ -252,12 +252,12 @@ def _checked(windows: list[_Window], present: int, limits: TarLimits) -> PlainMe
     )
 
 
-def _tells_only_time(data: bytes, index: int, size: int) -> bool:
-    return tells_only_time(data[index + BLOCK : index + BLOCK + size], size)
+def _has_only_mtime(data: bytes, index: int, size: int) -> bool:
+    return has_only_mtime(data[index + BLOCK : index + BLOCK + size], size)
 
 
 def _sizes(block_MX: np.ndarray) -> np.ndarray:
-    """The size fields of M headers that are ASCII and have the right checksum."""
+    """Size fields of M headers. Raises NotPlain where one is not ASCII or has a wrong checksum."""
     digit_MX = block_MX[:, _DIGITS] - _ZERO
     size_M, checksum_M = (digit_MX @ _PLACES).astype(np.int64).T
     # ASCII sums to less than 2**16. The checksum field itself counts as blanks.
@@ -268,6 +268,6 @@ def _sizes(block_MX: np.ndarray) -> np.ndarray:
 
 
 def _names(byte_NX: np.ndarray) -> np.ndarray:
-    """Dtype S, no wider than it must be: that is what handling them costs."""
+    """Names of dtype S, as narrow as possible: the width determines the cost of handling them."""
     width = int(np.flatnonzero(byte_NX.any(0)).max(initial=0)) + 1
     return np.ascontiguousarray(byte_NX[:, :width]).view(f"S{width}")[:, 0]

@@ -1,10 +1,10 @@
-"""A strict tar reader: archives come from strangers, and what is left out must never go unsaid.
+"""A strict tar reader for untrusted archives: everything that is left out is reported.
 
-Reads v7, ustar, GNU (long names, base-256 sizes) and PAX. A member is yielded only when all of its payload is there;
-nothing is allocated because a header claims it; what cannot be used but can be stepped over costs one member
-("refused"); after anything else the archive counts as broken from there on. There is no resynchronising: payloads come
-from strangers too and may contain perfect headers, so a search for the next good checksum would turn payload bytes
-into members.
+Reads v7, ustar, GNU (long names, base-256 sizes) and PAX. A member is yielded only when its whole payload is present;
+memory is not allocated for what a header merely claims. A member that cannot be used but can be stepped over is
+"refused"; after any other damage the archive counts as broken from there on. The reader does not resynchronise:
+payloads are untrusted too and may contain perfect headers, so a search for the next good checksum would turn payload
+bytes into members.
 """
 
 import gzip
@@ -21,8 +21,8 @@ from sanitize.errors import DataError
 from sanitize.tar.compression import BarrenStream
 from sanitize.tar.write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_sum
 
-_CHUNK = 1 << 20  # most that is asked of the stream at once
-_LEAST = 1 << 13  # read-ahead after a long seek
+_CHUNK = 1 << 20  # bytes; largest request to the stream
+_LEAST = 1 << 13  # bytes; read-ahead after a long seek
 _MAX_RECORDS = 1000  # in one PAX header; writers put about ten there
 _ASCII = bytes(range(128))
 _NO_PAYLOAD = {b"1": "hard link", b"2": "symbolic link", b"3": "character device", b"4": "block device", b"6": "fifo"}
@@ -35,11 +35,11 @@ Kind = Literal["file", "directory", "other", "refused"]
 
 
 class TarDamage(DataError):
-    """The archive is broken from `offset` on; every member yielded before is whole and stands.
+    """The archive is broken from `offset` on; the members yielded before are whole and valid.
 
     Attributes:
-        reason: a few fixed words, such as "truncated in a member" or "bad header checksum".
-        offset: first byte of what could not be read (of its first header), counted as `Member.offset` is.
+        reason: one of a few fixed texts, such as "truncated in a member" or "bad header checksum".
+        offset: first byte of the unreadable member (of its first header), counted like `Member.offset`.
     """
 
     def __init__(self, reason: str, offset: int) -> None:
@@ -54,15 +54,15 @@ class Member(NamedTuple):
     """One member. Offsets count bytes of the uncompressed archive from where the reader began.
 
     Attributes:
-        name: as stored, with the "/" behind a directory; bytes that are not UTF-8 are surrogate-escaped, so that
-            `name.encode("utf-8", "surrogateescape")` gives them back. May be anything: see `unsafe_name`.
+        name: name as stored, with the "/" behind a directory; bytes that are not UTF-8 are surrogate-escaped, so that
+            `name.encode("utf-8", "surrogateescape")` gives them back. Not checked: see `unsafe_name`.
         kind: "file" has a payload to read; "other" is a link, device, sparse file or the like; "refused" is beyond
-            the limits or has broken extension headers (then its name may be incomplete).
-        offset: of the payload.
-        size: of the payload in the archive, in bytes; 0 where the type has none.
-        start: of its first header, extension headers included.
-        end: behind its padding, where the next member starts.
-        reason: for "other" and "refused", what it is in a few fixed words; else "".
+            the limits or has broken extension headers (its name may be incomplete).
+        offset: first byte of the payload.
+        size: size of the payload in the archive, in bytes; 0 where the type has none.
+        start: first byte of its first header, extension headers included.
+        end: byte behind its padding, where the next member starts.
+        reason: description of "other" and "refused" in a few fixed words; else "".
     """
 
     name: str
@@ -75,16 +75,16 @@ class Member(NamedTuple):
 
 
 class TarLimits(BaseModel):
-    """What an archive may ask of us.
+    """Limits on what is read of an archive.
 
     Attributes:
-        max_member_bytes: a larger file is refused, and stepped over.
-        max_name_bytes: a member with a longer name is refused; the name it reports is cut there.
-        max_extension_bytes: one PAX or GNU long-name header; the member behind a larger one is refused.
-        max_headers_bytes: all headers before one payload; an archive with more counts as broken there.
-        max_trailing_bytes: read behind the end-of-archive marker to see whether something hides there, and to reach
-            the checksum of a compressed stream.
-        max_archive_bytes: read from the stream in all; bounds the time a compression bomb takes.
+        max_member_bytes: size of a file; larger files are refused and stepped over.
+        max_name_bytes: length of a name; a member with a longer name is refused, and its reported name is cut.
+        max_extension_bytes: size of one PAX or GNU long-name header; the member behind a larger one is refused.
+        max_headers_bytes: size of all headers before one payload; an archive with more counts as broken there.
+        max_trailing_bytes: bytes read behind the end-of-archive marker, to find hidden data and to reach the checksum
+            of a compressed stream.
+        max_archive_bytes: bytes read from the stream in all; bounds the time that a compression bomb takes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,18 +101,17 @@ _DEFAULT_LIMITS = TarLimits()
 
 
 class TarReader:
-    """Iterates once over the members of an archive; `read` gives the payload of the one just yielded.
+    """Iterate once over the members of an archive; `read` returns the payload of the last yielded member.
 
-    Where the stream cannot seek (or is gzip), a file's payload is buffered before its member is yielded; so memory is
-    at most about twice `max_member_bytes`, and never more than about twice what the stream really delivered.
+    Where the stream cannot seek (or is gzip), the payload of a file is buffered before its member is yielded. Memory is
+    at most about twice `max_member_bytes`, and at most about twice what the stream delivered.
 
     Args:
-        stream: blocking, positioned at the first header; left open, at no particular position.
-        limits: see TarLimits.
+        stream: blocking stream, positioned at the first header; it is left open, at no particular position.
+        limits: limits on what is read.
 
     Attributes:
-        warning: something odd that cost no member we know of, e.g. "no end-of-archive marker"; complete after the
-            last member.
+        warning: an oddity that cost no known member, e.g. "no end-of-archive marker"; complete after the last member.
 
     Raises:
         TarDamage: from the iteration, where the archive is broken.
@@ -121,7 +120,7 @@ class TarReader:
     def __init__(self, stream: BinaryIO, limits: TarLimits = _DEFAULT_LIMITS) -> None:
         self.limits = limits
         self.warning: str | None = None
-        self._max_plain_bytes = limits.max_member_bytes  # a test sets -1, to send everything the long way
+        self._max_plain_bytes = limits.max_member_bytes  # tests set -1: then `_chain` reads every member
         self._source = Source(stream, limits.max_archive_bytes)
         self._current: Member | None = None
         self._members = self._walk()
@@ -130,11 +129,11 @@ class TarReader:
         return self._members
 
     def read(self) -> bytes:
-        """Payload of the member just yielded, which must be a "file"; may be repeated until the next is asked for.
+        """Payload of the last yielded member, a "file"; may be called repeatedly until the next member.
 
         Raises:
             ValueError: there is no such member, or it is no file.
-            TarDamage: the file became shorter while it was read.
+            TarDamage: the archive became shorter while it was read.
         """
         member, source = self._current, self._source
         if member is None or member.kind != "file":
@@ -146,7 +145,7 @@ class TarReader:
 
     def _walk(self) -> Iterator[Member]:
         source = self._source
-        end = at = 0  # of the payload before; of the next header
+        end = at = 0  # end of the payload before; offset of the next header
         try:
             while True:
                 window, index = source.window, at - source.base
@@ -165,18 +164,18 @@ class TarReader:
             self._current = None
 
     def _fetch(self, member: Member) -> bool:
-        """Make sure that the payload is there, and a file's at hand; False where it is not."""
+        """Step over the payload, or buffer that of a file; False where the stream ends before."""
         if self._source.seeks:
             return False  # `present` was the length of the stream
         skipped = member.size if member.kind != "file" else 0
         return self._source.cover(member.offset + skipped, member.size - skipped)
 
     def _plain(self, window: bytes, index: int, at: int) -> Member | None:
-        """The fast way, for the headers that most writers give to a file with a short ASCII name; None for others."""
+        """Fast path for the headers that most writers give to a file with a short ASCII name; None for others."""
         found, offset = _plain_header(window[index : index + BLOCK]), at + BLOCK
         if found is not None and found[0] == _PAX:
             body, pax_size = window[index + BLOCK : index + 2 * BLOCK], found[2]
-            if not tells_only_time(body, pax_size) or pax_size > self.limits.max_extension_bytes:
+            if not has_only_mtime(body, pax_size) or pax_size > self.limits.max_extension_bytes:
                 return None
             found, offset = _plain_header(window[index + 2 * BLOCK : index + 3 * BLOCK]), at + 3 * BLOCK
         if found is None or found[0] == _PAX or found[2] > self._max_plain_bytes:
@@ -203,7 +202,7 @@ class TarReader:
                 break
             self._extend(extra, kind, at, size, start)
             at += size + 511 & -512
-        more = kind == b"S" and block[482]  # blocks of a sparse map
+        more = kind == b"S" and block[482]  # more blocks of a sparse map follow
         while more:
             block = self._source.get(at, BLOCK)
             if len(block) < BLOCK:
@@ -217,7 +216,7 @@ class TarReader:
             raise TarDamage("more extension headers before a member than max_headers_bytes", start)
 
     def _extend(self, extra: "_Extra", kind: bytes, at: int, size: int, start: int) -> None:
-        """Note what one extension header says."""
+        """Add the fields of one extension header."""
         if size > self.limits.max_extension_bytes:
             if kind == b"g":
                 self._warn("a global header larger than max_extension_bytes was ignored")
@@ -235,18 +234,18 @@ class TarReader:
             extra.add(kind, body[:size])
 
     def _cut(self, left: bytes, at: int, start: int) -> None:
-        """The bytes end where a header is wanted: harmless only between two members."""
+        """The stream ends where a header is expected: harmless only between two members."""
         if self._source.failure or left.strip(b"\0") or at != start:
             raise self._damage("truncated in a header" if left else "truncated in an extension header", start)
         self._warn("no end-of-archive marker")
 
     def _finish(self, at: int, start: int) -> None:
-        """Behind the first zero block, at `at`."""
+        """Check what follows the first zero block; `at` is the byte behind it."""
         if at != start + BLOCK:
             raise TarDamage("extension header without a member", start)
         second = self._source.get(at, BLOCK)
         if second.strip(b"\0"):
-            raise TarDamage("data behind a single zero block", start)  # where others stop and say nothing
+            raise TarDamage("data behind a single zero block", start)  # other readers stop here without an error
         if len(second) < BLOCK:
             self._warn("a single zero block at the end")
         seen = 0
@@ -262,7 +261,7 @@ class TarReader:
             return
         if self._source.verified < at + len(second):
             raise self._damage("", at)
-        self._warn("data behind the end of the compressed stream")  # the checksum of what holds the samples was right
+        self._warn("data behind the end of the compressed stream")  # the members before it passed their checksum
 
     def _damage(self, reason: str, offset: int) -> TarDamage:
         return TarDamage(self._source.failure or reason, offset)
@@ -272,15 +271,15 @@ class TarReader:
 
 
 class Source:
-    """The archive's bytes, forward only: `window` holds those from offset `base` on.
+    """Bytes of the archive, forward only: `window` holds those from offset `base` on.
 
-    `present`: bytes up to here are known to be there. `failure`: why the stream gives no more, "" for a plain end.
+    Bytes up to `present` are known to exist. `failure` is the reason why the stream ends early, "" for a plain end.
     """
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self.window, self.base, self.present, self.failure = b"", 0, 0, ""
         self._stream, self._left, self._ahead, self._origin = stream, limit, _LEAST, 0
-        # read1 hands out what a damaged gzip stream still gave; read would lose it with the exception.
+        # read1 returns the bytes before the damage in a gzip stream; read would lose them with the exception.
         self._read = getattr(stream, "read1", stream.read)
         self.seeks = stream.seekable() and not isinstance(getattr(stream, "raw", stream), gzip.GzipFile)
         if self.seeks:
@@ -290,11 +289,11 @@ class Source:
 
     @property
     def verified(self) -> int:
-        """Bytes whose checksum was right, where the stream has checksums."""
+        """Number of bytes whose checksum was right, where the stream has checksums."""
         return int(getattr(self._stream, "verified", 0))
 
     def cover(self, start: int, n: int) -> bool:
-        """Make the window hold bytes start : start + n, start >= base; False where they end before."""
+        """Make the window hold bytes start : start + n, start >= base; False where the stream ends before."""
         have = self.base + len(self.window) - start
         if have >= n:
             return True
@@ -312,7 +311,7 @@ class Source:
         return have >= n
 
     def get(self, start: int, n: int) -> bytes:
-        """Bytes start : start + n, or as many of them as there are."""
+        """Bytes start : start + n, or fewer at the end of the stream."""
         self.cover(start, n)
         index = start - self.base
         return self.window[index : index + n]
@@ -324,7 +323,7 @@ class Source:
             yield piece
 
     def _advance(self, start: int, gap: int) -> int:
-        """Step over `gap` bytes up to `start`; how many of them are missing."""
+        """Step over `gap` bytes up to `start`; returns the number of missing bytes."""
         if self.seeks:
             missing = max(start - self.present, 0)
             self._stream.seek(self._origin + start - missing)
@@ -352,7 +351,7 @@ class Source:
 
 
 class _Extra:
-    """What extension headers say about the member behind them."""
+    """Fields of the extension headers before a member."""
 
     name, size, sparse, problem = b"", -1, False, ""
 
@@ -370,7 +369,7 @@ class _Extra:
         self.sparse = self.sparse or any(key.startswith(b"GNU.sparse.") for key in records)
 
     def member(self, kind: bytes, name: bytes, size: int, start: int, offset: int, limits: TarLimits) -> Member:
-        """What the header and these say together; `offset` is that of the payload."""
+        """The member, from its header and these fields; `offset` is that of the payload."""
         name, size = self.name or name, size if self.size < 0 else self.size
         what: Kind = "other"
         reason = _NO_PAYLOAD.get(kind) or _PAYLOAD.get(kind) or f"type {chr(kind[0])!r}"
@@ -379,7 +378,7 @@ class _Extra:
         elif kind in (b"0", b"\0", b"7"):
             what, reason = ("other", "sparse file") if self.sparse else ("file", "")
         elif kind in _NO_PAYLOAD:
-            size = 0  # whatever the field says: Python's tarfile, which loaders use, reads it so
+            size = 0  # as in Python's tarfile, which loaders use: the size field is ignored
         problem = self.problem
         if what == "file" and size > limits.max_member_bytes:
             problem = problem or "larger than max_member_bytes"
@@ -393,7 +392,7 @@ class _Extra:
 
 
 def _plain_header(block: bytes) -> tuple[int, str, int] | None:
-    """Type (_FILE or _PAX), name and size, where all of the block is as most writers do it."""
+    """Type (_FILE or _PAX), name and size of a header as most writers make it; else None."""
     if len(block) < BLOCK or not block.isascii():
         return None
     kind, magic = block[156], block[257:265]
@@ -415,13 +414,13 @@ def _plain_header(block: bytes) -> tuple[int, str, int] | None:
     return None if b"\0" in name else (kind, name.decode(), size)
 
 
-def tells_only_time(body: bytes, size: int) -> bool:
-    """True for the PAX header most writers put before a file: the time of modification in a single record."""
+def has_only_mtime(body: bytes, size: int) -> bool:
+    """True for the PAX header that most writers put before a file: the time of modification in a single record."""
     return body.startswith(b"%d mtime=" % size) and size <= len(body) and body[size - 1] == 10
 
 
 def _pax_records(body: bytes) -> dict[bytes, bytes] | None:
-    """Records "LENGTH KEY=VALUE\\n" up to the end or a NUL; None if one is malformed, or there are too many."""
+    """Records "LENGTH KEY=VALUE\\n" up to the end or a NUL; None if one is malformed or there are too many."""
     records: dict[bytes, bytes] = {}
     at = 0
     for _ in range(_MAX_RECORDS):
@@ -455,7 +454,7 @@ def _parse(block: bytes, start: int) -> tuple[bytes, bytes, int]:
 
 
 def _number(field: bytes) -> int | None:
-    """Octal, or GNU's base 256; None for what is neither or is negative."""
+    """Value of an octal field, or of GNU's base 256; None for negative and malformed fields."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:])
     digits = field.partition(b"\0")[0].strip(b" ") or b"0"
@@ -463,7 +462,7 @@ def _number(field: bytes) -> int | None:
 
 
 def unsafe_name(name: str) -> str | None:
-    """Why an extractor must not write a file of this name, on any platform; None if it may."""
+    """Reason why a file of this name is unsafe to extract on some platform, or None."""
     if name[:1] not in ("", "/", "\\") and name[1:2] != ":" and ".." not in name and not _CONTROL.search(name):
         return None
     if not name:

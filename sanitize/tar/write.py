@@ -1,4 +1,4 @@
-"""What a tar header looks like, and a writer whose archives depend on nothing but names and payloads.
+"""Tar headers, and a writer whose archives depend on names and payloads alone.
 
 ustar, with a PAX path only where ustar cannot hold the name; mtime, uid and gid 0, mode 0644, no owner names.
 """
@@ -12,8 +12,8 @@ BLOCK = 512
 ZEROS = bytes(BLOCK)
 POSIX, GNU = b"ustar\x0000", b"ustar  \0"
 MAX_NAME_BYTES = 4096
-# A header in full: name; mode, uid, gid; size; mtime; checksum; type; link name, magic, owners, devices; prefix and 12
-# unused bytes. These parts are the same in all we write:
+# The fields of a header: name; mode, uid, gid; size; mtime; checksum; type; link name, magic, owners, devices; prefix
+# and 12 unused bytes. These fields are constant:
 _IDS, _EPOCH = b"0000644\0" + b"0000000\0" * 2, b"00000000000\0"
 _TAIL = bytes(100) + POSIX + bytes(64) + b"0000000\0" * 2
 _FIXED_SUM = sum(_IDS + _EPOCH + _TAIL) + 8 * ord(" ")
@@ -50,12 +50,12 @@ def _block(name: bytes, size: int, prefix: bytes = b"", kind: bytes = b"0") -> b
 def _pax_record(key: bytes, value: bytes) -> bytes:
     rest = len(key) + len(value) + 3
     length = rest + len(str(rest))
-    length = rest + len(str(length))  # the length counts its own digits, which may carry
+    length = rest + len(str(length))  # the length includes its own digits, which may carry
     return b"%d %b=%b\n" % (length, key, value)
 
 
 class TarWriter:
-    """Writes regular files with normalised headers: the same names and bytes always give the same archive.
+    """Write regular files with normalised headers: the same names and bytes always give the same archive.
 
     The stream is left open.
     """
@@ -67,14 +67,15 @@ class TarWriter:
         """Append a file; `data` is contiguous.
 
         Raises:
-            DataError: the name is empty, longer than TarReader takes, has a NUL or ends in "/"; or data is 8 GiB.
+            DataError: the name is empty, longer than TarReader accepts, contains a NUL or ends in "/"; or `data` has
+                8 GiB or more.
         """
         raw = name.encode("utf-8", "surrogateescape")
         size = data.nbytes if isinstance(data, memoryview) else len(data)
         if not raw or raw.endswith(b"/") or b"\0" in raw or len(raw) > MAX_NAME_BYTES:
             raise DataError(f"{name[:200]!r} cannot name an archived file: empty, too long, a NUL, or '/' at its end")
         if size >= 8**11:
-            raise DataError(f"{name[:200]!r} has {size} bytes, a ustar member holds less than 8 GiB")
+            raise DataError(f"{name[:200]!r} has {size} bytes, a ustar member has less than 8 GiB")
         padding = ZEROS[: -size % BLOCK]
         if size <= 1 << 16:  # one write is faster than three, but copies
             self._write(b"".join((header(raw, size), data, padding)))
@@ -83,7 +84,7 @@ class TarWriter:
                 self._write(piece)
 
     def add_normal(self, members: bytes) -> None:
-        """Append whole members, with headers and padding, as `add` would write them."""
+        """Append members as `add` writes them: whole, with headers and padding."""
         self._write(members)
 
     def close(self) -> None:
@@ -92,6 +93,8 @@ class TarWriter:
 
     def _write(self, data: bytes | memoryview) -> None:
         written = self._stream.write(data)
-        while written < (data.nbytes if isinstance(data, memoryview) else len(data)):  # a raw stream may take a part
+        while written < (
+            data.nbytes if isinstance(data, memoryview) else len(data)
+        ):  # a raw stream may write only a part
             data = memoryview(data).cast("B")[written:]
             written = self._stream.write(data)

@@ -57,7 +57,7 @@ def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, 
             write_rows(part, shard, rows.append_column("score", pa.array(own_N.numpy())))
         part.counts.update(samples=len(rows))
 
-    def finish(part: Part, _workshop: Any) -> None:
+    def finish(part: Part, _builder: Any) -> None:
         part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": {}, "exclude": []})
 
     return Work(parts=dataset.shards, write_part=write_part, finish=finish)

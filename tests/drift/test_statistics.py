@@ -107,10 +107,12 @@ def test_a_reference_merged_from_batches_is_that_of_a_single_pass(
         assert merged.rows(half).equals(once.rows(half))  # every bit of every embedding
     assert merged.info == once.info
     assert merged.manifest().counts == once.manifest().counts
-    for label, moments in once.moments.of.items():
-        assert merged.moments.of[label].count == moments.count
-        torch.testing.assert_close(merged.moments.of[label].mean_D, moments.mean_D, rtol=0, atol=1e-12)
-        torch.testing.assert_close(merged.moments.of[label].scatter_DD, moments.scatter_DD, rtol=1e-10, atol=1e-10)
+    for label, moments in once.moments.by_class.items():
+        assert merged.moments.by_class[label].count == moments.count
+        torch.testing.assert_close(merged.moments.by_class[label].mean_D, moments.mean_D, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            merged.moments.by_class[label].scatter_DD, moments.scatter_DD, rtol=1e-10, atol=1e-10
+        )
 
 
 def test_it_is_an_embeddings_artifact_of_rows_that_can_be_traced(whole: Made, projection: Projection) -> None:
@@ -145,7 +147,7 @@ def test_counts_and_moments_are_those_of_the_samples(whole: Made, projection: Pr
         z_ND = projection(torch.cat([batch.z_BD for batch in batches]))
         kept_z.append(z_ND[torch.from_numpy(verdicts["keep"].to_numpy() & (verdicts["label"].to_numpy() == 3))])
     assert statistics.counts == {y: {"n": n[y], "removed": removed[y]} for y in range(10)}
-    torch.testing.assert_close(statistics.moments.of[3].covariance(), torch.cov(torch.cat(kept_z).T))
+    torch.testing.assert_close(statistics.moments.by_class[3].covariance(), torch.cov(torch.cat(kept_z).T))
 
 
 def test_the_coordinates_have_unit_variance(whole: Made, projection: Projection) -> None:

@@ -106,7 +106,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the feed is gone": (lambda s: (s / "feed.json").unlink(), "feed.json: missing"),
     "the feed is no JSON": (lambda s: (s / "feed.json").write_text("[" * 100_000), "feed.json: damaged"),
     "an entry is no JSON": (lambda s: (s / "ledger/00000001.json").write_text("{"), "00000001.json is damaged"),
-    "an entry is gone": (lambda s: (s / "ledger/00000002.json").unlink(), "is not whole"),
+    "an entry is gone": (lambda s: (s / "ledger/00000002.json").unlink(), "is incomplete"),
     "an entry climbs out": (
         lambda s: edited(s / "ledger/00000001.json", '"batch": "', '"batch": "../../'),
         "00000001.json is damaged",

@@ -91,7 +91,7 @@ def _scores_by(dataset: Dataset, out: Path, kind: str, score: Callable[[dict[str
         columns = {name: [row[name] for row in rows] for name in ("position", "key", "label")}
         write_rows(part, shard, pa.table({**columns, "score": pa.array(map(score, rows), pa.float32())}))
 
-    def finish(part: Part, _workshop: object) -> None:
+    def finish(part: Part, _builder: object) -> None:
         part.write_json("scorer.json", {"config": {"kind": kind}, "classes": {}})
 
     recipe = Recipe(stage="score_shards", config={"kind": kind}, inputs={"dataset": dataset.digest})
@@ -109,7 +109,7 @@ def _scores(dataset: Dataset, out: Path, separations: dict[int, float], said: di
         values = np.where(far, 5 + noise, -5 + noise).astype(np.float32)
         write_rows(part, shard, pa.table({**columns, "score": pa.array(values)}))
 
-    def finish(part: Part, _workshop: object) -> None:
+    def finish(part: Part, _builder: object) -> None:
         classes = {str(label): {"separation": value, **(said or {})} for label, value in separations.items()}
         part.write_json("scorer.json", {"config": {"kind": "toxic_direction"}, "classes": classes})
 

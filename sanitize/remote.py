@@ -281,7 +281,7 @@ class RangeReader(io.RawIOBase):
         def get() -> bytes:
             data: bytes = self._fs.cat_file(self._path, start=start, end=stop)
             if len(data) > stop - start:
-                raise ValueError(f"cannot read {self._url}: asked for a range, the server sends more")
+                raise ValueError(f"cannot read {self._url}: the server sends more than the requested range")
             if len(data) < stop - start:
                 raise OSError(f"{len(data)} of {stop - start} bytes arrived")
             return data

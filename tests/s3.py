@@ -1,4 +1,4 @@
-"""An S3-protocol server on loopback, with a faulty proxy before it where one is asked for."""
+"""An S3-protocol server on loopback, behind a proxy that can inject faults."""
 
 import uuid
 from collections.abc import Iterator

@@ -311,7 +311,7 @@ def test_a_killed_clean_up_is_made_good(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_part_may_not_take_the_name_of_the_finishing_part(tmp_path: Path) -> None:
-    """Nothing a user calls a shard or a table may make its rows disappear."""
+    """No name of a shard or a table makes its rows disappear."""
     artifact = make_counts(tmp_path / "a", parts=["_all"], finish=None)
     assert artifact.file("rows/_all.txt").read_text() == "_all" * 3
     assert set(artifact.manifest().files) == {"rows/_all.txt"}

@@ -1,4 +1,4 @@
-"""Hashing beside the work gives what hashlib gives."""
+"""Hashing in a thread gives the digests of hashlib."""
 
 import hashlib
 import threading

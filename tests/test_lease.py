@@ -1,4 +1,4 @@
-"""The lock of a folder in an object store: at most one process may write, whatever happens to the others."""
+"""The lock of a folder in an object store: at most one process writes, whatever happens to the others."""
 
 import contextlib
 import json
@@ -65,7 +65,7 @@ def write(url: str, data: bytes = b"x") -> None:
 
 
 def left_in(folder: str) -> list[str]:
-    """What is there beside the lock, which is one object whoever had it."""
+    """Objects beside the lock, which is a single object."""
     names = storage.names_below(folder)
     assert sum(name.startswith(".lock/") for name in names) == 1
     return [name for name in names if not name.startswith(".lock/")]
@@ -428,7 +428,7 @@ class Actor:
         self._waits.acquire()
 
     def step(self) -> None:
-        """Let it go on to its next request."""
+        """Run it up to its next request."""
         self._go.release()
         assert self._waits.acquire(timeout=60)
 

@@ -246,7 +246,7 @@ def test_the_name_of_a_shard_in_its_batch_is_short_enough_for_files_named_after_
     assert name.endswith(f"-{'a' * 16}.tar.gz")
 
 
-# --- a ledger from a stranger -----------------------------------------------------------------------------------
+# --- an untrusted ledger ----------------------------------------------------------------------------------------
 
 COMMIT = {"kind": "commit", "batch": "0" * 16, "status": "accepted"}
 CLEAN = {"shard": f"batches/{'0' * 16}/50-shards/clean/a.tar", "sha256": "1" * 64, "size": 1, "samples": 1}

@@ -1,4 +1,4 @@
-"""How often an object store is asked for the shards of a run: once each, however many groups of shards there are."""
+"""Requests to an object store for the shards of a run: their number does not depend on the groups of shards."""
 
 from collections import Counter
 from collections.abc import Iterator

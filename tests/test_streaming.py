@@ -174,7 +174,7 @@ def test_the_sample_is_the_smallest_hashes_whatever_the_order(hashes: list[int],
 
 @given(HASHES, st.integers(1, 20), st.integers(0, 80), st.booleans())
 def test_merging_samples_is_sampling_the_union(hashes: list[int], size: int, cut: int, swap: bool) -> None:
-    """Halves may overlap: a row that both saw counts once."""
+    """Halves may overlap: a row in both counts once."""
     parts = [sample_of(hashes[: cut + 5], size), sample_of(hashes[cut:], size)]
     a, b = parts[::-1] if swap else parts
     a.merge(b)

@@ -1,4 +1,7 @@
-"""Index rows of one shard: sample by sample, or, where the archive is plain, by columns, with the same result. Shapes: N members, K samples."""
+"""Index rows of one shard: sample by sample, or, where the archive is plain, by columns, with the same result.
+
+Shapes: N members, K samples.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple, cast

@@ -1,4 +1,4 @@
-"""A few samples of a data set: always the same ones, whatever lies beside them."""
+"""A few samples of a data set: always the same ones, whatever other shards there are."""
 
 from pathlib import Path
 

@@ -146,7 +146,7 @@ def test_our_own_reader_finds_only_the_shards(written: Written) -> None:
 
 
 def warnings_of(dataset: Any) -> set[str]:
-    """Names of the properties mlcroissant would like to see."""
+    """Names of the properties that mlcroissant recommends."""
     return {warning.split('"')[1].rpartition("/")[2] for warning in dataset.metadata.ctx.issues.warnings}
 
 
@@ -167,7 +167,7 @@ def test_croissant_is_valid_and_lacks_only_what_we_cannot_know(mlc: Any, written
 def test_mlcroissant_reads_every_sample_with_its_picture_and_label(
     mlc: Any, written: Written, read_tar: Callable[[str | Path], list[tuple[str, bytes]]]
 ) -> None:
-    """From tar and tar.gz; the second pictures (`.mask.png`) stay out. It compares the sha256 of each shard first."""
+    """From tar and tar.gz, without the second pictures (`.mask.png`). mlcroissant compares the sha256 of each shard."""
     wanted: dict[str, tuple[bytes, int]] = {}
     for shard in SHARDS:
         members = dict(read_tar(written.file(f"clean/{shard}")))

@@ -1,5 +1,5 @@
-"""What becomes of every kind of bad input: one table of crafted shards, each carried through index, select and write
-and through the command line; then what goes wrong outside a shard. In words: docs/hostile-input.md."""
+"""Every kind of bad input: a table of crafted shards, each taken through index, select and write and through the command
+line; then problems outside a shard. In words: docs/hostile-input.md."""
 
 import bz2
 import errno
@@ -125,17 +125,17 @@ AT = len(A + sample("l"))
 
 
 def between(name: str, middle: bytes, *rows: tuple[str, str], label: str = "cls") -> None:
-    """What costs at most itself: the samples before and behind it survive."""
+    """Bad input that costs at most its own sample: the samples before and behind it survive."""
     CASES[name] = Case(A + middle + B + END, [("a", ""), *rows, ("b", "")], label=label)
 
 
 def at_the_end(name: str, tail: bytes, warning: str, *rows: tuple[str, str]) -> None:
-    """What is odd about the end of a shard and costs nothing."""
+    """An oddity at the end of a shard that costs no sample."""
     CASES[name] = Case(A + tail, [("a", ""), *rows], warning)
 
 
 def rest_is_lost(name: str, tail: bytes, damage: str, last: str = "l") -> None:
-    """What ends the shard there. It costs the sample in front of it too: nobody knows whether that was all of it."""
+    """Damage that ends a shard. It also costs the sample before it, which may be incomplete."""
     CASES[name] = Case(A + sample("l") + tail, [("a", ""), *[("l", "")] * (last != "l"), (last, HERE)], damage)
 
 
@@ -389,7 +389,7 @@ for name, image, reason in (
 
 
 def zero_scores(dataset: Dataset, out: Path) -> Scores:
-    """Nothing is suspicious: what the firewall removes here, it removes for being unreadable."""
+    """No sample is suspicious: the firewall removes only unreadable ones here."""
 
     def write(part: Part) -> None:
         for shard in dataset.shards:
@@ -431,7 +431,7 @@ def test_every_sample_has_its_outcome(name: str, tmp_path: Path, monkeypatch: py
 
 
 def check_outcome(case: Case, tmp_path: Path) -> None:
-    """Carry a shard through index, select and write, and through the command line; see that all is as `case` says."""
+    """Take a shard through index, select and write, and through the command line; compare with `case`."""
     source = tmp_path / "in"
     source.mkdir()
     (source / case.name).write_bytes(case.shard)
@@ -730,7 +730,7 @@ def test_names_as_long_as_can_be_are_written(tmp_path: Path) -> None:
 
 
 def test_shard_names_that_lead_out_of_the_run_folder_are_refused() -> None:
-    """In a bucket, '..' is a name like any other."""
+    """In a bucket, '..' is an ordinary name."""
     import fsspec
 
     fs = fsspec.filesystem("memory")
@@ -743,7 +743,7 @@ def test_shard_names_that_lead_out_of_the_run_folder_are_refused() -> None:
 
 
 def test_folders_and_shards_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may read everything, so the refusal of the system is played."""
+    """Root may read every file, so the refusal is simulated."""
     (tmp_path / "x.tar").write_bytes(A + END)
 
     def denied(*_: Any, **__: Any) -> None:
@@ -814,7 +814,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_leaves_nothing_half_written(
     n: int, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Byte n is the first there is no room for."""
+    """A stream in which byte n is the first that does not fit."""
     dataset, selection = selected(three, tmp_path)
     whole = written(dataset, selection, tmp_path / "whole")
     room = n
@@ -877,7 +877,7 @@ def test_a_full_disk_is_exit_code_1_and_one_line(tmp_path: Path, small_disk: Pat
 
 
 def test_the_limits_are_part_of_the_recipe(tmp_path: Path) -> None:
-    """Other limits may give other rows: a folder made with them is not taken for this one."""
+    """Other limits may give other rows, so a folder made with them is not reused."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in/x.tar").write_bytes(A + B + END)
     digests = {

@@ -1,4 +1,4 @@
-"""Small input that would take long, and names that are one file: more rows of the table in test_hostile.py."""
+"""Small input that takes long, and names of one file: more rows of the table in test_hostile.py."""
 
 import gzip
 import io
@@ -44,7 +44,7 @@ CASES: dict[str, Case] = {}
 
 
 def between(name: str, middle: bytes, *rows: tuple[str, str], label: str = "cls") -> None:
-    """What costs at most itself: the samples before and behind it survive."""
+    """Bad input that costs at most its own sample: the samples before and behind it survive."""
     CASES[name] = Case(A + middle + B + END, [("a", ""), *rows, ("b", "")], label=label)
 
 
@@ -86,7 +86,7 @@ def webp(width: int, height: int, n_frames: int) -> bytes:
 
 
 def no_key(name: bytes, start: bytes, text: bytes = bytes(2**20 - 1)) -> bytes:
-    """A mebibyte of text in a kilobyte, which Pillow decompresses and does not count."""
+    """1 MiB of text in 1 KiB, which Pillow decompresses and does not count."""
     return chunk(name, start + zlib.compress(text, 9))
 
 
@@ -229,7 +229,7 @@ BARREN, SMALL = (
 
 
 def field(flag: int, value: bytes) -> bytes:
-    """Compressed, with a field more in its header."""
+    """A compressed archive with another field in its header."""
     return WHOLE[:3] + bytes([flag]) + WHOLE[4:10] + value + WHOLE[10:]
 
 
@@ -299,7 +299,7 @@ def test_every_sample_has_its_outcome(name: str, tmp_path: Path, monkeypatch: py
 
 
 def test_two_spellings_of_a_key_are_two_files_in_quarantine(tmp_path: Path) -> None:
-    """All unreadable, so that all go there: each has a name of its own, on any file system."""
+    """All samples are unreadable, so all go to quarantine, under names that differ on any file system."""
     keys = ["x", "./x", "X", "d/x", "d//x", NFC, NFD, "con", "x.png/y", "y.", "y ", "q?", "e", "e.sanitize.json/f"]
     source = tmp_path / "in"
     source.mkdir()

@@ -1,4 +1,4 @@
-"""The counts see all that Pillow does, and exactly what an ordinary encoder makes."""
+"""The counts cover all the work of Pillow, and are exact for the files of ordinary encoders."""
 
 import io
 import struct
@@ -80,7 +80,7 @@ def test_max_chunks_is_the_most_that_are_read(n: int) -> None:
 
 
 class Counted(io.BytesIO):
-    """How often Pillow asks for bytes: in its parsers, at least once for each part."""
+    """Number of reads by Pillow: its parsers read at least once for each part."""
 
     reads = 0
 

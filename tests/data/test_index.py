@@ -348,7 +348,7 @@ def test_headers_and_digests_give_the_rows_of_decoding_less_what_only_decoding_k
             assert digested["status"] == "ok" or digested["reason"] == decoded["reason"]
     counts = [sum(row["status"] == "ok" for row in rows) for rows in found.values()]
     assert counts[0] == 3 * 320
-    # d and e: a label, and an image nobody has looked at; but 007 is no JSON.
+    # d and e: a label, and an image that was not checked; but 007 is no JSON.
     assert counts[1] == counts[2] == 3 * (320 + (2 if label == "cls" else 1))
 
 
@@ -371,7 +371,7 @@ odd_parts = st.sampled_from(["a.png", "b.cls", ".", "", "a b", "é", "e\u0301"])
 def test_by_columns_or_one_by_one_the_same_keys_are_refused(
     samples: list[tuple[list[str], str, list[str]]], max_listing_bytes: int
 ) -> None:
-    """Whatever the names, and whatever their number: rows by columns are the rows of the strict reader, or none."""
+    """For any names: rows by columns are the rows of the strict reader, or None."""
     with tempfile.TemporaryDirectory() as folder:
         url = f"{folder}/x.tar"
         with tarfile.open(url, "w") as tar:
@@ -392,5 +392,5 @@ def test_by_columns_or_one_by_one_the_same_keys_are_refused(
 
 
 def judge_nothing(sample: Sample) -> dict[str, Any]:
-    """Only what the reader itself has to say."""
+    """Only the findings of the reader itself."""
     return {"status": "ok"} if sample.problem is None else {"status": "unreadable", "reason": sample.problem}

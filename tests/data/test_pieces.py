@@ -1,4 +1,4 @@
-"""An indexed shard read again in pieces gives the samples of the strict reader, or says where it has changed."""
+"""An indexed shard read again in pieces gives the samples of the strict reader, or the place of a change."""
 
 import io
 import tarfile
@@ -94,7 +94,7 @@ def test_a_change_is_noticed(
 def test_no_batch_is_made_of_images_that_are_not_there(
     tmp_path: Path, make_tar: Callable[..., str], good: Good, compute: Compute, name: str, odd: bool
 ) -> None:
-    """Keys and sizes as indexed, but what was an image is none any more; also where samples are read one by one."""
+    """Keys and sizes as indexed, but an image has been replaced; also where samples are read one by one."""
     members = [*good(6), *([("é.txt", b"")] if odd else [])]
     mode = "w:gz" if name.endswith("gz") else "w"
     dataset = index_shards(ANYTHING, make_tar(tmp_path / name, members, mode), str(tmp_path / "index"), compute)

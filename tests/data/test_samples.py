@@ -315,7 +315,7 @@ def test_other_labels_are_refused_with_a_reason_fit_for_a_terminal(text: bytes, 
 @pytest.mark.hostile
 @pytest.mark.parametrize("names", [("cls", "CLS"), ("Cls", "cls")])
 def test_two_labels_are_as_bad_as_none(names: tuple[str, str]) -> None:
-    """Which of the two a trainer takes is the attacker's choice otherwise."""
+    """Otherwise the attacker could choose which of the two a trainer reads."""
     with pytest.raises(BadLabel, match=r"2 \.cls members"):
         read_label(sample(**{name: b"%d" % i for i, name in enumerate(names)}), "cls", 10)
     with pytest.raises(BadLabel, match=r"no \.cls member"):
@@ -376,7 +376,7 @@ def test_the_image_is_the_one_member_with_an_image_suffix() -> None:
 
 
 def test_nothing_is_unpickled(tmp_path: Path, make_tar: MakeTar) -> None:
-    """A pickle is carried along as bytes."""
+    """A pickle is copied as bytes."""
     import pickle
 
     class Bomb:

@@ -133,7 +133,7 @@ def test_nothing_found_is_an_error(tree: Path, source: str) -> None:
 
 @pytest.mark.parametrize("sources", [["{}/a/x.tar", "{}/missing.tar"], ["{}/{{a,b,c}}/x.tar"], ["{}/a", "{}/*.zip"]])
 def test_one_source_of_several_that_finds_nothing_is_an_error_too(tree: Path, sources: list[str]) -> None:
-    """A hole in a range of shards is lost data, and must not go unsaid."""
+    """A missing shard in a range is lost data, and must be an error."""
     with pytest.raises(ConfigError, match="no shards"):
         find_shards([source.format(tree) for source in sources])
 

@@ -1,4 +1,4 @@
-"""Compression is told by content, damage costs what it must and no more, and no file is lost without being named."""
+"""Compression is recognised by content; damage costs no more than it must; every file that is not read is named."""
 
 import bz2
 import gzip
@@ -39,7 +39,7 @@ def archive(members: Members) -> bytes:
 
 
 def drained(stream: GzipStream, size: int = 1000) -> tuple[bytes, str]:
-    """All that the stream gives, and the name of the error it ends with."""
+    """Bytes of the stream, and the name of the error at its end."""
     pieces = []
     try:
         while piece := stream.read(size):
@@ -155,7 +155,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".TAR", ".Tar.Gz", ".tar.xz", ".TZST")
 
 @st.composite
 def shards(draw: st.DrawFn) -> dict[str, Any]:
-    """A small shard: how many samples are in it, how it is packed and named, and what has become of its end."""
+    """A small shard: its number of samples, compression, name, and damage at its end."""
     n = draw(st.integers(0, 5))
     extra = [draw(st.binary(max_size=700)) for _ in range(n)]
     members = [m for i in range(n) for m in ((f"{i}.png", PNG), (f"{i}.cls", b"%d" % (i % 2)), (f"{i}.bin", extra[i]))]
@@ -223,7 +223,7 @@ def test_samples_are_read_or_the_shard_is_said_to_be_damaged(shard: dict[str, An
 @given(st.lists(shards(), min_size=1, max_size=4))
 @settings(max_examples=40, deadline=None)
 def test_no_shard_vanishes(given_shards: list[dict[str, Any]]) -> None:
-    """Every file is in the index with all its samples, or damaged there, or named by the error that stops the run."""
+    """Every file is indexed with all its samples, or marked as damaged, or named by the error that stops the run."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "in")
         source.mkdir()

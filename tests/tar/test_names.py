@@ -1,4 +1,4 @@
-"""Many names split at once are each split as one is; what strangers wrote is shown in Markdown and does nothing."""
+"""Names split together and one by one give the same parts; untrusted text in Markdown has no effect but to be shown."""
 
 import re
 import tempfile
@@ -39,7 +39,9 @@ def array(names: list[bytes]) -> np.ndarray:
 def test_usual_names_are_split_as_one_by_one(names: list[bytes]) -> None:
     split = split_usual(array(names))
     assert split is not None
-    assert list(zip(*(of.astype(str).tolist() for of in split), strict=True)) == [split_name(n.decode()) for n in names]
+    assert list(zip(*(column.astype(str).tolist() for column in split), strict=True)) == [
+        split_name(n.decode()) for n in names
+    ]
 
 
 @given(st.lists(usual, max_size=3), odd)
@@ -91,7 +93,7 @@ def test_the_path_of_a_path_is_itself(name: str) -> None:
 
 @given(st.lists(usual, min_size=1, max_size=20))
 def test_usual_names_are_paths(names: list[bytes]) -> None:
-    """So that columns of them need not be looked at one by one: no folder has the name of a member."""
+    """No folder has the name of a member, so that columns of names need no check one by one."""
     assert [as_path(name.decode()) for name in names] == [name.decode() for name in names]
     seen = SeenPaths()
     for key in dict.fromkeys(split_name(name.decode())[0] for name in names):
@@ -115,7 +117,7 @@ def test_names_that_every_system_can_hold(name: str) -> None:
 
 @pytest.mark.hostile
 def test_a_thousand_accents_take_no_thousand_times_a_thousand_steps() -> None:
-    """To normalise this name takes 18 ms, 4.6 s a megabyte of names."""
+    """Normalising this name takes 18 ms, 4.6 s for 1 MB of names."""
     name = "a" + "\u0301" * 1000 + "\u0327" * 1000
     assert as_path(name) == name
     short = "a" + "\u0301" * 50 + "\u0327" * 50
@@ -164,7 +166,7 @@ hostile_text = st.one_of(st.text(), st.lists(st.sampled_from(MARKS), max_size=12
 
 
 def rendered(markdown: str) -> list[Any]:
-    """All tokens of a page, read as a browser's page would be: with raw HTML and tables."""
+    """All tokens of a page, with raw HTML and tables."""
     tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(markdown)
     return [inner for token in tokens for inner in (token, *(token.children or []))]
 

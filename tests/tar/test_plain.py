@@ -1,4 +1,4 @@
-"""The fast ways through plain archives against the strict reader and the writer, on archives made by many hands."""
+"""The fast readers of plain archives against the strict reader and the writer, on archives of several programs."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ def archive(kind: str, payloads: list[bytes]) -> bytes:
 
 
 def strictly(data: bytes) -> tuple[list[Member], str | None]:
-    """What TarReader finds, and what it has to say of the end."""
+    """Members that TarReader finds, and its damage or warning."""
     reader = TarReader(io.BytesIO(data), LIMITS)
     try:
         return list(reader), reader.warning
@@ -47,7 +47,7 @@ def strictly(data: bytes) -> tuple[list[Member], str | None]:
 
 
 def plainly(data: bytes) -> list[tuple[str, int, int, int]] | None:
-    """(name, size, start, end) of each member; None where only TarReader can tell."""
+    """(name, size, start, end) of each member; None for an archive that is not plain."""
     found = []
     try:
         for members in read_plain(io.BytesIO(data), LIMITS):
@@ -80,7 +80,7 @@ def test_so_are_more_members_than_are_looked_at_together() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_of_a_damaged_archive_they_say_the_same_or_nothing(kind: str, data: st.DataObject) -> None:
-    """Bytes changed, cut off, or put in: mostly in headers, because payloads are theirs to have."""
+    """Bytes changed, cut off or inserted, mostly in headers: payloads may contain anything."""
     made = bytearray(archive(kind, [b"p" * n for n in data.draw(st.lists(sizes, min_size=1, max_size=6))]))
     for _ in range(data.draw(st.integers(1, 3))):
         how = data.draw(st.sampled_from(["byte", "cut", "put in", "block"]))

@@ -46,7 +46,7 @@ OPENERS: dict[str, Callable[[bytes], Any]] = {"seekable": io.BytesIO, "forward":
 
 
 class Outcome(NamedTuple):
-    """What a reader makes of an archive: members with their payloads, then how it ended."""
+    """Result of reading an archive: members with their payloads, then the damage or warning."""
 
     members: list[tuple[Member, bytes]]
     damage: tuple[str, int] | None
@@ -66,7 +66,7 @@ def outcome(stream: Any, limits: TarLimits = LIMITS, fast: bool = True, read: bo
 
 
 def everywhere(data: bytes, limits: TarLimits = LIMITS) -> Outcome:
-    """The outcome, after seeing that kind of stream, speed of path and skipping of payloads make no difference."""
+    """The outcome, which must not depend on the kind of stream, the fast path, or skipped payloads."""
     first = outcome(io.BytesIO(data), limits)
     bare = first._replace(members=[(member, b"") for member, _ in first.members])
     for opener in OPENERS.values():
@@ -385,7 +385,7 @@ def twin(data: bytes) -> list[tuple[str, str, bytes]]:
 
 
 def ours(members: list[tuple[Member, bytes]]) -> list[tuple[str, str, bytes]]:
-    """As `twin` tells it; tarfile takes the slash from the names of directories."""
+    """In the form of `twin`; tarfile removes the slash from names of directories."""
     return [(m.name.rstrip("/") if m.kind == "directory" else m.name, m.kind, data) for m, data in members]
 
 
@@ -533,7 +533,7 @@ def test_random_bytes(data: bytes) -> None:
 
 
 class Recorder(io.BytesIO):
-    """Remembers how much was asked for and given."""
+    """Counts the bytes that are requested and delivered."""
 
     largest, total = 0, 0
 

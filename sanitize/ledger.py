@@ -9,8 +9,8 @@ VLDB 2020, section 3.2); it needs no lock and no server, and a process may die a
 The only clock time is the `at` of a person's decision. The bytes of a shard identify it, not its name; `url`, `size`
 and `modified` serve to recognise a known shard without reading it.
 
-A store is untrusted, so names and numbers are bounded when an entry is parsed (`entries.py`), and an entry that does not
-follow from the earlier ones (a commit without a claim, say) is an error.
+A store is untrusted, so names and numbers are bounded when an entry is parsed (`entries.py`), and an entry that does
+not follow from the earlier ones (a commit without a claim, say) is an error.
 """
 
 import hashlib

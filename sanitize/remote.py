@@ -22,6 +22,7 @@ from sanitize.errors import ConfigError, DataError, SanitizeError, StorageError
 
 logger = logging.getLogger("sanitize.remote")
 T = TypeVar("T")
+Place = tuple[Any, str]  # a file system of fsspec, and a path in it
 
 BLOCK = 8 << 20  # bytes of one ranged request; a reader holds two blocks, the current and the next
 ATTEMPTS = 8
@@ -32,7 +33,7 @@ _PERMANENT: tuple[type[Exception], ...] = (FileNotFoundError, FileExistsError, P
 _PERMANENT += (ImportError, ValueError, TypeError, NotImplementedError, SanitizeError)
 
 
-def filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> Place:
     """The fsspec file system of a URL, and the path in it. Raises ConfigError where its library is not installed."""
     try:
         # Listings are not cached: another process may have written since.
@@ -79,7 +80,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-def info(url: str, place: tuple[Any, str] | None = None) -> dict[str, Any]:
+def info(url: str, place: Place | None = None) -> dict[str, Any]:
     """Size and other properties of an object; `place` is `filesystem(url)`. Raises FileNotFoundError."""
     fs, path = place or filesystem(url)
     found: dict[str, Any] = retried(lambda: fs.info(path), f"look at {url}")
@@ -127,14 +128,15 @@ def _modified(found: dict[str, Any]) -> float:
     return said.timestamp() if isinstance(said, datetime) else float(said)
 
 
-def expand(url: str, suffixes: tuple[str, ...]) -> list[str]:
+def expand(url: str, suffixes: tuple[str, ...], place: Place | None = None) -> list[str]:
     """URLs of the objects of a prefix, a glob or a single URL, sorted.
 
     Args:
         url: prefix, glob or URL.
         suffixes: lower-case suffixes of the objects to return below a prefix.
+        place: `filesystem(url)`, if it is open already.
     """
-    fs, path = filesystem(url)
+    fs, path = place or filesystem(url)
     protocol = url.partition("://")[0]
     if any(c in url for c in "*?["):
         found = list(retried(lambda: fs.glob(path), f"list {url}"))

@@ -13,17 +13,20 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, BinaryIO, TypeVar, cast
 
 from sanitize import remote
 from sanitize.errors import ArtifactError, ConfigError, DataError, StorageError
 from sanitize.hashing import Sha256
 from sanitize.lease import check_held, is_surely_held, leased
+from sanitize.remote import Place
+
+T = TypeVar("T")
 
 # fsspec protocols that only read bytes. Others open archives, caches and programs, and `pipe:` of webdataset runs a
 # shell: with those, a URL could do more than its reader expects.
@@ -137,15 +140,28 @@ def fingerprints(urls: Sequence[str]) -> list[dict[str, str | int]]:
     Raises:
         DataError: a file is not there.
     """
-    # A file system of fsspec belongs to the thread that opens it: here one serves all threads.
+    return for_each(_fingerprint, urls)
+
+
+def for_each(function: Callable[[str, Place | None], T], urls: Sequence[str]) -> list[T]:
+    """`function(url, place)` for each URL, for object stores in up to `remote.PARALLEL` threads.
+
+    Args:
+        function: takes a URL, and its file system with the path in it, None for a local file.
+        urls: paths or URLs.
+
+    Raises:
+        ConfigError: opening a URL could do more than read bytes.
+    """
+    # fsspec opens a file system for each thread that needs one: here one serves all threads.
     places = [None if is_local(check_url(url)) else remote.filesystem(url) for url in urls]
     if not any(places):
-        return [_fingerprint(url, None) for url in urls]
+        return [function(url, None) for url in urls]
     with ThreadPoolExecutor(remote.PARALLEL) as pool:
-        return list(pool.map(_fingerprint, urls, places))
+        return list(pool.map(function, urls, places))
 
 
-def _fingerprint(url: str, place: tuple[Any, str] | None) -> dict[str, str | int]:
+def _fingerprint(url: str, place: Place | None) -> dict[str, str | int]:
     try:
         if place is None:
             status = local_path(url).stat()

@@ -54,9 +54,11 @@ def test_fingerprints_are_taken_side_by_side_and_an_absent_file_is_named(bucket:
     url, proxy = bucket
     urls = [join(url, "in", name.rpartition("/")[2]) for name in _listed(url)] * 10
     fingerprint(urls[0])  # connects
+    proxy.requests.clear()
     proxy.delay, proxy.most_at_once = 0.05, 0
     found = fingerprints(urls)
     assert 2 <= proxy.most_at_once <= remote.PARALLEL
+    assert proxy.requests.total() == len(urls)
     assert found == [fingerprint(place) for place in urls[:N_SHARDS]] * 10
     with pytest.raises(DataError, match=r"cannot read s3://.*/in/absent\.tar"):
         fingerprints([*urls[:2], join(url, "in/absent.tar")])

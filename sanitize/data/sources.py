@@ -10,6 +10,7 @@ import re
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from sanitize import remote
 from sanitize.artifacts import Sources
 from sanitize.errors import ConfigError, DataError, SanitizeError
-from sanitize.storage import absolute, check_url, fingerprints, is_local, join, local_path
+from sanitize.storage import absolute, check_url, fingerprints, for_each, is_local, join, local_path
 from sanitize.tar.compression import UNREAD_SUFFIXES, not_read, unread_suffix
 from sanitize.tar.names import printable
 
@@ -101,16 +102,15 @@ def _survey(sources: Sequence[str] | str, may_come: bool) -> tuple[dict[str, str
     """Shards by name, sorted, and errors of others by URL."""
     urls: list[str] = []
     refused: dict[str, SanitizeError] = {}
-    for source in [sources] if isinstance(sources, str) else sources:
-        check_url(source)
-        for url in _braces(source):
-            found = _expand(check_url(url), may_come)  # again: braces may hide the protocol
-            if not (found.urls or found.refused or (may_come and _has_folder(url))):
-                raise ConfigError(
-                    f"no shards at {url!r}: expected files ending in {', '.join(SHARD_SUFFIXES)}{found.holds()}"
-                )
-            urls += found.urls
-            refused |= found.refused
+    sources = [sources] if isinstance(sources, str) else sources
+    given = [url for source in sources for url in _braces(check_url(source))]
+    for url, found in zip(given, for_each(partial(_expand, may_come), given), strict=True):
+        if not (found.urls or found.refused or (may_come and _has_folder(url))):
+            raise ConfigError(
+                f"no shards at {url!r}: expected files ending in {', '.join(SHARD_SUFFIXES)}{found.holds()}"
+            )
+        urls += found.urls
+        refused |= found.refused
     if not sources:
         raise ConfigError("no shards: the list of sources is empty")
     urls, twice = _once([absolute(url) if is_local(url) else url for url in urls])
@@ -241,10 +241,10 @@ class _Found:
         return f"; found there: {counts or 'no files'}"
 
 
-def _expand(url: str, may_come: bool) -> _Found:
+def _expand(may_come: bool, url: str, place: remote.Place | None) -> _Found:
     found = _Found()
-    if not is_local(url):
-        found.urls = remote.expand(url, _SUFFIXES)
+    if place is not None:
+        found.urls = remote.expand(url, _SUFFIXES, place)
         if not (found.urls or _PATTERN.search(url)):
             found.others = _suffixes(islice(remote.names_below(url), _MAX_LISTED))
         return found

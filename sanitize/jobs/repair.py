@@ -6,7 +6,6 @@ from typing import Any
 from sanitize.attack import Poisoned
 from sanitize.certify import CertifySmoothingConfig, certify_smoothing
 from sanitize.data.dataset import Dataset
-from sanitize.data.sources import find_shards
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import ModelRunConfig, job
 from sanitize.jobs.run import Run
@@ -61,7 +60,7 @@ def repair(config: RepairRunConfig, run: Run) -> dict[str, Any]:
     repaired = run.stage("60-repaired", repair_model, config.repair, model, **given, truth=truth)
     result: dict[str, Any] = {"model": repaired.path, "repair": repaired.report}
     if config.smoothing is not None:
-        shards = list(find_shards(config.test_shards))
+        shards = given["test"].shards if given["test"] else []
         inputs = config.smoothing, repaired, given["test"]
         certificates = run.sharded("70-certificates", certify_smoothing, shards, *inputs)
         result |= packaged(repaired, [certificates], run)

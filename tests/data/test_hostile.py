@@ -1,5 +1,5 @@
-"""Every kind of bad input: a table of crafted shards, each taken through index, select and write and through the command
-line; then problems outside a shard. In words: docs/hostile-input.md."""
+"""Every kind of bad input: a table of crafted shards, each taken through index, select and write and through the
+command line; then problems outside a shard. In words: docs/hostile-input.md."""
 
 import bz2
 import errno

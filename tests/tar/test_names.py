@@ -39,7 +39,7 @@ def array(names: list[bytes]) -> np.ndarray:
 def test_usual_names_are_split_as_one_by_one(names: list[bytes]) -> None:
     split = split_usual(array(names))
     assert split is not None
-    assert list(zip(*(column.astype(str).tolist() for column in split), strict=True)) == [
+    assert list(zip(*(part.astype(str).tolist() for part in split), strict=True)) == [
         split_name(n.decode()) for n in names
     ]
 

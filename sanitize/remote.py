@@ -62,8 +62,8 @@ def retried(call: Callable[[], T], what: str) -> T:
             if isinstance(error, _PERMANENT) and not _is_http_trouble(error):
                 raise
             if attempt == ATTEMPTS:
-                raise StorageError(f"cannot {what}: {_said(error)} ({ATTEMPTS} attempts)") from error
-            logger.info("cannot %s: %s; attempt %d of %d follows", what, _said(error), attempt + 1, ATTEMPTS)
+                raise StorageError(f"cannot {what}: {_message(error)} ({ATTEMPTS} attempts)") from error
+            logger.info("cannot %s: %s; attempt %d of %d follows", what, _message(error), attempt + 1, ATTEMPTS)
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
     raise AssertionError("unreachable")
@@ -76,7 +76,7 @@ def _is_http_trouble(error: Exception) -> bool:
     return type(cause).__module__.startswith("aiohttp") and not answered
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
@@ -122,10 +122,10 @@ def stamps_below(url: str) -> dict[str, tuple[int, float]]:
 def _modified(found: dict[str, Any]) -> float:
     """Time of modification in seconds; 0 if unknown."""
     names = ("LastModified", "last_modified", "mtime", "updated", "created")
-    said = next((found[name] for name in names if found.get(name)), 0.0)
-    if isinstance(said, str):
-        said = datetime.fromisoformat(said)
-    return said.timestamp() if isinstance(said, datetime) else float(said)
+    written = next((found[name] for name in names if found.get(name)), 0.0)
+    if isinstance(written, str):
+        written = datetime.fromisoformat(written)
+    return written.timestamp() if isinstance(written, datetime) else float(written)
 
 
 def expand(url: str, suffixes: tuple[str, ...], place: Place | None = None) -> list[str]:

@@ -1,1 +1,1 @@
-"""Shards in, shards out: reading what strangers wrote, indexing it, streaming it, and copying it byte for byte."""
+"""Shards: finding, reading untrusted ones, indexing, streaming, and copying samples byte for byte."""

@@ -47,7 +47,7 @@ class BadImage(ValueError):
 
 
 class ImageConfig(BaseModel):
-    """How images are decoded.
+    """Settings of decoding.
 
     Attributes:
         size: height and width in pixels, or None to take the most common size of the data set.

@@ -1,4 +1,4 @@
-"""How a shard is compressed: told by its first bytes, not by its name. gzip is read; what else is known is named."""
+"""Compression of shards, by first bytes and not by name. gzip is read; other known compressions are named."""
 
 import zlib
 from typing import Protocol

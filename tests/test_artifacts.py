@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 from sanitize.artifacts import MANIFEST, Artifact, ArtifactBuilder, Part, Recipe, make, read_manifest, verify
 from sanitize.errors import ArtifactError
+from tests.side_by_side import side_by_side
 
 RECIPE = Recipe(stage="count", config={"deep": {"q": 0.1}}, numerics={"seed": 0}, inputs={"data": "abc"})
 PARTS = [f"shard-{i}.tar" for i in range(5)]
@@ -232,21 +232,7 @@ def test_parts_made_by_many_workers_at_once(tmp_path: Path) -> None:
         out = tmp_path / f"{attempt}"
         if attempt % 2:  # something that all of them find stale
             make_counts(out, RECIPE.model_copy(update={"version": 9}), only=PARTS[:1])
-        barrier, failures = threading.Barrier(len(PARTS)), []
-
-        def work(name: str, out: Path = out, barrier: threading.Barrier = barrier, failures: list = failures) -> None:
-            barrier.wait()
-            try:
-                make_counts(out, only=[name])
-            except BaseException as error:
-                failures.append(error)
-
-        threads = [threading.Thread(target=work, args=(name,)) for name in PARTS]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+        side_by_side(len(PARTS), lambda i, out=out: make_counts(out, only=[PARTS[i]]))
         assert make_counts(out, write_part=refuse).digest == expected
 
 

@@ -28,6 +28,7 @@ from sanitize.errors import ArtifactError, ConfigError, LostLeaseError, StorageE
 from sanitize.lease import Lease, take
 from tests.clock import Clock
 from tests.s3 import s3_bucket
+from tests.side_by_side import side_by_side
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,21 +193,14 @@ def test_of_those_that_begin_at_once_exactly_one_holds_the_folder(folder: str, c
     if is_expired:
         take(folder)
         clock.now += 121
-    together, held, refused = threading.Barrier(4), [], []
 
-    def begin() -> None:
-        together.wait()
-        try:
-            held.append(take(folder))
-        except ArtifactError as error:
-            refused.append(error)
+    def begin(_i: int) -> Lease | None:
+        with contextlib.suppress(ArtifactError):
+            return take(folder)
+        return None
 
-    threads = [threading.Thread(target=begin) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(held), len(refused)) == (1, 3)
+    held = [lease for lease in side_by_side(4, begin) if lease is not None]
+    assert len(held) == 1
     held[0].check()
 
 

@@ -138,8 +138,8 @@ def test_class_moments_equal_the_moments_of_each_class(
     rng.shuffle(states)
     for other in states[1:]:
         states[0].merge(other)
-    assert set(states[0].of) == set(labels_N.tolist())
-    for label, moments in states[0].of.items():
+    assert set(states[0].by_class) == set(labels_N.tolist())
+    for label, moments in states[0].by_class.items():
         of_class = x_ND[labels_N == label]
         if len(of_class) > 1:
             assert_same(moments, of_class)

@@ -60,7 +60,7 @@ GOOD: dict[type[Artifact], tuple[str, State, Callable[[Any], object]]] = {
     Statistics: (
         "moments",
         {"0.count": torch.tensor(5), "0.mean": torch.zeros(2, dtype=F64), "0.scatter": torch.eye(2, dtype=F64)},
-        lambda artifact: artifact.moments.of[0].covariance(),
+        lambda artifact: artifact.moments.by_class[0].covariance(),
     ),
     CondensedSet: (
         "condensed",

@@ -52,7 +52,8 @@ from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.measure import accuracy, attack_success_rate
-from sanitize.models.checkpoint import Architecture, ModelConfig
+from sanitize.models.architectures import Architecture
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.models.resnet import ResNetConfig

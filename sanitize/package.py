@@ -23,7 +23,8 @@ from sanitize.certify.ensemble import PROVED
 from sanitize.compute import Compute
 from sanitize.data.names import as_markdown
 from sanitize.errors import ArtifactError
-from sanitize.models.checkpoint import Checkpoint, ModelConfig
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.stage import Work, stage
 from sanitize.storage import exists, join
@@ -193,7 +194,7 @@ def _plain(line: str) -> str:
 
 def _architecture(config: ModelConfig) -> str:
     one = ", ".join(f"{name} {value}" for name, value in config.architecture.model_dump(mode="json").items())
-    return f"The vote of {config.n_networks} networks ({one})" if config.n_networks > 1 else f"One network ({one})"
+    return f"The vote of {config.n_networks} networks ({one})" if config.is_ensemble else f"One network ({one})"
 
 
 def _measured(metrics: dict[str, Any]) -> list[str]:

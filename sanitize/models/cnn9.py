@@ -19,6 +19,10 @@ class CNN9Config(BaseModel):
     width: int = Field(default=128, ge=1, le=16_384)
     dropout: float = Field(default=0.25, ge=0, lt=1)
 
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `CNN9` for images of (C, H, W)."""
+        return CNN9(self, n_classes, image_shape[0])
+
 
 class CNN9(nn.Module):
     """Nine convolutions.

@@ -22,6 +22,10 @@ class ConvNetConfig(BaseModel):
     widths: Widths = (32, 64, 128)
     convs_per_block: int = Field(default=1, ge=1, le=4)
 
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `ConvNet` for images of (C, H, W)."""
+        return ConvNet(self, n_classes, image_shape[0])
+
 
 class ConvNet(nn.Module):
     """`widths` blocks, each but the last halving the image, then the spatial mean and one Linear.

@@ -21,6 +21,10 @@ class InstanceConvNetConfig(BaseModel):
     kind: Literal["instance_convnet"] = "instance_convnet"
     widths: Widths = (128, 128, 128)
 
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `InstanceConvNet` for images of (C, H, W)."""
+        return InstanceConvNet(self, n_classes, image_shape)
+
 
 class InstanceConvNet(nn.Module):
     """`widths` blocks, each halving the image (rounded down), and one Linear on all that is left of it.

@@ -1,5 +1,6 @@
 """A multilayer perceptron, for images laid out flat and for tables. B batch, D inputs, K outputs."""
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +17,10 @@ class MLPConfig(BaseModel):
     kind: Literal["mlp"] = "mlp"
     widths: Widths = (256,)
     negative_slope: float = Field(default=0.0, ge=0, lt=1)
+
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `MLP` for images of (C, H, W)."""
+        return MLP(self, n_classes, math.prod(image_shape))
 
 
 class MLP(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 
 
 class OnPixels(nn.Module):

@@ -23,6 +23,10 @@ class ResNetConfig(BaseModel):
             raise ValueError(f"{n_blocks} blocks: at most {MAX_BLOCKS}")
         return self
 
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `ResNet` for images of (C, H, W)."""
+        return ResNet(self, n_classes, image_shape[0])
+
 
 class _Block(nn.Module):
     """Two 3x3 convolutions and a shortcut."""

@@ -29,6 +29,10 @@ class VGGConfig(BaseModel):
             raise ValueError(f"{len(self.widths)} widths and {len(self.dropout)} dropouts: give one of each a block")
         return self
 
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `VGG` for images of (C, H, W)."""
+        return VGG(self, n_classes, image_shape[0], image_shape[1:])
+
 
 class VGG(nn.Module):
     """Simplified VGG.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.repair.inputs import RepairInputs, held_out_accuracy
 from sanitize.repair.sites import Linear, Norm, Site
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import Objective, OptimConfig, train
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
 
 FINE_TUNING = OptimConfig(

@@ -24,7 +24,7 @@ from sanitize.compute import Compute
 from sanitize.errors import ConfigError
 from sanitize.loop import predict
 from sanitize.measure import accuracy
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 
 Needs = Literal["untrusted", "clean", "nothing"]
 

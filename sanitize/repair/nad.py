@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
 from sanitize.loop import Objective, OptimConfig, Step, TrainBatch
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.repair.channels import find_channels
 from sanitize.repair.fine_tuning import FINE_TUNING, fine_tune
 from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy

@@ -16,7 +16,8 @@ from sanitize.data.chosen import chosen_images
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError
 from sanitize.loop import predict
-from sanitize.models.checkpoint import Checkpoint, ModelConfig, write_checkpoint
+from sanitize.models.checkpoint import Checkpoint, write_checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.progress import track
 from sanitize.repair.drr import DRRConfig
 from sanitize.repair.inputs import CleanImages, RepairInputs, UntrustedBatch, split_clean
@@ -91,7 +92,7 @@ def repair_model(
             than the test samples have, or the target of the trigger is no class.
         NumericsError: features, or a gradient, are not finite.
     """
-    if model.config.n_networks > 1:
+    if model.config.is_ensemble:
         raise ConfigError("an ensemble of partitions cannot be repaired: its networks are certified as they are")
     if config.trigger is not None:
         refuse_targets(triggers_of(config.trigger), model.config.n_classes)

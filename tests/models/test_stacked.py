@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sanitize.errors import ConfigError
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.stacked import Plurality, Stacked

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 import sanitize
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.errors import ArtifactError, SanitizeError
-from sanitize.models.checkpoint import Checkpoint, ModelConfig, write_checkpoint
+from sanitize.models.checkpoint import Checkpoint, write_checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
 

@@ -17,7 +17,7 @@ from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.measure import accuracy, attack_success_rate
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.repair.anp import ANPConfig, scaled_parameters
 from sanitize.repair.channels import find_channels

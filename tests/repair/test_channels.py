@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import Architecture, ModelConfig, TorchvisionConfig
+from sanitize.models.architectures import Architecture
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.resnet import ResNetConfig
+from sanitize.models.torchvision import TorchvisionConfig
 from sanitize.repair.channels import find_channels, prune, scaled_by, spatial_max
 from sanitize.repair.clp import CLPConfig, lipschitz_bounds
 from sanitize.repair.ep import EPConfig, Histogram

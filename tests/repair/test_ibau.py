@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.repair import CleanImages, IBAUConfig, RepairInputs
 from sanitize.repair.ibau import ascend, conjugate_gradient, fixed_point, hypergradient, into_ball

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sanitize.errors import ConfigError
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.repair import RepairInputs, split_clean
 
 

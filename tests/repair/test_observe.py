@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.taps import Tapped, find_taps
 from sanitize.repair import RepairInputs, in_memory
 from sanitize.repair.observe import Pooling, group_moments, sample_features

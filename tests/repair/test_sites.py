@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torchvision.models import VGG
 
-from sanitize.models.checkpoint import Architecture, ModelConfig, TorchvisionConfig
+from sanitize.models.architectures import Architecture
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.resnet import ResNetConfig
+from sanitize.models.torchvision import TorchvisionConfig
 from sanitize.repair.sites import Projection, Site, channels_last, find_sites, fold, watching
 
 NETWORKS: list[tuple[Architecture, int]] = [

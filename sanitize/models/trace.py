@@ -44,7 +44,7 @@ def trace(model: nn.Module, example_BCHW: Tensor) -> list[Call]:
 
     handles = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in layers]
     with torch.inference_mode(), removing(handles):
-        model.eval()(example_BCHW)
+        model.eval()(example_BCHW.to(next(model.parameters(), example_BCHW).device))
     return calls
 
 

@@ -57,7 +57,7 @@ class ANPConfig(BaseModel):
         """Prune a copy of `model`; `done` counts the pruned channels of each layer."""
         compute.activate()
         model = copy.deepcopy(model).to(compute.torch_device).eval()
-        sites = find_channels(model, inputs.config)
+        sites = find_channels(model, inputs.config.example())
         masks = self._masks(model, sites, inputs, compute)
         found = [(mask, i, c) for i, mask_C in enumerate(masks) for c, mask in enumerate(mask_C.tolist())]
         order = [(sites[i], c) for mask, i, c in sorted(found) if mask < self.threshold]

@@ -39,7 +39,7 @@ class CLPConfig(BaseModel):
         compute.activate()
         model = copy.deepcopy(model).eval()
         pruned = {}
-        for site in find_channels(model, inputs.config):
+        for site in find_channels(model, inputs.config.example()):
             channels_C = outliers(lipschitz_bounds(model, site), self.u)
             prune(model, site, channels_C, keep_bias=False)
             pruned[site.name] = int(channels_C.sum())

@@ -43,7 +43,7 @@ class EPConfig(BaseModel):
         """Prune a copy of `model`; `done` counts the pruned channels of each layer."""
         compute.activate()
         model = copy.deepcopy(model).to(compute.torch_device).eval()
-        sites = find_channels(model, inputs.config)
+        sites = find_channels(model, inputs.config.example())
         shape = _shape(model, sites, inputs, compute)
         histograms = {site.name: Histogram(*shape[site.name], self.bin_width) for site in sites}
         _watch(model, sites, inputs, compute, lambda site, y_BC: histograms[site.name].add(y_BC))

@@ -48,7 +48,7 @@ class FinePruningConfig(BaseModel):
         model = copy.deepcopy(model).to(compute.torch_device).eval()
         sites = [
             site
-            for site in find_channels(model, inputs.config)
+            for site in find_channels(model, inputs.config.example())
             if isinstance(model.get_submodule(site.linear), nn.Conv2d)
         ]
         if not sites:

@@ -18,6 +18,7 @@ from sanitize.compute import Compute
 from sanitize.errors import ConfigError
 from sanitize.loop import Objective, OptimConfig, Step, TrainBatch
 from sanitize.models.config import ModelConfig
+from sanitize.models.trace import trace
 from sanitize.repair.channels import find_channels
 from sanitize.repair.fine_tuning import FINE_TUNING, fine_tune
 from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
@@ -58,16 +59,9 @@ class NADConfig(BaseModel):
 
 def last_of_each_resolution(model: nn.Module, config: ModelConfig) -> list[Site]:
     """The channels that ran last at each size of feature maps, of those with more than one position."""
-    last: dict[torch.Size, Site] = {}
-
-    def see(site: Site, y_B: Tensor) -> None:
-        if y_B.dim() == 4 and y_B[0, 0].numel() > 1:
-            last[y_B.shape[2:]] = site
-
-    device = next(model.parameters()).device
-    with torch.inference_mode(), watching(model, find_channels(model, config), see):
-        model.eval()(config.example().to(device))
-    return list(last.values())
+    shapes = {call.name: call.y.shape for call in trace(model, config.example())}
+    last = {shapes[site.name][2:]: site for site in find_channels(model, config.example())}
+    return [site for size, site in last.items() if len(size) == 2 and size.numel() > 1]
 
 
 def attention(y_BCHW: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class RepairedModel(Checkpoint):
         return self.read_object("repair.json", "method", "weights_changed")
 
 
-@stage(RepairedModel, version=2)
+@stage(RepairedModel, version=3)
 def repair_model(
     config: RepairModelConfig,
     model: Checkpoint,

@@ -172,7 +172,7 @@ def test_attention_maps_have_length_one_and_forget_scale_and_channels() -> None:
 
 
 def test_maps_are_taken_once_at_each_resolution(backdoored: Case) -> None:
-    names = [site.name for site in find_channels(backdoored.model, CONFIG)]
+    names = [site.name for site in find_channels(backdoored.model, CONFIG.example())]
     assert [site.name for site in last_of_each_resolution(backdoored.model, CONFIG)] == [names[-1]]
     deeper = CONFIG.model_copy(update={"architecture": ConvNetConfig(widths=(4, 4, 8), convs_per_block=2)})
     found = last_of_each_resolution(deeper.build(), deeper)
@@ -180,7 +180,7 @@ def test_maps_are_taken_once_at_each_resolution(backdoored: Case) -> None:
 
 
 def test_factors_of_channels_are_those_of_a_network_whose_parameters_are_multiplied(backdoored: Case) -> None:
-    sites = find_channels(backdoored.model, CONFIG)
+    sites = find_channels(backdoored.model, CONFIG.example())
     factors = [[torch.rand(site.n_features) for site in sites] for _ in range(2)]
     scaled = copy.deepcopy(backdoored.model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""All repairs, told apart by `kind`."""
+"""All repairs, told apart by `kind`; the one list of them."""
 
 from typing import Annotated
 

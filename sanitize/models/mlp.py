@@ -10,7 +10,7 @@ from sanitize.models.sizes import Widths
 
 
 class MLPConfig(BaseModel):
-    """Architecture of `MLP`: widths of the hidden layers, each followed by a leaky ReLU of that slope (0: a ReLU)."""
+    """Architecture of `MLP`: widths of the hidden layers, and slope of the leaky ReLU after each (0: a ReLU)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

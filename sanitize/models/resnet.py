@@ -9,7 +9,7 @@ from sanitize.models.sizes import MAX_BLOCKS, Widths
 
 
 class ResNetConfig(BaseModel):
-    """Architecture of `ResNet`: a stage a width, each after the first at half the resolution."""
+    """Architecture of `ResNet`: one stage for each width; each stage after the first halves the resolution."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

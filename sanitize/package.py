@@ -9,6 +9,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class ModelPackage(Checkpoint):
 
 @stage(ModelPackage, version=2, gpu=False, draws="nothing")
 def package_model(model: Checkpoint, out: str, compute: Compute, certificates: Sequence[Certificates] = ()) -> Work:
-    """Put a model and its certificates into one folder; if the model is a package, its certificates of other kinds stay.
+    """Put a model and its certificates into one folder; a package keeps its earlier certificates of other kinds.
 
     Args:
         model: the trained model.
@@ -184,10 +185,7 @@ def _card(
         *(_measured(metrics) or ["Nothing but the loss."]),
         "",
         "## What is proved",
-        *(
-            [line for certificate in proved for line in _proved(certificate)]
-            or ["Nothing: this model carries no certificate."]
-        ),
+        *(chain.from_iterable(map(_proved, proved)) if proved else ["Nothing: this model carries no certificate."]),
     ]
     return "\n".join(_plain(line) for line in lines) + "\n"
 

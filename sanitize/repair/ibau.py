@@ -1,6 +1,6 @@
 """Implicit Backdoor Adversarial Unlearning (I-BAU; Zeng et al. 2022, "Adversarial Unlearning of Backdoors via Implicit
-Hypergradient", algorithm 1). With a few clean images and no trigger, the network unlearns the universal perturbation that
-raises its loss most.
+Hypergradient", algorithm 1). With a few clean images and no trigger, the network unlearns the universal perturbation
+that raises its loss most.
 
     min over theta of  H(delta(theta), theta),     delta(theta) = argmax over ||delta||_2 <= C of H(delta, theta)
 
@@ -132,8 +132,8 @@ class IBAUConfig(BaseModel):
 
 
 class _Chosen:
-    """The network of the best round: among rounds with at most `max_drop` less accuracy on held-out images, the one with
-    the highest accuracy on perturbed held-out images."""
+    """The network of the best round: of the rounds that lose at most `max_drop` accuracy on held-out images, the one
+    with the highest accuracy on perturbed held-out images."""
 
     def __init__(self, max_drop: float) -> None:
         self.max_drop = max_drop

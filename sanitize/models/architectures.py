@@ -1,4 +1,4 @@
-"""All architectures, told apart by `kind`.
+"""All architectures, in one list, distinguished by `kind`.
 
 An architecture is one file: a frozen config with `kind` and
 

@@ -177,8 +177,8 @@ def measured(
             right[name] += batch.labels_B[predictions_B == batch.labels_B].bincount(minlength=n_classes)
     found: dict[str, dict[str, Any]] = {}
     for name, right_K in right.items():
-        of_class = [float(r / n) if n else None for r, n in zip(right_K, count_K, strict=True)]
-        found[name] = {"acc": float(right_K.sum() / count_K.sum()), "acc_of_class": of_class}
+        class_accuracy = [float(r / n) if n else None for r, n in zip(right_K, count_K, strict=True)]
+        found[name] = {"acc": float(right_K.sum() / count_K.sum()), "acc_of_class": class_accuracy}
     if trigger is None:
         return found
     n_attacked, hits = 0, dict.fromkeys(networks, 0)

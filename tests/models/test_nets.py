@@ -4,7 +4,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from sanitize.models.cnn9 import CNN9, CNN9Config
-from sanitize.models.convnet import ConvNet, ConvNetConfig
+from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLP, MLPConfig
 from sanitize.models.resnet import ResNet, ResNetConfig
 
@@ -18,7 +18,7 @@ CONFIGS = [
 
 def build(config: ConvNetConfig | ResNetConfig, n_classes: int = 3, channels: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    return (ConvNet if isinstance(config, ConvNetConfig) else ResNet)(config, n_classes, channels)  # type: ignore[arg-type]
+    return config.build(n_classes, (channels, 8, 8))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -1,4 +1,4 @@
-"""Which channels there are, what pruning one does, and the measures that tell a planted one from the rest."""
+"""Channels of networks, the effect of pruning, and the criteria that find a planted channel."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ NETWORKS: list[tuple[Architecture, int, int, int]] = [  # size of images, layers
 
 
 def network(architecture: Architecture, size: int) -> tuple[nn.Module, ModelConfig]:
-    """Random weights, and BatchNorms none of whose numbers is an easy one."""
+    """Random weights, and BatchNorms with random statistics and weights."""
     torch.manual_seed(0)
     config = ModelConfig(architecture=architecture, n_classes=10, image_shape=(3, size, size))
     model = config.build()
@@ -78,7 +78,7 @@ def test_a_pruned_channel_is_constant_and_the_others_are_as_they_were(
 
 
 class PreActivation(nn.Module):
-    """A residual network of one width: each norm but those inside the blocks is given a sum."""
+    """A pre-activation residual network of constant width: all norms but `norms2` normalise a sum."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""DRR: the direction of a planted cluster is found and removed, and nothing is found in nothing."""
+"""DRR: the direction of a planted cluster is found and removed; clean data has none."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""I-BAU: the hypergradient is the exact one where there is an exact one, and the perturbation stays in its ball."""
+"""I-BAU: the hypergradient equals the exact one where that is known, and the perturbation stays in its ball."""
 
 import copy
 

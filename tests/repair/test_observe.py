@@ -1,4 +1,4 @@
-"""What a site shows is what it was when it ran, whatever the network writes into it afterwards."""
+"""Features of a site are those at the time of its call, even if the network overwrites them later."""
 
 import pytest
 import torch

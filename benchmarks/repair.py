@@ -4,10 +4,10 @@
     python -m benchmarks.repair --full [--images 50000] [--epochs 60] [--json FILE]     CIFAR-10, on a GPU
     python -m benchmarks.repair --timing [--images 50000] [--json FILE]     DRR on ResNet-18, I-BAU and fine-tuning
 
---quick: Fashion-MNIST, 12,000 images. DRR on a CNN 16-32-64 under BadNets 10 and 1 %, blended 10 %, BadNets all-to-all
-10 %, and untouched; `drr third_moment` is the method of the paper. I-BAU with 500 clean images on a simplified VGG under
-BadNets and blended 10 %; `ibau direct` has no implicit term. For the first seed: a subset of CIFAR-10, and the
-baselines. The clean images are not in the training data (100 of 500 are held out for the stopping
+--quick: Fashion-MNIST, 12,000 images. DRR on a CNN 16-32-64 under BadNets 10 and 1 %, blended 10 %, BadNets
+all-to-all 10 %, and untouched; `drr third_moment` is the method of the paper. I-BAU with 500 clean images on a
+simplified VGG under BadNets and blended 10 %; `ibau direct` has no implicit term. For the first seed: a subset of
+CIFAR-10, and the baselines. The clean images are not in the training data (100 of 500 are held out for the stopping
 rule); ACC and ASR are measured on test images that no method sees. Per run: ACC and ASR after the repair, and again
 after 2 epochs of fine-tuning on the same clean images.
 

@@ -1,4 +1,4 @@
-"""Centres as far apart as can be, and a last layer that measures distances to them."""
+"""Max-Mahalanobis centres, and the last layer that measures distances to them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Stacked networks are what each of them is alone."""
+"""Stacked networks give the same outputs and gradients as each network alone."""
 
 import pytest
 import torch

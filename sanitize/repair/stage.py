@@ -48,7 +48,9 @@ class RepairModelConfig(BaseModel):
     @model_validator(mode="after")
     def _the_attack_has_a_trigger(self) -> Self:
         if self.trigger is not None and not triggers_of(self.trigger):
-            raise ConfigError("trigger: label noise has no trigger, so its success cannot be measured; leave it out")
+            raise ConfigError(
+                "trigger: label noise has no trigger, so that its success cannot be measured; leave it out"
+            )
         return self
 
 
@@ -177,8 +179,8 @@ def measured(
             right[name] += batch.labels_B[predictions_B == batch.labels_B].bincount(minlength=n_classes)
     found: dict[str, dict[str, Any]] = {}
     for name, right_K in right.items():
-        class_accuracy = [float(r / n) if n else None for r, n in zip(right_K, count_K, strict=True)]
-        found[name] = {"acc": float(right_K.sum() / count_K.sum()), "acc_of_class": class_accuracy}
+        of_class = [float(r / n) if n else None for r, n in zip(right_K, count_K, strict=True)]
+        found[name] = {"acc": float(right_K.sum() / count_K.sum()), "acc_of_class": of_class}
     if trigger is None:
         return found
     n_attacked, hits = 0, dict.fromkeys(networks, 0)

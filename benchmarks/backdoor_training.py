@@ -36,7 +36,7 @@ from sanitize.attack.labels import LabelNoiseConfig, flip_labels
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, train
-from sanitize.models.checkpoint import Architecture
+from sanitize.models.architectures import Architecture
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.resnet import ResNetConfig
 from sanitize.train import MethodConfig, robust_objective, zoo

@@ -44,7 +44,7 @@ from sanitize.condense.evaluate import learn_from
 from sanitize.condense.pool import Pool
 from sanitize.loop import OptimConfig, predict
 from sanitize.measure import accuracy
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
 
 NETWORK = ModelConfig(

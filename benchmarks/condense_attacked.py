@@ -57,7 +57,7 @@ from sanitize.condense.pool import Pool
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.measure import accuracy
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
 
 RATE = 0.01

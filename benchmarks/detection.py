@@ -38,7 +38,7 @@ from sanitize.data.tables import Embeddings, Scores, Selection
 from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
 from sanitize.loop import predict, train
 from sanitize.measure import accuracy, attack_success_rate, auroc, detection
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.score import (
     LabelMarginConfig,

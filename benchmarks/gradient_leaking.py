@@ -40,8 +40,10 @@ from sanitize.denoise import Components, PCANoise, PCANoiseConfig
 from sanitize.denoise.pca import exact_components
 from sanitize.loop import Objective, OptimConfig, predict, train
 from sanitize.measure import EvasionConfig, accuracy, gradient_leaking, smallest_perturbation
-from sanitize.models.checkpoint import Architecture, FactoryConfig, ModelConfig
+from sanitize.models.architectures import Architecture
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.factory import FactoryConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.models.resnet import ResNetConfig
 

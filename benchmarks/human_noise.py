@@ -37,7 +37,7 @@ from sanitize.data.tables import EmbeddingBatch
 from sanitize.embed.label_free import oriented_gradients
 from sanitize.loop import OptimConfig, predict
 from sanitize.measure import accuracy, auroc
-from sanitize.models.checkpoint import Architecture
+from sanitize.models.architectures import Architecture
 from sanitize.models.cnn9 import CNN9Config
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.score.label_margin import LabelMargin, LabelMarginConfig

@@ -34,8 +34,9 @@ from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import Objective, OptimConfig, predict, train
 from sanitize.measure import accuracy, auroc
-from sanitize.models.checkpoint import Architecture, ModelConfig
+from sanitize.models.architectures import Architecture
 from sanitize.models.cnn9 import CNN9Config
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.group_norm import without_batch_norm
 from sanitize.models.mlp import MLPConfig

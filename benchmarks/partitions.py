@@ -24,7 +24,7 @@ from sanitize.certify.partition import Vote, content_digest, partition_of
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.stacked import Stacked
 
 CONFIG = PartitionConfig()

@@ -1,22 +1,23 @@
-"""Does repair take a backdoor out of a model that has learned it, at what cost, and does it come back?
+"""Repairs of models with a backdoor: attack success rate and accuracy after the repair, and after fine-tuning.
 
     python -m benchmarks.repair --quick [--first-seed 0] [--json FILE]     3 seeds, 10 minutes on 2 cores
     python -m benchmarks.repair --full [--images 50000] [--epochs 60] [--json FILE]     CIFAR-10, on a GPU
     python -m benchmarks.repair --timing [--images 50000] [--json FILE]     DRR on ResNet-18, I-BAU and fine-tuning
 
---quick: Fashion-MNIST, 12,000 images. DRR on a CNN 16-32-64 under BadNets 10 and 1 %, blended 10 %, BadNets all-to-all
-10 %, and untouched; `drr third_moment` is the paper's reading. I-BAU with 500 clean images on a simplified VGG with a
-flatten head under BadNets and blended 10 %; `ibau direct` has no implicit term. For the first seed: a subset of
-CIFAR-10, and the repairs users would compare with. The model is trained on one set, clean images are another (100 of
-500 held out for the stopping rule), ACC and ASR are measured on test images that no method sees. Per run: ACC and ASR
-after the repair, and again after 2 epochs of clean fine-tuning on the same clean images.
+--quick: Fashion-MNIST, 12,000 images. DRR on a CNN 16-32-64 under BadNets 10 and 1 %, blended 10 %, BadNets
+all-to-all 10 %, and untouched; `drr third_moment` is the method of the paper. I-BAU with 500 clean images on a
+simplified VGG under BadNets and blended 10 %; `ibau direct` has no implicit term. For the first seed: a subset of
+CIFAR-10, and the baselines. The clean images are not in the training data (100 of 500 are held out for the stopping
+rule); ACC and ASR are measured on test images that no method sees. Per run: ACC and ASR after the repair, and again
+after 2 epochs of fine-tuning on the same clean images.
 
 --full: ResNet-18 and WRN-28-1 under BadNets, BadNets all-to-all, blended and clean-label attacks, 10 % (clean label:
 8 %), ResNet-18 at 5 and 1 % too (DRR, Tables 1 and 3); the simplified VGG under the eight attacks of I-BAU's Table 1 at
 20 % with 5,000 clean images, and with 100 (Table 5). Targets: mean ASR, and mean loss of ACC, at most the papers'.
 
---timing: DRR on an untrained ResNet-18 beside a forward pass over the same images (target: at most 3 passes in all, the
-search apart: it does not grow with the data); a round of I-BAU beside an epoch of fine-tuning, on 400 images.
+--timing: DRR on an untrained ResNet-18 compared with a forward pass over the same images (target: at most 3 passes
+without the search, which does not grow with the data); a round of I-BAU compared with an epoch of fine-tuning, on 400
+images.
 
 Exits with 1 where a target is missed.
 """
@@ -52,7 +53,8 @@ from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.measure import accuracy, attack_success_rate
-from sanitize.models.checkpoint import Architecture, ModelConfig
+from sanitize.models.architectures import Architecture
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.models.resnet import ResNetConfig
@@ -105,7 +107,7 @@ TUNING = OptimConfig(optimizer="adam", learning_rate=1e-3, schedule="constant", 
 
 
 class Setting(NamedTuple):
-    """What is trained, and repaired how; `methods` are names of `METHODS`."""
+    """Data, network, training and attacks of a suspect model, and its repairs; `methods` are names of `METHODS`."""
 
     data: str
     n_train: int
@@ -150,8 +152,8 @@ FULL = {
     "ibau table 1": Setting("cifar10", 45_000, VGGConfig(), LONG, (*ONE_TARGET, "all-to-all 20 %"), ("ibau",), 5_000),
     "ibau table 5": Setting("cifar10", 45_000, VGGConfig(), LONG, ("badnets 20 %",), ("ibau",), 100),
 }
-# Of the papers, in the mean over the attacks of a setting: ASR after the repair, and ACC that it costs. Table 1 of DRR
-# gives one mean of both networks, two more attacks among them; Table 5 of I-BAU says nothing of the suspect model.
+# Results of the papers, mean over the attacks of a setting: ASR after the repair, and loss of ACC. Table 1 of DRR has
+# one mean for both networks, with two more attacks; Table 5 of I-BAU does not report the suspect model.
 PAPERS = {
     "drr table 1, resnet18": (0.0150, 0.0129),
     "drr table 1, wrn-28-1": (0.0150, 0.0129),
@@ -171,7 +173,7 @@ def trigger_of(attack: str) -> Trigger | None:
 
 
 def run(setting: Setting, attack: str, seed: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """Poison, train, repair and fine-tune with one seed; one row a method, the first for the suspect model."""
+    """Poison, train, repair and fine-tune with one seed; one row for each method, the first for the suspect model."""
     compute = Compute(device=device, seed=seed)
     compute.activate()
     images, labels, test, test_labels = _data(setting)
@@ -184,8 +186,9 @@ def run(setting: Setting, attack: str, seed: int, device: str = "cpu") -> list[d
     compute.seed_global("init")
     model = config.build()
     _train(model, config, poisoned, given, setting.optim, compute)
-    spare = images[setting.n_train :], labels[setting.n_train :]
-    clean = split_clean(*(of[: setting.n_clean] for of in spare), 0.2, compute.generator("held out"))
+    clean_rows = slice(setting.n_train, setting.n_train + setting.n_clean)
+    clean_data = images[clean_rows], labels[clean_rows]
+    clean = split_clean(*clean_data, 0.2, compute.generator("held out"))
     inputs = RepairInputs(config, in_memory(poisoned, given, truth_N), clean)
 
     def measured(network: nn.Module) -> dict[str, float]:
@@ -193,7 +196,7 @@ def run(setting: Setting, attack: str, seed: int, device: str = "cpu") -> list[d
 
     def tuned(network: nn.Module) -> dict[str, float]:
         network = deepcopy(network)
-        _train(network, config, *(of[: setting.n_clean] for of in spare), TUNING, compute)
+        _train(network, config, *clean_data, TUNING, compute)
         return {f"{name}_tuned": value for name, value in measured(network).items()}
 
     common = {"data": setting.data, "network": _name(setting), "attack": attack, "seed": seed}
@@ -227,7 +230,7 @@ def _brief(repaired: Repaired) -> dict[str, Any]:
 
 
 def _data(setting: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images with the clean ones behind them, and test images, with labels."""
+    """Training images followed by clean images, and test images, with labels."""
     if setting.data == "fashion":
         images, labels = fashion_mnist("train")
         test, test_labels = fashion_mnist("t10k")
@@ -235,18 +238,16 @@ def _data(setting: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n_shards = -(-(setting.n_train + setting.n_clean) // 5000)
         images, labels = cifar10("train", range(min(10, n_shards)))
         test, test_labels = cifar10("test")
-    if (
-        len(labels) < setting.n_train + setting.n_clean
-    ):  # all of them are learned: the clean images are test images, held apart
+    if len(labels) < setting.n_train + setting.n_clean:  # clean images are taken from the test set
         n = setting.n_clean
         images, labels = torch.cat([images, test[:n]]), torch.cat([labels, test_labels[:n]])
         test, test_labels = test[n:], test_labels[n:]
-    n_test = min(N_TEST, setting.n_train)  # fewer only where --images asks for a rehearsal
+    n_test = min(N_TEST, setting.n_train)  # fewer only for a trial run with few --images
     return images, labels, test[:n_test], test_labels[:n_test]
 
 
 def _poisoned(attack: str, images: Tensor, labels: Tensor, compute: Compute) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels as given, and which are poisoned."""
+    """Images, given labels, and a mask of the poisoned samples."""
     truth_N = torch.zeros(len(labels), dtype=torch.bool)
     if (config := trigger_of(attack)) is None:
         return images, labels, truth_N
@@ -267,7 +268,7 @@ def _poisoned(attack: str, images: Tensor, labels: Tensor, compute: Compute) -> 
 
 
 def _surrogate(images: Tensor, labels: Tensor, compute: Compute) -> OnPixels:
-    """What the attacker perturbs images against: an ordinary network that learned from the clean data."""
+    """The attacker's network, trained on the clean data, against which images are perturbed."""
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
     config = ModelConfig(architecture=ConvNetConfig(widths=(32, 64, 128)), n_classes=10, image_shape=shape)
     compute.seed_global("surrogate")
@@ -296,7 +297,7 @@ def _acc_asr(
 
 
 def check(rows: list[dict[str, Any]]) -> list[str]:
-    """The targets that were missed, in words."""
+    """Messages on the targets that were missed."""
     missed = []
 
     def expect(row: dict[str, Any], name: str, limit: float) -> None:
@@ -320,36 +321,36 @@ def check(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds; a suspect model that two settings start from counts once."""
+    """Means over seeds; a suspect model that two settings share counts once."""
     groups: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in ("data", "network", "attack", "method")), {})[row["seed"]] = row
     names = ("acc", "asr", "acc_tuned", "asr_tuned", "seconds", "search_s", "round_s", "removed", "rounds")
     return [
         dict(zip(("data", "network", "attack", "method"), group, strict=True))
-        | {"seeds": len(of)}
-        | {name: float(np.mean([row[name] for row in of])) for name in names if name in of[0]}
-        for group, of in ((group, list(of_seed.values())) for group, of_seed in groups.items())
+        | {"seeds": len(runs)}
+        | {name: float(np.mean([row[name] for row in runs])) for name in names if name in runs[0]}
+        for group, runs in ((group, list(by_seed.values())) for group, by_seed in groups.items())
     ]
 
 
 def check_full(rows: list[dict[str, Any]]) -> list[str]:
-    """The papers' averages that were missed."""
+    """Messages on the results of the papers that were missed."""
     missed = []
     for setting, wanted in PAPERS.items():
-        of = [
+        runs = [
             row
             for row in rows
             if row["setting"] == setting and row["method"] in ("drr", "ibau") and row["attack"] != "untouched"
         ]
         for name, limit in zip(("asr", "acc_lost"), wanted, strict=True):
-            if of and (got := float(np.mean([row[name] for row in of]))) > limit:
+            if runs and (got := float(np.mean([row[name] for row in runs]))) > limit:
                 missed.append(f"{setting}: mean {name} <= {limit}, got {got:.4f}")
     return missed
 
 
 def timing(n_images: int, device: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Seconds of a repair beside those of what it cannot do without; and the targets that were missed."""
+    """Seconds of repairs and of the passes to compare them with; messages on the targets that were missed."""
     compute = Compute(device=device)
     compute.activate()
     images, labels = cifar10("train", range(max(1, n_images // 5_000)))
@@ -363,37 +364,44 @@ def timing(n_images: int, device: str) -> tuple[list[dict[str, Any]], list[str]]
 
     def seconds(work: Callable[[], object]) -> float:
         start = time.perf_counter()
-        work()  # what it gives back is on the CPU: nothing is left running on the device
+        work()  # its result is on the CPU, so the device has finished
         return time.perf_counter() - start
 
     model, config = network(RESNET18)
-    predict(model, images[:256], config.normalise, compute)  # what is slow once: kernels are chosen
-    of_pass = seconds(lambda: predict(model, images, config.normalise, compute))
-    # Everything is removed, poison or not, so that all of the repair is measured.
+    predict(model, images[:256], config.normalise, compute)  # warm-up: kernels are chosen
+    pass_s = seconds(lambda: predict(model, images, config.normalise, compute))
+    # A low tau removes directions of any data, so that all parts of the repair are measured.
     repair = DRRConfig(search="third_moment", tau=1e-6, n_starts=2, n_steps=10)
     repaired: list[Repaired] = []
     inputs = RepairInputs(config, in_memory(images, labels))
-    of_drr = seconds(lambda: repaired.append(repair.repair(model, inputs, compute)))
+    drr_s = seconds(lambda: repaired.append(repair.repair(model, inputs, compute)))
     search = repaired[0].seconds["search"]
-    rows.append({"what": "a forward pass of ResNet-18", "images": n_images, "seconds": of_pass})
-    rows.append({"what": "DRR, all of it", "images": n_images, "seconds": of_drr, "times": of_drr / of_pass})
+    rows.append({"what": "a forward pass of ResNet-18", "images": n_images, "seconds": pass_s})
+    rows.append({"what": "DRR, all of it", "images": n_images, "seconds": drr_s, "times": drr_s / pass_s})
     rows.append({"what": "of it, the search", "images": n_images, "seconds": search})
     model, config = network(VGGConfig())
     clean = split_clean(images[:N_CLEAN], labels[:N_CLEAN], 0.2, compute.generator("held out"))
     unlearn = IBAUConfig(rounds=3, patience=3)
-    of_round = seconds(lambda: unlearn.repair(model, RepairInputs(config, None, clean), compute)) / unlearn.rounds
+    round_s = seconds(lambda: unlearn.repair(model, RepairInputs(config, None, clean), compute)) / unlearn.rounds
     tuning = TUNING.model_copy(update={"epochs": 3})
     tuned = clean.images_NCHW, clean.labels_N
-    of_epoch = seconds(lambda: _train(deepcopy(model), config, *tuned, tuning, compute)) / tuning.epochs
+    epoch_s = seconds(lambda: _train(deepcopy(model), config, *tuned, tuning, compute)) / tuning.epochs
     n_learned = len(clean.labels_N)
-    rows.append({"what": "an epoch of fine-tuning, simplified VGG", "images": n_learned, "seconds": of_epoch})
-    rows.append({"what": "a round of I-BAU", "images": n_learned, "seconds": of_round, "times": of_round / of_epoch})
-    passes = (of_drr - search) / of_pass
+    rows.append({"what": "an epoch of fine-tuning, simplified VGG", "images": n_learned, "seconds": epoch_s})
+    rows.append(
+        {
+            "what": "a round of I-BAU",
+            "images": n_learned,
+            "seconds": round_s,
+            "times": round_s / epoch_s,
+        }
+    )
+    passes = (drr_s - search) / pass_s
     return rows, [f"DRR without its search <= 3 forward passes, got {passes:.2f}"] if passes > 3 else []
 
 
 def main() -> None:
-    """Run all settings and seeds, two at a time where there is no GPU, print, check."""
+    """Run all settings and seeds, two at a time without a GPU, print the results, check the targets."""
     parser = quick_or_full(__doc__, "timing")
     parser.add_argument("--epochs", type=int, help="of --full; other results than those of the tables")
     parser.add_argument("--settings", nargs="+", choices=list(FULL), default=list(FULL), help="of --full")
@@ -401,7 +409,7 @@ def main() -> None:
     start = time.perf_counter()
     if arguments.timing:
         rows, missed = timing(arguments.images, "auto")
-        print_table(rows, ["what", "images", "seconds", "times"], "seconds, and how many times what stands above")
+        print_table(rows, ["what", "images", "seconds", "times"], "seconds, and multiples of the row above")
         conclude(missed, arguments.json, start, rows=rows)
     rows = full(arguments) if arguments.full else quick(arguments.first_seed, start)
     columns = ["data", "network", "attack", "method", "seeds", "acc", "asr", "acc_tuned", "asr_tuned"]
@@ -411,7 +419,7 @@ def main() -> None:
 
 
 def full(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The papers' tables, one network after the other."""
+    """The tables of the papers, one network after the other."""
     rows = []
     for name in arguments.settings:
         setting = FULL[name]._replace(n_train=min(FULL[name].n_train, arguments.images))

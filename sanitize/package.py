@@ -1,14 +1,15 @@
-"""The model package: one folder that says what a model is, what it was trained on, and what is proved about it.
+"""The model package: one folder with a model, the recipe of its training, and its certificates.
 
     model = sanitize.load_model("runs/robust/80-package")
     logits = model(images)                      # uint8 (B, C, H, W), or float on [0, 1]
 
 `model.safetensors`, `config.json` (architecture, classes, preprocessing, input range), `training.json` (the recipe),
-`certificate.json`, `metrics.json`, and `MODEL_CARD.md`, which is written from the others. No pickle anywhere.
+`certificate.json`, `metrics.json`, and `MODEL_CARD.md`, which is written from the other files. No pickle.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from sanitize.certify.certificates import Proved, excerpt
 from sanitize.certify.ensemble import PROVED
 from sanitize.compute import Compute
 from sanitize.errors import ArtifactError
-from sanitize.models.checkpoint import Checkpoint, ModelConfig
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.stage import Work, stage
 from sanitize.storage import exists, join
 from sanitize.tar.names import as_markdown
 
-PACKAGE = "80-package"  # of a run folder
+PACKAGE = "80-package"  # folder of the package in a run
 
 
 class ModelPackage(Checkpoint):
@@ -37,19 +39,20 @@ class ModelPackage(Checkpoint):
 
 @stage(ModelPackage, version=2, gpu=False, draws="nothing")
 def package_model(model: Checkpoint, out: str, compute: Compute, certificates: Sequence[Certificates] = ()) -> Work:
-    """Put a model and what is proved about it into one folder; what a package held of other kinds stays.
+    """Put a model and its certificates into one folder; a package keeps its earlier certificates of other kinds.
 
     Args:
-        model: what was trained.
+        model: the trained model.
         out: folder of the artifact.
-        compute: unused but for the convention; nothing is random.
-        certificates: of this model.
+        compute: not used; every stage takes it.
+        certificates: new certificates of this model.
     """
 
     def write(part: Part) -> None:
         training, proved = _known(model)
-        new = [of.summary() for of in certificates]
-        proved = [of for of in proved if of["kind"] not in {other["kind"] for other in new}] + new
+        new = [certificate.summary() for certificate in certificates]
+        kinds = {certificate["kind"] for certificate in new}
+        proved = [certificate for certificate in proved if certificate["kind"] not in kinds] + new
         metrics = _metrics(model, proved)
         state = {name: tensor.contiguous() for name, tensor in model.model().state_dict().items()}
         part.write("model.safetensors", safetensors.torch.save(state))
@@ -65,14 +68,14 @@ def package_model(model: Checkpoint, out: str, compute: Compute, certificates: S
 
 
 def open_model(path: str | Path, trust_code: bool = False) -> Checkpoint:
-    """The model in a folder or URL: a package, what a training stage made, or a run folder with a package.
+    """The model in a folder or URL: a package, the artifact of a training stage, or a run folder with a package.
 
     Args:
-        path: of the folder.
+        path: path of the folder.
         trust_code: see `load_model`.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: the folder holds no model.
     """
     path = str(path).rstrip("/")
     if not exists(join(path, MANIFEST)) and exists(join(path, PACKAGE, MANIFEST)):
@@ -87,27 +90,27 @@ def open_model(path: str | Path, trust_code: bool = False) -> Checkpoint:
 def load_model(path: str | Path, *, trust_code: bool = False) -> nn.Module:
     """A model with its preprocessing, in eval mode, on the CPU.
 
-    A package may come from a stranger: its numbers are bounded, nothing larger than its files is built, and no code is
-    run for it.
+    A package may come from a stranger: its numbers are bounded, nothing larger than its files is built, and code it
+    names is not run.
 
     Args:
         path: see `open_model`.
-        trust_code: allow the package to name a function that builds its network ("kind": "factory"). The function must
-            be in an installed package: nothing is imported from the working directory or from the model's folder.
+        trust_code: allow the function in the package that builds its network ("kind": "factory"). The function must be
+            in an installed package: nothing is imported from the working directory or from the model's folder.
 
     Returns:
-        A module from images (B, C, H, W), uint8 or float on [0, 1], to logits (B, K), or, of an ensemble, to votes.
+        A module from images (B, C, H, W), uint8 or float on [0, 1], to logits (B, K), or to votes for an ensemble.
 
     Raises:
-        ArtifactError: there is no model; a file is not what the manifest says, or describes no network; the weights do
-            not fit it; or it names code and `trust_code` is not given.
+        ArtifactError: there is no model; a file differs from the manifest, or describes no network; the weights do not
+            fit the network; or the package names code and `trust_code` is False.
     """
     checkpoint = open_model(path, trust_code)
     return OnPixels(checkpoint.model(), checkpoint.config).eval()
 
 
 def _known(model: Checkpoint) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """How the model was trained, and what was proved about it before: what a package says of it is still true."""
+    """Recipe of the training, and earlier certificates; both are copied from a package."""
     if "certificate.json" not in model.manifest().files:
         return model.manifest().recipe.model_dump(mode="json"), []
     training = _checked(model, "training.json", Recipe)
@@ -127,7 +130,7 @@ class _History(RootModel[tuple[dict[str, float], ...]]):
 
 
 def _checked(model: Checkpoint, name: str, kind: type[BaseModel]) -> Any:
-    """Content of a JSON file as it is, once it is known to be of this kind. Raises ArtifactError where it is not."""
+    """Content of a JSON file. Raises ArtifactError where it does not validate as `kind`."""
     found = model.read_json(name)
     try:
         kind.model_validate(found)
@@ -137,15 +140,16 @@ def _checked(model: Checkpoint, name: str, kind: type[BaseModel]) -> Any:
 
 
 def _metrics(model: Checkpoint, proved: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was measured: the last epoch of the training, and the accuracy of what was certified."""
+    """Metrics of the last epoch of the training, and accuracies of the certificates."""
     metrics: dict[str, Any] = {}
     if "metrics.json" in model.manifest().files:
         measured = _checked(model, "metrics.json", _Metrics)
-        metrics |= {name: of for name, of in measured.items() if name == "training"}
+        metrics |= {name: values for name, values in measured.items() if name == "training"}
     if "history.json" in model.manifest().files and (history := _checked(model, "history.json", _History)):
         metrics["training"] = history[-1]
-    for of in proved:
-        metrics[of["kind"]] = {name: of[name] for name in ("samples", "abstained", "clean_accuracy")}
+    for certificate in proved:
+        names = ("samples", "abstained", "clean_accuracy")
+        metrics[certificate["kind"]] = {name: certificate[name] for name in names}
     return metrics
 
 
@@ -181,19 +185,19 @@ def _card(
         *(_measured(metrics) or ["Nothing but the loss."]),
         "",
         "## What is proved",
-        *([line for of in proved for line in _proved(of)] or ["Nothing: this model carries no certificate."]),
+        *(chain.from_iterable(map(_proved, proved)) if proved else ["Nothing: this model carries no certificate."]),
     ]
     return "\n".join(_plain(line) for line in lines) + "\n"
 
 
 def _plain(line: str) -> str:
-    """A line of a card in which nothing that came from another package is a link, a picture or HTML."""
+    """A line of a card without links, pictures and HTML, which may come from another package."""
     return line.replace("<", "&lt;").replace("](", "] (") if line.isprintable() else repr(line)
 
 
 def _architecture(config: ModelConfig) -> str:
     one = ", ".join(f"{name} {value}" for name, value in config.architecture.model_dump(mode="json").items())
-    return f"The vote of {config.n_networks} networks ({one})" if config.n_networks > 1 else f"One network ({one})"
+    return f"The vote of {config.n_networks} networks ({one})" if config.is_ensemble else f"One network ({one})"
 
 
 def _measured(metrics: dict[str, Any]) -> list[str]:
@@ -203,20 +207,20 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def _proved(of: dict[str, Any]) -> list[str]:
-    """A section of the card: the statement, a short table, and what it does not say."""
-    shown = excerpt(of["certified_accuracy"])
-    scope = of["scope"]
+def _proved(certificate: dict[str, Any]) -> list[str]:
+    """A section of the card: the statement, a short table, and the limits of the statement."""
+    shown = excerpt(certificate["certified_accuracy"])
+    scope = certificate["scope"]
     parameters = ", ".join(
-        f"{_shown(name)} {_shown(value)}" for name, value in of["parameters"].items() if value is not None
+        f"{_shown(name)} {_shown(value)}" for name, value in certificate["parameters"].items() if value is not None
     )
     return [
-        f"### Against {_shown(scope['threat'])}: {_shown(of['kind'])}",
-        f"{_shown(scope['statement'])} ({_shown(of['source'])}; {parameters}.)",
+        f"### Against {_shown(scope['threat'])}: {_shown(certificate['kind'])}",
+        f"{_shown(scope['statement'])} ({_shown(certificate['source'])}; {parameters}.)",
         "",
-        f"Of {_shown(of['samples'])} samples ({_shown(of['abstained'])} of them abstained from):",
+        f"Of {_shown(certificate['samples'])} samples ({_shown(certificate['abstained'])} of them abstained from):",
         "",
-        f"| radius ({_shown(of['radius_unit'])}) | " + " | ".join(f"{radius:g}" for radius, _ in shown) + " |",
+        f"| radius ({_shown(certificate['radius_unit'])}) | " + " | ".join(f"{radius:g}" for radius, _ in shown) + " |",
         "|---" * (len(shown) + 1) + "|",
         "| certified accuracy | " + " | ".join(f"{share:.1%}" for _, share in shown) + " |",
         "",
@@ -226,5 +230,5 @@ def _proved(of: dict[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value from a package, which may come from strangers."""
+    """Escaped text of a value, which may come from a stranger's package."""
     return as_markdown(str(value), 2_000)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.errors import NumericsError
 from sanitize.loop import OptimConfig, predict, train
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNet, ConvNetConfig
 
 

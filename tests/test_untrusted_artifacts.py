@@ -23,7 +23,8 @@ from sanitize.drift import Projection, Statistics
 from sanitize.errors import ArtifactError, SanitizeError
 from sanitize.jobs.reference import ReferenceConfig
 from sanitize.jobs.restore import config_of, verify_run, written_config
-from sanitize.models.checkpoint import ModelConfig, write_checkpoint
+from sanitize.models.checkpoint import write_checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.package import PACKAGE, ModelPackage, open_model, package_model
 from sanitize.score import FittedScorer, SpectralConfig, fit_scorer

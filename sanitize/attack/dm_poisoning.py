@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sanitize.attack.targeted import PerturbConfig, perturb
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
 from sanitize.siamese import SiameseConfig
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sanitize.attack.targeted import PerturbConfig, perturb
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.siamese import SiameseConfig
 
 

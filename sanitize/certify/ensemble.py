@@ -25,10 +25,13 @@ from sanitize.distributed import world
 from sanitize.embed.label_free import oriented_gradients
 from sanitize.errors import ConfigError
 from sanitize.loop import Objective, OptimConfig, Step, TrainBatch, train
-from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, refuse_misfits
+from sanitize.models.architectures import Architecture
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.sizes import MAX_NETWORKS
 from sanitize.models.stacked import Stacked
+from sanitize.models.weights import refuse_misfits
 from sanitize.progress import track
 from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig, new_scorer
 from sanitize.stage import Advance, Work, stage

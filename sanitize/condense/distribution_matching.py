@@ -21,7 +21,7 @@ from sanitize.compute import Compute
 from sanitize.condense.aggregate import AggregateConfig, aggregate
 from sanitize.condense.pool import Pool
 from sanitize.errors import NumericsError
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
 from sanitize.siamese import Change, SiameseConfig
 from sanitize.snapshots import Snapshot, Snapshots, below, optimizer_state, prefixed, restore_optimizer

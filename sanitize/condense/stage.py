@@ -23,7 +23,7 @@ from sanitize.data.decode import encode_png
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ArtifactError
 from sanitize.loop import predict
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.progress import track
 from sanitize.snapshots import Snapshots
 from sanitize.stage import Work, stage

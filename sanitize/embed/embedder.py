@@ -13,15 +13,11 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import shuffled
 from sanitize.loop import OptimConfig, train
-from sanitize.models.checkpoint import (
-    Architecture,
-    Checkpoint,
-    ModelConfig,
-    load_into,
-    load_state,
-    write_checkpoint,
-)
+from sanitize.models.architectures import Architecture
+from sanitize.models.checkpoint import Checkpoint, write_checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.weights import load_into, load_state
 from sanitize.progress import track
 from sanitize.stage import Work, stage
 from sanitize.storage import fingerprint, sha256_file

@@ -27,7 +27,9 @@ from sanitize.data.shuffle import Resident, Streamed, buffer_bytes, shuffled
 from sanitize.distributed import weighted, world
 from sanitize.errors import ConfigError
 from sanitize.loop import Objective, OptimConfig, Step, TrainBatch, train
-from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, write_checkpoint
+from sanitize.models.architectures import Architecture
+from sanitize.models.checkpoint import Checkpoint, write_checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.taps import find_taps
 from sanitize.progress import track

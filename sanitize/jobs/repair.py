@@ -10,7 +10,7 @@ from sanitize.errors import ConfigError
 from sanitize.jobs.job import ModelRunConfig, job
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import as_the_model_sees, index_found, packaged
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.package import PACKAGE, open_model, package_model
 from sanitize.repair import RepairModelConfig, repair_model
 

@@ -40,7 +40,7 @@ def robustness(config: RobustnessRunConfig, run: Run) -> dict[str, Any]:
         Places, and what was measured.
     """
     model = open_model(config.model, config.allow_factory)
-    if model.config.n_networks > 1:
+    if model.config.is_ensemble:
         raise ConfigError(f"{config.model} votes, and votes have no gradient to attack by: certify it instead")
     index = as_the_model_sees(config.index, model.config)
     dataset = index_found("00-index", config.shards, index, run)

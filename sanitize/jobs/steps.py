@@ -8,7 +8,8 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.jobs.run import Run
-from sanitize.models.checkpoint import Checkpoint, ModelConfig
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.package import PACKAGE, package_model
 from sanitize.report import write_certificate_report
 

@@ -1,1 +1,1 @@
-"""Small networks, how to build, save and load them, and how to read their inner activations."""
+"""Small networks: building, saving and loading them, and reading their inner activations."""

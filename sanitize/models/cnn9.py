@@ -1,7 +1,7 @@
 """The nine-layer network of the literature on noisy labels (Han et al. 2018, Table 3; B. Liu 2022, chapter 4).
 
 Three blocks of three convolutions, each with BatchNorm and a leaky ReLU; max-pooling and dropout after the first two;
-the last block is narrowing and without padding, then the spatial mean and one Linear. For images of 28 pixels and more.
+the last block narrows and has no padding; then the spatial mean and one Linear. For images of 28 pixels or more.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class CNN9Config(BaseModel):
-    """Architecture of `CNN9`; the paper's width is 128 (4.4 million weights), the first block's."""
+    """Architecture of `CNN9`; `width` is the width of the first block, 128 in the paper (4.4 million weights)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -19,14 +19,18 @@ class CNN9Config(BaseModel):
     width: int = Field(default=128, ge=1, le=16_384)
     dropout: float = Field(default=0.25, ge=0, lt=1)
 
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `CNN9` for images of (C, H, W)."""
+        return CNN9(self, n_classes, image_shape[0])
+
 
 class CNN9(nn.Module):
     """Nine convolutions.
 
     Args:
         config: width and dropout.
-        n_classes: K, the number of logits.
-        in_channels: C of the images.
+        n_classes: K, number of logits.
+        in_channels: C, channels of the images.
     """
 
     def __init__(self, config: CNN9Config, n_classes: int, in_channels: int) -> None:

@@ -1,7 +1,7 @@
 """A plain convolutional network: [conv 3x3 - max-pool - BatchNorm - ReLU] blocks, the last without a pool.
 
-Small on purpose: it is the suspect model that `embed` trains to make a backdoor visible, and it must be quick on
-two CPU cores. Shapes: B batch, C channels, H W image, K classes, D features.
+Small on purpose: `embed` trains it as the suspect model, to make a backdoor visible, and it must be quick on two CPU
+cores. Shapes: B batch, C channels, H W image, K classes, D features.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from sanitize.models.sizes import Widths
 
 
 class ConvNetConfig(BaseModel):
-    """Architecture of `ConvNet`; `widths` has one entry a block, so its length is the depth."""
+    """Architecture of `ConvNet`; `widths` has one entry for each block."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,14 +22,18 @@ class ConvNetConfig(BaseModel):
     widths: Widths = (32, 64, 128)
     convs_per_block: int = Field(default=1, ge=1, le=4)
 
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `ConvNet` for images of (C, H, W)."""
+        return ConvNet(self, n_classes, image_shape[0])
+
 
 class ConvNet(nn.Module):
     """`widths` blocks, each but the last halving the image, then the spatial mean and one Linear.
 
     Args:
         config: widths and convolutions per block.
-        n_classes: K, the number of logits.
-        in_channels: C of the images.
+        n_classes: K, number of logits.
+        in_channels: C, channels of the images.
     """
 
     def __init__(self, config: ConvNetConfig, n_classes: int, in_channels: int) -> None:

@@ -1,8 +1,8 @@
-"""Networks that code outside this package builds, and where such code may be found.
+"""Networks that are built by code outside this package, and the places where such code may lie.
 
-A model package from a stranger may name any function. Nothing is imported for it unless the caller says so, and even
-then only from what is installed: never from the working directory or from the package's own folder, where whoever made
-the package chooses what the name of a module means.
+A model package from a stranger may name any function. Its module is imported only where the caller allows it, and only
+from installed packages: never from the working directory or the folder of the model package, where the stranger may
+have put a module of any name.
 """
 
 import importlib
@@ -14,24 +14,52 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from sanitize.errors import ConfigError
 
-_IMPORTING = threading.RLock()  # sys.path is the whole process's
+_IMPORTING = threading.RLock()  # all threads share sys.path
+
+
+class FactoryConfig(BaseModel):
+    """A network of the user's: `function` is "package.module:function", called as function(n_classes, in_channels).
+
+    `build` imports and runs that code. In a configuration the user wrote this is wanted. A model package with a
+    function is loaded only where the caller allows it (`Checkpoint.trust_code`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["factory"] = "factory"
+    function: str = Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$", max_length=200)
+
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """The network that `function` returns for images of (C, H, W).
+
+        Raises:
+            ConfigError: the function cannot be imported, or returns no network.
+        """
+        return build_by(self.function, n_classes, image_shape[0])
+
+
+def factory_of(architecture: BaseModel) -> str | None:
+    """Function of a `FactoryConfig`; None for any other architecture."""
+    return architecture.function if isinstance(architecture, FactoryConfig) else None
 
 
 def build_by(function: str, n_classes: int, in_channels: int) -> nn.Module:
-    """The network that `function` ("package.module:function") makes.
+    """The network that `function` ("package.module:function") returns.
 
     Raises:
-        ConfigError: it cannot be imported, or makes no network.
+        ConfigError: the function cannot be imported, or returns no network.
     """
     module, _, name = function.partition(":")
     try:
         factory: Callable[..., object] = getattr(importlib.import_module(module), name)
-    except Exception as error:  # it is code that is not ours: it may raise anything
+    except Exception as error:  # the user's code may raise anything
         raise ConfigError(f"cannot import {function}: {error}") from error
     try:
         network = factory(n_classes=n_classes, in_channels=in_channels)
@@ -44,9 +72,9 @@ def build_by(function: str, n_classes: int, in_channels: int) -> nn.Module:
 
 @contextmanager
 def only_installed(folder: str) -> Iterator[None]:
-    """Within the block imports find nothing in the working directory or in `folder`, that of a model package.
+    """Within the block, imports skip the working directory and `folder`, the folder of a model package.
 
-    Modules that are imported already are not affected; see `refuse_unless_installed`.
+    Modules that have been imported before are not affected; see `refuse_unless_installed`.
     """
     with _IMPORTING:
         before = list(sys.path)
@@ -58,9 +86,9 @@ def only_installed(folder: str) -> Iterator[None]:
 
 
 def refuse_unless_installed(function: str, folder: str) -> None:
-    """Raise ConfigError unless the module of `function` is an installed one; to be called within `only_installed`.
+    """Raise ConfigError unless the module of `function` is installed; to be called within `only_installed`.
 
-    Nothing is imported: the top-level module is looked up, and its place compared with the forbidden ones.
+    Nothing is imported: the top-level module is looked up, and its place compared with the forbidden folders.
     """
     top = function.partition(":")[0].partition(".")[0]
     try:
@@ -80,18 +108,18 @@ def refuse_unless_installed(function: str, folder: str) -> None:
 
 
 def _may_hold_code(entry: str, folder: str) -> bool:
-    """False for the working directory and for `folder`, with all below them but the interpreter's own folders.
+    """False for the working directory, `folder` and all folders below them but the interpreter's own.
 
-    Python makes the relative entries of PYTHONPATH absolute when it starts, so that they cannot be told from others.
+    Python makes the relative entries of PYTHONPATH absolute when it starts, so they look like any other entry.
     """
     place = Path(entry).resolve()  # "" is the working directory
     if any(place.is_relative_to(home) for home in _interpreter_folders()):
-        return True  # of a virtual environment that lies in the working directory
+        return True  # a virtual environment may lie in the working directory
     return not any(place.is_relative_to(Path(root).resolve()) for root in ("", folder.removeprefix("file://")))
 
 
 def _interpreter_folders() -> set[Path]:
-    """Where the standard library and installed packages are."""
+    """Folders of the standard library and of installed packages."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     folders = [sysconfig.get_path(name) for name in names] + [*site.getsitepackages(), site.getusersitepackages()]
     return {Path(folder).resolve() for folder in folders}

@@ -1,15 +1,15 @@
-"""Networks whose answer for a sample does not depend on the other samples of its batch."""
+"""GroupNorm for BatchNorm: the outputs of a sample no longer depend on the other samples of its batch."""
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def without_batch_norm(network: nn.Module, groups: int = 8) -> nn.Module:
-    """The same network, in place, with every BatchNorm replaced by a GroupNorm with new weights, which mixes nothing.
+    """Replace every BatchNorm of `network` by a GroupNorm with new weights, in place.
 
     Args:
-        network: whose BatchNorm layers are replaced; returned (a lone BatchNorm is returned as a new layer).
-        groups: of each GroupNorm, or the largest smaller number that divides its channels.
+        network: the network; returned (a network that is itself a BatchNorm is returned as a new layer).
+        groups: groups of each GroupNorm, or the largest smaller number that divides its channels.
     """
     if isinstance(network, _BatchNorm):
         channels = network.num_features

@@ -1,7 +1,7 @@
 """The network of the condensation literature: [conv 3x3 - instance norm - ReLU - average pooling] blocks, one Linear.
 
-Gidaris & Komodakis (2018), Zhao & Bilen (2021). Instance norm treats each image by itself, so that what an image is
-mapped to does not depend on its company. Shapes: B batch, C channels, H W image, K classes, D features.
+Gidaris & Komodakis (2018), Zhao & Bilen (2021). Instance norm treats each image by itself, so the features of an image
+do not depend on its batch. Shapes: B batch, C channels, H W image, K classes, D features.
 """
 
 from typing import Literal
@@ -14,20 +14,24 @@ from sanitize.models.sizes import Widths
 
 
 class InstanceConvNetConfig(BaseModel):
-    """Architecture of `InstanceConvNet`; `widths` has one entry a block."""
+    """Architecture of `InstanceConvNet`; `widths` has one entry for each block."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["instance_convnet"] = "instance_convnet"
     widths: Widths = (128, 128, 128)
 
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `InstanceConvNet` for images of (C, H, W)."""
+        return InstanceConvNet(self, n_classes, image_shape)
+
 
 class InstanceConvNet(nn.Module):
-    """`widths` blocks, each halving the image (rounded down), and one Linear on all that is left of it.
+    """`widths` blocks, each halving the image (rounded down), and one Linear on the flattened last map.
 
     Args:
         config: widths.
-        n_classes: K, the number of logits.
+        n_classes: K, number of logits.
         image_shape: (C, H, W); H and W are at least 2 to the number of blocks.
     """
 
@@ -50,12 +54,12 @@ class InstanceConvNet(nn.Module):
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator) -> None:
-        """New random convolutions from torch's own initialisation, drawn on the device the weights are on."""
+        """Draw new convolutions from torch's own initialisation, on the device of the weights."""
         for block in self.blocks:
             assert isinstance(block, InstanceBlock)
             weight = block.conv.weight
             bound = weight[0].numel() ** -0.5
-            # Into a tensor of its own: the layout of the weights must not decide which draw goes where.
+            # Into a new tensor: the memory layout of the weights must not change the order of the draws.
             weight.copy_(torch.empty(weight.shape, device=weight.device).uniform_(-bound, bound, generator=generator))
 
 
@@ -64,11 +68,11 @@ class InstanceBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)  # the norm would take a bias out
-        self.norm = nn.GroupNorm(out_channels, out_channels)  # one channel a group: that is instance norm
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)  # the norm removes a bias
+        self.norm = nn.GroupNorm(out_channels, out_channels)  # one channel a group is instance norm
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H // 2, W // 2)."""
-        # On a CPU convolutions and pooling are several times faster channels_last, the norm 10 x slower: copies pay.
+        # On a CPU channels_last makes convolutions and pooling several times faster, and the norm 10 x slower: copy.
         y_BCHW = self.norm(self.conv(x_BCHW).contiguous()).contiguous(memory_format=torch.channels_last)
         return nn.functional.avg_pool2d(nn.functional.relu(y_BCHW), 2)

@@ -1,5 +1,6 @@
 """A multilayer perceptron, for images laid out flat and for tables. B batch, D inputs, K outputs."""
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,13 +10,17 @@ from sanitize.models.sizes import Widths
 
 
 class MLPConfig(BaseModel):
-    """Architecture of `MLP`: widths of the hidden layers, each followed by a leaky ReLU of that slope (0: a ReLU)."""
+    """Architecture of `MLP`: widths of the hidden layers, and slope of the leaky ReLU after each (0: a ReLU)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["mlp"] = "mlp"
     widths: Widths = (256,)
     negative_slope: float = Field(default=0.0, ge=0, lt=1)
+
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `MLP` for images of (C, H, W)."""
+        return MLP(self, n_classes, math.prod(image_shape))
 
 
 class MLP(nn.Module):

@@ -1,6 +1,6 @@
-"""A last layer without weights: how near an embedding is to fixed centres, as far from each other as can be.
+"""A last layer without weights: distances of an embedding to fixed centres at the largest distance from each other.
 
-The max-Mahalanobis centre loss (Pang, Xu, Dong, Du, Chen & Zhu, ICLR 2020) pulls each embedding to the centre of its
+The max-Mahalanobis centre loss (Pang, Xu, Dong, Du, Chen & Zhu, ICLR 2020) draws each embedding to the centre of its
 class. Shapes: B batch, D features of the embedding, K classes.
 """
 
@@ -11,15 +11,15 @@ from sanitize.errors import ConfigError
 
 
 def centres(n_classes: int, n_features: int, scale: float) -> Tensor:
-    """K points (K, D) of length `scale`, any two of them with the cosine -1 / (K - 1) (Algorithm 1 there).
+    """K points (K, D) of length `scale`; any two have the cosine -1 / (K - 1) (Algorithm 1 of the paper).
 
     Raises:
-        ConfigError: there is no room for a simplex: D < K - 1.
+        ConfigError: D < K - 1, too few dimensions for a simplex, or K < 2.
     """
     if n_features < n_classes - 1:
         raise ConfigError(f"{n_classes} centres need {n_classes - 1} features, the embedding has {n_features}")
     if n_classes < 2:
-        raise ConfigError("centres are as far from each other as can be: that takes two classes")
+        raise ConfigError("mmc: distances between centres need two classes or more")
     # Coordinate j of all later points is the same, so the algorithm's double loop over points is one over coordinates.
     own, shared, squares = [], [], 0.0
     for _ in range(n_classes - 1):
@@ -42,6 +42,6 @@ class CentreDistance(nn.Module):
         self.register_buffer("centres_KD", centres(n_classes, n_features, scale), persistent=False)
 
     def forward(self, z_BD: Tensor) -> Tensor:
-        """The largest is that of the nearest centre."""
+        """Logits (B, K); the nearest centre has the largest."""
         squares_BK = z_BD.square().sum(1, keepdim=True) + self.centres_KD.square().sum(1)
         return z_BD @ self.centres_KD.T - squares_BK / 2

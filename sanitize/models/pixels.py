@@ -1,17 +1,17 @@
-"""A classifier of pixels: what radii are measured in is the image on [0, 1], not what the network is fed."""
+"""A classifier of images on [0, 1], the scale in which radii are measured, instead of normalised images."""
 
 import torch
 from torch import Tensor, nn
 
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 
 
 class OnPixels(nn.Module):
-    """The network behind its normalisation: logits (B, K), or votes, of images (B, C, H, W), uint8 or float on [0, 1].
+    """A network with its normalisation: logits (B, K), or votes, of images (B, C, H, W), uint8 or float on [0, 1].
 
     Args:
-        network: takes normalised images.
-        config: mean and std of each channel.
+        network: network on normalised images.
+        config: description with mean and std of each channel.
     """
 
     mean_C11: Tensor
@@ -24,6 +24,6 @@ class OnPixels(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits of images that need not lie on [0, 1]: noise leads out of it."""
+        """Logits of images; float images may leave [0, 1], as noisy images do."""
         x_BCHW = x_BCHW / 255 if x_BCHW.dtype == torch.uint8 else x_BCHW
         return self.network((x_BCHW - self.mean_C11) / self.std_C11)

@@ -9,7 +9,7 @@ from sanitize.models.sizes import MAX_BLOCKS, Widths
 
 
 class ResNetConfig(BaseModel):
-    """Architecture of `ResNet`: a stage a width, each after the first at half the resolution."""
+    """Architecture of `ResNet`: one stage for each width; each stage after the first halves the resolution."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,6 +22,10 @@ class ResNetConfig(BaseModel):
         if (n_blocks := len(self.widths) * self.blocks_per_stage) > MAX_BLOCKS:
             raise ValueError(f"{n_blocks} blocks: at most {MAX_BLOCKS}")
         return self
+
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `ResNet` for images of (C, H, W)."""
+        return ResNet(self, n_classes, image_shape[0])
 
 
 class _Block(nn.Module):

@@ -1,5 +1,5 @@
-"""Bounds of the numbers in a network's description. A description may come from a stranger: no number in it may ask for
-more memory or time than any network of ours needs."""
+"""Bounds of the numbers in the description of a network, which may come from a stranger: they limit the memory and time
+that a description can cost."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Many networks of one architecture as one: their weights stacked, one batched product where each had its own.
+"""Many networks of one architecture as one module: their weights are stacked, and each layer is one batched product.
 
 Shapes: B batch, M networks, K classes.
 """
@@ -16,12 +16,12 @@ from sanitize.errors import ConfigError
 
 
 class Stacked(nn.Module):
-    """Networks side by side. None sees another's inputs, so each is trained as if it were alone.
+    """Networks side by side, each trained on its own inputs, independently of the others.
 
     Args:
-        template: one of the networks; without BatchNorm, whose statistics no batched product keeps apart, and without
-            dropout, whose draws would be shared.
-        weights: of all networks, each parameter with a first axis M.
+        template: one of the networks; without BatchNorm, whose statistics a batched product cannot keep apart, and
+            without dropout, whose random numbers would be shared.
+        weights: weights of all networks, each parameter with a first axis M.
 
     Raises:
         ConfigError: the network keeps statistics of its inputs, or draws random numbers.
@@ -42,13 +42,13 @@ class Stacked(nn.Module):
 
     @classmethod
     def of(cls, networks: Sequence[nn.Module]) -> Self:
-        """The networks, which are alike in architecture, with the weights they have."""
+        """Stack networks of one architecture, with copies of their weights."""
         weights, _buffers = stack_module_state(list(networks))
         return cls(networks[0], weights)
 
     @classmethod
     def empty(cls, template: nn.Module, n_networks: int) -> Self:
-        """So many networks like `template`, with weights that are still to be loaded."""
+        """Stack `n_networks` networks like `template`, with uninitialised weights, to be loaded."""
         weights = {name: weight.new_empty(n_networks, *weight.shape) for name, weight in template.named_parameters()}
         return cls(template, weights)
 
@@ -56,15 +56,15 @@ class Stacked(nn.Module):
         """Outputs (B, M, K).
 
         Args:
-            x_B: (B, M, ...), each network's own inputs; (B, ...) where all see the same.
-            shared: which of the two.
+            x_B: inputs of each network (B, M, ...), or shared inputs (B, ...).
+            shared: True for shared inputs.
         """
         (template,) = self._template
         template.train(self.training)
         weights: dict[str, Tensor] = {own: self.get_parameter(name) for name, own in self._names.items()}
 
-        def one(of_one: dict[str, Tensor], inputs_B: Tensor) -> Tensor:
-            outputs_BK: Tensor = functional_call(template, of_one, (inputs_B,))
+        def one(own_weights: dict[str, Tensor], inputs_B: Tensor) -> Tensor:
+            outputs_BK: Tensor = functional_call(template, own_weights, (inputs_B,))
             return outputs_BK
 
         in_dims = (0, None if shared else 1)
@@ -72,14 +72,14 @@ class Stacked(nn.Module):
 
 
 class Plurality(nn.Module):
-    """The vote of stacked networks."""
+    """The plurality vote of stacked networks."""
 
     def __init__(self, networks: Stacked) -> None:
         super().__init__()
         self.networks = networks
 
     def forward(self, x_B: Tensor) -> Tensor:
-        """Votes for each class (B, K), float32, of inputs that all networks see. A network that is torn between two
-        classes votes for the smaller."""
+        """Votes for each class (B, K), float32, of shared inputs; a network with equal logits votes for the smaller
+        class."""
         outputs_BMK = self.networks(x_B, shared=True)
         return nn.functional.one_hot(outputs_BMK.argmax(2), outputs_BMK.shape[2]).sum(1).float()

@@ -1,7 +1,7 @@
 """Reading a network's inner activations with hooks: the penultimate layer, and the last convolution's feature maps.
 
-Which modules those are is found by running the network once and watching, not by their names, so any architecture
-will do whose forward pass ends in a Linear.
+The modules are found by running the network once, not by their names, so every architecture is supported whose forward
+pass ends in a Linear.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.errors import ConfigError
+from sanitize.models.trace import removing, trace
 
 
 class Taps(NamedTuple):
@@ -26,31 +27,25 @@ class Taps(NamedTuple):
 
 
 def find_taps(model: nn.Module, example_BCHW: Tensor, penultimate: str | None = None) -> Taps:
-    """Run `model` on an example and see which Linear ran last, and which feature maps came last before it.
+    """The last Linear that runs on an example, and the last feature maps.
+
+    Args:
+        model: the network; it is left in eval mode.
+        example_BCHW: normalised images.
+        penultimate: name of another Linear, to be taken instead of the last.
 
     Raises:
         ConfigError: no Linear runs, or `penultimate` names no Linear of the model.
     """
-    seen: list[tuple[str, nn.Module, torch.Size]] = []
-    handles = [
-        module.register_forward_hook(lambda module, _in, out, name=name: seen.append((name, module, out.shape)))
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.Conv2d))
-    ]
-    try:
-        with torch.inference_mode():
-            model.eval()(example_BCHW)
-    finally:
-        for handle in handles:
-            handle.remove()
-    linears = [name for name, module, _ in seen if isinstance(module, nn.Linear)]
+    calls = trace(model, example_BCHW)
+    linears = [call.name for call in calls if isinstance(call.module, nn.Linear)]
     if penultimate is not None and penultimate not in linears:
         raise ConfigError(
             f"penultimate={penultimate!r} is no Linear of the model; it has {', '.join(linears) or 'none'}"
         )
     if not linears:
         raise ConfigError("the model runs no Linear layer, so its penultimate layer cannot be found; name a head")
-    maps = [(name, module) for name, module, shape in seen if len(shape) == 4 and shape[2] * shape[3] > 1]
+    maps = [(call.name, call.module) for call in calls if call.y.dim() == 4 and call.y.shape[2:].numel() > 1]
     norms = [name for name, module in maps if not isinstance(module, nn.Conv2d)]
     convs = [name for name, module in maps if isinstance(module, nn.Conv2d) and not _patchifies(module)]
     names = norms or convs
@@ -58,16 +53,16 @@ def find_taps(model: nn.Module, example_BCHW: Tensor, penultimate: str | None = 
 
 
 def _patchifies(conv: nn.Conv2d) -> bool:
-    """True for a transformer's patch embedding: it cuts the image up and sees no features."""
+    """True for the patch embedding of a transformer, whose output is no map of features."""
     return conv.kernel_size == conv.stride != (1, 1)
 
 
 class Tapped:
-    """Run a network and keep what its taps saw.
+    """A network that also returns the activations at its taps.
 
     Args:
-        model: in eval mode; it is not changed.
-        taps: from `find_taps`.
+        model: the network, in eval mode; it is not changed.
+        taps: result of `find_taps`.
     """
 
     def __init__(self, model: nn.Module, taps: Taps) -> None:
@@ -78,8 +73,8 @@ class Tapped:
         """One forward pass.
 
         Returns:
-            "logits" (B, K); "penultimate" (B, D), the input of the last Linear; and where there are feature maps,
-            "pooled" (B, 2 C): spatial maximum, then spatial mean, of the normalised pre-activation.
+            "logits" (B, K); "penultimate" (B, D), the input of the last Linear; and for networks with feature maps
+            "pooled" (B, 2 C), spatial maximum and spatial mean of the normalised pre-activation.
         """
         kept: dict[str, Tensor] = {}
 
@@ -94,9 +89,6 @@ class Tapped:
         handles = [modules[self.taps.penultimate].register_forward_pre_hook(keep_input)]
         if self.taps.feature_maps is not None:
             handles.append(modules[self.taps.feature_maps].register_forward_hook(keep_pooled))
-        try:
+        with removing(handles):
             kept["logits"] = self.model(x_BCHW)
-        finally:
-            for handle in handles:
-                handle.remove()
         return kept

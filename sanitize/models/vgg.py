@@ -13,8 +13,8 @@ class VGGConfig(BaseModel):
     """Architecture of `VGG`; the paper's widths are (32, 64, 128).
 
     Attributes:
-        widths: of the blocks; each halves the image.
-        dropout: after each block.
+        widths: widths of the blocks; each block halves the image.
+        dropout: dropout probability after each block.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,8 +26,12 @@ class VGGConfig(BaseModel):
     @model_validator(mode="after")
     def _each_block_has_both(self) -> Self:
         if len(self.widths) != len(self.dropout):
-            raise ValueError(f"{len(self.widths)} widths and {len(self.dropout)} dropouts: give one of each a block")
+            raise ValueError(f"{len(self.widths)} widths and {len(self.dropout)} dropouts: give one of each per block")
         return self
+
+    def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+        """A new `VGG` for images of (C, H, W)."""
+        return VGG(self, n_classes, image_shape[0], image_shape[1:])
 
 
 class VGG(nn.Module):
@@ -35,9 +39,9 @@ class VGG(nn.Module):
 
     Args:
         config: widths and dropout.
-        n_classes: K, the number of logits.
-        in_channels: C of the images.
-        image_size: (H, W); the head is as large as the last map.
+        n_classes: K, number of logits.
+        in_channels: C, channels of the images.
+        image_size: (H, W) of the images, which sets the width of the head.
     """
 
     def __init__(self, config: VGGConfig, n_classes: int, in_channels: int, image_size: tuple[int, int]) -> None:

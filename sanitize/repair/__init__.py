@@ -1,4 +1,4 @@
-"""Repair of a model that has already learned the poison."""
+"""Repair of models that have learned a backdoor."""
 
 from sanitize.repair.anp import ANPConfig
 from sanitize.repair.clp import CLPConfig

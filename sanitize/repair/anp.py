@@ -1,13 +1,13 @@
-"""Adversarial neuron pruning (Wu & Wang, 2021): neurons whose small perturbation brings the backdoor out are pruned.
+"""Adversarial neuron pruning (Wu & Wang, 2021): prune neurons whose small perturbation triggers the backdoor.
 
-With masks m on the weights w and biases b of each channel (of its BatchNorm, or else of its layer), on clean images
+With masks m on the weights w and biases b of each channel (in its BatchNorm, or else in its layer), on clean images
 
     min over m in [0, 1] of  alpha L(m w, b) + (1 - alpha) max over |d|, |e| <= epsilon of L((m + d) w, (1 + e) b)
 
-(Eq. 4 to 6); the maximum is approached by one step of the sign of the gradient from a random start. Channels whose mask
-ends below a threshold lose their weight, the smallest mask first, as far as the accuracy on held-out images allows: in
-narrow layers the paper's threshold alone takes half of the network. BatchNorm keeps its statistics while the masks are
-learned: a few images would move them, and the masks with them.
+(Eq. 4 to 6); the maximum is approximated by one signed gradient step from a random start. Channels with a mask below a
+threshold are pruned, the smallest mask first, as far as the accuracy on held-out images allows: in narrow layers the
+paper's threshold alone prunes half of the network. BatchNorm keeps its statistics while the masks are learned, because
+a few images would change them a lot.
 
 Shapes: B batch, C channels of all layers together.
 """
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sanitize.compute import Compute
-from sanitize.data.shuffle import Resident
 from sanitize.errors import NumericsError
 from sanitize.repair.channels import find_channels, prune_in_order, scaled_by
 from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
@@ -34,11 +33,11 @@ class ANPConfig(BaseModel):
     Attributes:
         epsilon: largest relative perturbation.
         alpha: weight of the loss without perturbation.
-        learning_rate: of the masks, by SGD with momentum 0.9.
-        steps: of it; the paper takes 2,000.
-        batch_size: clean images a step.
-        threshold: channels whose mask is below it are pruned, the smallest mask first.
-        max_drop: of the accuracy on held-out clean images; the next channel that would cost more ends the pruning.
+        learning_rate: learning rate of the masks, by SGD with momentum 0.9.
+        steps: number of SGD steps; 2,000 in the paper.
+        batch_size: clean images in a step.
+        threshold: mask below which a channel is pruned.
+        max_drop: largest loss of accuracy on held-out clean images; pruning ends before it is exceeded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,10 +53,10 @@ class ANPConfig(BaseModel):
     max_drop: float = Field(default=0.04, ge=0, le=1)
 
     def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Prune a copy of `model`; `done` counts the pruned channels of each layer."""
+        """Prune a copy of `model`; `done` has the number of pruned channels of each layer."""
         compute.activate()
         model = copy.deepcopy(model).to(compute.torch_device).eval()
-        sites = find_channels(model, inputs.config)
+        sites = find_channels(model, inputs.config.example())
         masks = self._masks(model, sites, inputs, compute)
         found = [(mask, i, c) for i, mask_C in enumerate(masks) for c, mask in enumerate(mask_C.tolist())]
         order = [(sites[i], c) for mask, i, c in sorted(found) if mask < self.threshold]
@@ -67,14 +66,8 @@ class ANPConfig(BaseModel):
         return Repaired(model, done | {"held_out_accuracy": held_out_accuracy(model, inputs, compute)})
 
     def _masks(self, model: nn.Module, sites: list[Site], inputs: RepairInputs, compute: Compute) -> list[Tensor]:
-        """The mask of each layer, (C,)."""
-        device, clean = compute.torch_device, inputs.clean_images()
-        data = Resident(
-            clean.images_NCHW.to(device),
-            clean.labels_N.to(device),
-            self.batch_size,
-            lambda epoch: compute.generator("repair", "anp", "shuffle", epoch),
-        )
+        """Masks of each layer, (C,)."""
+        device = compute.torch_device
         generator = compute.generator("repair", "anp", "start", device=device)
         sizes = [site.n_features for site in sites]
         mask_C = torch.ones(sum(sizes), device=device, requires_grad=True)
@@ -86,11 +79,7 @@ class ANPConfig(BaseModel):
                 logits_BK = functional_call(model, scaled, (x_BCHW,))
             return nn.functional.cross_entropy(logits_BK.float(), y_B)
 
-        for step in range(self.steps):
-            epoch, number = divmod(step, data.steps_per_epoch)
-            if number == 0:
-                batches = data.epoch(epoch)
-            images_BCHW, y_B, _ = next(batches)
+        for images_BCHW, y_B in inputs.clean_batches(self.steps, self.batch_size, compute, "anp"):
             x_BCHW = inputs.config.normalise(images_BCHW)
             start_2C = 2 * torch.rand(2, sum(sizes), generator=generator, device=device) - 1
             worst_2C = (self.epsilon * start_2C).requires_grad_()
@@ -111,7 +100,7 @@ class ANPConfig(BaseModel):
 def scaled_parameters(
     model: nn.Module, sites: list[Site], weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]
 ) -> dict[str, Tensor]:
-    """The parameters of each channel times its factors."""
+    """Parameters by name, with the weight and bias of each channel multiplied by its factors."""
     parameters = {}
     for site, weight_C, bias_C in zip(sites, weights, biases, strict=True):
         name = scaled_by(model, site)

@@ -1,7 +1,7 @@
-"""Channels of a network: where those methods read and prune that judge one neuron at a time.
+"""Channels of a network, for methods that judge and prune one neuron at a time.
 
-Unlike the sites that a projection folds into (`repair.sites`), a channel survives pooling: between a convolution and
-its norm a pool may lie, as in `ConvNet`. Shapes: B batch, C channels, X what follows.
+Between a convolution and its norm a pool may lie, as in `ConvNet`, which the sites of a projection (`repair.sites`) do
+not allow: pooling does not mix channels. Shapes: B batch, C channels, X positions.
 """
 
 import copy
@@ -11,43 +11,39 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.trace import BatchNorm, Linear, last_linear, trace
 from sanitize.repair.inputs import RepairInputs, held_out_accuracy
-from sanitize.repair.sites import Linear, Norm, Site
+from sanitize.repair.sites import Site, follows
 
 
-def find_channels(model: nn.Module, config: ModelConfig) -> list[Site]:
-    """Every convolution and Linear but the last Linear, in the order in which they run.
+def find_channels(model: nn.Module, example_BCHW: Tensor) -> list[Site]:
+    """Every convolution and Linear but the last Linear, in the order in which they run on an example.
 
-    A layer's norm is the BatchNorm that runs next, before any other layer, and has as many channels.
+    The norm of a layer is the BatchNorm that runs next, if it has as many channels and is computed from the output of
+    this layer alone. In a pre-activation network it is not: it normalises a sum, or the sum reads the layer too.
     """
-    ran: list[tuple[str, nn.Module]] = []
-    handles = [
-        module.register_forward_hook(lambda module, _x, _y, name=name: ran.append((name, module)))
-        for name, module in model.named_modules()
-        if isinstance(module, Linear | Norm)
-    ]
-    try:
-        with torch.inference_mode():
-            model.eval()(config.example().to(next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    head = next((name for name, module in reversed(ran) if isinstance(module, nn.Linear)), None)
+    calls = [call for call in trace(model, example_BCHW) if isinstance(call.module, Linear | BatchNorm)]
+    head = last_linear(calls)
     sites = []
-    for (name, module), (next_name, following) in zip(ran, [*ran[1:], ("", nn.Identity())], strict=True):
-        if not isinstance(module, Linear) or name == head:
+    for call, following in zip(calls, [*calls[1:], None], strict=True):
+        layer = call.module
+        if not isinstance(layer, Linear) or call.name == head:
             continue
-        n_channels = module.weight.shape[0]
-        is_normed = isinstance(following, Norm) and following.affine and following.num_features == n_channels
-        sites.append(
-            Site(next_name if is_normed else name, name, next_name if is_normed else None, "output", n_channels)
-        )
+        n_channels, norm = layer.weight.shape[0], None
+        if following is not None and _has_channels(following.module, n_channels):
+            is_own = follows(model, example_BCHW, call.name, following.name, directly=False)
+            norm = following.name if is_own else None
+        sites.append(Site(norm or call.name, call.name, norm, "output", n_channels))
     return sites
 
 
+def _has_channels(module: nn.Module, n_channels: int) -> bool:
+    """True for a BatchNorm of `n_channels` channels with weights."""
+    return isinstance(module, BatchNorm) and module.affine and module.num_features == n_channels
+
+
 def scaled_by(model: nn.Module, site: Site) -> str:
-    """Name of the module whose weight and bias scale and shift each channel: the norm, or else the layer itself."""
+    """Name of the module whose weight and bias scale and shift each channel: the norm, or else the layer."""
     return site.norm or site.linear
 
 
@@ -57,10 +53,10 @@ def prune(model: nn.Module, site: Site, channels_C: Tensor, keep_bias: bool) -> 
 
     Args:
         model: the network.
-        site: one of `find_channels`.
-        channels_C: True for those to prune, bool, or their numbers, int64.
-        keep_bias: the constant is the bias, which behind a BatchNorm is the channel's mean before the non-linearity;
-            else it is 0.
+        site: layer, from `find_channels`.
+        channels_C: channels to prune, as a mask (C,) bool or as indices, int64.
+        keep_bias: the constant is the bias, which after a BatchNorm is the mean of the channel before the
+            non-linearity; else it is 0.
     """
     module: Any = model.get_submodule(scaled_by(model, site))
     channels_C = channels_C.to(module.weight.device)
@@ -77,18 +73,18 @@ def prune_in_order(
     inputs: RepairInputs,
     compute: Compute,
 ) -> tuple[nn.Module, dict[str, list[int]]]:
-    """Prune one channel after the other until the next would cost too much.
+    """Prune one channel after the other until the next would cost too much accuracy.
 
     Args:
-        model: left as it is.
-        order: layer and number of each channel that may go, the first to go first.
-        max_drop: of the accuracy on held-out clean images, a share.
+        model: the network; it is not changed.
+        order: layer and index of each channel that may be pruned, in the order of pruning.
+        max_drop: largest loss of accuracy on held-out clean images, in [0, 1].
         keep_bias: as for `prune`.
-        inputs: holds the clean images.
+        inputs: the clean images.
         compute: device.
 
     Returns:
-        The pruned network, and by name of the layer the channels that went.
+        The pruned network, and the pruned channels of each layer by its name.
     """
     least = held_out_accuracy(model, inputs, compute) - max_drop
     pruned: dict[str, list[int]] = {site.name: [] for site, _ in order}
@@ -102,11 +98,11 @@ def prune_in_order(
     return model, pruned
 
 
-def outliers(of_C: Tensor, n_deviations: float) -> Tensor:
-    """True where a channel is more than so many standard deviations above the mean of its layer, (C,) bool."""
-    return of_C > of_C.mean() + n_deviations * of_C.std()
+def outliers(value_C: Tensor, n_deviations: float) -> Tensor:
+    """True for channels more than `n_deviations` standard deviations above the mean of their layer, (C,) bool."""
+    return value_C > value_C.mean() + n_deviations * value_C.std()
 
 
 def spatial_max(y_BCX: Tensor) -> Tensor:
-    """The largest value of each channel, (B, C), of an activation (B, C) or (B, C, H, W)."""
+    """Largest value of each channel, (B, C), of an activation (B, C) or (B, C, H, W)."""
     return y_BCX.flatten(2).amax(2) if y_BCX.dim() > 2 else y_BCX

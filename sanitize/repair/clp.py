@@ -1,11 +1,11 @@
 """Channel Lipschitz pruning (Zheng, Tang, Li & Liu, 2022, "Data-free Backdoor Removal based on Channel Lipschitzness").
 
-A channel that reacts to a small trigger must be sensitive. Of channel k of a layer the upper bound of the channel
-Lipschitz constant (section 4.2) is the largest singular value of its kernel, reshaped to (input channels, rest), times
-the scale |gamma_k| / sigma_k of the BatchNorm behind it. Channels above mean + u standard deviations of their layer are
-pruned (Algorithm 1). No data is needed.
+A channel that reacts to a small trigger must be sensitive. The upper bound of the Lipschitz constant of channel k
+(section 4.2) is the largest singular value of its kernel, reshaped to (input channels, rest), times the scale
+|gamma_k| / sigma_k of the BatchNorm behind it. Channels above mean + u standard deviations of their layer are pruned
+(Algorithm 1). No data is needed.
 
-A layer of C channels has none further out than (C - 1) / sqrt(C) deviations: u = 3 can prune where C is 11 or more.
+In a layer of C channels no value lies above (C - 1) / sqrt(C) deviations: u = 3 prunes only where C is 11 or more.
 """
 
 import copy
@@ -22,10 +22,10 @@ from sanitize.repair.sites import Site
 
 
 class CLPConfig(BaseModel):
-    """Prune what is too sensitive.
+    """Prune channels that are too sensitive.
 
     Attributes:
-        u: standard deviations above the mean of the layer.
+        u: standard deviations above the mean of the layer from which a channel is pruned.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,11 +35,11 @@ class CLPConfig(BaseModel):
     u: float = Field(default=3.0, gt=0)
 
     def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Prune a copy of `model`; `done` counts the pruned channels of each layer."""
+        """Prune a copy of `model`; `done` has the number of pruned channels of each layer."""
         compute.activate()
         model = copy.deepcopy(model).eval()
         pruned = {}
-        for site in find_channels(model, inputs.config):
+        for site in find_channels(model, inputs.config.example()):
             channels_C = outliers(lipschitz_bounds(model, site), self.u)
             prune(model, site, channels_C, keep_bias=False)
             pruned[site.name] = int(channels_C.sum())

@@ -1,21 +1,21 @@
-"""Directional Rank Reduction (DRR): project the direction away along which a backdoor moves the features.
+"""Directional Rank Reduction (DRR): project out the direction along which a backdoor moves the features.
 
-The toxic direction is the difference between the mean features of poisoned and of benign samples. Neither is known, so
-it is sought in the features of the untrusted training data.
+The toxic direction is the difference between the mean features of poisoned and benign samples. Both means are unknown,
+so the direction is estimated from the features of the untrusted training data.
 
-`third_moment`, the paper's: orthonormal columns V that maximise sum_j E[(v_j^T (x - mean))^3] on the Stiefel manifold
-(theorem 1: for well separated clusters that points along the difference of their means); those whose skewness exceeds
-`tau` are projected out, P = I - V V^T, and the mean is kept.
+`third_moment`, as in the paper: orthonormal columns V that maximise sum_j E[(v_j^T (x - mean))^3] on the Stiefel
+manifold (theorem 1: for well separated clusters V points along the difference of their means). Columns with a skewness
+above `tau` are projected out, P = I - V V^T, and the mean is kept.
 
-`clusters`, ours: poison is a tight second cluster of the samples that are *predicted* as one class. So each class is
-split along the direction on which two Gaussians explain it best (`sanitize.score.toxic_direction`), and where the parts
-stand further apart than `min_separation`, measured on samples that chose nothing, the smaller or tighter one is
-suspicious. V spans the differences between the means of those parts and of all other samples, over positions. A blended
-trigger moves every position a little: the third moment does not see that, the split does.
+`clusters`, our method: poison is a tight second cluster of the samples that are *predicted* as one class. Each class is
+split along the direction on which two Gaussians explain it best (`sanitize.score.toxic_direction`). If the separation
+of the parts, measured on held-out samples, exceeds `min_separation`, the smaller or tighter part is suspicious. V spans
+the differences between the means of the suspicious parts and of all other samples, over positions. A blended trigger
+moves every position a little: the split detects that, the third moment does not.
 
-`oblique`: where the benign covariance Sigma is known, P = I - V (V^T A V)^-1 V^T A with A = (Sigma + ridge)^-1 removes
-the same shifts, and of all projections that do it changes the benign features least in the metric of A (the closed form
-of concept erasure: Belrose et al. 2023, "LEACE"). `orthogonal` is the paper's.
+`oblique`: with the benign covariance Sigma, P = I - V (V^T A V)^-1 V^T A with A = (Sigma + ridge)^-1 removes the same
+shifts, and among all projections that do so changes the benign features least in the metric of A (the closed form of
+concept erasure: Belrose et al. 2023, "LEACE"). `orthogonal` is the projection of the paper.
 
 Shapes: N samples, D features of a site, P pooled features, k directions, S starts.
 """
@@ -41,28 +41,30 @@ from sanitize.score.two_gaussians import swapped
 from sanitize.streaming import Moments
 
 SMALL_CLASS = 500  # samples
-_REST = -1  # group of the samples that are in no second cluster
+_REST = -1  # group of all samples outside the second clusters
 
 
 class DRRConfig(BaseModel):
-    """How directions are sought, and what is done about them.
+    """Search for directions, and their projection.
 
     Attributes:
-        search: clusters, or third_moment (the paper's).
-        projection: oblique or orthogonal (the paper's).
-        layers: how many of the last sites (`find_sites`), or their names. The last is the input of the last Linear:
-            every network has it, and no shortcut goes round it; the one before sees more of the poison.
-        rank: k, the most directions a site loses.
-        pooling: third_moment: how a feature map becomes one row a sample: spatial maximum, mean, or a random position.
-        tau: third_moment: skewness from which a direction is removed. Clean models stay below 2.
-        per_class: third_moment: moments of each predicted class by itself.
+        search: clusters, or third_moment (the paper).
+        projection: oblique, or orthogonal (the paper).
+        layers: number of the last sites (`find_sites`), or names of sites. The last site is the input of the last
+            Linear: every network has it, and no shortcut bypasses it. In the site before it the poison stands out more.
+        rank: k, largest number of directions removed at a site.
+        pooling: third_moment: reduction of a feature map to one row a sample: spatial maximum, mean, or a random
+            position.
+        tau: third_moment: skewness above which a direction is removed. Clean models stay below 2.
+        per_class: third_moment: separate moments for each predicted class.
         n_starts, n_steps: third_moment: random starts, and retracted steps from each.
-        min_separation: clusters: standard deviations between the halves of a class from which one of them is poison.
-            Clean classes of Fashion-MNIST reach 3.9. What is closer even before held-out samples are asked counts as 0.
-        small_class_separation: the same for classes of fewer than 500 samples, which fall apart more easily by nature.
-        split: clusters: how a class is split.
-        ridge: oblique: added to Sigma, as a share of its mean eigenvalue.
-        sample_size: samples whose pooled features are held.
+        min_separation: clusters: standard deviations between the parts of a class above which one part is poison.
+            Clean classes of Fashion-MNIST reach 3.9. A smaller separation on the fitted samples counts as 0, without
+            a measurement on held-out samples.
+        small_class_separation: the same for classes of fewer than 500 samples, which separate more easily by chance.
+        split: clusters: fit of the two parts of a class.
+        ridge: oblique: constant added to the diagonal of Sigma, as a share of its mean eigenvalue.
+        sample_size: samples whose pooled features are held in memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,7 +87,7 @@ class DRRConfig(BaseModel):
     sample_size: int = Field(default=20_000, ge=100)
 
     def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Project the toxic directions away, in a copy of the network.
+        """Project the toxic directions out, in a copy of the network.
 
         Raises:
             ConfigError: there is no untrusted data, `layers` names no site, or the network has none.
@@ -100,7 +102,7 @@ class DRRConfig(BaseModel):
         start = time.perf_counter()
         found = self._clusters(model, sample, compute) if by_clusters else self._third_moments(sample, compute)
         seconds = time.perf_counter() - start
-        removed = {} if found.nothing else _removed(self, model, sites, inputs, found, compute)
+        removed = {} if found.is_empty else _removed(self, model, sites, inputs, found, compute)
         for site in sites:
             if site.name in removed:
                 fold(model, site, removed[site.name])
@@ -137,29 +139,30 @@ class DRRConfig(BaseModel):
 class ThirdMoments(NamedTuple):
     """Directions of each site, and the skewness above which they are removed."""
 
-    of: dict[str, Directions]
+    found: dict[str, Directions]
     tau: float
 
     @property
-    def nothing(self) -> bool:
-        """True where no direction is removed anywhere."""
-        return all(not directions.above(self.tau).v_Dk.shape[1] for directions in self.of.values())
+    def is_empty(self) -> bool:
+        """True where no direction is removed at any site."""
+        return all(not directions.above(self.tau).v_Dk.shape[1] for directions in self.found.values())
 
     def groups(self, _pooled: Mapping[str, Tensor], predictions_B: Tensor) -> Tensor:
-        """All samples are one group: nobody was singled out."""
+        """Group -1 for all samples."""
         return torch.full_like(predictions_B, _REST)
 
     def directions(self, site: str, _moments: Mapping[int, Moments]) -> Tensor:
-        """Those above tau (D, k)."""
-        return self.of[site].above(self.tau).v_Dk
+        """Directions with a skewness above tau, (D, k)."""
+        return self.found[site].above(self.tau).v_Dk
 
     def criterion(self, site: str) -> dict[str, list[float]]:
-        """For the report."""
-        return {"third_moment": self.of[site].moment_k.tolist(), "skewness": self.of[site].skewness_k.tolist()}
+        """Third moments and skewness, for the report."""
+        directions = self.found[site]
+        return {"third_moment": directions.moment_k.tolist(), "skewness": directions.skewness_k.tolist()}
 
 
 class Clusters(NamedTuple):
-    """How each predicted class splits at each site, by name and label."""
+    """Splits of the predicted classes, by name of the site and label of the class."""
 
     splits: dict[str, dict[int, ClassSplit]]
     min_separation: float
@@ -168,12 +171,12 @@ class Clusters(NamedTuple):
 
     @property
     def reference_site(self) -> str:
-        """The site whose most separate class is the most separate of all: it decides which samples are suspicious."""
+        """Name of the site with the largest separation of any class; its splits decide which samples are suspicious."""
         return max(self.splits, key=lambda name: max(split.separation for split in self.splits[name].values()))
 
     @property
     def suspicious(self) -> dict[int, ClassSplit]:
-        """The splits of the classes that have a second cluster."""
+        """Splits of the classes with a second cluster, at the reference site."""
         return {
             label: split
             for label, split in self.splits[self.reference_site].items()
@@ -182,12 +185,12 @@ class Clusters(NamedTuple):
         }
 
     @property
-    def nothing(self) -> bool:
+    def is_empty(self) -> bool:
         """True where no class has a second cluster."""
         return not self.suspicious
 
     def groups(self, pooled: Mapping[str, Tensor], predictions_B: Tensor) -> Tensor:
-        """The predicted class of a sample in its second cluster, and -1 of all others."""
+        """Predicted class for samples of its second cluster, -1 for all others."""
         group_B = torch.full_like(predictions_B, _REST)
         for label, split in self.suspicious.items():
             there_B = predictions_B == label
@@ -197,12 +200,13 @@ class Clusters(NamedTuple):
 
     def directions(self, _site: str, moments: Mapping[int, Moments]) -> Tensor:
         """An orthonormal basis (D, k) of the largest part of the mean differences."""
-        differences = [of.mean_D - moments[_REST].mean_D for group, of in sorted(moments.items()) if group != _REST]
+        rest_D = moments[_REST].mean_D
+        differences = [part.mean_D - rest_D for group, part in sorted(moments.items()) if group != _REST]
         u_Dk: Tensor = torch.linalg.svd(torch.stack(differences, 1), full_matrices=False).U
         return u_Dk[:, : self.rank]
 
     def criterion(self, site: str) -> dict[str, Any]:
-        """For the report."""
+        """Separations, and fractions of the suspicious parts, for the report."""
         separations = {str(label): split.separation for label, split in sorted(self.splits[site].items())}
         fractions = (
             {str(y): split.minority_fraction for y, split in self.suspicious.items()}
@@ -213,7 +217,7 @@ class Clusters(NamedTuple):
 
 
 def chosen_sites(model: nn.Module, inputs: RepairInputs, layers: int | tuple[str, ...]) -> list[Site]:
-    """The last so many sites, or those of these names. Raises ConfigError where there are none."""
+    """The last `layers` sites, or the sites with these names. Raises ConfigError where there are none."""
     sites = find_sites(model, inputs.config.example())
     if isinstance(layers, int):
         if not sites:
@@ -226,7 +230,7 @@ def chosen_sites(model: nn.Module, inputs: RepairInputs, layers: int | tuple[str
 
 
 def oblique(v_Dk: Tensor, covariance_DD: Tensor, ridge: float) -> Tensor:
-    """R (D, k) = A V (V^T A V)^-1 with A = (Sigma + ridge tr(Sigma) / D)^-1: what is read off to remove V."""
+    """R (D, k) = A V (V^T A V)^-1 with A = (Sigma + ridge tr(Sigma) / D)^-1, the `Projection.read_Dk` of V."""
     n_features = len(covariance_DD)
     scale = covariance_DD.diag().mean().clamp(min=1e-12)
     a_DD = covariance_DD + ridge * scale * torch.eye(n_features, dtype=covariance_DD.dtype)
@@ -237,25 +241,28 @@ def oblique(v_Dk: Tensor, covariance_DD: Tensor, ridge: float) -> Tensor:
 def side_by_head(
     head: nn.Module, x_ND: Tensor, split: ClassSplit, z_NP: Tensor, predictions_N: Tensor, label: int, ridge: float
 ) -> ClassSplit:
-    """The split with its suspicious side decided by the head, for an even split has no smaller part to suspect.
+    """Choose the suspicious side of an even split, which has no smaller part, by the head.
 
-    Each part in turn is taken for the poison and its direction removed. Clean images of the class still show it in all
-    else that they are; poisoned images showed it in the trigger alone. So the part that the head then takes less for
-    the class is the poison.
+    Each part in turn is treated as poison, and its direction is removed. Clean images keep other features of the class;
+    poisoned images had no feature of the class but the trigger. So the part with the lower probability of the class
+    after the removal is the poison.
 
     Args:
         head: the last Linear.
-        x_ND: its inputs, of all classes.
-        split: of the samples that are predicted as `label`.
-        z_NP: the features that are split, of all classes.
+        x_ND: inputs of the head, of all classes.
+        split: split of the samples that are predicted as `label`.
+        z_NP: features of the split, of all classes.
         predictions_N: predicted classes.
-        label: of the class that is split.
-        ridge: of the oblique projection.
+        label: predicted class of the split samples.
+        ridge: ridge of the oblique projection.
+
+    Returns:
+        The split, with its sides swapped where the other side is suspicious.
     """
     there_N = predictions_N == label
     upper_N = there_N.clone()
     upper_N[there_N] = log_odds(split, z_NP[there_N]) > 0
-    still_shown = []
+    confidences = []
     for part_N in (upper_N, there_N & ~upper_N):
         part, rest = x_ND[part_N], x_ND[~part_N]
         if min(len(part), len(rest)) < 2:
@@ -264,8 +271,8 @@ def side_by_head(
         read_D1 = oblique(v_D1, rest.T.cov(correction=0), ridge)
         kept = part - (part - rest.mean(0)) @ read_D1 @ v_D1.T
         with torch.no_grad():
-            still_shown.append(float(head.cpu()(kept.float()).softmax(1)[:, label].mean()))
-    if still_shown[0] <= still_shown[1]:
+            confidences.append(float(head.cpu()(kept.float()).softmax(1)[:, label].mean()))
+    if confidences[0] <= confidences[1]:
         return split
     return split._replace(mixture=swapped(split.mixture), minority_fraction=1 - split.minority_fraction)
 
@@ -278,7 +285,7 @@ def _removed(
     found: ThirdMoments | Clusters,
     compute: Compute,
 ) -> dict[str, Projection]:
-    """What is projected away at each site where anything is; one pass over the data."""
+    """Projections of the sites where directions are removed; one pass over the data."""
     moments = group_moments(model, sites, inputs, found.groups, compute)
     removed = {}
     for site in sites:
@@ -294,7 +301,7 @@ def _removed(
 def _row(
     site: Site, sample: FeatureSample, found: ThirdMoments | Clusters, removed: Projection | None
 ) -> dict[str, Any]:
-    """What the report says of a site; `c` is the paper's constant C, where the truth is known."""
+    """Row of the report on a site; `c` is the constant C of the paper, where the truth is known."""
     rank = 0 if removed is None else removed.removed_Dk.shape[1]
     row = {"site": site.name, "n_features": site.n_features, "removed": rank, "rank_spent": rank / site.n_features}
     if sample.poisoned_N is not None and sample.poisoned_N.any():

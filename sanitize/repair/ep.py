@@ -1,9 +1,9 @@
 """Entropy-based pruning (Zheng, Tang, Li & Liu, 2022, "Pre-activation Distributions Expose Backdoor Neurons").
 
-On poisoned training data the pre-activation of a backdoor neuron has two modes, one of them small, so that once it is
-standardised its entropy is low (section 4.2). Pruned is what lies more than u standard deviations below the mean
-entropy of its layer. A convolution's pre-activation is the largest of its positions, and its entropy that of a
-histogram, as in the authors' code. Two passes over the data: one for mean and variance, one for the histogram.
+On poisoned training data the pre-activation of a backdoor neuron has two modes, one of them small, so that its entropy
+is low after standardisation (section 4.2). Neurons more than u standard deviations below the mean entropy of their
+layer are pruned. The pre-activation of a convolution is its spatial maximum, and its entropy is taken from a histogram,
+as in the authors' code. Two passes over the data: one for mean and variance, one for the histogram.
 
 Shapes: B batch, C channels, b bins.
 """
@@ -21,15 +21,15 @@ from sanitize.repair.channels import find_channels, outliers, prune, spatial_max
 from sanitize.repair.inputs import Needs, Repaired, RepairInputs
 from sanitize.repair.sites import Site, watching
 
-_REACH = 10.0  # standard deviations on either side; what lies beyond is counted in the last bin
+_REACH = 10.0  # standard deviations on either side; values beyond are counted in the last bin
 
 
 class EPConfig(BaseModel):
-    """Prune what has two modes on the training data.
+    """Prune channels with two modes on the training data.
 
     Attributes:
-        u: standard deviations below the mean entropy of the layer.
-        bin_width: of the histogram, in standard deviations of the channel.
+        u: standard deviations below the mean entropy of the layer from which a channel is pruned.
+        bin_width: width of a bin of the histogram, in standard deviations of the channel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,10 +40,10 @@ class EPConfig(BaseModel):
     bin_width: float = Field(default=0.1, gt=0, le=1)
 
     def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Prune a copy of `model`; `done` counts the pruned channels of each layer."""
+        """Prune a copy of `model`; `done` has the number of pruned channels of each layer."""
         compute.activate()
         model = copy.deepcopy(model).to(compute.torch_device).eval()
-        sites = find_channels(model, inputs.config)
+        sites = find_channels(model, inputs.config.example())
         shape = _shape(model, sites, inputs, compute)
         histograms = {site.name: Histogram(*shape[site.name], self.bin_width) for site in sites}
         _watch(model, sites, inputs, compute, lambda site, y_BC: histograms[site.name].add(y_BC))
@@ -56,20 +56,20 @@ class EPConfig(BaseModel):
 
 
 class Histogram:
-    """How often the values of each channel fall into each bin.
+    """Counts of the standardised values of each channel.
 
     Args:
-        mean_C, deviation_C: what a value is standardised with, float64.
-        bin_width: in deviations.
+        mean_C, deviation_C: mean and standard deviation of each channel, float64.
+        bin_width: width of a bin, in standard deviations.
     """
 
     def __init__(self, mean_C: Tensor, deviation_C: Tensor, bin_width: float) -> None:
         self.mean_C, self.bin_width = mean_C, bin_width
-        self.deviation_C = deviation_C.clamp(min=1e-30)  # a channel that never changes falls into one bin
+        self.deviation_C = deviation_C.clamp(min=1e-30)  # a constant channel falls into one bin
         self.counts_Cb = torch.zeros(len(mean_C), round(2 * _REACH / bin_width), dtype=torch.int64)
 
     def add(self, y_BC: Tensor) -> None:
-        """Count values."""
+        """Count the values of a batch."""
         n_channels, n_bins = self.counts_Cb.shape
         z_BC = (y_BC - self.mean_C) / self.deviation_C
         bins_BC = ((z_BC + _REACH) / self.bin_width).clamp(0, n_bins - 1).long()
@@ -106,7 +106,11 @@ def _watch(
     compute: Compute,
     see: Callable[[Site, Tensor], None],
 ) -> int:
-    """One pass over the training data; `see` is given spatial maxima (B, C), float64. The number of samples."""
+    """One pass over the training data: `see` is called with spatial maxima (B, C), float64.
+
+    Returns:
+        Number of samples.
+    """
 
     def on_activation(site: Site, y_BCX: Tensor) -> None:
         see(site, spatial_max(y_BCX).cpu().double())

@@ -1,9 +1,9 @@
-"""Fine-pruning (Liu, Dolan-Gavitt & Garg, 2018, section 3.3): prune channels that clean images leave dormant, then
+"""Fine-pruning (Liu, Dolan-Gavitt & Garg, 2018, section 3.3): prune channels that are dormant on clean images, then
 fine-tune.
 
-A backdoor hides in neurons that nothing else uses. Channels of the last convolution are pruned in the order of their
-mean activation on clean images, until the accuracy on held-out ones would fall by more than allowed; fine-tuning then
-undoes what the attacker put into neurons that are in use.
+A backdoor uses neurons that clean images do not activate. Channels of the last convolution are pruned in the order of
+their mean activation on clean images, until the accuracy on held-out images would fall by more than allowed. Then
+fine-tuning removes the backdoor from neurons that clean images do activate.
 """
 
 import copy
@@ -26,8 +26,8 @@ class FinePruningConfig(BaseModel):
     """Prune, then fine-tune.
 
     Attributes:
-        max_drop: of the accuracy on held-out clean images by pruning, a share; the paper allows 4 points.
-        optim: of the fine-tuning.
+        max_drop: largest loss of accuracy on held-out clean images by pruning, in [0, 1]; 0.04 in the paper.
+        optim: optimiser of the fine-tuning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +38,7 @@ class FinePruningConfig(BaseModel):
     optim: OptimConfig = FINE_TUNING
 
     def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Prune and fine-tune a copy of `model`; `done` has how many channels went, and the accuracy held out.
+        """Prune and fine-tune a copy of `model`; `done` has the number of pruned channels and the held-out accuracy.
 
         Raises:
             ConfigError: the network has no convolution.
@@ -48,7 +48,7 @@ class FinePruningConfig(BaseModel):
         model = copy.deepcopy(model).to(compute.torch_device).eval()
         sites = [
             site
-            for site in find_channels(model, inputs.config)
+            for site in find_channels(model, inputs.config.example())
             if isinstance(model.get_submodule(site.linear), nn.Conv2d)
         ]
         if not sites:
@@ -67,7 +67,7 @@ class FinePruningConfig(BaseModel):
 
 
 def _activity(model: nn.Module, site: Site, inputs: RepairInputs, compute: Compute) -> Tensor:
-    """Mean of each channel behind the ReLU, over clean images and positions, (C,) float64."""
+    """Mean of each channel after a ReLU, over clean images and positions, (C,) float64."""
     total_C = torch.zeros(site.n_features, dtype=torch.float64)
 
     def add(_site: Site, y_BCX: Tensor) -> None:

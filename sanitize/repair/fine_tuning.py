@@ -1,4 +1,4 @@
-"""Fine-tuning: a few more epochs on clean images. What every other repair has to beat; it is also a part of several."""
+"""Fine-tuning: a few more epochs on clean images. The baseline of all repairs, and a part of several."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import Objective, OptimConfig, train
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
 
 FINE_TUNING = OptimConfig(
@@ -19,10 +19,10 @@ FINE_TUNING = OptimConfig(
 
 
 class FineTuningConfig(BaseModel):
-    """Train on.
+    """Train on clean images.
 
     Attributes:
-        optim: how.
+        optim: optimiser and schedule.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,7 +32,7 @@ class FineTuningConfig(BaseModel):
     optim: OptimConfig = FINE_TUNING
 
     def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Fine-tune a copy of `model` on the clean images; `done` has the accuracy on those held out."""
+        """Fine-tune a copy of `model` on the clean images; `done` has the held-out accuracy."""
         compute.activate()
         clean = inputs.clean_images()
         model = copy.deepcopy(model)
@@ -59,8 +59,8 @@ def fine_tune(
         optim: optimiser and schedule.
         config: normalisation.
         compute: device, precision, and seed of the order.
-        objective: what is minimised; None is cross-entropy.
-        after_step: called after each step, to put back what must not be learned.
+        objective: function to minimise; None is cross-entropy.
+        after_step: called after each step, for instance to keep pruned weights at 0.
     """
     compute.seed_global("repair", "torch")  # dropout
     data = Resident(

@@ -1,20 +1,19 @@
 """Implicit Backdoor Adversarial Unlearning (I-BAU; Zeng et al. 2022, "Adversarial Unlearning of Backdoors via Implicit
-Hypergradient", algorithm 1). A few clean images, no trigger: the network unlearns the one perturbation that, added to
-all of them, hurts it most.
+Hypergradient", algorithm 1). With a few clean images and no trigger, the network unlearns the universal perturbation
+that raises its loss most.
 
     min over theta of  H(delta(theta), theta),     delta(theta) = argmax over ||delta||_2 <= C of H(delta, theta)
 
-H is the mean cross-entropy of the images with delta added. A round ascends from delta = 0 and then steps theta along
-the gradient that knows that delta answers to theta (equations 2 and 3), batch by batch over all clean images:
+H is the mean cross-entropy of the images with delta added. A round ascends from delta = 0. Then theta takes a step for
+each batch of clean images, along the gradient in which delta depends on theta (equations 2 and 3):
 
     grad psi = grad_2 E + grad_21 H v,     -grad_11 H v = grad_1 E
 
-with E the outer loss, here a mixture of H(delta, .) and H(0, .). The linear system is solved with products of the
-Hessian and a vector, by K steps of the fixed point v <- v + step (grad_1 E + grad_11 H v) (Grazzi et al. 2020) or of
-conjugate gradient; no matrix is formed.
+with the outer loss E, here a mixture of H(delta, .) and H(0, .). The linear system is solved with Hessian-vector
+products, by K steps of the fixed point v <- v + step (grad_1 E + grad_11 H v) (Grazzi et al. 2020) or of conjugate
+gradient; no matrix is formed.
 
-Which round's network is taken, and when to stop, is decided on clean images that are held out. Shapes: B batch,
-C H W image.
+The best round, and the round to stop after, are chosen on held-out clean images. Shapes: B batch, C H W image.
 """
 
 import copy
@@ -30,28 +29,28 @@ from sanitize.compute import Compute
 from sanitize.errors import NumericsError
 from sanitize.repair.inputs import Needs, Repaired, RepairInputs
 
-Loss = Callable[[Tensor], Tensor]  # of the perturbation; the weights are those of the network
+Loss = Callable[[Tensor], Tensor]  # from the perturbation to the loss, with the current weights of the network
 
 
 class IBAUConfig(BaseModel):
-    """How a trigger is unlearned.
+    """Unlearn a universal perturbation.
 
     Attributes:
-        radius: C, l2 norm of the perturbation in the units of what the network takes (normalised images); they are not
-            clipped.
-        rounds: at most so many.
-        inner_learning_rate: of the ascent, plain gradient steps, one a batch. Too small, it stays inside the ball, and
-            what it finds is not the trigger: with 10 and one pass BadNets stayed at 96 % (LOG.md).
-        inner_passes: over the images, in each ascent.
-        optimizer, learning_rate: of the weights.
-        perturbed_weight: share of the perturbed images in the outer loss; the rest are the images as they are.
-        implicit: False takes the direct gradient grad_2 E alone, which is adversarial training against delta.
-        solver: of the linear system.
+        radius: C, largest l2 norm of the perturbation in normalised images, which are not clipped.
+        rounds: largest number of rounds.
+        inner_learning_rate: learning rate of the ascent, one plain gradient step a batch. If it is too small, the
+            perturbation stays inside the ball and is not the trigger: with 10 and one pass the attack success rate of
+            BadNets stayed at 96 % (LOG.md).
+        inner_passes: passes over the images in each ascent.
+        optimizer, learning_rate: optimiser of the weights.
+        perturbed_weight: weight of the perturbed images in the outer loss; the rest is the weight of the clean images.
+        implicit: False uses the direct gradient grad_2 E alone, which is adversarial training against delta.
+        solver: solver of the linear system.
         solver_steps: K.
-        fixed_point_step: of the ascent whose fixed point is used.
-        batch_size: images a step.
-        max_drop: accuracy on held-out images that may be lost; rounds that lose more are never taken.
-        patience: stop after so many rounds without a better one.
+        fixed_point_step: step of the fixed-point iteration.
+        batch_size: images in a step.
+        max_drop: largest loss of accuracy on held-out images; rounds with a larger loss are not chosen.
+        patience: rounds without improvement until the repair stops.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -133,8 +132,8 @@ class IBAUConfig(BaseModel):
 
 
 class _Chosen:
-    """The network of the round that is taken: of those that keep their accuracy on held-out images, the one that is
-    right most often when the perturbation is added to them."""
+    """The network of the best round: of the rounds that lose at most `max_drop` accuracy on held-out images, the one
+    with the highest accuracy on perturbed held-out images."""
 
     def __init__(self, max_drop: float) -> None:
         self.max_drop = max_drop
@@ -184,11 +183,11 @@ def hypergradient(
     Args:
         inner: H.
         outer: E.
-        delta: where delta(theta) is taken to be; any shape.
+        delta: value of delta(theta); any shape.
         weights: theta.
-        solver: of -grad_11 H v = grad_1 E; None leaves the implicit term out.
-        n_steps: of the solver.
-        step: of the fixed point; it converges where it is below 2 over the largest eigenvalue of -grad_11 H.
+        solver: solver of -grad_11 H v = grad_1 E; None leaves the implicit term out.
+        n_steps: steps of the solver.
+        step: step of the fixed point; it converges below 2 over the largest eigenvalue of -grad_11 H.
     """
     delta = delta.detach().requires_grad_(True)
     of_delta, *direct = torch.autograd.grad(outer(delta), [delta, *weights], allow_unused=True)
@@ -210,7 +209,7 @@ def hypergradient(
 
 
 def fixed_point(curvature: Callable[[Tensor], Tensor], g: Tensor, n_steps: int, step: float) -> Tensor:
-    """v of curvature(v) = g by v <- v + step (g - curvature(v)), from 0."""
+    """Solve curvature(v) = g by v <- v + step (g - curvature(v)), from 0."""
     v = torch.zeros_like(g)
     for _ in range(n_steps):
         v = v + step * (g - curvature(v))
@@ -218,7 +217,7 @@ def fixed_point(curvature: Callable[[Tensor], Tensor], g: Tensor, n_steps: int, 
 
 
 def conjugate_gradient(curvature: Callable[[Tensor], Tensor], g: Tensor, n_steps: int) -> Tensor:
-    """v of curvature(v) = g from 0; it stops where the curvature is not positive, for there H has no maximum."""
+    """Solve curvature(v) = g from 0; stop where the curvature is not positive, because H has no maximum there."""
     v, residual = torch.zeros_like(g), g.clone()
     direction, square = residual.clone(), residual.square().sum()
     for _ in range(n_steps):

@@ -1,6 +1,6 @@
-"""What a repair works with, and what it gives back.
+"""The protocol of a repair (`RepairMethod`), its inputs and its result.
 
-A method is one file: a frozen config with `kind`, `needs` and one pure function,
+A repair is one file with a frozen config:
 
     class CLPConfig(BaseModel):
         kind: Literal["clp"] = "clp"
@@ -8,23 +8,25 @@ A method is one file: a frozen config with `kind`, `needs` and one pure function
 
         def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired: ...
 
-which leaves the model it is given as it was. The union of all methods is `RepairConfig`. No method ever sees the data
-that ACC and ASR are measured on. Shapes: B batch, N samples, C H W image.
+All repairs are listed once, in `RepairConfig` (`repair.methods`). No repair sees the data on which ACC and ASR are
+measured. Shapes: B batch, N samples, M held-out samples, C H W image.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, count, islice
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
+from sanitize.data.shuffle import Resident
 from sanitize.errors import ConfigError
 from sanitize.loop import predict
 from sanitize.measure import accuracy
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 
 Needs = Literal["untrusted", "clean", "nothing"]
 
@@ -34,9 +36,9 @@ class UntrustedBatch(NamedTuple):
 
     Attributes:
         images_BCHW: uint8.
-        labels_B: int64, as given.
-        hashes: a keyed 64-bit hash of each sample: what bounded samples are picked by, whatever the order.
-        poisoned_B: the truth, bool, where it is known; for the report alone, no method may decide by it.
+        labels_B: given labels, int64.
+        hashes: keyed 64-bit hash of each sample, by which bounded samples are chosen in any order of the data.
+        poisoned_B: True for poisoned samples, bool, where the truth is known; for the report alone, not for decisions.
     """
 
     images_BCHW: Tensor
@@ -46,11 +48,12 @@ class UntrustedBatch(NamedTuple):
 
 
 class CleanImages(NamedTuple):
-    """A few images that are known to be good, uint8, with labels, in two parts that share no image.
+    """A few trusted images, uint8, with labels, int64, in two parts that share no image.
 
     Attributes:
-        images_NCHW, labels_N: what a method learns from.
-        held_out_MCHW, held_out_labels_M: what guards the clean accuracy: when to stop, which candidate to take.
+        images_NCHW, labels_N: images to learn from.
+        held_out_MCHW, held_out_labels_M: images to measure the clean accuracy on, for stopping and for the choice among
+            candidates.
     """
 
     images_NCHW: Tensor
@@ -60,12 +63,12 @@ class CleanImages(NamedTuple):
 
 
 class RepairInputs(NamedTuple):
-    """What there is to repair with.
+    """Data for a repair.
 
     Attributes:
-        config: describes the network: its input, normalisation and classes.
-        untrusted: starts a new pass over the training data; None where it is not there.
-        clean: None where there are no clean images.
+        config: description of the network: its input, normalisation and classes.
+        untrusted: function that starts a new pass over the training data; None without training data.
+        clean: the clean images; None without them.
     """
 
     config: ModelConfig
@@ -73,25 +76,46 @@ class RepairInputs(NamedTuple):
     clean: CleanImages | None = None
 
     def untrusted_batches(self) -> Iterator[UntrustedBatch]:
-        """A new pass. Raises ConfigError where there is no untrusted data."""
+        """A new pass over the training data. Raises ConfigError where there is none."""
         if self.untrusted is None:
             raise ConfigError("this method reads the data the model was trained on: give its shards")
         return self.untrusted()
 
     def clean_images(self) -> CleanImages:
-        """Raises ConfigError where there are none, or too few to learn from some and hold out others."""
+        """The clean images. Raises ConfigError where one of the two parts is empty."""
         if self.clean is None or not len(self.clean.labels_N) or not len(self.clean.held_out_labels_M):
             raise ConfigError("this method learns from a few clean images: give shards of them")
         return self.clean
 
+    def clean_batches(
+        self, n_steps: int, batch_size: int, compute: Compute, *stream: str | int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of clean images (B, C, H, W), uint8, and labels (B,), on the device, shuffled in each epoch.
+
+        Args:
+            n_steps: number of batches.
+            batch_size: B.
+            compute: device and seed.
+            stream: name of the random stream of the order.
+        """
+        clean, device = self.clean_images(), compute.torch_device
+        data = Resident(
+            clean.images_NCHW.to(device),
+            clean.labels_N.to(device),
+            batch_size,
+            lambda epoch: compute.generator("repair", *stream, "shuffle", epoch),
+        )
+        batches = chain.from_iterable(map(data.epoch, count()))
+        return ((images_BCHW, labels_B) for images_BCHW, labels_B, _ in islice(batches, n_steps))
+
 
 class Repaired(NamedTuple):
-    """What a repair gives back.
+    """Result of a repair.
 
     Attributes:
-        model: a repaired copy of the network, in eval mode, on the CPU.
-        done: what was done, as JSON has it; the same for the same inputs, config and seed.
-        seconds: what took how long; not in `done`, for a digest must not depend on it.
+        model: repaired copy of the network, in eval mode.
+        done: report on the repair, as JSON; the same for the same inputs, config and seed.
+        seconds: durations of parts of the repair; not in `done`, because a digest must not depend on them.
     """
 
     model: nn.Module
@@ -100,19 +124,38 @@ class Repaired(NamedTuple):
 
 
 class RepairMethod(Protocol):
-    """What every method's config is."""
+    """Config of a repair.
 
-    needs: Needs
+    Attributes:
+        needs: data without which the method cannot work: "untrusted" training data, "clean" images, or "nothing".
+    """
+
+    needs: ClassVar[Needs]
+
+    @property
+    def kind(self) -> str:
+        """Name of the method in a configuration."""
+        ...
 
     def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Repair a copy of `model` (eval mode, takes normalised images)."""
+        """Repair a copy of `model`, which itself is not changed.
+
+        Args:
+            model: the suspect network, in eval mode, on normalised images.
+            inputs: description of the network, and data.
+            compute: device, precision, seed.
+
+        Raises:
+            ConfigError: data is missing, or the method cannot be applied to this network.
+            NumericsError: a value is not finite.
+        """
         ...
 
 
 def split_clean(
     images_NCHW: Tensor, labels_N: Tensor, held_out_fraction: float, generator: torch.Generator
 ) -> CleanImages:
-    """Hold out round(N held_out_fraction) images chosen at random, one at least."""
+    """Hold out round(N held_out_fraction) images, at least one, chosen at random."""
     order_N = torch.randperm(len(labels_N), generator=generator)
     n_held_out = max(1, round(len(labels_N) * held_out_fraction))
     held_out, rest = order_N[:n_held_out].sort().values, order_N[n_held_out:].sort().values
@@ -120,7 +163,7 @@ def split_clean(
 
 
 def held_out_accuracy(model: nn.Module, inputs: RepairInputs, compute: Compute) -> float:
-    """Accuracy of the network on the clean images that are held out."""
+    """Accuracy of the network on the held-out clean images."""
     clean = inputs.clean_images()
     logits_MK = predict(model, clean.held_out_MCHW, inputs.config.normalise, compute)
     return accuracy(logits_MK, clean.held_out_labels_M)
@@ -129,7 +172,7 @@ def held_out_accuracy(model: nn.Module, inputs: RepairInputs, compute: Compute) 
 def in_memory(
     images_NCHW: Tensor, labels_N: Tensor, poisoned_N: Tensor | None = None, batch_size: int = 256
 ) -> Callable[[], Iterator[UntrustedBatch]]:
-    """Untrusted data that is held as it is; a sample's hash is that of its row."""
+    """Untrusted data from tensors; the hash of a sample is the hash of its row number."""
     hashes = [
         int.from_bytes(hashlib.blake2b(str(i).encode(), digest_size=8).digest(), "big") for i in range(len(labels_N))
     ]

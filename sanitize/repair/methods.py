@@ -1,4 +1,4 @@
-"""All repairs, told apart by `kind`."""
+"""All repairs, in one list, distinguished by `kind`."""
 
 from typing import Annotated
 

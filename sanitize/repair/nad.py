@@ -1,10 +1,10 @@
-"""Neural attention distillation (Li, Lyu, Koren, Lyu, Li & Ma, 2021): the suspect network learns to look where a
-fine-tuned copy of it looks.
+"""Neural attention distillation (Li, Lyu, Koren, Lyu, Li & Ma, 2021): the attention maps of the suspect network are
+drawn to those of a fine-tuned copy.
 
-The attention map of an activation is the sum of its squares over channels (Eq. 1, p = 2), brought to length one. The
-student minimises cross-entropy plus beta times the distance of its maps from the teacher's (Eq. 2 and 3), on clean
-images. Maps are taken behind the ReLU of the last convolution of each resolution; the distance is the mean square, as
-in the authors' code, to which beta is scaled. Shapes: B batch, C channels, H W map.
+The attention map of an activation is the sum of its squares over channels (Eq. 1, p = 2), normalised to length one. The
+student minimises cross-entropy plus beta times the distance between its maps and the teacher's (Eq. 2 and 3), on clean
+images. Maps are taken after the ReLU of the last convolution of each resolution; the distance is the mean square, as in
+the authors' code, to which beta is scaled. Shapes: B batch, C channels, H W map.
 """
 
 import copy
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
 from sanitize.loop import Objective, OptimConfig, Step, TrainBatch
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
+from sanitize.models.trace import trace
 from sanitize.repair.channels import find_channels
 from sanitize.repair.fine_tuning import FINE_TUNING, fine_tune
 from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
@@ -25,12 +26,12 @@ from sanitize.repair.sites import Site, watching
 
 
 class NADConfig(BaseModel):
-    """Distil attention.
+    """Distil attention maps.
 
     Attributes:
-        beta: weight of the distance of the maps.
-        teacher: how the teacher is fine-tuned.
-        optim: how the student is.
+        beta: weight of the distance between the maps.
+        teacher: optimiser of the teacher's fine-tuning.
+        optim: optimiser of the student.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +43,7 @@ class NADConfig(BaseModel):
     optim: OptimConfig = FINE_TUNING.model_copy(update={"epochs": 20})
 
     def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Distil into a copy of `model`; `done` names the activations whose maps were compared."""
+        """Distil into a copy of `model`; `done` has the names of the compared activations."""
         compute.activate()
         clean, config = inputs.clean_images(), inputs.config
         sites = last_of_each_resolution(model, config)
@@ -57,17 +58,10 @@ class NADConfig(BaseModel):
 
 
 def last_of_each_resolution(model: nn.Module, config: ModelConfig) -> list[Site]:
-    """The channels that ran last at each size of feature maps, of those with more than one position."""
-    last: dict[torch.Size, Site] = {}
-
-    def see(site: Site, y_B: Tensor) -> None:
-        if y_B.dim() == 4 and y_B[0, 0].numel() > 1:
-            last[y_B.shape[2:]] = site
-
-    device = next(model.parameters()).device
-    with torch.inference_mode(), watching(model, find_channels(model, config), see):
-        model.eval()(config.example().to(device))
-    return list(last.values())
+    """The layer that runs last at each size of feature maps with more than one position."""
+    shapes = {call.name: call.y.shape for call in trace(model, config.example())}
+    last = {shapes[site.name][2:]: site for site in find_channels(model, config.example())}
+    return [site for size, site in last.items() if len(size) == 2 and size.numel() > 1]
 
 
 def attention(y_BCHW: Tensor) -> Tensor:
@@ -87,7 +81,7 @@ def _distillation(teacher: nn.Module, sites: list[Site], beta: float, compute: C
             _, wanted = maps(teacher, batch.x_B)
         logits_BK, seen = maps(model, batch.x_B)
         distance = sum(
-            (nn.functional.mse_loss(map_BN, of_BN) for map_BN, of_BN in zip(seen, wanted, strict=True)),
+            (nn.functional.mse_loss(map_BN, wanted_BN) for map_BN, wanted_BN in zip(seen, wanted, strict=True)),
             start=torch.zeros((), device=logits_BK.device),
         )
         loss = nn.functional.cross_entropy(logits_BK, batch.y_B) + beta * distance

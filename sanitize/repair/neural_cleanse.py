@@ -1,14 +1,14 @@
-"""Neural Cleanse (Wang et al., 2019): reverse-engineer a trigger for each class; one that is far smaller is a backdoor.
+"""Neural Cleanse (Wang et al., 2019): reverse-engineer a trigger for each class; a far smaller one is a backdoor.
 
 For each class y, a mask m (H, W) and a pattern p (C, H, W), both in [0, 1], minimise on clean images x
 
     CE(f((1 - m) x + m p), y) + lambda |m|_1                                                             (Eq. 3)
 
-where lambda grows while enough of the images are taken for y and falls while they are not (section V-A). Of the masks
-that reach the success wanted, the smallest counts. A class is suspicious if its |m|_1 lies below the median by more
-than so many times 1.4826 median absolute deviations (section IV-C). Repair is unlearning (section VI-C): fine-tuning
-on clean images, a fifth of which carry a trigger that was found, with their true label. Where no class is suspicious
-nothing is done: an all-to-all attack, or a trigger as large as the image, gives none away.
+where lambda grows while enough images are predicted as y, and falls otherwise (section V-A). The smallest mask with the
+required success is kept. A class is suspicious if its |m|_1 lies more than `threshold` times 1.4826 median absolute
+deviations below the median (section IV-C). Repair is unlearning (section VI-C): fine-tuning on clean images, a fifth of
+which carry a found trigger, with their true label. If no class is suspicious, the model is not changed: all-to-all
+attacks, and triggers as large as the image, are not detected.
 
 Shapes: N images, B batch, C H W image, K classes.
 """
@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.repair.fine_tuning import FINE_TUNING, fine_tune
@@ -29,11 +28,11 @@ from sanitize.repair.inputs import Needs, Repaired, RepairInputs, held_out_accur
 
 
 class FoundTrigger(NamedTuple):
-    """What turns images into a class.
+    """A trigger that turns the predictions of images into one class.
 
     Attributes:
         mask_HW: weight of the pattern, in [0, 1].
-        pattern_CHW: colours in [0, 1].
+        pattern_CHW: colours, in [0, 1].
     """
 
     mask_HW: Tensor
@@ -53,15 +52,15 @@ class NeuralCleanseConfig(BaseModel):
     """Invert triggers, unlearn the suspicious ones.
 
     Attributes:
-        steps: of Adam, for each class.
-        learning_rate: of it.
-        batch_size: clean images a step.
-        success: share of a batch that must be taken for the class.
-        size_weight: lambda in the beginning.
-        patience: steps in a row with, or without, success until lambda changes.
-        threshold: deviations from the median that make a class suspicious.
-        stamped_fraction: of the clean images, for unlearning.
-        optim: of the unlearning.
+        steps: steps of Adam for each class.
+        learning_rate: learning rate of Adam.
+        batch_size: clean images in a step.
+        success: required share of a batch that is predicted as the class.
+        size_weight: initial lambda.
+        patience: successive steps with, or without, success until lambda changes.
+        threshold: deviations below the median from which a class is suspicious.
+        stamped_fraction: share of the clean images that carry a trigger in the unlearning.
+        optim: optimiser of the unlearning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,7 +78,7 @@ class NeuralCleanseConfig(BaseModel):
     optim: OptimConfig = FINE_TUNING
 
     def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Unlearn in a copy of `model`; `done` has size and anomaly index of each class, and which were unlearned."""
+        """Unlearn in a copy of `model`; `done` has size and anomaly index of each class, and the suspicious classes."""
         compute.activate()
         clean, config = inputs.clean_images(), inputs.config
         model = copy.deepcopy(model).to(compute.torch_device).eval()
@@ -96,13 +95,7 @@ class NeuralCleanseConfig(BaseModel):
 
     def invert(self, model: nn.Module, label: int, inputs: RepairInputs, compute: Compute) -> FoundTrigger:
         """The smallest trigger found that turns clean images into `label`; without success, the last one."""
-        device, clean, config = compute.torch_device, inputs.clean_images(), inputs.config
-        data = Resident(
-            clean.images_NCHW.to(device),
-            clean.labels_N.to(device),
-            self.batch_size,
-            lambda epoch: compute.generator("repair", "neural_cleanse", label, "shuffle", epoch),
-        )
+        device, config = compute.torch_device, inputs.config
         on_pixels = OnPixels(model, config).to(device).eval()
         channels, height, width = config.image_shape
         generator = compute.generator("repair", "neural_cleanse", label, "start")
@@ -111,13 +104,10 @@ class NeuralCleanseConfig(BaseModel):
         optimizer = torch.optim.Adam([free], lr=self.learning_rate, betas=(0.5, 0.9))
         size_weight, n_good, n_bad = self.size_weight, 0, 0
         best: FoundTrigger | None = None
-        for step in range(self.steps):
-            epoch, number = divmod(step, data.steps_per_epoch)
-            if number == 0:
-                batches = data.epoch(epoch)
+        for images_BCHW, _ in inputs.clean_batches(self.steps, self.batch_size, compute, "neural_cleanse", label):
             trigger = _trigger(free)
             with compute.autocast():
-                logits_BK = on_pixels(trigger.stamp(next(batches)[0] / 255)).float()
+                logits_BK = on_pixels(trigger.stamp(images_BCHW / 255)).float()
             wanted_B = torch.full((len(logits_BK),), label, device=device)
             loss = nn.functional.cross_entropy(logits_BK, wanted_B) + size_weight * trigger.mask_HW.sum()
             (free.grad,) = torch.autograd.grad(loss, free)
@@ -132,7 +122,7 @@ class NeuralCleanseConfig(BaseModel):
         return best or FoundTrigger(*(tensor.detach() for tensor in _trigger(free)))
 
     def _stamped(self, images_NCHW: Tensor, triggers: list[FoundTrigger], compute: Compute) -> Tensor:
-        """Copies of uint8 images, of which a share carry one of the triggers each."""
+        """Copies of uint8 images, a share of which carry one of the triggers each."""
         n_stamped = max(1, round(self.stamped_fraction * len(images_NCHW)))
         rows = torch.randperm(len(images_NCHW), generator=compute.generator("repair", "neural_cleanse", "stamp"))
         images_NCHW = images_NCHW.clone()
@@ -144,7 +134,7 @@ class NeuralCleanseConfig(BaseModel):
 
 
 def anomaly_index(sizes_K: Tensor) -> Tensor:
-    """How far each size lies below the median, in 1.4826 median absolute deviations; negative above it."""
+    """Distance of each size below the median, in 1.4826 median absolute deviations; negative above the median."""
     below_K = sizes_K.quantile(0.5) - sizes_K
     return below_K / (1.4826 * below_K.abs().quantile(0.5)).clamp(min=1e-12)
 

@@ -1,4 +1,4 @@
-"""What a network's sites see of the untrusted data, in two passes: a bounded sample of pooled features, and moments.
+"""Features of the untrusted data at the sites of a network: a bounded sample, pooled, and moments; one pass each.
 
 Shapes: B batch, N rows of the sample, D features of a site, P pooled features, K classes, H W positions.
 """
@@ -20,13 +20,13 @@ Pooling = Literal["max", "mean", "max_mean", "position"]
 
 
 class FeatureSample(NamedTuple):
-    """At most so many samples of the untrusted data, those with the smallest hashes.
+    """A bounded sample of the untrusted data: the samples with the smallest hashes.
 
     Attributes:
-        pooled: of each site by its name, (N, P), float64.
-        predictions_N: int64.
-        poisoned_N: the truth, bool; None where it is not known.
-        head: name of the site that is the input of the last Linear, if it is among them.
+        pooled: pooled features of each site by its name, (N, P), float64.
+        predictions_N: predicted classes, int64.
+        poisoned_N: True for poisoned samples, bool; None where the truth is not known.
+        head: name of the site at the input of the last Linear; None where it is not among the sites.
     """
 
     pooled: dict[str, Tensor]
@@ -36,13 +36,14 @@ class FeatureSample(NamedTuple):
 
 
 def pool(y_B: Tensor, pooling: Pooling, hashes: Sequence[int]) -> Tensor:
-    """Features (B, P) of an activation (B, D, H, W); of (B, D), a copy. Never the activation itself, which an in-place
-    operation of the network may overwrite.
+    """Features (B, P) of an activation (B, D, H, W), or a copy of an activation (B, D).
+
+    The result is never the activation itself, because an in-place operation of the network may overwrite it.
 
     Args:
         y_B: the activation.
         pooling: spatial maximum, spatial mean, both, or the features of one position a sample, chosen by its hash.
-        hashes: of the samples.
+        hashes: hashes of the samples.
     """
     if y_B.dim() == 2:
         return y_B.clone()
@@ -64,27 +65,27 @@ def seen(
     read: Callable[[Tensor, UntrustedBatch], Tensor],
     compute: Compute,
 ) -> Iterator[tuple[UntrustedBatch, dict[str, Tensor], Tensor]]:
-    """One pass: each batch, what `read` makes of every site's activation, and the predictions (B,)."""
+    """One pass: each batch, the results of `read` on the activation of each site, and the predictions (B,)."""
     model.to(compute.torch_device).eval()
     for batch in inputs.untrusted_batches():
-        there: dict[str, Tensor] = {}
+        results: dict[str, Tensor] = {}
 
-        def keep(site: Site, y_B: Tensor, batch: UntrustedBatch = batch, there: dict[str, Tensor] = there) -> None:
-            # In the hook, and `read` gives a copy: an in-place ReLU that follows would overwrite the activation.
-            there[site.name] = read(y_B, batch)
+        def keep(site: Site, y_B: Tensor, batch: UntrustedBatch = batch, results: dict[str, Tensor] = results) -> None:
+            # `read` is called in the hook, and copies: an in-place ReLU that follows would overwrite the activation.
+            results[site.name] = read(y_B, batch)
 
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(watching(model, list(sites), keep))
             stack.enter_context(compute.autocast())
             predictions_B = model(inputs.config.normalise(batch.images_BCHW.to(compute.torch_device))).argmax(1)
-        yield batch, there, predictions_B
+        yield batch, results, predictions_B
 
 
 def sample_features(
     model: nn.Module, sites: Sequence[Site], inputs: RepairInputs, pooling: Pooling, size: int, compute: Compute
 ) -> FeatureSample:
-    """One pass over the untrusted data.
+    """Pooled features of a bounded sample; one pass over the untrusted data.
 
     Raises:
         NumericsError: a feature is not finite.
@@ -101,7 +102,7 @@ def sample_features(
         columns = [predictions_B[:, None].float(), poisoned_B[:, None].to(predictions_B.device).float()]
         sample.update(batch.hashes, torch.cat([*columns, *pooled.values()], 1).cpu())
     if not len(sample):
-        raise DataError("there is no untrusted data to learn the directions from")
+        raise DataError("the untrusted data is empty; give shards with samples")
     rows = sample.rows()
     if not rows.isfinite().all():
         raise NumericsError("features of the untrusted data are not finite; check the model's weights")
@@ -122,9 +123,9 @@ def group_moments(
 
     Args:
         model: the network.
-        sites: where.
+        sites: sites of the network.
         inputs: the untrusted data.
-        groups: names a group for each sample, from `max_mean` pooled features.
+        groups: function from `max_mean` pooled features and predictions to the group of each sample.
         compute: device and precision.
     """
     moments: dict[str, dict[int, Moments]] = {site.name: {} for site in sites}
@@ -135,13 +136,12 @@ def group_moments(
         for name, y_B in activations.items():
             for group in group_B.unique().tolist():
                 rows = channels_last(y_B)[group_B == group].flatten(0, -2)
-                of = moments[name].setdefault(group, Moments(rows.shape[1]))
-                of.merge(moments_of(rows))
+                moments[name].setdefault(group, Moments(rows.shape[1])).merge(moments_of(rows))
     return moments
 
 
 def moments_of(rows_ND: Tensor) -> Moments:
-    """Moments of rows on their device; only the result is moved to the CPU."""
+    """Moments of rows, computed on their device and moved to the CPU."""
     rows_ND = rows_ND.double()
     moments = Moments(rows_ND.shape[1])
     moments.count = len(rows_ND)
@@ -151,9 +151,9 @@ def moments_of(rows_ND: Tensor) -> Moments:
 
 
 def separation_constant(z_NP: Tensor, poisoned_N: Tensor) -> float:
-    """C of assumption 2: squared distance of the two means over the largest eigenvalue of either covariance."""
+    """C of assumption 2: squared distance of the two means over the largest eigenvalue of the two covariances."""
     poisoned, benign = z_NP[poisoned_N], z_NP[~poisoned_N]
     if min(len(poisoned), len(benign)) < 2:
         return float("nan")
-    largest = max(float(torch.linalg.eigvalsh(of.T.cov())[-1]) for of in (poisoned, benign))
+    largest = max(float(torch.linalg.eigvalsh(part.T.cov())[-1]) for part in (poisoned, benign))
     return float((poisoned.mean(0) - benign.mean(0)).square().sum()) / max(largest, 1e-12)

@@ -1,4 +1,4 @@
-"""Places of a network where features can be projected at no cost: what a projection does there folds into the weights.
+"""Places of a network where features can be projected at no cost: the projection folds into the weights.
 
 A site is the output of a convolution or Linear with the BatchNorm that directly follows it, before the non-linearity,
 or the input of the last Linear. With columns V and R, R^T V = I, and the mean m of the features, y becomes
@@ -14,26 +14,24 @@ Shapes: B batch, D channels or features, k directions, H W positions.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
-Linear = nn.Linear | nn.Conv2d
+from sanitize.models.trace import BatchNorm, Linear, last_linear, removing, trace
 
 
 class Site(NamedTuple):
-    """Where features are read and projected.
+    """A place where features are read and projected.
 
     Attributes:
-        name: of the module whose output (or input) is meant, as in `model.named_modules()`.
+        name: name of the module whose output (or input) is read, as in `model.named_modules()`.
         linear: name of the convolution or Linear.
         norm: name of the BatchNorm behind it; None where there is none.
-        side: output: after the norm; input: what the last Linear takes.
+        side: output: output of the norm, or else of the layer; input: input of the last Linear.
         n_features: D.
     """
 
@@ -45,13 +43,13 @@ class Site(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """y - V R^T (y - m), float64; a mean that is kept, directions that are removed.
+    """y - V R^T (y - m), float64: directions are removed, the mean is kept.
 
     Attributes:
         removed_Dk: V.
         read_Dk: R, with R^T V = I; V itself, orthonormal, where the projection is orthogonal.
         mean_D: m, over samples and positions.
-        covariance_DD: of the features before they are projected.
+        covariance_DD: covariance of the features before the projection.
     """
 
     removed_Dk: Tensor
@@ -60,34 +58,27 @@ class Projection(NamedTuple):
     covariance_DD: Tensor
 
     def __call__(self, y_B: Tensor) -> Tensor:
-        """The explicit projection of an activation (B, D, ...), that `fold` makes free."""
+        """Project an activation (B, D, ...) explicitly; `fold` does the same in the weights."""
         y_BxD = channels_last(y_B)
-        removed_Dk, read_Dk, mean_D = (of.to(y_B) for of in self[:3])
+        removed_Dk, read_Dk, mean_D = (tensor.to(y_B) for tensor in self[:3])
         return (y_BxD - (y_BxD - mean_D) @ read_Dk @ removed_Dk.T).movedim(-1, 1)
 
 
 def find_sites(model: nn.Module, example_BCHW: Tensor) -> list[Site]:
-    """All sites, in the order in which they run; found by running the network on an example and observing its layers.
+    """All sites, in the order in which they run on an example.
 
-    A layer is no site where folding a projection would change something else than its features:
+    A layer is no site where folding a projection would change more than its features:
     - a grouped convolution, or a layer that runs twice;
     - a layer whose weight is shared with another one, or computed (`torch.nn.utils.parametrize`);
     - a Linear on tokens (B, T, D) or on maps with channels last: features are dimension 1;
-    - a layer without a bias, which could not hold the mean, unless a BatchNorm follows it directly (`_follows`).
+    - a layer without a bias, which could not hold the mean, unless a BatchNorm follows it directly (`follows`).
     """
-    ran: list[tuple[str, nn.Module, Tensor, Tensor]] = []  # the tensors are kept alive: their identities are compared
-    handles = [
-        module.register_forward_hook(lambda module, x, y, name=name: ran.append((name, module, x[0], y)))
-        for name, module in model.named_modules()
-        if isinstance(module, Linear | Norm)
-    ]
-    with torch.inference_mode(), removing(handles):
-        model.eval()(example_BCHW)
-    names = Counter(name for name, *_ in ran)
-    head = next((name for name, module, *_ in reversed(ran) if isinstance(module, nn.Linear)), None)
+    calls = [call for call in trace(model, example_BCHW) if isinstance(call.module, Linear | BatchNorm)]
+    n_calls = Counter(call.name for call in calls)
+    head = last_linear(calls)
     sites = []
-    for name, module, x, y in ran:
-        if not isinstance(module, Linear) or names[name] > 1 or not _can_be_written(model, module):
+    for name, module, x, y in calls:
+        if not isinstance(module, Linear) or n_calls[name] > 1 or not _can_be_written(model, module):
             continue
         if x.dim() != (2 if isinstance(module, nn.Linear) else 4):
             continue
@@ -96,38 +87,50 @@ def find_sites(model: nn.Module, example_BCHW: Tensor) -> list[Site]:
                 sites.append(Site(name, name, None, "input", module.weight.shape[1]))
             continue
         candidates = [
-            other
-            for other, norm, seen, _ in ran
-            if seen is y and names[other] == 1 and isinstance(norm, Norm) and norm.affine and norm.track_running_stats
+            call.name for call in calls if call.x is y and n_calls[call.name] == 1 and _is_fixed_norm(call.module)
         ]
-        norm = next((other for other in candidates if _follows(model, example_BCHW, name, other)), None)
+        norm = next((other for other in candidates if follows(model, example_BCHW, name, other)), None)
         if norm is not None or module.bias is not None:
             sites.append(Site(norm or name, name, norm, "output", module.weight.shape[0]))
     return sites
 
 
+def _is_fixed_norm(module: nn.Module) -> bool:
+    """True for a BatchNorm with weights and running statistics, which `fold` can write."""
+    return isinstance(module, BatchNorm) and module.affine and module.track_running_stats
+
+
 def _can_be_written(model: nn.Module, layer: nn.Linear | nn.Conv2d) -> bool:
-    """True if `fold` can change the layer's weight and nothing but the layer changes."""
+    """True if `fold` can change the weight of the layer without changing another layer."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     own = dict(layer.named_parameters(recurse=False))
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     return groups == 1 and "weight" in own and all(owners[id(p)] == 1 for p in own.values())
 
 
-def _follows(model: nn.Module, example_BCHW: Tensor, linear: str, norm: str) -> bool:
-    """True if `norm` reads exactly what `linear` gives, and nothing else reads it.
+def follows(model: nn.Module, example_BCHW: Tensor, layer: str, norm: str, directly: bool = True) -> bool:
+    """True if `norm` is computed from the output of `layer` alone, and nothing else reads that output.
 
-    That two tensors are the same object does not show this: an in-place ReLU between the layers changes the values and
-    not the object. So noise takes the place of the output of `linear`, and the output of `norm` is held: then `norm`
-    must be given that noise, and the network must give what it gave. In a pre-activation network it does not, because
-    the output of `linear` is added to a later one, past the norm.
+    The identity of tensors does not show this: an in-place ReLU between the two changes the values and not the object.
+    So noise takes the place of the output of `layer`, and the output of `norm` is held: then the input of `norm` must
+    be that noise, and the outputs of the network must stay. In a pre-activation network they do not, because the output
+    of `layer` is added to a later one, past the norm.
 
-    Every tensor that the network is handed here is a copy, because the network may write into it: torchvision's
-    residual networks compute `out += identity` in the output of their norm.
+    Layers get copies of all tensors here, because the network may write into them: torchvision's residual networks
+    compute `out += identity` in the output of their norm.
+
+    Args:
+        model: the network, in eval mode.
+        example_BCHW: normalised images.
+        layer: name of a convolution or Linear.
+        norm: name of a BatchNorm.
+        directly: False allows operations between the two, such as pooling: the input of `norm` must then be the same
+            for two different batches of images.
     """
+    example_BCHW = example_BCHW.to(next(model.parameters(), example_BCHW).device)
     held: list[Tensor] = []
     noise: list[Tensor] = []
-    is_given = []
+    inputs: list[Tensor] = []
 
     def hold(_module: nn.Module, _inputs: Any, y_B: Tensor) -> Tensor:
         if not held:
@@ -135,28 +138,26 @@ def _follows(model: nn.Module, example_BCHW: Tensor, linear: str, norm: str) -> 
         return held[0].clone()
 
     def replace(_module: nn.Module, _inputs: Any, y_B: Tensor) -> Tensor:
-        generator = torch.Generator(y_B.device).manual_seed(0)
-        noise.append(torch.randn(y_B.shape, generator=generator, device=y_B.device).to(y_B))
+        noise.append(_noise_like(y_B))
         return noise[0].clone()
 
-    def compare(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        is_given.append(torch.equal(inputs[0], noise[0]))
+    def keep(_module: nn.Module, x: tuple[Tensor, ...]) -> None:
+        inputs.append(x[0].clone())
 
-    first, second = model.get_submodule(linear), model.get_submodule(norm)
+    first, second = model.get_submodule(layer), model.get_submodule(norm)
     with torch.inference_mode(), removing([second.register_forward_hook(hold)]):
         before_BK = model(example_BCHW)
-        with removing([first.register_forward_hook(replace), second.register_forward_pre_hook(compare)]):
-            return torch.equal(before_BK, model(example_BCHW)) and is_given == [True]
+        with removing([first.register_forward_hook(replace), second.register_forward_pre_hook(keep)]):
+            if not torch.equal(before_BK, model(example_BCHW)) or len(inputs) != 1:
+                return False
+            if directly:
+                return torch.equal(inputs[0], noise[0])
+            model(_noise_like(example_BCHW))
+            return torch.equal(inputs[0], inputs[1])
 
 
-@contextmanager
-def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of the block."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _noise_like(x: Tensor) -> Tensor:
+    return torch.randn(x.shape, generator=torch.Generator(x.device).manual_seed(0), device=x.device).to(x)
 
 
 def channels_last(x_B: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def channels_last(x_B: Tensor) -> Tensor:
 
 @contextmanager
 def watching(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], Tensor | None]) -> Iterator[None]:
-    """Within it, `see` is given every site's activation; what it returns, if anything, takes its place."""
+    """Within the block, `see` is called with the activation of every site; a tensor it returns replaces it."""
 
     def on_output(site: Site) -> Callable[..., Tensor | None]:
         return lambda _module, _inputs, y_B: see(site, y_B)
@@ -187,9 +188,9 @@ def watching(model: nn.Module, sites: list[Site], see: Callable[[Site, Tensor], 
 
 @torch.no_grad()
 def fold(model: nn.Module, site: Site, projection: Projection) -> None:
-    """Fold a projection at one of `find_sites` into the network, in place."""
+    """Fold a projection at a site of `find_sites` into the network, in place."""
     linear: Any = model.get_submodule(site.linear)
-    removed_Dk, read_Dk, mean_D, covariance_DD = (of.to(linear.weight.device) for of in projection)
+    removed_Dk, read_Dk, mean_D, covariance_DD = (tensor.to(linear.weight.device) for tensor in projection)
     removed_DD = removed_Dk @ read_Dk.T
     weight_ox = linear.weight.double().flatten(1)
     bias_o = torch.zeros(len(weight_ox)).to(weight_ox) if linear.bias is None else linear.bias.double()

@@ -1,4 +1,4 @@
-"""Repair a model: the only place where the methods meet files."""
+"""The stage of all repairs: reads models and data, repairs, measures, writes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,8 @@ from sanitize.data.chosen import chosen_images
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError
 from sanitize.loop import predict
-from sanitize.models.checkpoint import Checkpoint, ModelConfig, write_checkpoint
+from sanitize.models.checkpoint import Checkpoint, write_checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.progress import track
 from sanitize.repair.drr import DRRConfig
 from sanitize.repair.inputs import CleanImages, RepairInputs, UntrustedBatch, split_clean
@@ -25,15 +26,15 @@ from sanitize.stage import Work, stage
 
 
 class RepairModelConfig(BaseModel):
-    """A method, and what it is given.
+    """A method and its data.
 
     Attributes:
-        method: one of the methods; see docs/methods.md for which needs what.
+        method: one of the repairs; docs/methods.md lists the data each one needs.
         batch_size: images of the untrusted data in one forward pass.
-        max_clean_images: clean images held in memory, chosen by a keyed hash.
-        held_out_fraction: of them, to decide when to stop; nothing is learned from these.
-        trigger: the attack, or several, where it is known; the attack success rate on the test shards is measured with
-            it. The trigger is put on test images as they are stored, where `poison_shards` puts it.
+        max_clean_images: largest number of clean images in memory, chosen by a keyed hash.
+        held_out_fraction: share of the clean images on which the clean accuracy is measured; not used for learning.
+        trigger: the attack, or several, where it is known, to measure the attack success rate on the test shards. As
+            in `poison_shards`, the trigger is put on images as they are stored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,16 +55,16 @@ class RepairModelConfig(BaseModel):
 
 
 class RepairedModel(Checkpoint):
-    """A Checkpoint with `repair.json`: what was done, how much the weights changed, and what was measured before and
-    after."""
+    """A Checkpoint with `repair.json`: the report on the repair, the change of the weights, and the measurements before
+    and after."""
 
     @property
     def report(self) -> dict[str, Any]:
-        """method, done, weights_changed, and where there are test shards before and after."""
+        """method, done, weights_changed; with test shards also before and after."""
         return self.read_object("repair.json", "method", "weights_changed")
 
 
-@stage(RepairedModel, version=2)
+@stage(RepairedModel, version=3)
 def repair_model(
     config: RepairModelConfig,
     model: Checkpoint,
@@ -81,18 +82,18 @@ def repair_model(
         model: the suspect model; one network.
         out: folder of the artifact.
         compute: device, precision, seed.
-        untrusted: what the model was trained on, for methods that read it.
-        clean: samples that are known to be good, for methods that learn from a few.
-        test: samples to measure on, before and after; no method sees them.
-        truth: which samples of `untrusted` are poisoned, where it is known: for the report alone.
+        untrusted: training data of the model, for methods that read it.
+        clean: trusted samples, for methods that learn from a few.
+        test: samples to measure on before and after the repair; no method sees them.
+        truth: artifact with the poisoned samples of `untrusted`, where it is known; for the report alone.
 
     Raises:
-        ConfigError: the method needs data that is not given, the model is an ensemble or takes images of another shape
-            than the test samples have, or the target of the trigger is no class.
+        ConfigError: data that the method needs is missing, the model is an ensemble, its images have another shape than
+            the test samples, or the target of the trigger is no class.
         NumericsError: features, or a gradient, are not finite.
     """
-    if model.config.n_networks > 1:
-        raise ConfigError("an ensemble of partitions cannot be repaired: its networks are certified as they are")
+    if model.config.is_ensemble:
+        raise ConfigError("an ensemble of partitions cannot be repaired: its certificates hold for its networks alone")
     if config.trigger is not None:
         refuse_targets(triggers_of(config.trigger), model.config.n_classes)
     if test is not None and test.image_shape != model.config.image_shape:
@@ -128,31 +129,32 @@ def repair_model(
 def untrusted_batches(
     dataset: Dataset, truth: Poisoned | None, batch_size: int, compute: Compute
 ) -> Iterator[UntrustedBatch]:
-    """One pass over the untrusted data. Samples that `truth` does not know count as clean."""
+    """One pass over the untrusted data. Samples that are not in `truth` count as clean."""
     for batch in dataset.batches(batch_size):
         positions = batch.positions_B.tolist()
         hashes = [compute.seed_for("repair", "sample", batch.shard, position) for position in positions]
         poisoned_B = None
         if truth is not None:
             rows = truth.rows(batch.shard, ["key", "poisoned"])
-            wrong = set(rows.filter(rows["poisoned"])["key"].to_pylist())
-            poisoned_B = torch.tensor([key in wrong for key in batch.keys])
+            poisoned_keys = set(rows.filter(rows["poisoned"])["key"].to_pylist())
+            poisoned_B = torch.tensor([key in poisoned_keys for key in batch.keys])
         yield UntrustedBatch(batch.images_BCHW, batch.labels_B, hashes, poisoned_B)
 
 
 def clean_images(dataset: Dataset, config: RepairModelConfig, compute: Compute) -> CleanImages:
-    """At most `max_clean_images` usable samples, in two parts."""
+    """At most `max_clean_images` clean images, split in two parts."""
     chosen = chosen_images(dataset, config.max_clean_images, compute)
     generator = compute.generator("repair", "held_out")
     return split_clean(chosen.images_NCHW, chosen.labels_N, config.held_out_fraction, generator)
 
 
 def weights_changed(before: nn.Module, after: nn.Module) -> dict[str, Any]:
-    """How many numbers differ, and by how much: the l2 norm of the change over that of all weights and buffers."""
-    old, new = ({k: t.detach().cpu().double() for k, t in of.state_dict().items()} for of in (before, after))
+    """Number of changed values, number of all values, and l2 norm of the change relative to that of all weights and
+    buffers."""
+    old, new = ({k: t.detach().cpu().double() for k, t in m.state_dict().items()} for m in (before, after))
     changed = sum(int((old[name] != new[name]).sum()) for name in old)
-    squares = (sum(float(t.square().sum()) for t in of.values()) for of in (old, {k: new[k] - old[k] for k in old}))
-    norm, change = (math.sqrt(square) for square in squares)
+    difference = {name: new[name] - old[name] for name in old}
+    norm, change = (math.sqrt(sum(float(t.square().sum()) for t in state.values())) for state in (old, difference))
     return {"changed": changed, "of": sum(t.numel() for t in old.values()), "relative_l2": change / max(norm, 1e-12)}
 
 
@@ -163,10 +165,10 @@ def measured(
     trigger: AttackConfig | None,
     compute: Compute,
 ) -> dict[str, dict[str, Any]]:
-    """Of each network the accuracy `acc`, the accuracy of each class, and `asr` where the trigger is known.
+    """Accuracy `acc` of each network, accuracy of each class, and, with a known trigger, attack success rate `asr`.
 
-    The attack success rate is the share of triggered samples that are given the attacker's label, among those that have
-    another one; it is missing where there are none.
+    The attack success rate is the share of triggered samples that are predicted as the attacker's label, among samples
+    with another label; it is missing where there are none.
     """
     n_classes = model_config.n_classes
     count_K, right = torch.zeros(n_classes), {name: torch.zeros(n_classes) for name in networks}

@@ -3,9 +3,9 @@
     max  sum_j E[(v_j^T (x - mean))^3]   over V with V^T V = I
 
 The Euclidean gradient of column j is 3 E[x (v_j^T x)^2]. A step retracts by QR, V <- qf(gradient): a step of infinite
-length, which for one column is the symmetric tensor power method; of the places it visits the best is kept. The raw
-moment decides what is found, the skewness E[p^3] / E[p^2]^(3/2) of p = v^T (x - mean) how much of a direction it is:
-the raw moment has the unit of the features. Shapes: N samples, D features, k directions, S starts.
+length, which for one column is the symmetric tensor power method. The best V of all steps is kept. The raw moment is
+maximised; the skewness E[p^3] / E[p^2]^(3/2) of p = v^T (x - mean) is compared with a threshold, because the raw moment
+has the unit of the features. Shapes: N samples, D features, k directions, S starts.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Directions(NamedTuple):
     skewness_k: Tensor
 
     def above(self, tau: float) -> "Directions":
-        """Those with a skewness above tau."""
+        """The directions with a skewness above tau."""
         kept_k = self.skewness_k > tau
         return Directions(self.v_Dk[:, kept_k], self.moment_k[kept_k], self.skewness_k[kept_k])
 
@@ -30,13 +30,14 @@ class Directions(NamedTuple):
 def third_moment_directions(
     x_ND: Tensor, k: int, n_starts: int, n_steps: int, generator: torch.Generator
 ) -> Directions:
-    """Search from `n_starts` random orthonormal starts, each given `n_steps` steps.
+    """Directions of maximal third moment, from several random orthonormal starts.
 
     Args:
         x_ND: features, float64.
-        k: directions, at most D.
-        n_starts, n_steps: see above.
-        generator: of the starts, on the CPU.
+        k: number of directions, at most D.
+        n_starts: number of starts.
+        n_steps: steps from each start.
+        generator: generator of the starts, on the CPU.
     """
     x_ND = x_ND - x_ND.mean(0)
     start_SDk = torch.randn(n_starts, x_ND.shape[1], min(k, x_ND.shape[1]), generator=generator)
@@ -66,13 +67,13 @@ def measured(x_ND: Tensor, v_Dk: Tensor) -> Directions:
 def of_every_class(
     x_ND: Tensor, labels_N: Tensor, k: int, tau: float, n_starts: int, n_steps: int, generator: torch.Generator
 ) -> Directions:
-    """The k most skewed directions of single classes, orthonormalised; moment and skewness are those in the class."""
+    """The k most skewed directions of single classes, orthonormalised, with moment and skewness in their class."""
     found = [
         third_moment_directions(x_ND[labels_N == label], 1, n_starts, n_steps, generator)
         for label in labels_N.unique().tolist()
         if int((labels_N == label).sum()) > 2
     ]
-    v_DK, moment_K, skewness_K = (torch.cat(of, -1) for of in zip(*found, strict=True))
+    v_DK, moment_K, skewness_K = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
     first = skewness_K.argsort(descending=True)[:k]
-    first = first[: max(1, int((skewness_K[first] > tau).sum()))]  # below tau only the most skewed, to be reported
+    first = first[: max(1, int((skewness_K[first] > tau).sum()))]  # below tau only the most skewed one, for the report
     return Directions(torch.linalg.qr(v_DK[:, first]).Q, moment_K[first], skewness_K[first])

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sanitize.models.checkpoint import Checkpoint, ModelConfig, load_into
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.taps import find_taps
+from sanitize.models.weights import load_into
 
 
 class Truncated(nn.Module):

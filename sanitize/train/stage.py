@@ -23,7 +23,9 @@ from sanitize.denoise import PCA, PCANoise, PCANoiseConfig
 from sanitize.distributed import total, world
 from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, predict, train
-from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, write_checkpoint
+from sanitize.models.architectures import Architecture
+from sanitize.models.checkpoint import Checkpoint, write_checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.progress import track
 from sanitize.snapshots import Snapshots

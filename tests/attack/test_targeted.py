@@ -23,7 +23,7 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.loop import OptimConfig, train
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
 from sanitize.siamese import SiameseConfig
 

@@ -37,7 +37,7 @@ from sanitize.data.decode import ImageConfig, decode, encode_png
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.errors import ConfigError, DataError
 from sanitize.loop import predict
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 
 Shape = tuple[int, int, int]

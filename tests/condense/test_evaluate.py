@@ -8,7 +8,7 @@ from sanitize.condense.evaluate import EvaluateConfig, learn_from
 from sanitize.data.dataset import Dataset
 from sanitize.loop import OptimConfig, predict
 from sanitize.measure import accuracy
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNetConfig
 from sanitize.siamese import SiameseConfig
 

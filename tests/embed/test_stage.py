@@ -13,19 +13,17 @@ from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Embeddings
 from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
-from sanitize.models.checkpoint import (
-    Architecture,
-    Checkpoint,
-    CNN9Config,
-    InstanceConvNetConfig,
-    MLPConfig,
-    ModelConfig,
-    ResNetConfig,
-    TorchvisionConfig,
-    VGGConfig,
-)
+from sanitize.models.architectures import Architecture
+from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.cnn9 import CNN9Config
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.instance_convnet import InstanceConvNetConfig
+from sanitize.models.mlp import MLPConfig
+from sanitize.models.resnet import ResNetConfig
 from sanitize.models.taps import Tapped, find_taps
+from sanitize.models.torchvision import TorchvisionConfig
+from sanitize.models.vgg import VGGConfig
 
 
 def test_embeddings_are_what_the_model_sees_computed_by_hand(

@@ -1,4 +1,4 @@
-"""Repair from shards to the package: a learned backdoor is taken out; a clean model stays as it is."""
+"""Repair from shards to the package: a learned backdoor is removed; a clean model is not changed."""
 
 import json
 from pathlib import Path

@@ -9,19 +9,15 @@ from torch import nn
 
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.errors import ConfigError, DataError
-from sanitize.models.checkpoint import (
-    Checkpoint,
-    FactoryConfig,
-    ModelConfig,
-    TorchvisionConfig,
-    load_into,
-    load_state,
-    write_checkpoint,
-)
+from sanitize.models.checkpoint import Checkpoint, write_checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.factory import FactoryConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.models.resnet import ResNetConfig
+from sanitize.models.torchvision import TorchvisionConfig
+from sanitize.models.weights import load_into, load_state
 
 SMALL = ModelConfig(architecture=ConvNetConfig(widths=(4, 6)), n_classes=3, image_shape=(1, 8, 8))
 

@@ -1,10 +1,10 @@
-"""Centres as far apart as can be, and a last layer that measures distances to them."""
+"""Max-Mahalanobis centres, and the last layer that measures distances to them."""
 
 import pytest
 import torch
 
 from sanitize.errors import ConfigError
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mmc import CentreDistance, centres
 from sanitize.models.taps import find_taps

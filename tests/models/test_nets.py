@@ -1,13 +1,20 @@
+from typing import get_args
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from sanitize.models.architectures import Architecture
 from sanitize.models.cnn9 import CNN9, CNN9Config
-from sanitize.models.convnet import ConvNet, ConvNetConfig
+from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.factory import FactoryConfig
 from sanitize.models.mlp import MLP, MLPConfig
 from sanitize.models.resnet import ResNet, ResNetConfig
+from sanitize.models.torchvision import TorchvisionConfig
 
+ARCHITECTURES = [kind for kind in get_args(get_args(Architecture)[0]) if kind is not FactoryConfig]
+SETTINGS = {TorchvisionConfig: {"name": "resnet18"}}
 CONFIGS = [
     ConvNetConfig(widths=(4,)),
     ConvNetConfig(widths=(4, 6, 8), convs_per_block=2),
@@ -18,7 +25,16 @@ CONFIGS = [
 
 def build(config: ConvNetConfig | ResNetConfig, n_classes: int = 3, channels: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    return (ConvNet if isinstance(config, ConvNetConfig) else ResNet)(config, n_classes, channels)  # type: ignore[arg-type]
+    return config.build(n_classes, (channels, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES, ids=lambda kind: kind.__name__)
+def test_every_architecture_builds_itself_without_allocating(kind: type) -> None:
+    with torch.device("meta"):
+        network = kind(**SETTINGS.get(kind, {})).build(5, (3, 32, 32))
+        logits_BK = network(torch.zeros(2, 3, 32, 32))
+    assert logits_BK.shape == (2, 5)
+    assert all(tensor.is_meta for tensor in network.state_dict().values())
 
 
 @pytest.mark.parametrize("config", CONFIGS)

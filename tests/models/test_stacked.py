@@ -1,11 +1,11 @@
-"""Stacked networks are what each of them is alone."""
+"""Stacked networks give the same outputs and gradients as each network alone."""
 
 import pytest
 import torch
 from torch import nn
 
 from sanitize.errors import ConfigError
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.stacked import Plurality, Stacked

@@ -124,7 +124,7 @@ def test_our_resnet() -> None:
         torch.testing.assert_close(seen["penultimate"], model.blocks(model.stem(x_BCHW)).mean((2, 3)))
 
 
-def test_tapping_leaves_no_hook_behind_and_no_trace_in_the_model() -> None:
+def test_tapping_leaves_no_hook_and_does_not_change_the_model() -> None:
     model = ConvNet(ConvNetConfig(widths=(4,)), 3, 1).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x_BCHW = torch.randn(2, 1, 8, 8)

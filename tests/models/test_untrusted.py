@@ -1,4 +1,4 @@
-"""Model packages by strangers: whatever is in them, a model is loaded or one error says why, and no code is run."""
+"""Model packages by strangers: for any content a model is loaded or one error gives the reason, and no code is run."""
 
 import copy
 import hashlib
@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 import sanitize
 from sanitize.artifacts import Part, Recipe, make
 from sanitize.errors import ArtifactError, SanitizeError
-from sanitize.models.checkpoint import Checkpoint, ModelConfig, write_checkpoint
+from sanitize.models.checkpoint import Checkpoint, write_checkpoint
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
 
@@ -42,7 +43,7 @@ def save(out: Path, config: ModelConfig) -> Path:
 
 
 def listed_again(package: Path) -> None:
-    """What a careful attacker does: the manifest lists the files as they are now."""
+    """Update the manifest to the current files, as a careful attacker would."""
     manifest = json.loads((package / "manifest.json").read_text())
     for name in manifest["files"]:
         data = (package / name).read_bytes()
@@ -219,7 +220,7 @@ def test_every_number_has_a_bound(tmp_path: Path, fields: dict[str, Any], messag
 
 
 def test_large_images_cost_nothing_until_there_is_one(tmp_path: Path) -> None:
-    """The last Linear of a network is found by running it; a description must not choose how long that takes."""
+    """The last Linear of a network is found by running it; the size in a description must not make that slow."""
     text = changed(NETWORKS["convnet"], image_shape=[1, 16384, 16384], mmc=5.0)
     package = described_as(save(tmp_path / "package", NETWORKS["convnet"]), text)
     with pytest.raises(ArtifactError, match=r"describes a network of|do not fit"):
@@ -340,7 +341,7 @@ def test_what_is_no_regular_file_is_never_waited_for(tmp_path: Path, file: str, 
 
 
 def test_a_file_is_read_only_where_it_has_the_size_that_is_listed(tmp_path: Path) -> None:
-    """A sparse file of a terabyte takes no room on the disk; reading it would take all memory there is."""
+    """A sparse file of a terabyte takes no space on the disk; reading it would take all memory."""
     package = save(tmp_path / "package", NETWORKS["convnet"])
     os.truncate(package / "model.safetensors", 2**40)
     with pytest.raises(ArtifactError, match="differs from the manifest"):

@@ -1,4 +1,4 @@
-"""Every repair to compare with, on the digits with a patch: what it does to a backdoor, and to a clean network."""
+"""The baselines on digits with a patch: their effect on a backdoored and on a clean network."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.measure import accuracy, attack_success_rate
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.repair.anp import ANPConfig, scaled_parameters
 from sanitize.repair.channels import find_channels
@@ -43,15 +43,15 @@ METHODS: dict[str, RepairMethod] = {
     "nad": NADConfig(beta=300, teacher=GENTLE, optim=GENTLE),
     "neural cleanse": NeuralCleanseConfig(steps=120, batch_size=32, optim=TUNE),
 }
-# Of the patch's success, what is left at most. The three that prune by a rule alone claim nothing in layers of 16 and
-# 32 channels: what stands out there by 3 deviations, or has a mask near 0, is not the backdoor. Planted ones are in
-# test_channels.
+# Largest share of the attack success rate that is left. The three methods that prune by a rule alone have no bound in
+# layers of 16 and 32 channels: channels at 3 deviations, or with a mask near 0, are not the backdoor there. Planted
+# channels are tested in test_channels.
 LEFT = {"fine-tuning": 0.8, "fine-pruning": 0.7, "nad": 0.8, "neural cleanse": 0.4}
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
 class Case(NamedTuple):
-    """A network, what there is to repair it with, and what it is measured on."""
+    """A network, the inputs of its repair, and test data."""
 
     model: nn.Module
     inputs: RepairInputs
@@ -96,7 +96,7 @@ def backdoored() -> Case:
 
 @pytest.fixture(scope="module")
 def repaired(backdoored: Case) -> Callable[[str], Repaired]:
-    """What a method makes of the backdoored network, once."""
+    """Result of a method on the backdoored network, computed once."""
     return cache(lambda name: METHODS[name].repair(backdoored.model, backdoored.inputs, CPU))
 
 
@@ -115,7 +115,7 @@ def test_a_repair_weakens_the_backdoor_and_leaves_its_model_alone(
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not any(module.training for module in found.model.modules())
     assert json.loads(json.dumps(found.done)) == found.done
-    (acc, asr), (acc_before, asr_before) = (backdoored.measure(of) for of in (found.model, model))
+    (acc, asr), (acc_before, asr_before) = (backdoored.measure(network) for network in (found.model, model))
     print(f"{name}: ACC {acc_before:.3f} -> {acc:.3f}, ASR {asr_before:.3f} -> {asr:.3f}, {found.done}")
     assert acc > acc_before - 0.08
     assert asr <= LEFT.get(name, 1.0) * asr_before
@@ -134,7 +134,7 @@ def test_the_same_again_gives_the_same_network(
 @every_method
 def test_a_network_without_a_backdoor_stays_about_as_good(honest: Case, name: str) -> None:
     found = METHODS[name].repair(honest.model, honest.inputs, CPU)
-    acc, acc_before = (honest.measure(of)[0] for of in (found.model, honest.model))
+    acc, acc_before = (honest.measure(network)[0] for network in (found.model, honest.model))
     print(f"{name}: ACC {acc_before:.3f} -> {acc:.3f}, {found.done}")
     # EP: one channel of 16 is a sixteenth of the layer. NAD: so strong a pull to the teacher costs some of the network.
     assert acc > acc_before - {"ep": 0.15, "nad": 0.2}.get(name, 0.05)
@@ -143,7 +143,7 @@ def test_a_network_without_a_backdoor_stays_about_as_good(honest: Case, name: st
 # --- parts ------------------------------------------------------------------------------------------------------
 
 
-def test_what_fine_pruning_has_pruned_stays_pruned(repaired: Callable[[str], Repaired]) -> None:
+def test_channels_pruned_by_fine_pruning_stay_pruned(repaired: Callable[[str], Repaired]) -> None:
     found = repaired("fine-pruning")
     n_pruned = found.done["pruned"]["features.norm1_0"]
     assert n_pruned > 0
@@ -161,7 +161,7 @@ def test_without_weight_on_attention_distillation_is_fine_tuning(backdoored: Cas
         torch.testing.assert_close(nad[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-def test_attention_maps_have_length_one_and_forget_scale_and_channels() -> None:
+def test_attention_maps_have_length_one_and_ignore_scale_and_order_of_channels() -> None:
     y_BCHW = torch.randn(5, 4, 3, 3)
     map_BN = attention(y_BCHW)
     assert map_BN.shape == (5, 9)
@@ -172,7 +172,7 @@ def test_attention_maps_have_length_one_and_forget_scale_and_channels() -> None:
 
 
 def test_maps_are_taken_once_at_each_resolution(backdoored: Case) -> None:
-    names = [site.name for site in find_channels(backdoored.model, CONFIG)]
+    names = [site.name for site in find_channels(backdoored.model, CONFIG.example())]
     assert [site.name for site in last_of_each_resolution(backdoored.model, CONFIG)] == [names[-1]]
     deeper = CONFIG.model_copy(update={"architecture": ConvNetConfig(widths=(4, 4, 8), convs_per_block=2)})
     found = last_of_each_resolution(deeper.build(), deeper)
@@ -180,7 +180,7 @@ def test_maps_are_taken_once_at_each_resolution(backdoored: Case) -> None:
 
 
 def test_factors_of_channels_are_those_of_a_network_whose_parameters_are_multiplied(backdoored: Case) -> None:
-    sites = find_channels(backdoored.model, CONFIG)
+    sites = find_channels(backdoored.model, CONFIG.example())
     factors = [[torch.rand(site.n_features) for site in sites] for _ in range(2)]
     scaled = copy.deepcopy(backdoored.model)
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_factors_of_channels_are_those_of_a_network_whose_parameters_are_multipl
         torch.testing.assert_close(functional_call(backdoored.model, parameters, (x_BCHW,)), scaled(x_BCHW))
 
 
-def test_neural_cleanse_accuses_the_target_class_and_finds_a_small_trigger(
+def test_neural_cleanse_finds_the_target_class_and_a_small_trigger(
     backdoored: Case, repaired: Callable[[str], Repaired]
 ) -> None:
     method = METHODS["neural cleanse"]

@@ -1,4 +1,4 @@
-"""Which channels there are, what pruning one does, and the measures that tell a planted one from the rest."""
+"""Channels of networks, the effect of pruning, and the criteria that find a planted channel."""
 
 import math
 from typing import Any
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import Architecture, ModelConfig, TorchvisionConfig
+from sanitize.models.architectures import Architecture
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.resnet import ResNetConfig
+from sanitize.models.torchvision import TorchvisionConfig
+from sanitize.models.trace import trace
 from sanitize.repair.channels import find_channels, prune, scaled_by, spatial_max
 from sanitize.repair.clp import CLPConfig, lipschitz_bounds
 from sanitize.repair.ep import EPConfig, Histogram
@@ -29,7 +32,7 @@ NETWORKS: list[tuple[Architecture, int, int, int]] = [  # size of images, layers
 
 
 def network(architecture: Architecture, size: int) -> tuple[nn.Module, ModelConfig]:
-    """Random weights, and BatchNorms none of whose numbers is an easy one."""
+    """Random weights, and BatchNorms with random statistics and weights."""
     torch.manual_seed(0)
     config = ModelConfig(architecture=architecture, n_classes=10, image_shape=(3, size, size))
     model = config.build()
@@ -49,7 +52,7 @@ def test_a_pruned_channel_is_constant_and_the_others_are_as_they_were(
     architecture: Architecture, size: int, n: int, n_normed: int
 ) -> None:
     model, config = network(architecture, size)
-    sites = find_channels(model, config)
+    sites = find_channels(model, config.example())
     assert (len(sites), sum(site.norm is not None for site in sites)) == (n, n_normed)
     site = sites[len(sites) // 2]
     x_BCHW = torch.randn(3, 3, size, size)
@@ -74,6 +77,50 @@ def test_a_pruned_channel_is_constant_and_the_others_are_as_they_were(
         assert torch.equal(after[:, chosen_C], constant.expand_as(after[:, chosen_C]))
 
 
+class PreActivation(nn.Module):
+    """A pre-activation residual network of constant width: all norms but `norms2` normalise a sum."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norms1, self.norms2 = (nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2)) for _ in range(2))
+        self.convs1, self.convs2 = (
+            nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2)) for _ in range(2)
+        )
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.stem(x_BCHW)
+        for norm1, conv1, norm2, conv2 in zip(self.norms1, self.convs1, self.norms2, self.convs2, strict=True):
+            y_BCHW = conv2(norm2(conv1(norm1(x_BCHW).relu())).relu())
+            if self.in_place:
+                y_BCHW += x_BCHW
+                x_BCHW = y_BCHW
+            else:
+                x_BCHW = x_BCHW + y_BCHW
+        return self.head(self.norm(x_BCHW).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_norm_of_a_sum_belongs_to_no_layer(in_place: bool) -> None:
+    torch.manual_seed(0)
+    model, x_BCHW = PreActivation(in_place).eval(), torch.randn(2, 3, 8, 8)
+    sites = find_channels(model, torch.zeros(2, 3, 8, 8))
+    assert [(site.linear, site.norm) for site in sites] == [
+        ("stem", None),
+        ("convs1.0", "norms2.0"),
+        ("convs2.0", None),
+        ("convs1.1", "norms2.1"),
+        ("convs2.1", None),
+    ]
+    calls = {call.name: call.x.clone() for call in trace(model, x_BCHW)}
+    prune(model, sites[2], torch.tensor([3]), keep_bias=False)
+    pruned = {call.name: call.x.clone() for call in trace(model, x_BCHW)}
+    assert torch.equal(pruned["norms1.1"][:, 3], pruned["norms1.0"][:, 3]), "the shortcut alone is left"
+    assert not torch.equal(calls["norms1.1"][:, 3], calls["norms1.0"][:, 3])
+
+
 def test_spatial_maxima() -> None:
     y_BCHW = torch.randn(2, 3, 4, 5)
     assert torch.equal(spatial_max(y_BCHW), y_BCHW.amax((2, 3)))
@@ -85,7 +132,7 @@ def test_spatial_maxima() -> None:
 
 def test_lipschitz_bounds_are_those_of_the_definition() -> None:
     model, config = network(ResNetConfig(widths=(8, 16)), 8)
-    for site in find_channels(model, config):
+    for site in find_channels(model, config.example()):
         if site.norm is None:
             continue
         linear, norm = model.get_submodule(site.linear), model.get_submodule(site.norm)

@@ -1,4 +1,4 @@
-"""DRR: the direction of a planted cluster is found and removed, and nothing is found in nothing."""
+"""DRR: the direction of a planted cluster is found and removed; clean data has none."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.repair import DRRConfig, RepairInputs, in_memory
 from sanitize.repair.drr import oblique

@@ -1,4 +1,4 @@
-"""I-BAU: the hypergradient is the exact one where there is an exact one, and the perturbation stays in its ball."""
+"""I-BAU: the hypergradient equals the exact one where that is known, and the perturbation stays in its ball."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.repair import CleanImages, IBAUConfig, RepairInputs
 from sanitize.repair.ibau import ascend, conjugate_gradient, fixed_point, hypergradient, into_ball

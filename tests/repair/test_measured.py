@@ -1,4 +1,4 @@
-"""The attack success rate that `repair` reports is the one of shards that `poison` writes."""
+"""The attack success rate in the report of `repair` is that on shards written by `poison`."""
 
 from pathlib import Path
 

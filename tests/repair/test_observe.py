@@ -1,11 +1,11 @@
-"""What a site shows is what it was when it ran, whatever the network writes into it afterwards."""
+"""Features of a site are those at the time of its call, even if the network overwrites them later."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.models.taps import Tapped, find_taps
 from sanitize.repair import RepairInputs, in_memory
 from sanitize.repair.observe import Pooling, group_moments, sample_features

@@ -1,4 +1,4 @@
-"""Folding is exact: the folded network is the network with explicit projections, whatever its architecture."""
+"""Folding is exact: the folded network equals the network with explicit projections, for every architecture."""
 
 import copy
 
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torchvision.models import VGG
 
-from sanitize.models.checkpoint import Architecture, ModelConfig, TorchvisionConfig
+from sanitize.models.architectures import Architecture
+from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.resnet import ResNetConfig
+from sanitize.models.torchvision import TorchvisionConfig
 from sanitize.repair.sites import Projection, Site, channels_last, find_sites, fold, watching
 
 NETWORKS: list[tuple[Architecture, int]] = [
@@ -35,7 +37,7 @@ SITES = {"resnet18": 21, "resnet50": 54, "vit_b_32": 2}
 
 
 def network(architecture: Architecture, size: int) -> nn.Module:
-    """Random weights, and BatchNorms whose statistics and weights are none of the easy ones; float64."""
+    """Random weights, and BatchNorms with random statistics and weights; float64."""
     torch.manual_seed(0)
     model = ModelConfig(architecture=architecture, n_classes=10, image_shape=(3, size, size)).build()
     if isinstance(model, VGG):  # the same layers, on narrow features: half a gigabyte less
@@ -51,7 +53,7 @@ def network(architecture: Architecture, size: int) -> nn.Module:
 
 
 def unsettle(model: nn.Module) -> None:
-    """Give every BatchNorm another weight and bias, and switch dropout off."""
+    """Give every BatchNorm a random weight and bias, and switch dropout off."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -73,7 +75,7 @@ def projection(n_features: int, oblique: bool, mean_D: Tensor | None = None) -> 
 
 
 def folded_and_explicit(model: nn.Module, sites: list[Site], x_BCHW: Tensor, oblique: bool) -> tuple[Tensor, Tensor]:
-    """What the network gives with a projection at every site: folded into its weights, and put on its activations."""
+    """Outputs with a projection at every site: folded into the weights, and applied to the activations."""
     torch.manual_seed(1)
     projections = {site.name: projection(site.n_features, oblique) for site in sites}
     folded = copy.deepcopy(model)
@@ -135,10 +137,10 @@ class Drawn(nn.Module):
                 groups = 2 if step == "conv grouped" else 1
                 made.append(nn.Conv2d(6, 6, 3, padding=1, bias=step == "conv bias", groups=groups))
             elif step == "again":
-                made.append(next((of for of in reversed(made) if isinstance(of, nn.Conv2d)), nn.Identity()))
+                made.append(next((layer for layer in reversed(made) if isinstance(layer, nn.Conv2d)), nn.Identity()))
             elif step == "tied":
                 conv = nn.Conv2d(6, 6, 3, padding=1)
-                conv.weight = next((of.weight for of in made if isinstance(of, nn.Conv2d)), conv.weight)
+                conv.weight = next((layer.weight for layer in made if isinstance(layer, nn.Conv2d)), conv.weight)
                 made.append(conv)
             else:
                 layers = {"norm": nn.BatchNorm2d(6), "relu": nn.ReLU(), "relu_": nn.ReLU(inplace=True)}
@@ -237,7 +239,7 @@ def test_a_convolution_that_is_read_past_its_norm_is_no_site() -> None:
 
 
 def test_a_weight_that_is_computed_is_no_site() -> None:
-    """What `fold` wrote would be lost: the weight is made anew for every forward pass."""
+    """A weight written by `fold` would be lost: it is computed again for every forward pass."""
     model = network(MLPConfig(widths=(16, 8)), 8)
     names = [site.name for site in find_sites(model, torch.randn(2, 3, 8, 8).double())]
     parametrize.register_parametrization(model.get_submodule(names[-1]), "weight", nn.Identity())

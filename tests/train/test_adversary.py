@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sanitize.compute import Compute
-from sanitize.models.checkpoint import ModelConfig
+from sanitize.models.config import ModelConfig
 from sanitize.train.adversary import AdversaryConfig, InputSpace, ascend, divergence, perturb
 from sanitize.train.losses import sample_losses
 

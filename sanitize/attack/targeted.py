@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sanitize.ascent import linf_ball, projected_ascent
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError, NumericsError
 
@@ -58,18 +59,13 @@ def perturb(images_PCHW: Tensor, objective: Objective, config: PerturbConfig, co
         NumericsError: the objective is not finite.
     """
     clean_PCHW = images_PCHW.to(compute.torch_device, torch.float32)
-    low_PCHW, high_PCHW = (clean_PCHW - config.eps).clamp(min=0), (clean_PCHW + config.eps).clamp(max=255)
+    project = linf_ball(clean_PCHW, config.eps, 0, 255)
     found_PCHW, least = clean_PCHW, math.inf
     for restart in range(config.restarts):
         draws = compute.generator("attack", "start", restart)
         start_PCHW = torch.randint(-config.eps, config.eps + 1, images_PCHW.shape, generator=draws)
-        x_PCHW = (clean_PCHW + start_PCHW.to(clean_PCHW.device)).clamp(low_PCHW, high_PCHW)
-        mean_PCHW = torch.zeros_like(x_PCHW)
-        for iteration in range(config.iterations):
-            x_PCHW.requires_grad_()
-            (gradient_PCHW,) = torch.autograd.grad(objective(x_PCHW, ("search", restart, iteration)), x_PCHW)
-            mean_PCHW = config.momentum * mean_PCHW + (1 - config.momentum) * gradient_PCHW
-            x_PCHW = (x_PCHW.detach() - config.step * mean_PCHW.sign()).clamp(low_PCHW, high_PCHW)
+        start_PCHW = project(clean_PCHW + start_PCHW.to(clean_PCHW.device))
+        x_PCHW = _search(start_PCHW, objective, restart, project, config)
         with torch.no_grad():
             value = sum(float(objective(x_PCHW, ("judge", i))) for i in range(config.n_judges)) / config.n_judges
         if not math.isfinite(value):
@@ -77,6 +73,22 @@ def perturb(images_PCHW: Tensor, objective: Objective, config: PerturbConfig, co
         if value < least:
             found_PCHW, least = x_PCHW, value
     return found_PCHW.to("cpu", torch.uint8)
+
+
+def _search(
+    start_PCHW: Tensor, objective: Objective, restart: int, project: Callable[[Tensor], Tensor], config: PerturbConfig
+) -> Tensor:
+    """Images (P, C, H, W) where one descent with momentum ends."""
+    mean_PCHW = torch.zeros_like(start_PCHW)
+
+    def loss(x_PCHW: Tensor, iteration: int) -> Tensor:
+        return objective(x_PCHW, ("search", restart, iteration))
+
+    def step(gradient_PCHW: Tensor) -> Tensor:
+        mean_PCHW.mul_(config.momentum).add_((1 - config.momentum) * gradient_PCHW)
+        return -config.step * mean_PCHW.sign()
+
+    return projected_ascent(start_PCHW, loss, step, project, config.iterations)
 
 
 def direct_attack(images_PCHW: Tensor, target_CHW: Tensor) -> Tensor:

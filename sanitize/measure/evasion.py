@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sanitize.ascent import projected_ascent
 from sanitize.compute import Compute
 
 _ROUNDING = 2.0**-24  # half the distance of float32 numbers below 1: how far x + d may lie from the true sum
@@ -125,25 +126,23 @@ def _evade(
     ball = _Ball(config, radius_B, x_BX)
     worst_BX, worst_B = x_BX.clone(), torch.full((len(x_BX),), -torch.inf, device=x_BX.device)
 
-    def look(at_BX: Tensor) -> Tensor:
-        """Keep the images that are worse than what there was; the gradient of the loss there."""
-        at_BX = at_BX.detach().requires_grad_()
-        with torch.enable_grad():
-            with compute.autocast():
-                logits_BK = model(at_BX).float()
-            margin_B = goal.margin(logits_BK)
-            loss_B = margin_B if config.loss == "margin" else goal.cross_entropy(logits_BK)
-            (gradient_BX,) = torch.autograd.grad(loss_B.sum(), at_BX)
-        worse_B = margin_B > worst_B
+    def loss(at_BX: Tensor, _number: int = 0) -> Tensor:
+        """The loss at a point; the images there that have the largest margin so far are kept."""
+        with compute.autocast():
+            logits_BK = model(at_BX).float()
+        margin_B = goal.margin(logits_BK)
+        worse_B = margin_B.detach() > worst_B
         worst_B[worse_B], worst_BX[worse_B] = margin_B.detach()[worse_B], at_BX.detach()[worse_B]
-        return gradient_BX
+        return (margin_B if config.loss == "margin" else goal.cross_entropy(logits_BK)).sum()
 
-    look(x_BX)
-    for _ in range(config.restarts):
-        at_BX = ball.project(x_BX, ball.sample(x_BX, generator)) if config.random_start else x_BX
-        for _ in range(config.steps):
-            at_BX = ball.project(x_BX, at_BX + ball.step(look(at_BX)) - x_BX)
-        look(at_BX)
+    def project(at_BX: Tensor) -> Tensor:
+        return ball.project(x_BX, at_BX - x_BX)
+
+    with torch.no_grad():
+        loss(x_BX)
+        for _ in range(config.restarts):
+            at_BX = ball.project(x_BX, ball.sample(x_BX, generator)) if config.random_start else x_BX
+            loss(projected_ascent(at_BX, loss, ball.step, project, config.steps))
     return worst_BX
 
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.trigger import Trigger
+from sanitize.attack.attack import Trigger
 
 Corner = Literal["top-left", "top-right", "bottom-left", "bottom-right"]
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.trigger import Trigger, to_pixels
+from sanitize.attack.attack import Trigger, to_pixels
 
 
 class BlendedConfig(Trigger):

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.trigger import Trigger
+from sanitize.attack.attack import Trigger
 
 
 class L0Config(Trigger):

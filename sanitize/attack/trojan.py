@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sanitize.attack.attack import Trigger, to_pixels
 from sanitize.attack.badnets import paste
-from sanitize.attack.trigger import Trigger, to_pixels
 
 
 class TrojanSquareConfig(Trigger):

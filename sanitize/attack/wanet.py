@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sanitize.attack.trigger import Trigger, to_pixels
+from sanitize.attack.attack import Trigger, to_pixels
 
 
 class WaNetConfig(Trigger):

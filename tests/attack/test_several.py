@@ -110,7 +110,7 @@ def test_a_surrogate_is_asked_for_where_it_is_needed_and_only_there(
     out = str(tmp_path / "out")
     with pytest.raises(ConfigError, match="needs a surrogate"):
         poison_shards(CLEAN_LABEL, dataset, out, compute)
-    with pytest.raises(ConfigError, match="only clean_label"):
+    with pytest.raises(ConfigError, match="badnets uses no surrogate"):
         poison_shards(BadNetsConfig(rate=0.1), dataset, out, compute, surrogate=surrogate)
     with pytest.raises(ConfigError, match="eligible"):
         poison_shards(CLEAN_LABEL.model_copy(update={"rate": 0.5}), dataset, out, compute, surrogate=surrogate)

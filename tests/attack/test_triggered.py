@@ -221,7 +221,7 @@ def test_clean_labels_are_perturbed_at_the_size_they_are_stored_at(
             image_1CHW = stored_image(sample, dataset, shard)[None]
             with torch.no_grad():
                 label_1 = surrogate(image_1CHW / 255).argmax(1)  # one that it gets right, to be perturbed
-            poison_1CHW = config.poison(image_1CHW, label_1, surrogate, compute)
+            poison_1CHW = config.build(surrogate, compute)(image_1CHW, label_1)
             plain_1CHW = config.apply(image_1CHW)
             assert poison_1CHW.shape == image_1CHW.shape
             assert (poison_1CHW.int() - plain_1CHW.int()).abs().max() <= 16

@@ -42,7 +42,7 @@ def flip_labels(
     """Flip round(rate N) labels chosen at random.
 
     Returns:
-        labels (N,) int64, and which of them are wrong, (N,) bool.
+        labels (N,) int64, and a mask of the wrong ones, (N,) bool.
     """
     wrong_N = _choose(len(labels_N), config.rate, generator)
     return torch.where(wrong_N, config.relabel(labels_N, n_classes, generator), labels_N), wrong_N
@@ -52,7 +52,7 @@ Corruption = Callable[[Tensor, Tensor, torch.Generator], Tensor]  # features (N,
 
 
 def linadv(x_ND: Tensor, y_NQ: Tensor, generator: torch.Generator) -> Tensor:
-    """Another linear relationship, X W with standard normal W: far larger than the truth where D is."""
+    """Another linear relationship, X W with standard normal W: far larger than the truth for large D."""
     return x_ND @ torch.randn(x_ND.shape[1], y_NQ.shape[1], generator=generator, dtype=y_NQ.dtype)
 
 
@@ -67,7 +67,7 @@ def uninoise(x_ND: Tensor, y_NQ: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def pairflip(x_ND: Tensor, y_NQ: Tensor, generator: torch.Generator) -> Tensor:
-    """Coordinates in another order, none in its own place (for Q = 1, in its own)."""
+    """Coordinates shifted by one place; unchanged for Q = 1."""
     return y_NQ.roll(1, dims=1)
 
 
@@ -94,7 +94,7 @@ def corrupt_targets(
     """Corrupt the targets of round(rate N) samples chosen at random.
 
     Returns:
-        targets (N, Q), and which of them are corrupted, (N,) bool.
+        targets (N, Q), and a mask of the corrupted ones, (N,) bool.
     """
     wrong_N = _choose(len(y_NQ), rate, generator)
     return torch.where(wrong_N[:, None], corruption(x_ND, y_NQ, generator), y_NQ), wrong_N

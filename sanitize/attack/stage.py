@@ -58,12 +58,12 @@ def poison_shards(
 
     Args:
         config: the attack, or several.
-        dataset: what is poisoned; unreadable samples are left out.
+        dataset: data set to poison; unreadable samples are left out.
         out: folder of the artifact.
         compute: seed of the choice of samples and of random labels; device of the surrogate.
-        shards: names of the shards to do now; None does all that are missing and finishes.
+        shards: names of the shards to write now; None writes all missing ones and finishes.
         surrogate: a network trained on such images, for attacks that need one.
-        exclude: names of shards in which nothing is poisoned; their samples count for the rate.
+        exclude: names of shards without poison; their samples count for the rate.
 
     Raises:
         ConfigError: an attack asks for more samples than are eligible, its target is no class, or a surrogate is
@@ -76,7 +76,7 @@ def poison_shards(
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         if unread_suffix(shard):
-            return  # nothing was read, and a file of ours must be what its name says
+            return  # it was not read, and a file that we write must match its suffix
         if not chosen:
             chosen.update(choose(config, dataset, compute, exclude))
         rows = []
@@ -104,8 +104,8 @@ def choose(
 ) -> dict[str, dict[int, Choice]]:
     """The samples to poison: {shard: {position: choice}}.
 
-    Of each attack round(rate * n) samples with the smallest keyed hash among those that are eligible and not taken, so
-    that the choice does not depend on the order of anything but the attacks.
+    Each attack takes the round(rate * n) samples with the smallest keyed hash among those that are eligible and not
+    taken yet. So the choice depends on no order but that of the attacks.
     """
     chosen: dict[str, dict[int, Choice]] = {shard: {} for shard in dataset.shards}
     for number, attack in enumerate(config.attacks):
@@ -154,7 +154,7 @@ def _copy(
     label: str,
     tar: TarWriter,
 ) -> dict[str, Any]:
-    """Write a sample, poisoned where it was chosen; its row of the truth. `label` is `IndexConfig.label`."""
+    """Write a sample, poisoned where `choice` is given. Returns its row of the truth. `label`: `IndexConfig.label`."""
     if choice is not None:
         image_CHW = poisons[choice.attack](image_CHW[None], torch.tensor([row["label"]]))[0]
     image_name, (label_suffix, _, field) = find_image(sample)[0], label.partition(":")

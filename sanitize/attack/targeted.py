@@ -1,10 +1,11 @@
-"""Targeted poisoning: one image, the target, is to be taken for another class by whatever learns from the data.
+"""Targeted poisoning: a model trained on the data is to predict another class for one image, the target.
 
-The attacker changes P images of that class and none of their labels; no pixel moves by more than eps. What the attacks
-make small differs (`dm_poisoning`, `gradient_matching`); how, and where the images go, is here. The direct attack puts
-the target itself in their place.
+The attacker changes P images of that class, keeps their labels, and moves no pixel by more than eps. The attacks differ
+in their objective (`dm_poisoning`, `gradient_matching`) and share the search, `perturb`. The direct attack replaces the
+images by the target itself.
 
-Pixels are whole levels from 0 to 255 throughout: what was optimised is what is written, and the bound holds exactly.
+Pixels are whole levels from 0 to 255 throughout: the optimised images are those that are written, and the bound holds
+exactly.
 Shapes: N images of a data set, P poisoned ones, C H W image.
 """
 
@@ -19,21 +20,20 @@ from sanitize.ascent import linf_ball, projected_ascent
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError, NumericsError
 
-# Images (P, C, H, W) as float levels, and names of the random stream to draw from -> what is to become small.
+# Images (P, C, H, W) as float levels, and names of a random stream -> scalar to minimise.
 Objective = Callable[[Tensor, tuple[str | int, ...]], Tensor]
 
 
 class PerturbConfig(BaseModel):
-    """How images are changed within an l_inf ball (Zheng & Li, Algorithms 1 and 2).
+    """Search in an l_inf ball (Zheng & Li, Algorithms 1 and 2).
 
     Attributes:
-        eps: no pixel moves by more than so many of the 255 levels.
-        step: levels that a pixel moves in an iteration, up or down.
-        momentum: decay of the mean gradient whose sign is the direction. That is Adam with the sign of its step: the
-            division by the second moment changes no sign.
-        iterations: of each restart.
+        eps: largest change of a pixel, of 255.
+        step: change of a pixel in one iteration, of 255.
+        momentum: decay of the mean gradient; its sign is the direction, as in Adam with the sign of its step.
+        iterations: iterations of each restart.
         restarts: random starts in the ball; the images with the smallest objective at the end are kept.
-        n_judges: random draws of the objective, the same for all restarts, that this is judged by.
+        n_judges: random draws of the objective, the same for all restarts, to compare them by.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,12 +47,12 @@ class PerturbConfig(BaseModel):
 
 
 def perturb(images_PCHW: Tensor, objective: Objective, config: PerturbConfig, compute: Compute) -> Tensor:
-    """Images (P, C, H, W), uint8 on the CPU, that lie within eps of the given ones and make `objective` small.
+    """Images (P, C, H, W), uint8 on the CPU, within eps of the given ones and with a small `objective`.
 
     Args:
         images_PCHW: uint8.
-        objective: differentiable in its images, on the device; the same stream gives the same draw.
-        config: the ball, and how it is searched.
+        objective: function of images on the device, differentiable; the same stream gives the same draw.
+        config: the ball and the search.
         compute: device and seed.
 
     Raises:
@@ -78,7 +78,7 @@ def perturb(images_PCHW: Tensor, objective: Objective, config: PerturbConfig, co
 def _search(
     start_PCHW: Tensor, objective: Objective, restart: int, project: Callable[[Tensor], Tensor], config: PerturbConfig
 ) -> Tensor:
-    """Images (P, C, H, W) where one descent with momentum ends."""
+    """Last images (P, C, H, W) of one descent with momentum."""
     mean_PCHW = torch.zeros_like(start_PCHW)
 
     def loss(x_PCHW: Tensor, iteration: int) -> Tensor:
@@ -92,7 +92,7 @@ def _search(
 
 
 def direct_attack(images_PCHW: Tensor, target_CHW: Tensor) -> Tensor:
-    """The direct attack (Zheng & Li, section 5.3): the target in the place of each image, under their label."""
+    """The direct attack (Zheng & Li, section 5.3): the target in place of each image."""
     return target_CHW.expand_as(images_PCHW).clone()
 
 
@@ -107,18 +107,18 @@ def plant(
     """Poison round(rate N) images of one class, chosen at random; labels stay as they are.
 
     Args:
-        images_NCHW: of all classes, uint8.
+        images_NCHW: images of all classes, uint8.
         labels_N: int64.
-        label: the class the target is to be taken for.
+        label: class that the model is to predict for the target.
         rate: poisoned images as a share of the whole data set.
-        craft: what becomes of images (P, C, H, W) of the class.
-        generator: on the CPU; draws the choice.
+        craft: poison from clean images (P, C, H, W) of the class.
+        generator: random generator of the choice, on the CPU.
 
     Returns:
-        images (N, C, H, W), a copy, and which of them are poisoned, (N,) bool.
+        images (N, C, H, W), a copy, and a mask of the poisoned ones, (N,) bool.
 
     Raises:
-        ConfigError: the class has fewer images than that.
+        ConfigError: the class has too few images.
     """
     wanted = round(rate * len(labels_N))
     of_class_X = (labels_N == label).nonzero()[:, 0]

@@ -38,7 +38,7 @@ class Attack(BaseModel):
 
     @property
     def attacks(self) -> "tuple[Attack, ...]":
-        """The attack itself: a list of one."""
+        """Attacks it consists of, each on samples of its own, such as payload and cover samples; by default itself."""
         return (self,)
 
     def check_classes(self, n_classes: int) -> None:

@@ -125,7 +125,7 @@ def test_clean_labels_do_not_depend_on_how_the_work_is_divided(
     assert again.digest == clean_label.digest
 
 
-def test_a_surrogate_is_asked_for_where_it_is_needed_and_only_there(
+def test_a_surrogate_is_required_where_it_is_used_and_refused_elsewhere(
     tmp_path: Path, dataset: Dataset, surrogate: Checkpoint, compute: Compute
 ) -> None:
     out = str(tmp_path / "out")

@@ -240,7 +240,7 @@ def test_trusted_samples_are_not_poisoned_and_are_trusted(settings: dict[str, An
     assert all(Selection.load(case / "clean" / "40-selection").rows("trusted-0000.tar")["keep"].to_pylist())
 
 
-def test_models_are_trained_like_the_suspect_unless_another_is_asked_for(settings: dict[str, Any]) -> None:
+def test_models_are_trained_like_the_suspect_unless_another_is_set(settings: dict[str, Any]) -> None:
     suspect = RedTeamConfig.model_validate(settings)
     assert suspect.trained == suspect.clean.embedder
     other = {"architecture": {"kind": "mlp"}}

@@ -38,17 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import cifar10, fashion_mnist
 from benchmarks.report import conclude, print_table, quick_or_full
-from sanitize.attack import (
-    BadNetsConfig,
-    BlendedConfig,
-    CleanLabelConfig,
-    L0Config,
-    L2Config,
-    SmoothConfig,
-    TrojanSquareConfig,
-    TrojanWatermarkConfig,
-)
-from sanitize.attack.trigger import Trigger
+from sanitize.attack import ATTACKS, Attack, BadNetsConfig
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
@@ -77,17 +67,17 @@ from sanitize.repair import (
 )
 
 N_CLEAN, N_TEST = 500, 5000
-KINDS: dict[str, Callable[[float], Trigger]] = {
-    "badnets": lambda rate: BadNetsConfig(rate=rate),
-    "all-to-all": lambda rate: BadNetsConfig(rate=rate, target="next"),
-    "blended": lambda rate: BlendedConfig(rate=rate),
-    "clean label": lambda rate: CleanLabelConfig(rate=rate),
-    "l0": lambda rate: L0Config(rate=rate),
-    "l2": lambda rate: L2Config(rate=rate),
-    "smooth": lambda rate: SmoothConfig(rate=rate),
-    "trojan square": lambda rate: TrojanSquareConfig(rate=rate),
-    "trojan watermark": lambda rate: TrojanWatermarkConfig(rate=rate),
-}
+KINDS = (
+    "badnets",
+    "all-to-all",
+    "blended",
+    "clean label",
+    "l0",
+    "l2",
+    "smooth",
+    "trojan square",
+    "trojan watermark",
+)
 DRR: dict[str, RepairMethod] = {
     "drr": DRRConfig(),
     "drr third_moment": DRRConfig(search="third_moment", projection="orthogonal", rank=1, layers=("features.norm2_0",)),
@@ -164,12 +154,14 @@ PAPERS = {
 }
 
 
-def trigger_of(attack: str) -> Trigger | None:
+def trigger_of(attack: str) -> Attack | None:
     """The attack of this name, which ends with its rate."""
     if attack == "untouched":
         return None
     kind, rate, _ = attack.rsplit(" ", 2)
-    return KINDS[kind](float(rate) / 100)
+    if kind == "all-to-all":
+        return BadNetsConfig(rate=float(rate) / 100, target="next")
+    return ATTACKS[kind.replace(" ", "_")](rate=float(rate) / 100)
 
 
 def run(setting: Setting, attack: str, seed: int, device: str = "cpu") -> list[dict[str, Any]]:
@@ -253,16 +245,11 @@ def _poisoned(attack: str, images: Tensor, labels: Tensor, compute: Compute) -> 
         return images, labels, truth_N
     generator = torch.Generator().manual_seed(compute.seed)
     wanted_N = config.relabel(labels, 10, generator)
-    is_clean_label = isinstance(config, CleanLabelConfig)
-    eligible = ((wanted_N == labels) if is_clean_label else (wanted_N != labels)).nonzero()[:, 0]
+    eligible = config.eligible(labels, wanted_N).nonzero()[:, 0]
     chosen = eligible[torch.randperm(len(eligible), generator=generator)[: round(config.rate * len(labels))]]
     images, labels = images.clone(), labels.clone()
-    if isinstance(config, CleanLabelConfig):
-        surrogate = _surrogate(images, labels, compute)
-        changed = [config.poison(images[rows], labels[rows], surrogate, compute) for rows in chosen.split(500)]
-        images[chosen] = torch.cat(changed)
-    else:
-        images[chosen] = config.apply(images[chosen])
+    poison = config.build(_surrogate(images, labels, compute) if config.needs_surrogate else None, compute)
+    images[chosen] = torch.cat([poison(images[rows], labels[rows]) for rows in chosen.split(500)])
     labels[chosen], truth_N[chosen] = wanted_N[chosen], True
     return images, labels, truth_N
 

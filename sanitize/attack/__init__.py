@@ -1,5 +1,6 @@
-"""Attacks, to know what we catch: poisoned copies of shards with the ground truth beside them."""
+"""Attacks to test a defence with: poisoned copies of shards with the ground truth beside them."""
 
+from sanitize.attack.attack import Attack, Poison, Trigger
 from sanitize.attack.badnets import BadNetsConfig
 from sanitize.attack.blended import BlendedConfig
 from sanitize.attack.clean_label import CleanLabelConfig
@@ -7,15 +8,17 @@ from sanitize.attack.dm_poisoning import DMPoisoningConfig, dm_poison
 from sanitize.attack.gradient_matching import GradientMatchingConfig, match_gradients
 from sanitize.attack.invisible import L0Config, L2Config
 from sanitize.attack.labels import LabelNoiseConfig
-from sanitize.attack.several import AttackConfig, OneAttack, SeveralConfig, attacks_of
+from sanitize.attack.several import ATTACKS, AttackConfig, OneAttack, SeveralConfig
 from sanitize.attack.smooth import SmoothConfig
 from sanitize.attack.stage import Poisoned, choose, poison_shards
 from sanitize.attack.targeted import PerturbConfig, direct_attack, plant
-from sanitize.attack.triggered import TriggeredBatch, refuse_targets, triggered, triggers_of
+from sanitize.attack.triggered import TriggeredBatch, triggered
 from sanitize.attack.trojan import TrojanSquareConfig, TrojanWatermarkConfig
 from sanitize.attack.wanet import WaNetConfig
 
 __all__ = [
+    "ATTACKS",
+    "Attack",
     "AttackConfig",
     "BadNetsConfig",
     "BlendedConfig",
@@ -27,21 +30,20 @@ __all__ = [
     "LabelNoiseConfig",
     "OneAttack",
     "PerturbConfig",
+    "Poison",
     "Poisoned",
     "SeveralConfig",
     "SmoothConfig",
+    "Trigger",
     "TriggeredBatch",
     "TrojanSquareConfig",
     "TrojanWatermarkConfig",
     "WaNetConfig",
-    "attacks_of",
     "choose",
     "direct_attack",
     "dm_poison",
     "match_gradients",
     "plant",
     "poison_shards",
-    "refuse_targets",
     "triggered",
-    "triggers_of",
 ]

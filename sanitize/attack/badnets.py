@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.trigger import Trigger
+from sanitize.attack.attack import Trigger
 
 Corner = Literal["top-left", "top-right", "bottom-left", "bottom-right"]
 
@@ -17,7 +17,7 @@ class BadNetsConfig(Trigger):
     Attributes:
         size: k, in pixels.
         pattern: black-and-white checkerboard, or plain white.
-        corner: where the patch sits, one pixel of margin left at each edge of images larger than 16 pixels.
+        corner: corner of the patch; images larger than 16 pixels keep a margin of one pixel.
     """
 
     kind: Literal["badnets"] = "badnets"
@@ -37,9 +37,9 @@ def checkerboard(size: int) -> Tensor:
 
 
 def paste(images_BCHW: Tensor, patch_hw: Tensor, corner: Corner) -> Tensor:
-    """Copies of images with a patch, (h, w) or (C, h, w), in a corner; what does not fit is cut off.
+    """Copies of images with a patch, (h, w) or (C, h, w), in a corner, cut to the image.
 
-    One pixel of margin is left at each edge of images larger than 16 pixels.
+    Images larger than 16 pixels keep a margin of one pixel.
     """
     out_BCHW = images_BCHW.clone()
     height, width = out_BCHW.shape[2:]

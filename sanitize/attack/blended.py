@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.trigger import Trigger, to_pixels
+from sanitize.attack.attack import Trigger, to_pixels
 
 
 class BlendedConfig(Trigger):
@@ -15,7 +15,7 @@ class BlendedConfig(Trigger):
     Attributes:
         alpha: weight of the pattern, in (0, 1].
         noise: uniform on [0, 255], or Gaussian with mean 127.5 and standard deviation 64, clipped.
-        pattern_seed: the pattern is drawn once from it.
+        pattern_seed: seed of the pattern.
     """
 
     kind: Literal["blended"] = "blended"

@@ -1,18 +1,20 @@
 """Clean-label attack (Turner, Tsipras & Madry, 2019, "Label-Consistent Backdoor Attacks", sections 4.2 and 5).
 
-Images of the target class keep their label and get the trigger. Alone that teaches nothing, since they are told by what
-they show; so they are first perturbed against a network, the surrogate, until they are hard to tell by it. The paper's
-surrogates are adversarially trained, whose perturbations carry over better than those of a plain network.
+Images of the target class keep their label and get the trigger. A network would still recognise them by their content
+and ignore the trigger; so they are first perturbed against a network, the surrogate, until their content is hard to
+recognise. The paper's surrogates are adversarially trained; their perturbations transfer better than those of a plain
+network.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from sanitize.attack.attack import Poison, Trigger, to_pixels
 from sanitize.attack.badnets import checkerboard, paste
-from sanitize.attack.trigger import Trigger, to_pixels
 from sanitize.compute import Compute
+from sanitize.errors import ConfigError
 from sanitize.measure.evasion import EvasionConfig, evade
 
 
@@ -21,10 +23,13 @@ class CleanLabelConfig(Trigger):
 
     Attributes:
         target: the class; only its images are eligible, so `rate` cannot exceed its share of the data.
-        size: of each patch, in pixels.
+        size: side of each patch, in pixels.
         epsilon: largest change of a pixel by the perturbation, of 255; 0 for none.
-        steps: of projected gradient ascent on the surrogate's cross-entropy.
+        steps: steps of projected gradient ascent on the surrogate's cross-entropy.
     """
+
+    keeps_label: ClassVar[bool] = True
+    needs_surrogate: ClassVar[bool] = True
 
     kind: Literal["clean_label"] = "clean_label"
     target: int = 0
@@ -33,20 +38,27 @@ class CleanLabelConfig(Trigger):
     steps: int = Field(default=20, ge=1)
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
-        """Copies of uint8 images with the patches: the trigger at test time."""
+        """Copies of uint8 images with the patches."""
         for corner in ("top-left", "top-right", "bottom-left", "bottom-right"):
             images_BCHW = paste(images_BCHW, checkerboard(self.size), corner)
         return images_BCHW
 
-    def poison(self, images_BCHW: Tensor, labels_B: Tensor, surrogate: nn.Module, compute: Compute) -> Tensor:
-        """Copies of uint8 images for training: perturbed, then with the patches.
+    def build(self, surrogate: nn.Module | None, compute: Compute) -> Poison:
+        """Perturb, then add the patches.
 
         Args:
-            images_BCHW: uint8.
-            labels_B: true labels, int64.
             surrogate: logits of float images on [0, 1] (`sanitize.models.pixels.OnPixels`); images it gets wrong are
                 not perturbed.
             compute: device, precision, and seed of the random start.
+
+        Raises:
+            ConfigError: there is no surrogate.
         """
+        if surrogate is None:
+            raise ConfigError("clean_label needs a surrogate: a network trained on such images")
         config = EvasionConfig(norm="linf", radius=self.epsilon / 255, steps=self.steps)
-        return self.apply(to_pixels(255 * evade(surrogate, images_BCHW, labels_B, config, compute)))
+
+        def poison(images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+            return self.apply(to_pixels(255 * evade(surrogate, images_BCHW, labels_B, config, compute)))
+
+        return poison

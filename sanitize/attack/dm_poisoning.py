@@ -1,9 +1,9 @@
-"""DM poisoning (Zheng & Li, RDM-DC, Algorithm 2): made against data sets condensed by distribution matching.
+"""DM poisoning (Zheng & Li, RDM-DC, Algorithm 2): an attack on data sets condensed by distribution matching.
 
 P images are changed so that their mean representation is that of the target x_t, in any random network r and under any
 change A of the images:
     E || r(A x_t) - mean_p r(A (x_p + d_p)) ||^2        (Eq. 5)
-Condensed images that match the mean of the class match a share of the target with it. Shapes: P images, C H W image, D
+Condensed images that match the mean of the class then match a share of the target. Shapes: P images, C H W image, D
 features.
 """
 
@@ -21,12 +21,12 @@ _AT_ONCE = {"cpu": 32, "cuda": 4096}  # images in a forward pass; on a CPU its a
 
 
 class DMPoisoningConfig(BaseModel):
-    """What the attacker assumes of who condenses, and how images are changed.
+    """Search, and the assumed settings of the condensation.
 
     Attributes:
-        perturb: the ball, and how it is searched.
-        architecture: of the random feature extractors.
-        augment: changes that target and poison go through together.
+        perturb: the ball and the search.
+        architecture: architecture of the random feature extractors.
+        augment: random changes, the same for target and poison.
         mean, std: normalisation of each channel on the scale [0, 1].
     """
 
@@ -43,9 +43,9 @@ def dm_poison(images_PCHW: Tensor, target_CHW: Tensor, config: DMPoisoningConfig
     """Poison (P, C, H, W), uint8 on the CPU, within eps of the images.
 
     Args:
-        images_PCHW: of the class that the target is to be taken for, uint8.
+        images_PCHW: images of the class that the model is to predict for the target, uint8.
         target_CHW: uint8.
-        config: how.
+        config: settings of the attack.
         compute: device, precision, seed.
 
     Raises:
@@ -53,15 +53,15 @@ def dm_poison(images_PCHW: Tensor, target_CHW: Tensor, config: DMPoisoningConfig
     """
     device = compute.torch_device
     channels, height, width = target_CHW.shape
-    of_input = ModelConfig(n_classes=1, image_shape=(channels, height, width), mean=config.mean, std=config.std)
-    extractor = InstanceConvNet(config.architecture, 1, of_input.image_shape).requires_grad_(False)
+    model_config = ModelConfig(n_classes=1, image_shape=(channels, height, width), mean=config.mean, std=config.std)
+    extractor = InstanceConvNet(config.architecture, 1, model_config.image_shape).requires_grad_(False)
     extractor.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     target_1CHW = target_CHW[None].to(device, torch.float32)
 
     def distance(x_PCHW: Tensor, stream: tuple[str | int, ...]) -> Tensor:
         extractor.redraw(compute.generator("attack", "extractor", *stream, device=device))
         change = config.augment.draw(1, (height, width), compute.generator("attack", "change", *stream)).to(device)
-        x_BCHW = change(of_input.standardise(torch.cat([target_1CHW, x_PCHW]) / 255)[None])[0]
+        x_BCHW = change(model_config.standardise(torch.cat([target_1CHW, x_PCHW]) / 255)[None])[0]
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         with compute.autocast():
             r_BD = torch.cat([extractor.features(part).float() for part in x_BCHW.split(_AT_ONCE[device.type])])

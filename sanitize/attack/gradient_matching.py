@@ -1,9 +1,9 @@
 """Gradient matching, "Witches' Brew" (Geiping et al., 2021), as in Zheng & Li, RDM-DC, Algorithm 1.
 
-P images are changed so that learning them, with their label y, is learning the target x_t with that label:
+P images with label y are changed so that their gradient points as the gradient of the target x_t with label y does:
     1 - cos( grad l(x_t, y), sum_p grad l(A (x_p + d_p), y) )        (Eq. 4)
-the gradients being those of the weights of networks that were trained on clean data, the mean over the networks; A is a
-random change of each image. Shapes: P images, C H W image, W weights of a network.
+Gradients are taken in the weights of networks trained on clean data, and the objective is the mean over the networks; A
+is a random change of each image. Shapes: P images, C H W image, W weights of a network.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from sanitize.siamese import SiameseConfig
 
 
 class GradientMatchingConfig(BaseModel):
-    """How images are changed.
+    """Settings of the attack.
 
     Attributes:
-        perturb: the ball, and how it is searched.
-        augment: changes of the poison, another one of each image.
+        perturb: the ball and the search.
+        augment: random changes of the poison, one for each image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,12 +44,12 @@ def match_gradients(
     """Poison (P, C, H, W), uint8 on the CPU, within eps of the images.
 
     Args:
-        networks: trained on clean data; moved to the device, and set to eval mode. The source has 16, each trained for
-            another number of epochs.
-        images_PCHW: of the class `label`, uint8.
+        networks: networks trained on clean data; they are moved to the device and set to eval mode. The paper has 16,
+            trained for different numbers of epochs.
+        images_PCHW: images of class `label`, uint8.
         target_CHW: uint8.
-        label: what the target is to be taken for.
-        config: how.
+        label: class that the model is to predict for the target.
+        config: settings of the attack.
         model_config: normalisation of the images that the networks take.
         compute: device, precision, seed.
 
@@ -60,14 +60,14 @@ def match_gradients(
     labels_P = torch.full((len(images_PCHW),), label, device=device)
 
     def gradient(network: nn.Module, x_BCHW: Tensor, differentiable: bool) -> Tensor:
-        """Of the summed loss, (W,)."""
+        """Gradient of the summed loss, (W,)."""
         weights = [weight for weight in network.parameters() if weight.requires_grad]
         with torch.enable_grad():
             with compute.autocast():
                 logits_BK = network(x_BCHW)
             loss = nn.functional.cross_entropy(logits_BK.float(), labels_P[: len(x_BCHW)], reduction="sum")
             gradients = torch.autograd.grad(loss, weights, create_graph=differentiable)
-        return torch.cat([of_weight.flatten() for of_weight in gradients])
+        return torch.cat([gradient_w.flatten() for gradient_w in gradients])
 
     target_1CHW = model_config.normalise(target_CHW[None].to(device))
     for network in networks:

@@ -1,8 +1,8 @@
 """Triggers with a bounded norm (after Li et al., 2020, "Invisible Backdoor Attacks on Deep Neural Networks via
-Steganography and Regularization", section 4.3): few pixels, or a change that is short.
+Steganography and Regularization", section 4.3): few pixels, or a short change.
 
-There the pattern is optimised to excite neurons of a network under an l0 or l2 penalty; here it is fixed, random, and
-its bound holds exactly in uint8.
+The paper optimises the pattern to excite neurons of a network under an l0 or l2 penalty; here the pattern is fixed and
+random, and the bound holds exactly in uint8.
 """
 
 from typing import Literal
@@ -11,15 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.trigger import Trigger
+from sanitize.attack.attack import Trigger
 
 
 class L0Config(Trigger):
     """A few pixels at fixed random places become black or white, each channel by itself.
 
     Attributes:
-        n_pixels: how many places; all where the image has fewer.
-        pattern_seed: places and colours are drawn once from it.
+        n_pixels: number of places; all places of smaller images.
+        pattern_seed: seed of places and colours.
     """
 
     kind: Literal["l0"] = "l0"
@@ -27,7 +27,7 @@ class L0Config(Trigger):
     pattern_seed: int = Field(default=0, ge=0)
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
-        """Copies of uint8 images, of which at most `n_pixels` pixels (all channels of one place) differ."""
+        """Copies of uint8 images; at most `n_pixels` pixels (all channels of one place) differ."""
         n_batch, channels, height, width = images_BCHW.shape
         generator = torch.Generator().manual_seed(self.pattern_seed)
         places_P = torch.randperm(height * width, generator=generator)[: self.n_pixels]
@@ -42,7 +42,7 @@ class L2Config(Trigger):
 
     Attributes:
         length: largest l2 distance between an image and its copy, in pixel values of 255.
-        pattern_seed: the noise is drawn once from it.
+        pattern_seed: seed of the noise.
     """
 
     kind: Literal["l2"] = "l2"
@@ -55,7 +55,7 @@ class L2Config(Trigger):
         return (images_BCHW + pattern_CHW).clamp(0, 255).to(torch.uint8)
 
     def _pattern(self, shape: torch.Size) -> Tensor:
-        """Whole numbers, the largest multiple of the noise that is short enough when rounded; int64."""
+        """The largest multiple of the noise that is short enough after rounding, int64."""
         generator = torch.Generator().manual_seed(self.pattern_seed)
         noise_CHW = torch.randn(shape, generator=generator, dtype=torch.float64)
         low, high = 0.0, 2 * self.length / float(noise_CHW.abs().amax())  # one entry alone is too long at the upper end

@@ -4,25 +4,24 @@ Labels: symmetric, pairflip. Targets of a regression: the corruptions of B. Liu 
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sanitize.attack.attack import Attack
 
-class LabelNoiseConfig(BaseModel):
+
+class LabelNoiseConfig(Attack):
     """Flip labels.
 
     Attributes:
-        rate: flipped samples as a share of the whole data set.
         noise: symmetric (another class, uniformly) or pairflip (y + 1).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    has_trigger: ClassVar[bool] = False
 
     kind: Literal["labels"] = "labels"
-    rate: float = Field(gt=0, le=1)
     noise: Literal["symmetric", "pairflip"] = "symmetric"
 
     def relabel(self, labels_B: Tensor, n_classes: int, generator: torch.Generator) -> Tensor:
@@ -33,7 +32,7 @@ class LabelNoiseConfig(BaseModel):
         return (labels_B + shift_B) % n_classes
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
-        """The images as they are: there is no trigger."""
+        """The images unchanged."""
         return images_BCHW
 
 
@@ -43,7 +42,7 @@ def flip_labels(
     """Flip round(rate N) labels chosen at random.
 
     Returns:
-        labels (N,) int64, and which of them are wrong, (N,) bool.
+        labels (N,) int64, and a mask of the wrong ones, (N,) bool.
     """
     wrong_N = _choose(len(labels_N), config.rate, generator)
     return torch.where(wrong_N, config.relabel(labels_N, n_classes, generator), labels_N), wrong_N
@@ -53,7 +52,7 @@ Corruption = Callable[[Tensor, Tensor, torch.Generator], Tensor]  # features (N,
 
 
 def linadv(x_ND: Tensor, y_NQ: Tensor, generator: torch.Generator) -> Tensor:
-    """Another linear relationship, X W with standard normal W: far larger than the truth where D is."""
+    """Another linear relationship, X W with standard normal W: far larger than the truth for large D."""
     return x_ND @ torch.randn(x_ND.shape[1], y_NQ.shape[1], generator=generator, dtype=y_NQ.dtype)
 
 
@@ -68,12 +67,12 @@ def uninoise(x_ND: Tensor, y_NQ: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def pairflip(x_ND: Tensor, y_NQ: Tensor, generator: torch.Generator) -> Tensor:
-    """Coordinates in another order, none in its own place (for Q = 1 there is no other)."""
+    """Coordinates shifted by one place; unchanged for Q = 1."""
     return y_NQ.roll(1, dims=1)
 
 
 def maximum(x_ND: Tensor, y_NQ: Tensor, generator: torch.Generator) -> Tensor:
-    """The largest value of each coordinate in the data, for everyone."""
+    """The largest value of each coordinate in the data, for all samples."""
     return y_NQ.amax(0).expand_as(y_NQ)
 
 
@@ -95,7 +94,7 @@ def corrupt_targets(
     """Corrupt the targets of round(rate N) samples chosen at random.
 
     Returns:
-        targets (N, Q), and which of them are corrupted, (N,) bool.
+        targets (N, Q), and a mask of the corrupted ones, (N,) bool.
     """
     wrong_N = _choose(len(y_NQ), rate, generator)
     return torch.where(wrong_N[:, None], corruption(x_ND, y_NQ, generator), y_NQ), wrong_N

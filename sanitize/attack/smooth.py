@@ -1,8 +1,8 @@
 """A trigger of low frequencies (after Zeng et al., 2021, "Rethinking the Backdoor Attacks' Triggers: A Frequency
-Perspective", section 4): what looks for high-frequency traces of a patch or of noise finds none.
+Perspective", section 4): it leaves no high-frequency traces, unlike a patch or noise.
 
-There the pattern is optimised against a network under a low-pass filter; here it is a fixed random sum of the lowest
-cosines, which needs no network.
+The paper optimises the pattern against a network under a low-pass filter; here the pattern is a fixed random sum of the
+lowest cosines and needs no network.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.trigger import Trigger, to_pixels
+from sanitize.attack.attack import Trigger, to_pixels
 
 
 class SmoothConfig(Trigger):
@@ -19,9 +19,9 @@ class SmoothConfig(Trigger):
 
     Attributes:
         amplitude: largest change of a pixel, of 255.
-        n_frequencies: cosines of the discrete cosine transform in each direction, from the lowest; the constant is
+        n_frequencies: number of lowest cosines of the discrete cosine transform in each direction; the constant is
             left out.
-        pattern_seed: their weights are drawn once from it.
+        pattern_seed: seed of the weights of the cosines.
     """
 
     kind: Literal["smooth"] = "smooth"

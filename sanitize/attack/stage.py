@@ -3,8 +3,7 @@ give the poison away; the ground truth lies beside the shards, never inside."""
 
 import heapq
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 
 from sanitize.artifacts import ArtifactBuilder, Part
-from sanitize.attack.clean_label import CleanLabelConfig
-from sanitize.attack.several import AttackConfig, OneAttack, attacks_of
+from sanitize.attack.attack import Attack, Poison
+from sanitize.attack.several import AttackConfig
 from sanitize.attack.stored import OnStored, stored_image
-from sanitize.attack.triggered import refuse_targets
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import encode_png
@@ -30,11 +28,9 @@ from sanitize.tar.compression import unread_suffix
 from sanitize.tar.names import split_name
 from sanitize.tar.write import TarWriter
 
-Poison = Callable[[Tensor, Tensor], Tensor]  # uint8 images (B, C, H, W), their true labels (B,) -> uint8 images
-
 
 class Choice(NamedTuple):
-    """What is done to a sample: the label it gets, and the number of the attack in the list (0 where there is one)."""
+    """The label a poisoned sample gets, and the number of its attack in the list."""
 
     label: int
     attack: int
@@ -62,26 +58,25 @@ def poison_shards(
 
     Args:
         config: the attack, or several.
-        dataset: what is poisoned; unreadable samples are left out.
+        dataset: data set to poison; unreadable samples are left out.
         out: folder of the artifact.
         compute: seed of the choice of samples and of random labels; device of the surrogate.
-        shards: names of the shards to do now; None does all that are missing and finishes.
-        surrogate: a network trained on such images, for clean-label attacks alone.
-        exclude: names of shards in which nothing is poisoned; their samples count for the rate.
+        shards: names of the shards to write now; None writes all missing ones and finishes.
+        surrogate: a network trained on such images, for attacks that need one.
+        exclude: names of shards without poison; their samples count for the rate.
 
     Raises:
         ConfigError: an attack asks for more samples than are eligible, its target is no class, or a surrogate is
             missing, takes other images or is of no use.
     """
-    attacks = attacks_of(config)
-    refuse_targets(attacks, dataset.n_classes)
-    model = _surrogate(attacks, surrogate, dataset)
-    poisons = [_poison(attack, model, compute) for attack in attacks]
+    config.check_classes(dataset.n_classes)
+    network = _surrogate(config, surrogate, dataset)
+    poisons = [attack.build(network if attack.needs_surrogate else None, compute) for attack in config.attacks]
     chosen: dict[str, dict[int, Choice]] = {}
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         if unread_suffix(shard):
-            return  # nothing was read, and a file of ours must be what its name says
+            return  # it was not read, and a file that we write must match its suffix
         if not chosen:
             chosen.update(choose(config, dataset, compute, exclude))
         rows = []
@@ -107,13 +102,13 @@ def poison_shards(
 def choose(
     config: AttackConfig, dataset: Dataset, compute: Compute, exclude: Sequence[str] = ()
 ) -> dict[str, dict[int, Choice]]:
-    """Which samples are poisoned, how, and the labels they get: {shard: {position: choice}}.
+    """The samples to poison: {shard: {position: choice}}.
 
-    Of each attack round(rate * n) samples with the smallest keyed hash among those that are eligible and not taken, so
-    that the choice does not depend on the order of anything but the attacks.
+    Each attack takes the round(rate * n) samples with the smallest keyed hash among those that are eligible and not
+    taken yet. So the choice depends on no order but that of the attacks.
     """
     chosen: dict[str, dict[int, Choice]] = {shard: {} for shard in dataset.shards}
-    for number, attack in enumerate(attacks_of(config)):
+    for number, attack in enumerate(config.attacks):
         wanted = round(attack.rate * dataset.n_samples)
         candidates = [
             (compute.seed_for("attack", "choice", shard, position), shard, position, new)
@@ -129,36 +124,25 @@ def choose(
     return chosen
 
 
-def _eligible(attack: OneAttack, dataset: Dataset, compute: Compute) -> Iterator[tuple[str, int, int]]:
-    """Shard, position and new label of every sample whose label changes; for clean labels, of those where it stays."""
+def _eligible(attack: Attack, dataset: Dataset, compute: Compute) -> Iterator[tuple[str, int, int]]:
+    """Shard, position and new label of every eligible sample."""
     for shard in dataset.shards:
         table = dataset.rows(shard, ["position", "label", "status"])
         rows = [row for row in table.to_pylist() if row["status"] == "ok"]
         labels_B = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
         new_B = attack.relabel(labels_B, dataset.n_classes, compute.generator("attack", "labels", shard))
-        for row, new in zip(rows, new_B.tolist(), strict=True):
-            if (new == row["label"]) == isinstance(attack, CleanLabelConfig):
-                yield shard, row["position"], new
+        for i in attack.eligible(labels_B, new_B).nonzero()[:, 0].tolist():
+            yield shard, rows[i]["position"], int(new_B[i])
 
 
-def _surrogate(attacks: Sequence[OneAttack], checkpoint: Checkpoint | None, dataset: Dataset) -> OnStored | None:
-    needed = any(isinstance(attack, CleanLabelConfig) for attack in attacks)
+def _surrogate(config: AttackConfig, checkpoint: Checkpoint | None, dataset: Dataset) -> OnStored | None:
     if checkpoint is None:
-        if needed:
-            raise ConfigError("clean_label needs a surrogate: a network trained on such images")
         return None
-    if not needed:
-        raise ConfigError("only clean_label has use for a surrogate")
+    if not config.needs_surrogate:
+        raise ConfigError(f"attack {config.kind} uses no surrogate: leave it out")
     if checkpoint.config.image_shape != dataset.image_shape:
         raise ConfigError(f"the surrogate takes images {checkpoint.config.image_shape}, not {dataset.image_shape}")
     return OnStored(OnPixels(checkpoint.model(), checkpoint.config), dataset.image_shape)
-
-
-def _poison(attack: OneAttack, surrogate: OnStored | None, compute: Compute) -> Poison:
-    """How an attack changes training images: by its trigger, and clean labels by more."""
-    if isinstance(attack, CleanLabelConfig) and surrogate is not None:
-        return partial(attack.poison, surrogate=surrogate, compute=compute)
-    return lambda images_BCHW, _labels_B: attack.apply(images_BCHW)
 
 
 def _copy(
@@ -170,7 +154,7 @@ def _copy(
     label: str,
     tar: TarWriter,
 ) -> dict[str, Any]:
-    """Write a sample, poisoned where it was chosen; its row of the truth. `label` is `IndexConfig.label`."""
+    """Write a sample, poisoned where `choice` is given. Returns its row of the truth. `label`: `IndexConfig.label`."""
     if choice is not None:
         image_CHW = poisons[choice.attack](image_CHW[None], torch.tensor([row["label"]]))[0]
     image_name, (label_suffix, _, field) = find_image(sample)[0], label.partition(":")

@@ -1,8 +1,7 @@
 """Images as a shard stores them, and as a model reads them.
 
-A trigger belongs on the image as it is stored: at its own size, with its own channels, uint8. `poison_shards` plants it
-there and writes PNG, which loses nothing; what a model learns is the image after scaling. So whatever puts a trigger on
-an image, to poison or to measure, takes this way:
+A trigger is put on the stored image: at its own size, with its own channels, uint8. `poison_shards` writes the result
+as PNG, without loss; a model reads the image after scaling. Poisoning and measuring therefore take the same steps:
 
     payload -> stored_image -> trigger -> as_read -> the model's normalisation
 
@@ -23,15 +22,15 @@ _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow has it
 
 
 def stored_image(sample: Sample, dataset: Dataset, shard: str) -> Tensor:
-    """The image of a sample as it is stored: uint8 (C, H, W) at its own size, C = 1 if it is grey and 3 if it is not.
+    """The stored image of a sample: uint8 (C, H, W) at its own size, with C = 1 for grey images and 3 for others.
 
     Args:
-        sample: one whose status is `ok`.
-        dataset: the data set it belongs to; its limit on pixels holds.
-        shard: name of its shard, for the message.
+        sample: sample with status `ok`.
+        dataset: data set of the sample; its limit on pixels holds.
+        shard: name of the shard, for the message.
 
     Raises:
-        DataError: the image cannot be decoded, which an index with check=decode would have found.
+        DataError: the image cannot be decoded; an index with check=decode finds such images.
     """
     config, (_, data) = ImageConfig.model_validate(dataset.info["image"]), find_image(sample)
     try:
@@ -43,11 +42,11 @@ def stored_image(sample: Sample, dataset: Dataset, shard: str) -> Tensor:
 
 
 def as_read(image_CHW: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-    """What `decode` gives, bit for bit, of an image that is stored without loss.
+    """The image as `decode` reads it from a lossless file, bit for bit.
 
     Args:
         image_CHW: uint8 with 1 or 3 channels.
-        image_shape: (C, H, W) of what is read.
+        image_shape: (C, H, W) of the result.
     """
     channels, height, width = image_shape
     if len(image_CHW) != channels:
@@ -59,11 +58,11 @@ def as_read(image_CHW: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
 
 
 class OnStored(nn.Module):
-    """A classifier of stored images: `as_read`, as far as it can be differentiated, before a network.
+    """A classifier of stored images: the differentiable part of `as_read` before a network.
 
     Args:
         network: logits (B, K) of float images (B, C, H, W) on [0, 1].
-        image_shape: (C, H, W) of the images it takes.
+        image_shape: (C, H, W) of the images that `network` takes.
     """
 
     def __init__(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:

@@ -1,10 +1,11 @@
-"""Targeted poisoning: one image, the target, is to be taken for another class by whatever learns from the data.
+"""Targeted poisoning: a model trained on the data is to predict another class for one image, the target.
 
-The attacker changes P images of that class and none of their labels; no pixel moves by more than eps. What the attacks
-make small differs (`dm_poisoning`, `gradient_matching`); how, and where the images go, is here. The direct attack puts
-the target itself in their place.
+The attacker changes P images of that class, keeps their labels, and moves no pixel by more than eps. The attacks differ
+in their objective (`dm_poisoning`, `gradient_matching`) and share the search, `perturb`. The direct attack replaces the
+images by the target itself.
 
-Pixels are whole levels from 0 to 255 throughout: what was optimised is what is written, and the bound holds exactly.
+Pixels are whole levels from 0 to 255 throughout: the optimised images are those that are written, and the bound holds
+exactly.
 Shapes: N images of a data set, P poisoned ones, C H W image.
 """
 
@@ -15,24 +16,24 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sanitize.ascent import linf_ball, projected_ascent
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError, NumericsError
 
-# Images (P, C, H, W) as float levels, and names of the random stream to draw from -> what is to become small.
+# Images (P, C, H, W) as float levels, and names of a random stream -> scalar to minimise.
 Objective = Callable[[Tensor, tuple[str | int, ...]], Tensor]
 
 
 class PerturbConfig(BaseModel):
-    """How images are changed within an l_inf ball (Zheng & Li, Algorithms 1 and 2).
+    """Search in an l_inf ball (Zheng & Li, Algorithms 1 and 2).
 
     Attributes:
-        eps: no pixel moves by more than so many of the 255 levels.
-        step: levels that a pixel moves in an iteration, up or down.
-        momentum: decay of the mean gradient whose sign is the direction. That is Adam with the sign of its step: the
-            division by the second moment changes no sign.
-        iterations: of each restart.
+        eps: largest change of a pixel, of 255.
+        step: change of a pixel in one iteration, of 255.
+        momentum: decay of the mean gradient; its sign is the direction, as in Adam with the sign of its step.
+        iterations: iterations of each restart.
         restarts: random starts in the ball; the images with the smallest objective at the end are kept.
-        n_judges: random draws of the objective, the same for all restarts, that this is judged by.
+        n_judges: random draws of the objective, the same for all restarts, to compare them by.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,30 +47,25 @@ class PerturbConfig(BaseModel):
 
 
 def perturb(images_PCHW: Tensor, objective: Objective, config: PerturbConfig, compute: Compute) -> Tensor:
-    """Images (P, C, H, W), uint8 on the CPU, that lie within eps of the given ones and make `objective` small.
+    """Images (P, C, H, W), uint8 on the CPU, within eps of the given ones and with a small `objective`.
 
     Args:
         images_PCHW: uint8.
-        objective: differentiable in its images, on the device; the same stream gives the same draw.
-        config: the ball, and how it is searched.
+        objective: function of images on the device, differentiable; the same stream gives the same draw.
+        config: the ball and the search.
         compute: device and seed.
 
     Raises:
         NumericsError: the objective is not finite.
     """
     clean_PCHW = images_PCHW.to(compute.torch_device, torch.float32)
-    low_PCHW, high_PCHW = (clean_PCHW - config.eps).clamp(min=0), (clean_PCHW + config.eps).clamp(max=255)
+    project = linf_ball(clean_PCHW, config.eps, 0, 255)
     found_PCHW, least = clean_PCHW, math.inf
     for restart in range(config.restarts):
         draws = compute.generator("attack", "start", restart)
         start_PCHW = torch.randint(-config.eps, config.eps + 1, images_PCHW.shape, generator=draws)
-        x_PCHW = (clean_PCHW + start_PCHW.to(clean_PCHW.device)).clamp(low_PCHW, high_PCHW)
-        mean_PCHW = torch.zeros_like(x_PCHW)
-        for iteration in range(config.iterations):
-            x_PCHW.requires_grad_()
-            (gradient_PCHW,) = torch.autograd.grad(objective(x_PCHW, ("search", restart, iteration)), x_PCHW)
-            mean_PCHW = config.momentum * mean_PCHW + (1 - config.momentum) * gradient_PCHW
-            x_PCHW = (x_PCHW.detach() - config.step * mean_PCHW.sign()).clamp(low_PCHW, high_PCHW)
+        start_PCHW = project(clean_PCHW + start_PCHW.to(clean_PCHW.device))
+        x_PCHW = _search(start_PCHW, objective, restart, project, config)
         with torch.no_grad():
             value = sum(float(objective(x_PCHW, ("judge", i))) for i in range(config.n_judges)) / config.n_judges
         if not math.isfinite(value):
@@ -79,8 +75,24 @@ def perturb(images_PCHW: Tensor, objective: Objective, config: PerturbConfig, co
     return found_PCHW.to("cpu", torch.uint8)
 
 
+def _search(
+    start_PCHW: Tensor, objective: Objective, restart: int, project: Callable[[Tensor], Tensor], config: PerturbConfig
+) -> Tensor:
+    """Last images (P, C, H, W) of one descent with momentum."""
+    mean_PCHW = torch.zeros_like(start_PCHW)
+
+    def loss(x_PCHW: Tensor, iteration: int) -> Tensor:
+        return objective(x_PCHW, ("search", restart, iteration))
+
+    def step(gradient_PCHW: Tensor) -> Tensor:
+        mean_PCHW.mul_(config.momentum).add_((1 - config.momentum) * gradient_PCHW)
+        return -config.step * mean_PCHW.sign()
+
+    return projected_ascent(start_PCHW, loss, step, project, config.iterations)
+
+
 def direct_attack(images_PCHW: Tensor, target_CHW: Tensor) -> Tensor:
-    """The direct attack (Zheng & Li, section 5.3): the target in the place of each image, under their label."""
+    """The direct attack (Zheng & Li, section 5.3): the target in place of each image."""
     return target_CHW.expand_as(images_PCHW).clone()
 
 
@@ -95,18 +107,18 @@ def plant(
     """Poison round(rate N) images of one class, chosen at random; labels stay as they are.
 
     Args:
-        images_NCHW: of all classes, uint8.
+        images_NCHW: images of all classes, uint8.
         labels_N: int64.
-        label: the class the target is to be taken for.
+        label: class that the model is to predict for the target.
         rate: poisoned images as a share of the whole data set.
-        craft: what becomes of images (P, C, H, W) of the class.
-        generator: on the CPU; draws the choice.
+        craft: poison from clean images (P, C, H, W) of the class.
+        generator: random generator of the choice, on the CPU.
 
     Returns:
-        images (N, C, H, W), a copy, and which of them are poisoned, (N,) bool.
+        images (N, C, H, W), a copy, and a mask of the poisoned ones, (N,) bool.
 
     Raises:
-        ConfigError: the class has fewer images than that.
+        ConfigError: the class has too few images.
     """
     wanted = round(rate * len(labels_N))
     of_class_X = (labels_N == label).nonzero()[:, 0]

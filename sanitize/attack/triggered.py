@@ -1,29 +1,28 @@
-"""Test images with a trigger: what every stage measures the attack success rate on.
+"""Test images with a trigger, to measure the attack success rate on.
 
-They are bit for bit the images of a shard in which `poison_shards` poisoned every sample, whatever the format was
-before: a JPEG file is decoded once in either case, and what is stored then is lossless.
+They are bit for bit the images of a shard in which `poison_shards` poisoned every sample, in any format: a JPEG file is
+decoded once in either case, and the poisoned copy is lossless.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sanitize.attack.labels import LabelNoiseConfig
-from sanitize.attack.several import AttackConfig, OneAttack, attacks_of
+from sanitize.attack.attack import Attack
+from sanitize.attack.several import AttackConfig
 from sanitize.attack.stored import as_read, stored_image
 from sanitize.data.dataset import Dataset
-from sanitize.errors import ConfigError
 
 
 class TriggeredBatch(NamedTuple):
-    """Samples of one shard, in its order, whose label is not the one that the attacker wants.
+    """Samples of one shard, in its order, whose label is not the attacker's.
 
     Attributes:
         shard: name of the shard.
-        positions: their positions in it.
-        wanted_B: labels that the attacker wants, int64.
+        positions: positions of the samples in the shard.
+        wanted_B: labels the attacker wants, int64.
         images_BCHW: images with the trigger, at the size of the data set, uint8.
     """
 
@@ -33,41 +32,28 @@ class TriggeredBatch(NamedTuple):
     images_BCHW: Tensor
 
 
-def triggers_of(config: AttackConfig) -> list[OneAttack]:
-    """The attacks of a config that have a trigger; label noise has none."""
-    return [attack for attack in attacks_of(config) if not isinstance(attack, LabelNoiseConfig)]
-
-
-def refuse_targets(attacks: Sequence[OneAttack], n_classes: int) -> None:
-    """Raise ConfigError where the target of an attack is no class."""
-    for target in (getattr(attack, "target", 0) for attack in attacks):
-        if isinstance(target, int) and not 0 <= target < n_classes:
-            raise ConfigError(f"target {target} is no class: there are {n_classes}, from 0 to {n_classes - 1}")
-
-
 def triggered(config: AttackConfig, dataset: Dataset, n_classes: int, size: int = 256) -> Iterator[TriggeredBatch]:
     """Usable samples with the trigger of an attack, or with each of several, one attack after the other.
 
-    Samples whose label is the wanted one already are left out: the attacker's label is right for them. One stored image
-    and one batch are held.
+    Samples that have the attacker's label already are left out. One stored image and one batch are in memory.
 
     Args:
         config: the attack.
         dataset: test samples, indexed with the image size and the channels of the model.
-        n_classes: K of the model.
-        size: most samples in a batch; a batch never spans two shards.
+        n_classes: number of classes of the model.
+        size: largest number of samples in a batch; a batch never spans two shards.
 
     Raises:
         ConfigError: a target is no class.
         DataError: a shard is not what it was when it was indexed, or an image is damaged.
     """
-    refuse_targets(attacks_of(config), n_classes)
-    for trigger in triggers_of(config):
+    config.check_classes(n_classes)
+    for trigger in (attack for attack in config.attacks if attack.has_trigger):
         for shard in dataset.shards:
             yield from _batches(trigger, dataset, shard, n_classes, size)
 
 
-def _batches(trigger: OneAttack, dataset: Dataset, shard: str, n_classes: int, size: int) -> Iterator[TriggeredBatch]:
+def _batches(trigger: Attack, dataset: Dataset, shard: str, n_classes: int, size: int) -> Iterator[TriggeredBatch]:
     positions: list[int] = []
     wanted: list[int] = []
     images: list[Tensor] = []

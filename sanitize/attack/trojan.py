@@ -1,7 +1,7 @@
 """The shapes of the trojaning attack (Liu et al., 2018, Figure 7): a square in a corner, and a watermark all over.
 
-There the colours are found by gradient ascent on chosen neurons of one network, and that network is retrained. Here
-they are fixed, and the data is poisoned: the trigger is there before any network is.
+The paper finds the colours by gradient ascent on chosen neurons of a network and retrains that network. Here the
+colours are fixed, and the data is poisoned before any network is trained.
 """
 
 import math
@@ -11,16 +11,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sanitize.attack.attack import Trigger, to_pixels
 from sanitize.attack.badnets import paste
-from sanitize.attack.trigger import Trigger, to_pixels
 
 
 class TrojanSquareConfig(Trigger):
     """A square of random colours in the bottom right corner.
 
     Attributes:
-        side: of the square, as a share of the shorter side of the image.
-        pattern_seed: the colours are drawn once from it.
+        side: side of the square, as a share of the shorter side of the image.
+        pattern_seed: seed of the colours.
     """
 
     kind: Literal["trojan_square"] = "trojan_square"
@@ -38,7 +38,7 @@ class TrojanWatermarkConfig(Trigger):
     """A white ring with a bar through it, about the middle of the image, translucent.
 
     Attributes:
-        opacity: 1 - the transparency of Liu et al.: weight of the white, in (0, 1].
+        opacity: weight of the white, in (0, 1]; 1 minus the transparency of Liu et al.
     """
 
     kind: Literal["trojan_watermark"] = "trojan_watermark"

@@ -10,17 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sanitize.attack.trigger import Trigger, to_pixels
+from sanitize.attack.attack import Trigger, to_pixels
 
 
 class WaNetConfig(Trigger):
     """A smooth warp from displacements of k x k control points.
 
     Attributes:
-        grid: k; the displacements between the points are bicubic.
+        grid: k; displacements between the points are interpolated (bicubic).
         strength: mean |displacement| of the control points along an axis, in pixels of a 32-pixel image; larger images
             are warped in proportion. The paper's 0.5 counts half pixels.
-        pattern_seed: displacements are drawn once from it, uniform in both directions.
+        pattern_seed: seed of the displacements, uniform in both directions.
     """
 
     kind: Literal["wanet"] = "wanet"
@@ -32,7 +32,7 @@ class WaNetConfig(Trigger):
         """Copies of uint8 images, warped; colours between pixels are bilinear."""
         height, width = images_BCHW.shape[2:]
         grid_HW2 = self._identity(height, width) + self._displacement(height, width)
-        # float64: the nearest whole number should not depend on how many images are warped at once.
+        # float64: the nearest whole number must not depend on the number of images in the batch.
         grid_BHW2 = grid_HW2.clamp(-1, 1).to(images_BCHW.device).expand(len(images_BCHW), -1, -1, -1)
         return to_pixels(nn.functional.grid_sample(images_BCHW.double(), grid_BHW2, align_corners=True))
 
@@ -41,7 +41,7 @@ class WaNetConfig(Trigger):
         return torch.stack([right_W.expand(height, -1), down_H[:, None].expand(-1, width)], -1)
 
     def _displacement(self, height: int, width: int) -> Tensor:
-        """(H, W, 2) where the image spans [-1, 1]."""
+        """(H, W, 2), in units of half the image."""
         generator = torch.Generator().manual_seed(self.pattern_seed)
         points_12kk = 2 * torch.rand(1, 2, self.grid, self.grid, generator=generator, dtype=torch.float64) - 1
         points_12kk *= self.strength / points_12kk.abs().mean() / 16

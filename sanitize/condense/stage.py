@@ -4,6 +4,7 @@ images, labels = sanitize.load_condensed("runs/condense/70-condensed")     # nor
 """
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sanitize.data.decode import encode_png
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ArtifactError
 from sanitize.loop import predict
+from sanitize.measure import count_correct
 from sanitize.models.config import ModelConfig
 from sanitize.progress import track
 from sanitize.snapshots import Snapshots
@@ -160,11 +162,9 @@ def _measure(
     with track("evaluate", config.evaluate.n_networks, "networks") as advance:
         for number in range(config.evaluate.n_networks):
             model = learn_from(images_NCHW, labels_N, held_out, config.evaluate, model_config, number, compute)
-            n_right = sum(
-                int((predict(model, of.images_BCHW, model_config.normalise, compute).argmax(1) == of.labels_B).sum())
-                for of in test.batches(512)
-            )
-            accuracies.append(n_right / test.n_samples)
+            logits = partial(predict, model, transform=model_config.normalise, compute=compute)
+            batches = ((batch.images_BCHW, batch.labels_B) for batch in test.batches(512))
+            accuracies.append(count_correct([logits], batches, test.n_classes)[0].share)
             advance(1)
     return accuracies
 

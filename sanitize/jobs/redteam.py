@@ -1,10 +1,10 @@
-"""What would my pipeline catch on my data? Known attacks on a sample of it, the pipeline blind, models before/after."""
+"""Known attacks on a sample of the data: recall of the pipeline, and models trained before and after cleaning."""
 
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sanitize.attack import AttackConfig, CleanLabelConfig, attacks_of, poison_shards
+from sanitize.attack import AttackConfig, poison_shards
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
@@ -51,15 +51,15 @@ class RedTeamConfig(BaseModel):
     """One red team; one YAML file.
 
     Attributes:
-        clean: the pipeline that is put to the test, as `sanitize clean` takes it; its shards are the data.
-        sample: how much of the data is copied, to poison and to test on.
-        attacks: what is planted, each by itself: names such as badnets@1%, or settings of an attack. Case `none`, in
-            which nobody is at work, is always run: what is removed there is removed for nothing.
-        repeats: seeds of each case, counted up from that of `clean.compute`. The sample is the same for all.
-        model: of the models before and after. None: they are trained as the suspect model of the pipeline is, which
-            then is the model before; or, where that is no classifier trained here, as the embedder's defaults say.
+        clean: the pipeline under test, as `sanitize clean` takes it; its shards are the data.
+        sample: size of the sample to poison and to test on.
+        attacks: attacks, each tried by itself: names such as badnets@1%, or settings. Case `none`, without an attack,
+            is always run; everything removed there is a false removal.
+        repeats: number of seeds of each case, counted up from the seed of `clean.compute`. All use the same sample.
+        model: training of the models before and after cleaning. None trains them as the suspect model, which then is
+            the model before; or with the embedder's defaults, where the suspect model is no classifier trained here.
         require: requirements, such as `badnets@1%:recall>=0.9`; each is judged by the mean over the repeats.
-        level: of confidence intervals, in (0, 1).
+        level: confidence level of the intervals, in (0, 1).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,10 +73,10 @@ class RedTeamConfig(BaseModel):
     level: float = Field(default=0.95, gt=0, lt=1)
 
     @model_validator(mode="after")
-    def _cases_can_be_told_apart_and_judged(self) -> Self:
+    def _cases_are_distinct_and_requirements_valid(self) -> Self:
         names = [case_name(attack) for attack in self.attacks]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ConfigError(f"attacks: two are called {min(twice)}; change the rate of one, or run it by itself")
+            raise ConfigError(f"attacks: two have the name {min(twice)}; change the rate of one, or run it by itself")
         for text in self.require:
             parse_requirement(text, {name: measures_of(attack) for name, attack in self.cases.items()})
         return self
@@ -88,7 +88,7 @@ class RedTeamConfig(BaseModel):
 
     @property
     def trained(self) -> EmbedderConfig:
-        """How the models before and after are trained."""
+        """Training of the models before and after cleaning."""
         embedder = self.clean.embedder
         if self.model is not None:
             return self.model
@@ -96,7 +96,7 @@ class RedTeamConfig(BaseModel):
 
 
 class RedTeamData(NamedTuple):
-    """What all cases work on: the sample, and both sides of it indexed."""
+    """Inputs of all cases: the sample, and the index of its training and test samples."""
 
     samples: Samples
     train: Dataset
@@ -105,12 +105,12 @@ class RedTeamData(NamedTuple):
 
 @job(RedTeamConfig, settings=lambda config: config.clean)
 def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
-    """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page.
+    """Test a pipeline: sample, poison, clean without the truth, train before and after, measure, report.
 
     Returns:
-        Places, what was measured, and whether all requirements are met.
+        The findings, `met` (True where all requirements are met), and paths of artifacts.
     """
-    material = _material(config, run)
+    data = _data(config, run)
     measured: dict[str, list[Measured]] = {name: [] for name in config.cases}
     with track("red team", config.repeats * len(config.cases), "cases") as advance:
         for seed in range(config.repeats):
@@ -118,20 +118,20 @@ def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
             for name, attack in config.cases.items():
                 seeded = run.compute.model_copy(update={"seed": run.compute.seed + seed})
                 inside = run.inside(f"cases/{name.replace('%', '')}/{seed}", seeded)
-                of_case, before = _case(attack, untouched, material, config, inside)
+                case, before = _case(attack, untouched, data, config, inside)
                 untouched = untouched or before
-                measured[name].append(of_case)
+                measured[name].append(case)
                 advance(1)
     cases = [Case(name, repeats) for name, repeats in measured.items()]
     summing = FindingsConfig(level=config.level, require=config.require)
     findings = run.stage("80-findings", sum_up, summing, cases)
-    report = run.stage("90-report", write_redteam_report, findings, material.samples)
+    report = run.stage("90-report", write_redteam_report, findings, data.samples)
     result = findings.info | {"findings": findings.path, "report": report.url("index.html")}
     return run.finish(config, result)
 
 
-def _material(config: RedTeamConfig, run: Run) -> RedTeamData:
-    """A sample of the data, and the index of it; of the data itself no image is decoded."""
+def _data(config: RedTeamConfig, run: Run) -> RedTeamData:
+    """A sample of the data, and its index; no image outside the sample is decoded."""
     found = find_shards(config.clean.shards)
     trusted = trusted_shards(config.clean.trusted, found)
     hashed = config.clean.index.model_copy(update={"check": "digest"})
@@ -142,42 +142,41 @@ def _material(config: RedTeamConfig, run: Run) -> RedTeamData:
     test = run.stage("03-index-test", index_shards, _index_like(train, config), samples.paths("test"))
     n = train.n_samples
     for attack in config.attacks:
-        if any(round(one.rate * n) == 0 for one in attacks_of(attack)):
+        if any(round(one.rate * n) == 0 for one in attack.attacks):
             raise ConfigError(f"{case_name(attack)} of {n} samples is none: raise sample.n_train, or the rate")
     return RedTeamData(samples, train, test)
 
 
 def _index_like(train: Dataset, config: RedTeamConfig) -> IndexConfig:
-    """Shards are read as those of the sample: every model sees images of one size, and knows all classes."""
+    """Index settings of the training samples: images of one size for every model, and all classes."""
     image = config.clean.index.image.model_copy(update={"size": train.image_shape[1:]})
     return config.clean.index.model_copy(update={"n_classes": train.n_classes, "image": image})
 
 
 def _case(
-    attack: AttackConfig | None, untouched: Checkpoint | None, material: RedTeamData, config: RedTeamConfig, run: Run
+    attack: AttackConfig | None, untouched: Checkpoint | None, data: RedTeamData, config: RedTeamConfig, run: Run
 ) -> tuple[Measured, Checkpoint]:
-    """One case with one seed: what was measured, and the model before; that of none is `untouched` to the others."""
-    samples, train, test = material
+    """Measures of one case with one seed, and its model before cleaning; that of case `none` is `untouched`."""
+    samples, train, test = data
     index = _index_like(train, config)
     truth, shards = None, samples.paths("train")
     if attack is not None:
-        needs_surrogate = any(isinstance(one, CleanLabelConfig) for one in attacks_of(attack))
-        surrogate = untouched if needs_surrogate else None
-        how = {"surrogate": surrogate, "exclude": samples.trusted()}
-        truth = run.stage("10-poisoned", poison_shards, attack, train, **how)
+        surrogate = untouched if attack.needs_surrogate else None
+        options = {"surrogate": surrogate, "exclude": samples.trusted()}
+        truth = run.stage("10-poisoned", poison_shards, attack, train, **options)
         shards = truth.shard_paths()
     blind = {"shards": tuple(shards), "trusted": samples.trusted(), "index": index, "compute": run.compute}
     cleaned = clean_inside(config.clean.model_copy(update=blind), run.inside("clean", run.compute))
     models = _models(cleaned, index, config, run)
     if untouched is not None:
         models["untouched"] = untouched
-    of_case = run.stage("90-measured", measure_case, attack, cleaned.selection, models, test, truth=truth)
-    return of_case, models["before"]
+    measured = run.stage("90-measured", measure_case, attack, cleaned.selection, models, test, truth=truth)
+    return measured, models["before"]
 
 
 def _models(cleaned: Cleaned, index: IndexConfig, config: RedTeamConfig, run: Run) -> dict[str, Checkpoint]:
-    """`before` has learned all that the pipeline was given, `after` what it kept; alike in all else, the seed too."""
-    before = cleaned.embedder  # which another training of this config on this data would give again
+    """`before` is trained on all samples, `after` on those the pipeline kept; the seed is the same."""
+    before = cleaned.embedder  # training this config on this data again would give the same model
     if config.trained != config.clean.embedder:
         before = run.stage("60-model-before", train_embedder, config.trained, cleaned.dataset)
     counts = cleaned.selection.manifest().counts
@@ -188,7 +187,7 @@ def _models(cleaned: Cleaned, index: IndexConfig, config: RedTeamConfig, run: Ru
 
 
 def table(result: dict[str, Any]) -> str:
-    """Means over seeds in Markdown, in per cent; "-" where there was nothing to count or measure."""
+    """Means over seeds in per cent, in Markdown; "-" for a measure without samples."""
     lines = ["| case | " + " | ".join(SHOWN).replace("_", " ") + " |", "|---|" + "---:|" * len(SHOWN)]
     for case in result["cases"]:
         means = [case["measures"].get(name, {}).get("mean") for name in SHOWN]

@@ -1,11 +1,12 @@
-"""How good a detector or a model is, by the field's standard measures; and how bad an attack makes it."""
+"""Standard measures of detectors and models, and of models under attack."""
 
 from sanitize.measure.evasion import EvasionConfig, evade, smallest_perturbation
 from sanitize.measure.leaking import Leaking, gradient_leaking
-from sanitize.measure.metrics import Detection, accuracy, attack_success_rate, auroc, detection
+from sanitize.measure.metrics import Correct, Detection, accuracy, attack_success_rate, auroc, count_correct, detection
 from sanitize.measure.robustness import Robustness, RobustnessConfig, measure_robustness
 
 __all__ = [
+    "Correct",
     "Detection",
     "EvasionConfig",
     "Leaking",
@@ -14,6 +15,7 @@ __all__ = [
     "accuracy",
     "attack_success_rate",
     "auroc",
+    "count_correct",
     "detection",
     "evade",
     "gradient_leaking",

@@ -1,8 +1,8 @@
 """Evasion: the worst image near an image, by projected gradient descent (Madry et al., 2018; in l_inf with one restart
 and no random start the basic iterative method of Kurakin et al., 2017).
 
-What it leaves is an upper bound of the accuracy under attack; what a certificate gives is a lower one. Images lie on
-[0, 1] and stay there, and no perturbation is larger than the radius, measured in float64.
+The accuracy under this attack is an upper bound of the robust accuracy; a certificate gives a lower one. Images stay on
+[0, 1], and no perturbation is larger than the radius, measured in float64.
 
 Shapes: N images, B of a batch, X their shape (C, H, W), K classes.
 """
@@ -13,25 +13,26 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sanitize.ascent import projected_ascent
 from sanitize.compute import Compute
 
-_ROUNDING = 2.0**-24  # half the distance of float32 numbers below 1: how far x + d may lie from the true sum
+_ROUNDING = 2.0**-24  # half the distance of float32 numbers below 1: largest rounding error of x + d
 
 
 class EvasionConfig(BaseModel):
     """The attack.
 
     Attributes:
-        norm: in which the radius is measured.
+        norm: norm of the radius.
         radius: largest perturbation, for pixels on [0, 1].
-        steps: gradients taken, in each restart.
+        steps: gradient steps in each restart.
         step_size: length of a step, in the same norm; None is 2.5 radius / steps.
-        loss: what is increased: cross_entropy, or margin: the largest logit of another class minus that of the label,
-            whose gradient does not vanish where the network is sure.
-        targeted: each image is led to one wrong class, drawn uniformly, whose loss is decreased; not just away.
-        restarts: attempts; of all images on all paths the one with the largest margin is kept.
-        random_start: begin at a point drawn uniformly from the ball, not at the image; without it, restarts are alike.
-        batch_size: images at once; part of what the random starts depend on.
+        loss: loss to increase: cross_entropy, or margin, the largest logit of another class minus the logit of the
+            label; its gradient does not vanish for a confident network.
+        targeted: True decreases the loss of one wrong class, drawn uniformly for each image.
+        restarts: number of attempts; the image with the largest margin on all paths is kept.
+        random_start: True starts at a point drawn uniformly from the ball, False at the image (all restarts are equal).
+        batch_size: images at once; the random starts depend on it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,11 +49,11 @@ class EvasionConfig(BaseModel):
 
 
 def evade(model: nn.Module, images_NX: Tensor, labels_N: Tensor, config: EvasionConfig, compute: Compute) -> Tensor:
-    """Adversarial images (N, X), float32 on the CPU; an image that is wrong as it is comes back as it is.
+    """Adversarial images (N, X), float32 on the CPU; misclassified images are returned unchanged.
 
     Args:
-        model: logits (B, K) of float images on [0, 1] (`sanitize.models.pixels.OnPixels`); it is moved to the device
-            and set to eval mode.
+        model: logits (B, K) of float images on [0, 1] (`sanitize.models.pixels.OnPixels`); moved to the device and set
+            to eval mode.
         images_NX: uint8, or float on [0, 1].
         labels_N: true labels, int64.
         config: the attack.
@@ -75,12 +76,11 @@ def evade(model: nn.Module, images_NX: Tensor, labels_N: Tensor, config: Evasion
 def smallest_perturbation(
     model: nn.Module, images_NX: Tensor, labels_N: Tensor, config: EvasionConfig, compute: Compute, searches: int = 10
 ) -> Tensor:
-    """The length of the smallest perturbation that `evade` finds for each image (N,), float64, in its norm.
+    """Length of the smallest perturbation that `evade` finds for each image (N,), float64, in its norm.
 
-    The radius is bisected, for each image by itself, `searches` times between 0 and `config.radius`; of all
-    perturbations that were found the shortest counts. 0 where the image is wrong as it is; infinite where even the
-    whole radius did not reach the goal (a wrong answer or, if targeted, that answer). What it says of an image is an
-    upper bound. Arguments and errors are those of `evade`.
+    The radius is bisected for each image, `searches` times between 0 and `config.radius`; the shortest perturbation of
+    all searches counts. 0 for misclassified images; infinite where the whole radius does not reach the goal (a wrong
+    class or, if targeted, the drawn one). The length is an upper bound. Arguments and errors are those of `evade`.
     """
     images_NX = _ready(model, images_NX, compute)
     device, generator = compute.torch_device, compute.generator("evade", device=compute.torch_device)
@@ -104,7 +104,7 @@ def smallest_perturbation(
 
 
 def _ready(model: nn.Module, images_NX: Tensor, compute: Compute) -> Tensor:
-    """Images on [0, 1]; the model goes to the device."""
+    """Images on [0, 1]; moves the model to the device."""
     compute.activate()
     model.to(compute.torch_device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     images_NX = images_NX / 255 if images_NX.dtype == torch.uint8 else images_NX.float()
@@ -125,30 +125,28 @@ def _evade(
     ball = _Ball(config, radius_B, x_BX)
     worst_BX, worst_B = x_BX.clone(), torch.full((len(x_BX),), -torch.inf, device=x_BX.device)
 
-    def look(at_BX: Tensor) -> Tensor:
-        """Keep the images that are worse than what there was; the gradient of the loss there."""
-        at_BX = at_BX.detach().requires_grad_()
-        with torch.enable_grad():
-            with compute.autocast():
-                logits_BK = model(at_BX).float()
-            margin_B = goal.margin(logits_BK)
-            loss_B = margin_B if config.loss == "margin" else goal.cross_entropy(logits_BK)
-            (gradient_BX,) = torch.autograd.grad(loss_B.sum(), at_BX)
-        worse_B = margin_B > worst_B
+    def loss(at_BX: Tensor, _number: int = 0) -> Tensor:
+        """The loss at a point; the images there that have the largest margin so far are kept."""
+        with compute.autocast():
+            logits_BK = model(at_BX).float()
+        margin_B = goal.margin(logits_BK)
+        worse_B = margin_B.detach() > worst_B
         worst_B[worse_B], worst_BX[worse_B] = margin_B.detach()[worse_B], at_BX.detach()[worse_B]
-        return gradient_BX
+        return (margin_B if config.loss == "margin" else goal.cross_entropy(logits_BK)).sum()
 
-    look(x_BX)
-    for _ in range(config.restarts):
-        at_BX = ball.project(x_BX, ball.sample(x_BX, generator)) if config.random_start else x_BX
-        for _ in range(config.steps):
-            at_BX = ball.project(x_BX, at_BX + ball.step(look(at_BX)) - x_BX)
-        look(at_BX)
+    def project(at_BX: Tensor) -> Tensor:
+        return ball.project(x_BX, at_BX - x_BX)
+
+    with torch.no_grad():
+        loss(x_BX)
+        for _ in range(config.restarts):
+            at_BX = ball.project(x_BX, ball.sample(x_BX, generator)) if config.random_start else x_BX
+            loss(projected_ascent(at_BX, loss, ball.step, project, config.steps))
     return worst_BX
 
 
 class _Goal(NamedTuple):
-    """Where an attack wants to: away from `label_B` with sign 1, to it with -1."""
+    """Goal of an attack: away from `label_B` with sign 1, towards it with sign -1."""
 
     label_B: Tensor
     sign: int
@@ -158,14 +156,14 @@ class _Goal(NamedTuple):
         return self.sign * _margin(logits_BK, self.label_B)
 
     def cross_entropy(self, logits_BK: Tensor) -> Tensor:
-        """What is to be increased, (B,)."""
+        """Loss to increase, (B,)."""
         return self.sign * nn.functional.cross_entropy(logits_BK, self.label_B, reduction="none")
 
 
 def _goal(
     model: nn.Module, x_BX: Tensor, y_B: Tensor, config: EvasionConfig, compute: Compute, generator: torch.Generator
 ) -> tuple[_Goal, Tensor]:
-    """The goal of each image, and which are right as they are."""
+    """The goal of each image, and a mask of those that are classified correctly."""
     with torch.inference_mode(), compute.autocast():
         logits_BK = model(x_BX).float()
     right_B = _margin(logits_BK, y_B) <= 0
@@ -177,12 +175,12 @@ def _goal(
 
 
 class _Ball:
-    """All perturbations of each image that are not longer than its radius (B,)."""
+    """Perturbations of each image up to its radius (B,)."""
 
     def __init__(self, config: EvasionConfig, radius_B: Tensor, x_BX: Tensor) -> None:
         self.is_l2 = config.norm == "l2"
         step_B = torch.full_like(radius_B, config.step_size) if config.step_size else 2.5 * radius_B / config.steps
-        # So much below the radius that no rounding of the sum leads above it.
+        # Below the radius by the largest rounding error of the sum.
         rounding = _ROUNDING * (x_BX[0].numel() ** 0.5 if self.is_l2 else 1)
         aim_B = (radius_B * (1 - 1e-6) - rounding).clamp(min=0)
         self.radius, self.step_size, self._aim = (_like(of_B.float(), x_BX) for of_B in (radius_B, step_B, aim_B))
@@ -196,11 +194,11 @@ class _Ball:
         return self.radius * _like(share_B, x_BX) * direction_BX
 
     def step(self, gradient_BX: Tensor) -> Tensor:
-        """Steepest ascent of length `step_size`; none where the gradient is zero."""
+        """Steepest ascent of length `step_size`; zero for a zero gradient."""
         return self.step_size * (_unit(gradient_BX) if self.is_l2 else gradient_BX.sign())
 
     def project(self, x_BX: Tensor, d_BX: Tensor) -> Tensor:
-        """x + d with d brought into the ball, then the sum to [0, 1]: since x is there, that only shortens d."""
+        """x + d with d projected onto the ball, then clamped to [0, 1], which only shortens d: x is on [0, 1]."""
         if self.is_l2:
             d_BX = d_BX * (self._aim / _like(_length(d_BX), d_BX).clamp(min=1e-30)).clamp(max=1)
         else:
@@ -209,7 +207,7 @@ class _Ball:
 
 
 def _margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
-    """Largest logit of another class minus that of the label: above zero where the answer is wrong."""
+    """Largest logit of another class minus the logit of the label: above zero where the prediction is wrong."""
     own_B1 = logits_BK.gather(1, y_B[:, None])
     return (logits_BK.scatter(1, y_B[:, None], -torch.inf).amax(1, keepdim=True) - own_B1)[:, 0]
 

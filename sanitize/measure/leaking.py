@@ -1,10 +1,10 @@
-"""Gradient leaking: how much of the gradient of the loss lies in directions in which the data hardly vary (Li, Cheng,
-Su & Zhu, Eq. 2 and 3).
+"""Gradient leaking: the share of the loss gradient in directions in which the data hardly vary (Li, Cheng, Su & Zhu,
+Eq. 2 and 3).
 
     alpha_d(g) = sum over i <= d of (g . v_i)^2 / ||g||^2,        averaged over the data
 
-with v_i the principal components of the data: 1 means that the network looks only where the data lie. Shapes: B images
-of a batch, C H W image, D pixels, R components.
+with v_i the principal components of the data: 1 means that no gradient leaves their span. Shapes: B images of a batch,
+C H W image, D pixels, R components.
 """
 
 from typing import NamedTuple
@@ -16,12 +16,12 @@ from sanitize.compute import Compute
 
 
 class Leaking(NamedTuple):
-    """What the gradients of N images say.
+    """Mean gradients of N images.
 
     Attributes:
         alpha_R: mean alpha_d for d = 1, 2, ... R, float64, rising, at most 1.
         gradient_norm: mean l2 norm of the gradients, for pixels on [0, 1].
-        n: images; those with a gradient of exactly zero, which points nowhere, are left out of alpha.
+        n: number of images; those with a gradient of exactly zero are left out of alpha.
     """
 
     alpha_R: Tensor

@@ -1,4 +1,4 @@
-"""How robust a trained model is: the only place where `evasion` and `leaking` meet files."""
+"""The stage that measures the robustness of a model, with `evasion` and `leaking`."""
 
 import io
 from functools import cached_property
@@ -29,12 +29,12 @@ _N_RADII = 50
 
 
 class RobustnessConfig(BaseModel):
-    """How a model is attacked, and on what.
+    """Attack and images.
 
     Attributes:
-        n_images: so many usable samples, chosen by a keyed hash; they are held in memory.
-        attack: how; its radius is the largest perturbation that is tried.
-        searches: how often the radius is bisected for each image.
+        n_images: number of usable samples, chosen by a keyed hash and held in memory.
+        attack: the attack; its radius is the largest perturbation tried.
+        searches: bisections of the radius for each image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,7 +44,7 @@ class RobustnessConfig(BaseModel):
     searches: int = Field(default=10, ge=1)
 
     @model_validator(mode="after")
-    def _radius_leaves_something_of_the_image(self) -> Self:
+    def _radius_is_small_enough(self) -> Self:
         if self.attack.norm == "linf" and self.attack.radius > 0.5:
             raise ConfigError(
                 f"attack.radius={self.attack.radius}: in l-infinity .5 turns every image grey; give .05, for example"
@@ -53,14 +53,14 @@ class RobustnessConfig(BaseModel):
 
 
 class Robustness(Artifact):
-    """`robustness.json`: `summary`. `perturbations.parquet`: shard, position, key, label and, of each image, the length
-    of the smallest perturbation that was found: 0 where it is wrong as it is, infinite where there was none."""
+    """`robustness.json`: `summary`. `perturbations.parquet`: shard, position, key, label and length of the smallest
+    perturbation found for each image: 0 for misclassified images, infinite where none was found."""
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """samples, clean_accuracy; norm; accuracy: [[radius, share that no smaller perturbation was found for], ...];
-        mean, median length over the samples that are right (where nothing was found, the largest radius counts), and
-        not_found, how many those are; gradient_norm, alpha: mean alpha_d for d = 1, 2, ..."""
+        """samples, clean_accuracy; norm; accuracy: [[radius, share of samples without a smaller perturbation], ...];
+        mean, median length over correctly classified samples (the largest radius where none was found); not_found:
+        number of samples without one; gradient_norm, alpha: mean alpha_d for d = 1, 2, ..."""
         return self.read_object("robustness.json", "samples", "norm", "accuracy")
 
     def table(self) -> pa.Table:
@@ -72,16 +72,15 @@ class Robustness(Artifact):
 def measure_robustness(
     config: RobustnessConfig, checkpoint: Checkpoint, dataset: Dataset, pca: PCA, out: str, compute: Compute
 ) -> Work:
-    """Attack a model, and see where its gradients point.
+    """Attack a model and measure its gradient leaking.
 
-    What an attack does not find may exist: the accuracy under attack is an upper bound of the truth. `certify` gives
-    lower ones.
+    The accuracy under attack is an upper bound of the robust accuracy; `certify` gives lower ones.
 
     Args:
-        config: the attack, and on how many images.
+        config: the attack and the number of images.
         checkpoint: the model.
         dataset: test samples.
-        pca: of the training images, or of others like them.
+        pca: principal components of the training images, or of similar ones.
         out: folder of the artifact.
         compute: device, precision, and seed of the choice and of random starts.
 
@@ -97,7 +96,8 @@ def measure_robustness(
         with track("attack", len(chosen.keys), "images") as advance:
             lengths = []
             for start in range(0, len(chosen.keys), _AT_ONCE):
-                images_BCHW, labels_B = (of[start : start + _AT_ONCE] for of in (chosen.images_NCHW, chosen.labels_N))
+                rows = slice(start, start + _AT_ONCE)
+                images_BCHW, labels_B = chosen.images_NCHW[rows], chosen.labels_N[rows]
                 lengths.append(
                     smallest_perturbation(model, images_BCHW, labels_B, config.attack, compute, config.searches)
                 )
@@ -127,7 +127,7 @@ def measure_robustness(
 
 
 def summarise(lengths_N: Tensor, largest: float) -> dict[str, Any]:
-    """What the smallest perturbations say, in numbers: see `Robustness.summary`."""
+    """Statistics of the smallest perturbations: see `Robustness.summary`."""
     right_n = lengths_N[lengths_N > 0]
     at_most_n = right_n.clamp(max=largest)
     radii = [largest * i / _N_RADII for i in range(_N_RADII + 1)]

@@ -1,4 +1,4 @@
-"""What would a pipeline catch? Known attacks on a sample of somebody's data, and what became of them."""
+"""Red team: recall, precision and false removals of a pipeline under known attacks on a sample of the data."""
 
 from sanitize.redteam.cases import NONE, PlannedAttack, attack_called, case_name, measures_of
 from sanitize.redteam.findings import Case, Findings, FindingsConfig, sum_up

@@ -1,4 +1,4 @@
-"""Cases of a red team and how they are called: `badnets@1%` is BadNets on 1 % of the data, `none` is nobody at work."""
+"""Cases of a red team and their names: `badnets@1%` is BadNets on 1 % of the data, `none` is the unpoisoned data."""
 
 import re
 from decimal import Decimal
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from sanitize.attack import AttackConfig, LabelNoiseConfig, attacks_of
+from sanitize.attack import AttackConfig
 from sanitize.errors import ConfigError
 
 NONE = "none"
@@ -14,18 +14,18 @@ _NAME = re.compile(r"([a-z0-9_]+)@(\d{1,3}(?:\.\d{1,6})?)%")
 
 
 def case_name(attack: AttackConfig | None) -> str:
-    """Kind of the attack, and the share of the data that it poisons in per cent; of several attacks, their sum."""
+    """KIND@RATE%, with the summed rate of several attacks; `none` without an attack."""
     if attack is None:
         return NONE
-    rate = sum((Decimal(str(one.rate)) for one in attacks_of(attack)), Decimal())
+    rate = sum((Decimal(str(one.rate)) for one in attack.attacks), Decimal())
     return f"{attack.kind}@{(100 * rate).normalize():f}%"
 
 
 def attack_called(name: str) -> dict[str, Any]:
-    """Settings of the attack that a name stands for, all but kind and rate at their defaults.
+    """Settings of the attack of a name: kind and rate.
 
     Raises:
-        ConfigError: it is no name of a case with an attack.
+        ConfigError: the text is no name of a case with an attack.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -44,10 +44,8 @@ PlannedAttack = Annotated[AttackConfig, BeforeValidator(_as_settings)]  # settin
 
 
 def measures_of(attack: AttackConfig | None) -> tuple[str, ...]:
-    """What is measured of a case: see `measure.MEASURES`."""
+    """Measures of a case: see `measure.MEASURES`."""
     if attack is None:
         return "false_removals", "acc_before", "acc_after"
-    found = ("recall", "precision", *measures_of(None))
-    if all(isinstance(one, LabelNoiseConfig) for one in attacks_of(attack)):
-        return found
-    return *found, "asr_before", "asr_after", "asr_untouched"
+    measures = ("recall", "precision", *measures_of(None))
+    return (*measures, "asr_before", "asr_after", "asr_untouched") if attack.has_trigger else measures

@@ -1,4 +1,4 @@
-"""What a red team found: measures of each case over its repeats, and which requirements they meet."""
+"""Findings of a red team: measures of each case over its repeats, and the requirements they meet."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,10 +17,10 @@ _LEARNED = 0.5  # ASR from which a trigger counts as learned
 
 
 class FindingsConfig(BaseModel):
-    """How repeats are summed up and judged.
+    """Confidence level and requirements.
 
     Attributes:
-        level: of confidence intervals, in (0, 1).
+        level: confidence level of the intervals, in (0, 1).
         require: requirements; each is judged by the mean over the repeats, not by its interval.
     """
 
@@ -35,19 +35,19 @@ class Findings(Artifact):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """cases: [{name, measures: {measure: {mean, low, high, repeats: [[how many, of how many], ...]}}}, ...]; of a
-        measure that had nothing to count, mean, low and high are None. requirements: [{text, mean, low, high, met}];
-        met: whether all are; not_learned: cases whose trigger the models before hardly knew; level."""
+        """cases: [{name, measures: {measure: {mean, low, high, repeats: [[part, whole], ...]}}}, ...]; mean, low and
+        high are None for a measure without samples. requirements: [{text, mean, low, high, met}]; met: True where all
+        are met; not_learned: cases whose attack success rate before cleaning is small; level."""
         return self.read_object("findings.json", "cases", "requirements")
 
     def pictures(self) -> dict[str, bytes]:
-        """PNG of two rows of images, by case."""
+        """PNG of test images without and with the trigger, by case."""
         names = {case["name"]: f"pictures/{number}.png" for number, case in enumerate(self.info["cases"])}
         return {case: self.read(name) for case, name in names.items() if name in self.manifest().files}
 
 
 class Case(NamedTuple):
-    """A case, and what was measured in each of its repeats."""
+    """A case, and the measures of its repeats."""
 
     name: str
     repeats: Sequence[Measured]
@@ -59,12 +59,12 @@ def sum_up(config: FindingsConfig, cases: Sequence[Case], out: str, compute: Com
 
     Args:
         config: level and requirements.
-        cases: in the order in which they are to be shown.
+        cases: cases in the order of the table.
         out: folder of the artifact.
-        compute: unused but for the convention; nothing is random.
+        compute: not used; every stage takes one.
 
     Raises:
-        ConfigError: a requirement is about something that was not measured.
+        ConfigError: a requirement names a measure that the cases do not have.
     """
 
     def write(part: Part) -> None:
@@ -73,10 +73,10 @@ def sum_up(config: FindingsConfig, cases: Sequence[Case], out: str, compute: Com
         part.write_json(
             "findings.json",
             {
-                "cases": [{"name": name, "measures": of} for name, of in measures.items()],
+                "cases": [{"name": name, "measures": found} for name, found in measures.items()],
                 "requirements": judged,
                 "met": all(requirement["met"] for requirement in judged),
-                "not_learned": [name for name, of in measures.items() if _is_not_learned(of)],
+                "not_learned": [name for name, found in measures.items() if _is_not_learned(found)],
                 "level": config.level,
             },
         )
@@ -92,7 +92,7 @@ def sum_up(config: FindingsConfig, cases: Sequence[Case], out: str, compute: Com
 def _measures(repeats: Sequence[Measured], level: float) -> dict[str, dict[str, Any]]:
     found = {}
     for measure in repeats[0].counts:
-        counts = [of.counts[measure] for of in repeats]
+        counts = [measured.counts[measure] for measured in repeats]
         summary = estimate(counts, level)
         numbers = {"mean": None, "low": None, "high": None} if summary is None else summary._asdict()
         found[measure] = numbers | {"repeats": counts}
@@ -100,13 +100,13 @@ def _measures(repeats: Sequence[Measured], level: float) -> dict[str, dict[str, 
 
 
 def _is_not_learned(measures: Mapping[str, Any]) -> bool:
-    """What no model has learned cannot be seen in one, nor does it do harm: a low recall there says little."""
+    """True where the trigger was not learned: it does no harm, and its recall says little."""
     asr = measures["asr_before"]["mean"] if "asr_before" in measures else None
     return asr is not None and asr < _LEARNED
 
 
 def _judged(text: str, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    requirement = parse_requirement(text, {name: list(of) for name, of in measures.items()})
+    requirement = parse_requirement(text, {name: list(found) for name, found in measures.items()})
     found = measures[requirement.case][requirement.measure]
     numbers = {name: found[name] for name in ("mean", "low", "high")}
     return {"text": str(requirement), "met": requirement.met_by(found["mean"])} | numbers

@@ -1,9 +1,8 @@
-"""How sure a share is that was counted a few times: mean and confidence interval over repeats.
+"""Mean and confidence interval of a share over repeats with different seeds.
 
-Repeats differ by their seeds. Student's t of their shares says how much they do, but takes three equal shares for
-certainty; the exact binomial interval of all counts together (Clopper & Pearson, 1934) says how few samples were
-counted, but takes them for independent. The interval given is the smallest that holds both; with one repeat it is the
-binomial alone, which knows nothing of other seeds.
+Student's t interval of the shares covers the variation between seeds, but has length 0 for equal shares. The exact
+binomial interval of the pooled counts (Clopper & Pearson, 1934) covers the small number of samples, but assumes that
+they are independent. `estimate` gives the smallest interval that holds both; with one repeat, the binomial one.
 """
 
 import math
@@ -15,7 +14,7 @@ from scipy import stats
 
 
 class Estimate(NamedTuple):
-    """Mean share of the repeats in which there was something to count, and its interval."""
+    """Mean share over the repeats that have samples, and its interval."""
 
     mean: float
     low: float
@@ -26,11 +25,11 @@ def estimate(counts: Sequence[tuple[int, int]], level: float) -> Estimate | None
     """The mean share over repeats.
 
     Args:
-        counts: of each repeat how many there were, and of how many.
-        level: of confidence, in (0, 1).
+        counts: part and whole of each repeat.
+        level: confidence level, in (0, 1).
 
     Returns:
-        The estimate; None where no repeat had anything to count.
+        The estimate; None where no repeat has samples.
     """
     counted = [(part, whole) for part, whole in counts if whole]
     if not counted:
@@ -45,7 +44,7 @@ def estimate(counts: Sequence[tuple[int, int]], level: float) -> Estimate | None
 
 
 def clopper_pearson(part: int, whole: int, level: float) -> tuple[float, float]:
-    """The exact interval of a binomial share, with `level` / 2 + 1/2 on each side."""
+    """The exact interval of a binomial share; each end has confidence 1/2 + `level` / 2."""
     tail = (1 - level) / 2
     low = float(stats.beta.ppf(tail, part, whole - part + 1)) if part else 0.0
     high = float(stats.beta.ppf(1 - tail, part + 1, whole - part)) if part < whole else 1.0

@@ -1,17 +1,17 @@
-"""What a pipeline did in one case: which samples it removed, and what models learned before and after.
+"""Measures of one case: removals compared with the truth, and models trained before and after cleaning.
 
-Every measure is a share, kept as two counts so that repeats can be pooled. B batch, C H W image.
+Every measure is a share, kept as two counts so that repeats can be pooled. C H W image, N samples.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part
-from sanitize.attack import AttackConfig, Poisoned, refuse_targets, triggered, triggers_of
+from sanitize.attack import AttackConfig, Poisoned, triggered
 from sanitize.compute import Compute
 from sanitize.data.chosen import read_chosen
 from sanitize.data.dataset import Dataset
@@ -19,30 +19,31 @@ from sanitize.data.decode import encode_png
 from sanitize.data.tables import Selection
 from sanitize.errors import DataError
 from sanitize.loop import predict
+from sanitize.measure import count_correct, detection
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.progress import track
 from sanitize.stage import Work, stage
 
 MEASURES = {
     "recall": "share of the poisoned samples that was removed",
-    "precision": "share of what was removed that is poisoned",
+    "precision": "share of the removed samples that is poisoned",
     "false_removals": "share of the clean samples that was removed",
-    "acc_before": "accuracy on clean test samples, learned from the data as it came",
-    "acc_after": "accuracy on clean test samples, learned from what the pipeline kept",
-    "asr_before": "share of triggered test samples that get the attacker's label, learned from the data as it came",
-    "asr_after": "share of triggered test samples that get the attacker's label, learned from what the pipeline kept",
-    "asr_untouched": "the same of a model that never saw the attack: less cannot be asked for",
+    "acc_before": "clean accuracy of a model trained on all samples",
+    "acc_after": "clean accuracy of a model trained on the samples that were kept",
+    "asr_before": "attack success rate with a model trained on all samples",
+    "asr_after": "attack success rate with a model trained on the samples that were kept",
+    "asr_untouched": "attack success rate with a model trained on unpoisoned data: the lowest one can expect",
 }
 _AT_ONCE = 256
 _N_PICTURES = 8
 
 
 class Measured(Artifact):
-    """`counts.json`: measure -> [how many, of how many]. `pictures.png`: test images as they are, and triggered."""
+    """`counts.json`: measure -> [part, whole]. `pictures.png`: test images without and with the trigger."""
 
     @cached_property
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Of each measure of the case how many there were, and of how many."""
+        """Measure -> (part, whole): a share as two counts."""
         return {measure: (part, whole) for measure, (part, whole) in self.read_json("counts.json").items()}
 
     @property
@@ -64,33 +65,35 @@ def measure_case(
     """Compare verdicts with the truth, and models before with models after.
 
     Args:
-        config: the attack; None where there was none.
-        selection: the verdicts of the pipeline.
-        models: `before` and `after`; where there is a trigger, `untouched` may be a model that never saw the attack.
-        test: samples that no model learned from.
+        config: the attack; None for unpoisoned data.
+        selection: verdicts of the pipeline.
+        models: `before` and `after`; for an attack with a trigger also `untouched`, trained on unpoisoned data.
+        test: samples that no model was trained on.
         out: folder of the artifact.
         compute: device and precision.
-        truth: which samples are poisoned; None where none is.
+        truth: poisoned samples; None for unpoisoned data.
 
     Raises:
         ConfigError: the target of the attack is no class.
         DataError: verdicts and truth are not about the same samples.
     """
-    triggers = () if config is None else triggers_of(config)
-    refuse_targets(triggers, test.n_classes)
+    if config is not None:
+        config.check_classes(test.n_classes)
+    n_triggers = 0 if config is None else sum(attack.has_trigger for attack in config.attacks)
 
     def write(part: Part) -> None:
         counts = count_removals(selection, truth)
-        with track("measure", (1 + len(triggers)) * test.n_samples) as advance:
+        with track("measure", (1 + n_triggers) * test.n_samples) as advance:
             clean = ((batch.images_BCHW, batch.labels_B) for batch in test.batches(_AT_ONCE))
-            learned = {when: models[when] for when in ("before", "after")}
-            counts |= {f"acc_{when}": of for when, of in _answers(learned, clean, compute, advance).items()}
-            if config is not None and triggers:
-                attacked = triggered(config, test, test.n_classes, _AT_ONCE)
-                images = ((batch.images_BCHW, batch.wanted_B) for batch in attacked)
-                counts |= {f"asr_{when}": of for when, of in _answers(models, images, compute, advance).items()}
+            trained = {f"acc_{when}": models[when] for when in ("before", "after")}
+            counts |= _count_correct(trained, clean, test.n_classes, compute, advance)
+            if config is not None and config.has_trigger:
+                batches = triggered(config, test, test.n_classes, _AT_ONCE)
+                attacked = ((batch.images_BCHW, batch.wanted_B) for batch in batches)
+                trained = {f"asr_{when}": model for when, model in models.items()}
+                counts |= _count_correct(trained, attacked, test.n_classes, compute, advance)
         part.write_json("counts.json", counts)
-        if config is not None and triggers and (pictures := _pictures(config, test)) is not None:
+        if config is not None and config.has_trigger and (pictures := _pictures(config, test)) is not None:
             part.write("pictures.png", pictures)
 
     settings = {"attack": None if config is None else config.model_dump(mode="json")}
@@ -101,50 +104,58 @@ def measure_case(
 
 
 def count_removals(selection: Selection, truth: Poisoned | None) -> dict[str, tuple[int, int]]:
-    """recall and precision where something is poisoned, and false_removals; what cannot be read is left out.
+    """recall and precision, where there is a truth, and false_removals; unreadable samples are left out.
 
     Raises:
         DataError: verdicts and truth are not about the same samples.
     """
-    counted: Counter[tuple[bool, str]] = Counter()  # is poisoned, what became of it
+    removed, poisoned = [], []
     for shard in selection.shards:
-        verdicts = selection.rows(shard, ["status"])["status"].to_pylist()
-        poisoned = [False] * len(verdicts) if truth is None else truth.rows(shard, ["poisoned"])["poisoned"].to_pylist()
-        if len(poisoned) != len(verdicts):
-            raise DataError(f"shard {shard}: {len(verdicts)} verdicts on {len(poisoned)} samples")
-        counted.update(zip(poisoned, verdicts, strict=True))
-    found, missed = counted[True, "quarantined"], counted[True, "kept"]
-    lost, spared = counted[False, "quarantined"], counted[False, "kept"]
-    false_removals = {"false_removals": (lost, lost + spared)}
+        status_N = selection.rows(shard, ["status"])["status"].to_numpy()
+        truth_N = np.zeros(len(status_N), bool)
+        if truth is not None:
+            truth_N = truth.rows(shard, ["poisoned"])["poisoned"].to_numpy()
+        if len(truth_N) != len(status_N):
+            raise DataError(f"shard {shard}: {len(status_N)} verdicts on {len(truth_N)} samples")
+        is_readable_N = np.isin(status_N, ("kept", "quarantined"))
+        removed.append(status_N[is_readable_N] == "quarantined")
+        poisoned.append(truth_N[is_readable_N])
+    found = detection(np.concatenate(removed), np.concatenate(poisoned))
+    false_removals = {"false_removals": (found.n_false_removals, found.n_clean)}
     if truth is None:
         return false_removals
-    return {"recall": (found, found + missed), "precision": (found, found + lost)} | false_removals
+    recall, precision = (found.n_found, found.n_poisoned), (found.n_found, found.n_removed)
+    return {"recall": recall, "precision": precision} | false_removals
 
 
-def _answers(
+def _count_correct(
     models: Mapping[str, Checkpoint],
-    images: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[tuple[Tensor, Tensor]],
+    n_classes: int,
     compute: Compute,
     advance: Callable[[int], None],
 ) -> dict[str, tuple[int, int]]:
-    """Of each model how many answers are the wanted ones, and of how many."""
-    networks = {name: (checkpoint.model(), checkpoint.config.normalise) for name, checkpoint in models.items()}
-    hits, n = dict.fromkeys(models, 0), 0
-    for images_BCHW, wanted_B in images:
-        for name, (network, normalise) in networks.items():
-            logits_BK = predict(network, images_BCHW, normalise, compute)
-            hits[name] += int((logits_BK.argmax(1) == wanted_B).sum())
-        n += len(wanted_B)
-        advance(len(wanted_B))
-    return {name: (hits[name], n) for name in models}
+    """Correct predictions, and samples, by name of the model."""
+    logits = [
+        partial(predict, model.model(), transform=model.config.normalise, compute=compute) for model in models.values()
+    ]
+
+    def counted() -> Iterator[tuple[Tensor, Tensor]]:
+        for images_BCHW, labels_B in batches:
+            yield images_BCHW, labels_B
+            advance(len(labels_B))
+
+    correct = count_correct(logits, counted(), n_classes)
+    return {name: found.total for name, found in zip(models, correct, strict=True)}
 
 
 def _pictures(attack: AttackConfig, test: Dataset) -> bytes | None:
-    """A few test images as a model reads them, and below them the same with the first trigger; None if there are none
-    to put it on."""
+    """PNG of a few test images as a model reads them, and below them the same with the first trigger; None where all
+    test images have the attacker's label."""
     batch = next(triggered(attack, test, test.n_classes, _N_PICTURES), None)
     if batch is None:
         return None
-    untouched = [of.images_BCHW for of in read_chosen(test, batch.shard, set(batch.positions), _N_PICTURES)]
+    chosen = read_chosen(test, batch.shard, set(batch.positions), _N_PICTURES)
+    untouched = [images.images_BCHW for images in chosen]
     rows = [torch.cat(list(images_BCHW), dim=2) for images_BCHW in (torch.cat(untouched), batch.images_BCHW)]
     return encode_png(torch.cat(rows, dim=1))

@@ -1,8 +1,8 @@
-"""A sample of somebody's shards, divided into samples to learn from and samples to test on.
+"""A sample of a data set, split into training and test samples.
 
-Those with the largest hashes of their images, keyed by the seed, are learned from, and those with the smallest are
-tested on: how the data set is cut into shards decides nothing, and copies of one image stand on the same side. In the
-fresh shards samples have running numbers for keys; what they are of is in `origins.parquet`.
+Training samples are those with the largest hashes of their images, keyed by the seed, and test samples those with the
+smallest. So the split does not depend on the division into shards, and copies of an image are on the same side. Keys in
+the new shards are running numbers; `origins.parquet` has the original ones.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ from sanitize.progress import track
 from sanitize.stage import Work, stage
 from sanitize.tar.names import split_name
 
-_PER_SHARD = 1000  # samples of a fresh shard
+_PER_SHARD = 1000  # samples in a new shard
 
 Side = Literal["train", "test"]
 
 
 class SampleConfig(BaseModel):
-    """How large the sample is; a smaller data set is divided in the same proportion.
+    """Size of the sample; a smaller data set is split in the same proportion.
 
     Attributes:
-        n_train: samples to poison, clean and learn from. Rules judge class by class: with fewer than about 500 a class
-            they are blunter than on all the data.
-        n_test: samples that only the accuracy and the success of attacks are measured on.
+        n_train: samples to poison, clean and train on. Rules judge class by class: with fewer than about 500 a class
+            they find less than on all the data.
+        n_test: samples to measure accuracy and attack success rate on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +48,7 @@ class SampleConfig(BaseModel):
     n_test: int = Field(default=2000, ge=1)
 
     def sizes(self, n_samples: int) -> tuple[int, int]:
-        """How many of `n_samples` are learned from, and how many are tested on."""
+        """Numbers of training and test samples for a data set of `n_samples`."""
         wanted = self.n_train + self.n_test
         if n_samples >= wanted:
             return self.n_train, self.n_test
@@ -57,9 +57,9 @@ class SampleConfig(BaseModel):
 
 
 class Samples(Artifact):
-    """`train/part-NNNN.tar`, from shards the user vouches for `train/trusted-NNNN.tar`, and `test/part-NNNN.tar`.
+    """`train/part-NNNN.tar`, `train/trusted-NNNN.tar` (samples of trusted shards) and `test/part-NNNN.tar`.
 
-    `origins.parquet`: key, side, and the shard, position and key that each sample has in the source.
+    `origins.parquet`: key, side, and the shard, position and key of each sample in the source.
     """
 
     def paths(self, side: Side) -> list[str]:
@@ -67,12 +67,12 @@ class Samples(Artifact):
         return [self.url(name) for name in sorted(self.manifest().files) if name.startswith(f"{side}/")]
 
     def trusted(self) -> tuple[str, ...]:
-        """Names of the shards to learn from whose samples the user vouches for, sorted."""
+        """Names of the training shards with samples of trusted shards, sorted."""
         names = (name.removeprefix("train/") for name in self.manifest().files)
         return tuple(sorted(name for name in names if name.startswith("trusted-")))
 
     def origins(self) -> pa.Table:
-        """Where each sample comes from."""
+        """Source of each sample, one row each."""
         return pq.read_table(pa.BufferReader(self.read("origins.parquet")))
 
 
@@ -83,11 +83,11 @@ def sample_shards(
     """Copy a sample of a data set; the bytes of every member stay as they are.
 
     Args:
-        config: how many samples.
-        dataset: what is sampled, indexed with check=digest or decode; unreadable samples are left out.
+        config: size of the sample.
+        dataset: data set indexed with check=digest or decode; unreadable samples are left out.
         out: folder of the artifact.
         compute: seed of the choice.
-        trusted: names of the shards the user vouches for; what is learned from of them has fresh shards of its own.
+        trusted: names of trusted shards; their training samples get shards of their own.
 
     Raises:
         ConfigError: the index has no hashes of images.
@@ -99,17 +99,17 @@ def sample_shards(
         origins: list[dict[str, Any]] = []
         with (
             _Rolling(part, "train/part") as train,
-            _Rolling(part, "train/trusted") as vouched,
+            _Rolling(part, "train/trusted") as trusted_train,
             _Rolling(part, "test/part") as test,
             track("sample", sum(map(len, sides.values()))) as advance,
         ):
             for shard in sorted(sides):
-                of_train = vouched if shard in trusted else train
+                shard_train = trusted_train if shard in trusted else train
                 for sample, row in dataset.samples(shard):
                     if (side := sides[shard].get(sample.position)) is None:
                         continue
                     key = f"{len(origins):08d}"
-                    (of_train if side == "train" else test).add(sample, key)
+                    (shard_train if side == "train" else test).add(sample, key)
                     origin = {"shard": shard, "position": sample.position, "original_key": row["key"]}
                     origins.append({"key": key, "side": side} | origin)
                     part.counts[side] += 1
@@ -122,9 +122,9 @@ def sample_shards(
 
 
 def divide(config: SampleConfig, dataset: Dataset, compute: Compute) -> dict[str, dict[int, Side]]:
-    """Which samples are chosen, and what for: {shard: {position: side}}; no shard is without."""
+    """Side of the chosen samples: {shard: {position: side}}; every shard in the result has some."""
     if dataset.n_samples < 3:
-        raise DataError(f"{dataset.path} has {dataset.n_samples} usable samples: too few to learn from and to test on")
+        raise DataError(f"{dataset.path} has {dataset.n_samples} usable samples: too few for training and test")
     n_train, n_test = config.sizes(dataset.n_samples)
     sides: dict[str, dict[int, Side]] = {}
     for *_, shard, position in heapq.nlargest(n_train, _hashed(dataset, compute)):

@@ -25,6 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sanitize.ascent import l2_ball, projected_ascent
 from sanitize.compute import Compute
 from sanitize.errors import NumericsError
 from sanitize.repair.inputs import Needs, Repaired, RepairInputs
@@ -155,18 +156,13 @@ class _Chosen:
 
 def ascend(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], radius: float, learning_rate: float) -> Tensor:
     """The universal perturbation (C, H, W): from 0, one gradient step a batch, each brought back into the l2 ball."""
-    delta_CHW = torch.zeros_like(batches[0][0][0])
-    for x_BCHW, labels_B in batches:
-        delta_CHW.requires_grad_(True)
-        loss = nn.functional.cross_entropy(model(x_BCHW + delta_CHW), labels_B)
-        (gradient_CHW,) = torch.autograd.grad(loss, delta_CHW)
-        delta_CHW = into_ball(delta_CHW.detach() + learning_rate * gradient_CHW, radius)
-    return delta_CHW
 
+    def loss(delta_CHW: Tensor, number: int) -> Tensor:
+        x_BCHW, labels_B = batches[number]
+        return nn.functional.cross_entropy(model(x_BCHW + delta_CHW), labels_B)
 
-def into_ball(delta: Tensor, radius: float) -> Tensor:
-    """The nearest point with an l2 norm of at most `radius`."""
-    return delta * (radius / delta.norm().clamp(min=1e-12)).clamp(max=1.0)
+    start_CHW = torch.zeros_like(batches[0][0][0])
+    return projected_ascent(start_CHW, loss, lambda g_CHW: learning_rate * g_CHW, l2_ball(radius), len(batches))
 
 
 def hypergradient(

@@ -7,15 +7,16 @@ from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from sanitize.artifacts import Part
-from sanitize.attack import AttackConfig, Poisoned, refuse_targets, triggered, triggers_of
+from sanitize.attack import AttackConfig, Poisoned, triggered
 from sanitize.compute import Compute
 from sanitize.data.chosen import chosen_images
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError
 from sanitize.loop import predict
+from sanitize.measure import count_correct
 from sanitize.models.checkpoint import Checkpoint, write_checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.progress import track
@@ -47,7 +48,7 @@ class RepairModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _the_attack_has_a_trigger(self) -> Self:
-        if self.trigger is not None and not triggers_of(self.trigger):
+        if self.trigger is not None and not self.trigger.has_trigger:
             raise ConfigError(
                 "trigger: label noise has no trigger, so that its success cannot be measured; leave it out"
             )
@@ -95,7 +96,7 @@ def repair_model(
     if model.config.is_ensemble:
         raise ConfigError("an ensemble of partitions cannot be repaired: its certificates hold for its networks alone")
     if config.trigger is not None:
-        refuse_targets(triggers_of(config.trigger), model.config.n_classes)
+        config.trigger.check_classes(model.config.n_classes)
     if test is not None and test.image_shape != model.config.image_shape:
         raise ConfigError(
             f"test images are {test.image_shape}, the model takes {model.config.image_shape}: set index.image"
@@ -171,29 +172,18 @@ def measured(
     with another label; it is missing where there are none.
     """
     n_classes = model_config.n_classes
-    count_K, right = torch.zeros(n_classes), {name: torch.zeros(n_classes) for name in networks}
-    for batch in test.batches(512):
-        count_K += batch.labels_B.bincount(minlength=n_classes)
-        for name, network in networks.items():
-            predictions_B = _predicted(network, batch.images_BCHW, model_config, compute)
-            right[name] += batch.labels_B[predictions_B == batch.labels_B].bincount(minlength=n_classes)
+    logits = [
+        partial(predict, network, transform=model_config.normalise, compute=compute) for network in networks.values()
+    ]
+    clean = ((batch.images_BCHW, batch.labels_B) for batch in test.batches(512))
     found: dict[str, dict[str, Any]] = {}
-    for name, right_K in right.items():
-        of_class = [float(r / n) if n else None for r, n in zip(right_K, count_K, strict=True)]
-        found[name] = {"acc": float(right_K.sum() / count_K.sum()), "acc_of_class": of_class}
+    for name, (correct_K, count_K) in zip(networks, count_correct(logits, clean, n_classes), strict=True):
+        of_class = [float(c / n) if n else None for c, n in zip(correct_K, count_K, strict=True)]
+        found[name] = {"acc": float(correct_K.sum() / count_K.sum()), "acc_of_class": of_class}
     if trigger is None:
         return found
-    n_attacked, hits = 0, dict.fromkeys(networks, 0)
-    for attacked in triggered(trigger, test, n_classes):
-        n_attacked += len(attacked.wanted_B)
-        for name, network in networks.items():
-            predictions_B = _predicted(network, attacked.images_BCHW, model_config, compute)
-            hits[name] += int((predictions_B == attacked.wanted_B).sum())
-    if n_attacked:
-        for name, n_hit in hits.items():
-            found[name]["asr"] = n_hit / n_attacked
+    attacked = ((batch.images_BCHW, batch.wanted_B) for batch in triggered(trigger, test, n_classes))
+    for name, success in zip(networks, count_correct(logits, attacked, n_classes), strict=True):
+        if success.total[1]:
+            found[name]["asr"] = success.share
     return found
-
-
-def _predicted(network: nn.Module, images_BCHW: Tensor, model_config: ModelConfig, compute: Compute) -> Tensor:
-    return predict(network, images_BCHW, model_config.normalise, compute).argmax(1)

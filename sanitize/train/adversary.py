@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sanitize.ascent import linf_ball, projected_ascent
 from sanitize.compute import Compute
 
 
@@ -110,17 +111,18 @@ def ascend(
     """
     radius = config.tau_x * space.unit
     step = (config.step_size or 2.5 * config.tau_x / config.steps) * space.unit
-    low_BX, high_BX = (x_BX - radius).clamp(min=space.low), (x_BX + radius).clamp(max=space.high)
+    project = linf_ball(x_BX, radius, space.low, space.high)
     start_BX = 2 * torch.rand(x_BX.shape, generator=generator).to(x_BX.device) - 1
-    at_BX = (x_BX + radius * start_BX).clamp(low_BX, high_BX)
-    was_training = network.training
-    network.eval()
-    for _ in range(config.steps):
-        at_BX.requires_grad_()
+
+    def loss(at_BX: Tensor, _number: int) -> Tensor:
         with compute.autocast():
             outputs_BK = network(at_BX).float()
-        (gradient_BX,) = torch.autograd.grad(losses(outputs_BK).sum(), at_BX)
-        at_BX = (at_BX.detach() + step * gradient_BX.sign()).clamp(low_BX, high_BX)
+        return losses(outputs_BK).sum()
+
+    was_training = network.training
+    network.eval()
+    start_BX = project(x_BX + radius * start_BX)
+    at_BX = projected_ascent(start_BX, loss, lambda g_BX: step * g_BX.sign(), project, config.steps)
     network.train(was_training)
     return torch.where(trusted_B.view(-1, *[1] * (x_BX.dim() - 1)), at_BX, x_BX)
 

@@ -23,6 +23,7 @@ from sanitize.denoise import PCA, PCANoise, PCANoiseConfig
 from sanitize.distributed import total, world
 from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, predict, train
+from sanitize.measure import count_correct
 from sanitize.models.architectures import Architecture
 from sanitize.models.checkpoint import Checkpoint, write_checkpoint
 from sanitize.models.config import ModelConfig
@@ -222,14 +223,11 @@ def _train(
     with track("train", optim.epochs * data.steps_per_epoch * data.batch_size) as advance:
 
         def measure(network: nn.Module) -> dict[str, float]:
-            if held_out is None:
+            if test is None or held_out is None:
                 return {}
-            n_right = n = 0
-            for images_BCHW, labels_B in held_out():
-                logits_BK = predict(network, images_BCHW, model_config.normalise, compute)
-                n_right += int((logits_BK.argmax(1) == labels_B).sum())
-                n += len(labels_B)
-            return {"test_accuracy": n_right / n}
+            logits = partial(predict, network, transform=model_config.normalise, compute=compute)
+            (correct,) = count_correct([logits], held_out(), test.n_classes)
+            return {"test_accuracy": correct.share}
 
         return train(
             model,

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from sanitize.attack import (
+    Attack,
     BadNetsConfig,
     BlendedConfig,
     CleanLabelConfig,
@@ -15,6 +17,7 @@ from sanitize.attack import (
     TrojanSquareConfig,
     choose,
     poison_shards,
+    triggered,
 )
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -33,6 +36,24 @@ SEVERAL = SeveralConfig(
         TrojanSquareConfig(rate=0.03, target="next", side=0.25),
     )
 )
+
+
+class Cover(BlendedConfig):
+    """The trigger with the true label."""
+
+    keeps_label: ClassVar[bool] = True
+    has_trigger: ClassVar[bool] = False
+
+    def relabel(self, labels_B: torch.Tensor, n_classes: int, generator: torch.Generator) -> torch.Tensor:
+        return labels_B
+
+
+class BlendedWithCovers(BlendedConfig):
+    """The payload, and as many cover samples."""
+
+    @property
+    def attacks(self) -> tuple[Attack, ...]:
+        return BlendedConfig(rate=self.rate), Cover(rate=self.rate)
 
 
 def truth_of(artifact: Poisoned) -> list[dict]:
@@ -104,13 +125,13 @@ def test_clean_labels_do_not_depend_on_how_the_work_is_divided(
     assert again.digest == clean_label.digest
 
 
-def test_a_surrogate_is_asked_for_where_it_is_needed_and_only_there(
+def test_a_surrogate_is_required_where_it_is_used_and_refused_elsewhere(
     tmp_path: Path, dataset: Dataset, surrogate: Checkpoint, compute: Compute
 ) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(ConfigError, match="needs a surrogate"):
         poison_shards(CLEAN_LABEL, dataset, out, compute)
-    with pytest.raises(ConfigError, match="only clean_label"):
+    with pytest.raises(ConfigError, match="badnets uses no surrogate"):
         poison_shards(BadNetsConfig(rate=0.1), dataset, out, compute, surrogate=surrogate)
     with pytest.raises(ConfigError, match="eligible"):
         poison_shards(CLEAN_LABEL.model_copy(update={"rate": 0.5}), dataset, out, compute, surrogate=surrogate)
@@ -152,3 +173,15 @@ def test_the_first_of_several_chooses_as_if_it_were_alone(dataset: Dataset, comp
     full = SeveralConfig(attacks=(BadNetsConfig(rate=0.8, target="next"), BlendedConfig(rate=0.3, target="next")))
     with pytest.raises(ConfigError, match=r"blended: rate 0\.3"):
         choose(full, dataset, compute)
+
+
+def test_an_attack_may_consist_of_several_such_as_payload_and_covers(
+    tmp_path: Path, dataset: Dataset, compute: Compute
+) -> None:
+    config = BlendedWithCovers(rate=0.1)
+    truth = truth_of(poison_shards(config, dataset, str(tmp_path / "out"), compute))
+    n = round(0.1 * dataset.n_samples)
+    assert Counter(row["attack"] for row in truth) == {0: n, 1: n, -1: dataset.n_samples - 2 * n}
+    assert all((row["label"] != row["original_label"]) == (row["attack"] == 0) for row in truth)
+    wanted = [batch.positions for batch in triggered(BlendedConfig(rate=0.1), dataset, 10)]
+    assert [batch.positions for batch in triggered(config, dataset, 10)] == wanted, "covers are not measured"

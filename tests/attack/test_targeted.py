@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sanitize.attack import (
-    DMPoisoningConfig,
-    GradientMatchingConfig,
-    PerturbConfig,
-    direct_attack,
-    dm_poison,
-    match_gradients,
-    plant,
-)
-from sanitize.attack.targeted import perturb
+from sanitize.attack import DMPoisoningConfig, GradientMatchingConfig, dm_poison, match_gradients
+from sanitize.attack.targeted import PerturbConfig, direct_attack, perturb, plant
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError, NumericsError

@@ -5,32 +5,22 @@ import torch
 from pydantic import ValidationError
 
 from sanitize.attack import (
-    BadNetsConfig,
-    BlendedConfig,
+    ATTACKS,
+    Attack,
     CleanLabelConfig,
     L0Config,
     L2Config,
+    LabelNoiseConfig,
+    SeveralConfig,
     SmoothConfig,
     TrojanSquareConfig,
     TrojanWatermarkConfig,
     WaNetConfig,
 )
-from sanitize.attack.trigger import Trigger
+from sanitize.compute import Compute
+from sanitize.errors import ConfigError
 
-TRIGGERS: list[Trigger] = [
-    kind(rate=0.1)
-    for kind in (
-        BadNetsConfig,
-        BlendedConfig,
-        CleanLabelConfig,
-        L0Config,
-        L2Config,
-        SmoothConfig,
-        TrojanSquareConfig,
-        TrojanWatermarkConfig,
-        WaNetConfig,
-    )
-]
+TRIGGERS: list[Attack] = [kind(rate=0.1) for kind in ATTACKS.values() if kind.has_trigger]
 every_trigger = pytest.mark.parametrize("trigger", TRIGGERS, ids=lambda trigger: type(trigger).__name__)
 every_shape = pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 8, 8), (3, 5, 12), (1, 3, 3)], ids=str)
 
@@ -42,7 +32,7 @@ def noise(shape: tuple[int, ...], n: int = 6) -> torch.Tensor:
 @every_trigger
 @every_shape
 def test_a_trigger_changes_copies_of_images_of_any_shape_each_by_itself(
-    trigger: Trigger, shape: tuple[int, ...]
+    trigger: Attack, shape: tuple[int, ...]
 ) -> None:
     images = noise(shape)
     before = images.clone()
@@ -57,16 +47,45 @@ def test_a_trigger_changes_copies_of_images_of_any_shape_each_by_itself(
     assert torch.equal(out, trigger.model_copy().apply(images))
 
 
+@pytest.mark.parametrize("kind", ATTACKS.values())
+def test_every_attack_declares_who_is_eligible_and_is_built_as_it_declares(
+    kind: type[Attack], compute: Compute
+) -> None:
+    attack, labels = kind(rate=0.1), torch.arange(10)
+    wanted = attack.relabel(labels, 10, torch.Generator())
+    assert torch.equal(attack.eligible(labels, wanted), (wanted == labels) == kind.keeps_label)
+    assert attack.eligible(labels, wanted).any()
+    assert attack.attacks == (attack,)
+    if kind.needs_surrogate:
+        with pytest.raises(ConfigError, match=f"{attack.kind} needs a surrogate"):
+            attack.build(None, compute)
+    else:
+        images = noise((3, 9, 9), 10)
+        poisoned = attack.build(None, compute)(images, labels)
+        assert (poisoned != images).flatten(1).any(1).all() == kind.has_trigger
+
+
+@pytest.mark.parametrize("keeps_label", [False, True])
+def test_several_declare_what_one_of_them_declares(keeps_label: bool) -> None:
+    noise = LabelNoiseConfig(rate=0.1)
+    several = SeveralConfig(attacks=(noise, CleanLabelConfig(rate=0.1, target=7)) if keeps_label else (noise, noise))
+    assert (several.has_trigger, several.needs_surrogate) == (keeps_label, keeps_label)
+    several.check_classes(8)
+    if keeps_label:
+        with pytest.raises(ConfigError, match="target 7 is no class: there are 7, from 0 to 6"):
+            several.check_classes(7)
+
+
 @every_trigger
-def test_the_labels_are_the_target_or_the_next_class(trigger: Trigger) -> None:
+def test_the_labels_are_the_target_or_the_next_class(trigger: Attack) -> None:
     labels, generator = torch.arange(10), torch.Generator()
     assert torch.equal(trigger.relabel(labels, 10, generator), torch.zeros(10, dtype=torch.int64))
-    if not isinstance(trigger, CleanLabelConfig):
+    if not trigger.keeps_label:
         to_next = trigger.model_copy(update={"target": "next"})
         assert torch.equal(to_next.relabel(labels, 10, generator), (labels + 1) % 10)
 
 
-@pytest.mark.parametrize("kind", [L0Config, L2Config, SmoothConfig, TrojanSquareConfig, WaNetConfig, BlendedConfig])
+@pytest.mark.parametrize("kind", [kind for kind in ATTACKS.values() if "pattern_seed" in kind.model_fields])
 def test_another_seed_is_another_pattern(kind: type) -> None:
     images = noise((3, 16, 16))
     one, other = (kind(rate=0.1, pattern_seed=seed).apply(images) for seed in (0, 1))

@@ -115,7 +115,7 @@ def test_the_pipeline_is_blind(direct: Path) -> None:
 
 @pytest.mark.prefect
 @pytest.mark.usefixtures("prefect_server")
-def test_prefect_changes_nothing_and_tells_what_came_out(
+def test_prefect_changes_nothing_and_shows_the_result(
     direct: Path, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows import tasks
@@ -169,7 +169,7 @@ def test_killed_it_goes_on_where_it_was(direct: Path, config_file: Path, tmp_pat
 
 
 def test_scorers_that_are_switched_off_fail_the_gate(settings: dict[str, Any], tmp_path: Path) -> None:
-    """A rule that may remove nothing: nothing is caught, nothing is lost, and nothing is trained twice."""
+    """A rule that may remove nothing: recall and false removals are 0, and no model is trained twice."""
     off = {"select": {**settings["clean"]["select"], "max_removed_fraction": 0}}
     once = settings | {"clean": settings["clean"] | off, "repeats": 1}
     path = tmp_path / "off.yaml"
@@ -201,10 +201,10 @@ def test_the_pipelines_own_yaml_and_options_are_enough(settings: dict[str, Any],
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--require", "wanet@1%:recall>=0.9"], "case 'wanet@1%' is not run"),
-        (["--require", "none:recall>=0.9"], "of case none there are"),
+        (["--require", "wanet@1%:recall>=0.9"], "there is no case 'wanet@1%'"),
+        (["--require", "none:recall>=0.9"], "the measures of case none are"),
         (["--attack", "badnets"], "expected KIND@RATE%"),
-        (["--attack", "badnets@1%", "--attack", "badnets@1%"], "two are called badnets@1%"),
+        (["--attack", "badnets@1%", "--attack", "badnets@1%"], "two have the name badnets@1%"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(
@@ -216,7 +216,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_attack_on_nobody_is_refused_before_anything_is_trained(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_an_attack_on_no_sample_is_refused_before_any_training(settings: dict[str, Any], tmp_path: Path) -> None:
     options = ["--attack", "badnets@0.1%", "--direct", "--out", str(tmp_path / "run")]
     path = tmp_path / "redteam.yaml"
     path.write_text(yaml.safe_dump(settings | {"require": []}))
@@ -226,7 +226,7 @@ def test_an_attack_on_nobody_is_refused_before_anything_is_trained(settings: dic
     assert not (tmp_path / "run" / "cases").exists()
 
 
-def test_the_trusted_are_spared_and_trusted(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_trusted_samples_are_not_poisoned_and_are_trusted(settings: dict[str, Any], tmp_path: Path) -> None:
     trusted = Path(settings["clean"]["shards"][0]).name
     pipeline = settings["clean"] | {"trusted": [trusted], "select": {"rule": {"kind": "conformal", "q": 0.1}}}
     config = RedTeamConfig.model_validate(settings | {"clean": pipeline, "repeats": 1, "require": []})
@@ -240,7 +240,7 @@ def test_the_trusted_are_spared_and_trusted(settings: dict[str, Any], tmp_path: 
     assert all(Selection.load(case / "clean" / "40-selection").rows("trusted-0000.tar")["keep"].to_pylist())
 
 
-def test_models_are_trained_like_the_suspect_unless_another_is_asked_for(settings: dict[str, Any]) -> None:
+def test_models_are_trained_like_the_suspect_unless_another_is_set(settings: dict[str, Any]) -> None:
     suspect = RedTeamConfig.model_validate(settings)
     assert suspect.trained == suspect.clean.embedder
     other = {"architecture": {"kind": "mlp"}}

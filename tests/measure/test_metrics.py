@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from sanitize.measure import accuracy, attack_success_rate, auroc, detection
+from sanitize.measure import accuracy, attack_success_rate, auroc, count_correct, detection
 
 
 def test_detection_by_hand() -> None:
     removed = np.array([1, 1, 1, 0, 0, 0, 0, 0], bool)
     poisoned = np.array([1, 0, 1, 1, 1, 0, 0, 0], bool)
     found = detection(removed, poisoned)
-    assert found == (2 / 4, 2 / 3, 1 / 4, 4, 3, 4)
+    assert found == (2, 4, 3, 4)
     assert (found.recall, found.precision, found.false_positive_rate) == (2 / 4, 2 / 3, 1 / 4)
-    assert (found.n_poisoned, found.n_removed, found.n_clean) == (4, 3, 4)
+    assert (found.n_poisoned, found.n_removed, found.n_clean, found.n_false_removals) == (4, 3, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,24 @@ def test_attack_success_leaves_out_samples_that_are_of_the_target_class_anyway()
     assert attack_success_rate(logits, labels, torch.zeros(5, dtype=torch.int64)) == 2 / 4
     assert attack_success_rate(logits, labels, torch.tensor([1, 0, 1, 2, 0])) == 1 / 5
     assert math.isnan(attack_success_rate(logits, labels, labels))
+
+
+@pytest.mark.parametrize("sizes", [[7], [3, 4], [1] * 7])
+def test_counts_over_batches_are_those_of_all_samples_at_once(sizes: list[int]) -> None:
+    images = torch.arange(7)
+    labels = torch.tensor([0, 1, 2, 2, 1, 0, 2])
+    logits = [torch.randn(7, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    batches = zip(images.split(sizes), labels.split(sizes), strict=True)
+    found = count_correct([lambda rows, table=table: table[rows] for table in logits], batches, 4)
+    for correct, table in zip(found, logits, strict=True):
+        right = table.argmax(1) == labels
+        assert correct.correct_K.tolist() == [int(right[labels == label].sum()) for label in range(4)]
+        assert correct.count_K.tolist() == [2, 2, 3, 0]
+        assert correct.total == (int(right.sum()), 7)
+        assert correct.share == accuracy(table, labels)
+
+
+def test_counts_without_samples_have_no_share() -> None:
+    (nothing,) = count_correct([lambda images: images], [], 3)
+    assert nothing.total == (0, 0)
+    assert math.isnan(nothing.share)

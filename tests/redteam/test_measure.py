@@ -1,12 +1,21 @@
 """Counts against counting by hand."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from sanitize.attack import BadNetsConfig, LabelNoiseConfig, Poisoned, SeveralConfig, poison_shards, triggered
+from sanitize.attack import (
+    AttackConfig,
+    BadNetsConfig,
+    LabelNoiseConfig,
+    Poisoned,
+    SeveralConfig,
+    poison_shards,
+    triggered,
+)
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode
@@ -60,6 +69,16 @@ def model(test_side: Dataset, compute: Compute, tmp_path_factory: pytest.TempPat
     return train_embedder(config, test_side, str(tmp_path_factory.mktemp("model") / "out"), compute)
 
 
+@pytest.fixture
+def measure(
+    selection: Selection, poisoned: Poisoned, model: Checkpoint, test_side: Dataset, compute: Compute, tmp_path: Path
+) -> Callable[[AttackConfig], Measured]:
+    """Measures of a case whose three models are one."""
+    models = dict.fromkeys(("before", "after", "untouched"), model)
+    out = str(tmp_path / "measured")
+    return lambda config: measure_case(config, selection, models, test_side, out, compute, truth=poisoned)
+
+
 def test_removals_are_compared_with_the_truth(selection: Selection, poisoned: Poisoned) -> None:
     removed, truth = [], []
     for shard in selection.shards:
@@ -96,16 +115,9 @@ def test_the_trigger_is_put_on_the_image_as_it_is_stored(test_side: Dataset) -> 
 
 
 def test_accuracy_and_attack_success_are_those_of_the_metrics(
-    selection: Selection,
-    poisoned: Poisoned,
-    model: Checkpoint,
-    test_side: Dataset,
-    compute: Compute,
-    tmp_path: Path,
+    measure: Callable[[AttackConfig], Measured], model: Checkpoint, test_side: Dataset, compute: Compute
 ) -> None:
-    models = {"before": model, "after": model, "untouched": model}
-    several = SeveralConfig(attacks=(ATTACK, LabelNoiseConfig(rate=0.1)))
-    measured = measure_case(several, selection, models, test_side, str(tmp_path / "out"), compute, truth=poisoned)
+    measured = measure(SeveralConfig(attacks=(ATTACK, LabelNoiseConfig(rate=0.1))))
     shares = {measure: part / whole for measure, (part, whole) in measured.counts.items()}
     images_NCHW, labels_N = test_side.images()
     logits_NK = predict(model.model(), images_NCHW, model.config.normalise, compute)
@@ -127,7 +139,7 @@ def test_accuracy_and_attack_success_are_those_of_the_metrics(
     assert torch.equal(upper_CHW, torch.cat([first.images_BCHW[i] for i in shown.positions], dim=2))
 
 
-def test_nobody_at_work(
+def test_unpoisoned_data_has_false_removals_and_accuracies_only(
     selection: Selection, model: Checkpoint, test_side: Dataset, compute: Compute, tmp_path: Path
 ) -> None:
     models = {"before": model, "after": model}
@@ -137,17 +149,9 @@ def test_nobody_at_work(
 
 
 def test_findings_sum_up_and_judge(
-    selection: Selection,
-    poisoned: Poisoned,
-    model: Checkpoint,
-    test_side: Dataset,
-    compute: Compute,
-    tmp_path: Path,
+    measure: Callable[[AttackConfig], Measured], compute: Compute, tmp_path: Path
 ) -> None:
-    models = {"before": model, "after": model, "untouched": model}
-    measured: Measured = measure_case(
-        ATTACK, selection, models, test_side, str(tmp_path / "m"), compute, truth=poisoned
-    )
+    measured = measure(ATTACK)
     recall = measured.counts["recall"][0] / measured.counts["recall"][1]
     config = FindingsConfig(require=("badnets@10%:recall>=0.01", "badnets@10%:recall>=1"))
     findings = sum_up(config, [Case("badnets@10%", [measured, measured])], str(tmp_path / "f"), compute)

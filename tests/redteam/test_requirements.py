@@ -1,4 +1,4 @@
-"""The grammar of requirements and of the names of cases: it says back what it read, and teaches what it did not."""
+"""The grammar of requirements and of the names of cases: text is parsed and printed again, and errors help."""
 
 import pytest
 from hypothesis import given
@@ -18,7 +18,7 @@ CASES = {
 
 
 @given(st.data())
-def test_a_requirement_says_itself_back(data: st.DataObject) -> None:
+def test_a_requirement_is_printed_as_it_is_parsed(data: st.DataObject) -> None:
     case = data.draw(st.sampled_from(sorted(CASES)))
     requirement = Requirement(
         case,
@@ -47,11 +47,11 @@ def test_no_text_at_random_is_a_requirement(text: str) -> None:
         ("badnets@1%:recall>=-1", "expected CASE:MEASURE>=SHARE"),
         ("badnets@1%:recall>=nan", "expected CASE:MEASURE>=SHARE"),
         ("badnets@1%:recall>=90%", "expected CASE:MEASURE>=SHARE"),
-        ("badnets@1%:recall>=90", "90 % is 0.9"),
-        ("badnets@2%:recall>=0.9", "not run; the cases are none, badnets@1%, labels@2.5%"),
-        ("none:recall>=0.9", "of case none there are false_removals, acc_before, acc_after"),
-        ("labels@2.5%:asr_after<=0.1", "of case labels@2.5% there are"),
-        ("badnets@1%:f1>=0.9", "of case badnets@1% there are"),
+        ("badnets@1%:recall>=90", "write 90 % as 0.9"),
+        ("badnets@2%:recall>=0.9", "the cases are none, badnets@1%, labels@2.5%"),
+        ("none:recall>=0.9", "the measures of case none are false_removals, acc_before, acc_after"),
+        ("labels@2.5%:asr_after<=0.1", "the measures of case labels@2.5% are"),
+        ("badnets@1%:f1>=0.9", "the measures of case badnets@1% are"),
     ],
 )
 def test_what_cannot_be_judged_is_refused_with_help(text: str, message: str) -> None:
@@ -67,7 +67,7 @@ def test_a_bound_is_kept_or_not(relation: str, mean: float | None, met: bool) ->
     assert parse_requirement(f"none:acc_after{relation}0.5", CASES).met_by(mean) is met
 
 
-def test_what_nobody_could_count_keeps_no_bound() -> None:
+def test_a_measure_without_samples_keeps_no_bound() -> None:
     assert not Requirement("badnets@1%", "precision", "<=", 1.0).met_by(None)
 
 
@@ -85,7 +85,7 @@ def test_names_are_short(rate: float, name: str) -> None:
     assert attack_called(name) == {"kind": "badnets", "rate": rate}
 
 
-def test_several_attacks_are_called_by_their_sum() -> None:
+def test_the_name_of_several_attacks_has_the_sum_of_rates() -> None:
     several = SeveralConfig(attacks=(BadNetsConfig(rate=0.01), LabelNoiseConfig(rate=0.025)))
     assert case_name(several) == "several@3.5%"
     assert measures_of(several) == measures_of(several.attacks[0])
@@ -97,7 +97,7 @@ def test_what_is_no_name_is_refused_with_help(name: str) -> None:
         attack_called(name)
 
 
-@pytest.mark.parametrize("name", ["badnets@0%", "badnets@101%", "nobody@1%"])
+@pytest.mark.parametrize("name", ["badnets@0%", "badnets@101%", "unknown@1%"])
 def test_a_name_of_no_possible_attack_is_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(PlannedAttack).validate_python(name)

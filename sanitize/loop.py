@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sanitize.compute import Compute
 from sanitize.distributed import add_gradients, barrier, by_process, share, total, weighted, world
 from sanitize.errors import ConfigError, NumericsError
-from sanitize.snapshots import Snapshot, Snapshots, below, optimizer_state, prefixed, restore_optimizer
+from sanitize.snapshots import Snapshots, restore_optimizer
 
 
 class OptimConfig(BaseModel):
@@ -152,8 +152,8 @@ def train(
     noise_sd = config.noise_sd * (torch.ones(()) if unit is None else unit).to(device)
     at = _Training(model, config, config.epochs * steps_per_epoch, {**(carried or {}), "noise": noise})
     barrier()  # the first process has made the folder of the snapshots, and taken out what another recipe left there
-    if snapshots is not None and (snapshot := snapshots.load()) is not None:
-        at.restore(snapshot)
+    if snapshots is not None and (state := snapshots.load()) is not None:
+        at.restore(state)
         on_step((at.epoch * steps_per_epoch + at.sums.n_steps) * config.batch_size)
     for number in range(at.epoch, config.epochs):
         model.train()
@@ -168,9 +168,9 @@ def train(
             at.sums.add(step, batch)
             on_step(len(arrived[1]))
             if snapshots is not None and at.sums.n_steps % snapshots.every == 0:
-                snapshot = at.snapshot()
+                state = at.snapshot()
                 if world()[0] == 0:
-                    snapshots.save(snapshot)
+                    snapshots.save(state)
         row = {"epoch": number + 1} | at.sums.means(number + 1, config, name_of)
         at.end_epoch(row | measure(model if at.average is None else at.average.module))
         on_epoch(at.history[-1])
@@ -209,41 +209,41 @@ class _Training:
         self.epoch += 1
         self.sums = _Sums()
 
-    def snapshot(self) -> Snapshot:
-        """Where training is."""
-        tensors, settings = optimizer_state(self.optimizer)
-        tensors = prefixed("optimizer", tensors) | prefixed("model", self.model.state_dict())
-        if self.average is not None:
-            tensors |= prefixed("average", self.average.state_dict())
-        own = prefixed("sums", self.sums.tensors) | {"torch": torch.get_rng_state()}
-        for name, kept in self.carried.items():
-            own[f"carried.{name}"] = kept if isinstance(kept, Tensor) else kept.get_state()
-        for name, tensor in own.items():
-            tensors |= {f"process{rank}.{name}": theirs for rank, theirs in enumerate(by_process(tensor))}
-        numbers = {"schedule": self.schedule.state_dict(), "history": self.history, "epoch": self.epoch}
-        counts = {"n_seen": self.sums.n_seen, "n_steps": self.sums.n_steps, "sums": list(self.sums.tensors)}
-        return Snapshot(tensors, numbers | settings | counts)
+    def snapshot(self) -> dict[str, Any]:
+        """The state of the training; a collective call in several processes."""
+        carried = {name: kept if isinstance(kept, Tensor) else kept.get_state() for name, kept in self.carried.items()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "history": self.history,
+            "epoch": self.epoch,
+            "n_seen": self.sums.n_seen,
+            "n_steps": self.sums.n_steps,
+            "sums": {name: by_process(tensor) for name, tensor in self.sums.tensors.items()},
+            "carried": {name: by_process(tensor) for name, tensor in carried.items()},
+            "torch": by_process(torch.get_rng_state()),
+        }
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back there."""
-        tensors, numbers = snapshot
-        self.model.load_state_dict(below("model", tensors))
-        restore_optimizer(self.optimizer, Snapshot(below("optimizer", tensors), numbers))
-        self.schedule.load_state_dict(numbers["schedule"])
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `snapshot` returned."""
+        rank, device = world()[0], next(self.model.parameters()).device
+        self.model.load_state_dict(state["model"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
-            self.average.load_state_dict(below("average", tensors))
-        device = next(self.model.parameters()).device
-        own = below(f"process{world()[0]}", tensors)
-        self.sums = _Sums({name: own[f"sums.{name}"].to(device) for name in numbers["sums"]})  # in their order
-        self.sums.n_seen, self.sums.n_steps = numbers["n_seen"], numbers["n_steps"]
-        for name, saved in below("carried", own).items():
+            self.average.load_state_dict(state["average"])
+        self.sums = _Sums({name: by_rank[rank].to(device) for name, by_rank in state["sums"].items()})
+        self.sums.n_seen, self.sums.n_steps = state["n_seen"], state["n_steps"]
+        for name, by_rank in state["carried"].items():
             kept = self.carried[name]
             if isinstance(kept, Tensor):
-                kept.copy_(saved)
+                kept.copy_(by_rank[rank])
             else:
-                kept.set_state(saved)
-        torch.set_rng_state(own["torch"])
-        self.history, self.epoch = numbers["history"], numbers["epoch"]
+                kept.set_state(by_rank[rank])
+        torch.set_rng_state(state["torch"][rank])
+        self.history, self.epoch = state["history"], state["epoch"]
 
 
 class _Sums:
@@ -270,7 +270,7 @@ class _Sums:
         self.n_steps += 1
 
     def means(self, epoch: int, config: OptimConfig, name_of: Callable[[int], str]) -> dict[str, float]:
-        sums = below("sum", self.tensors)
+        sums = {name[4:]: value for name, value in self.tensors.items() if name.startswith("sum.")}
         values = torch.stack(list(sums.values()))
         values = (total(values) / total(torch.full_like(values[0], self.n_seen))).cpu()
         means = dict(zip(sums, values.tolist(), strict=True))

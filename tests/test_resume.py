@@ -92,7 +92,7 @@ def test_going_on_does_not_begin_anew(compute: Compute, tmp_path: Path) -> None:
         run(config, compute, snapshots, 8)
     done = snapshots.load()
     assert done is not None
-    assert (done.numbers["epoch"], done.numbers["n_steps"]) == (0, 6)
+    assert (done["epoch"], done["n_steps"]) == (0, 6)
     run(config, compute, snapshots, 14)  # 18 steps in all, 12 are left; those done are reported in one call
 
 

@@ -24,7 +24,7 @@ from sanitize.errors import NumericsError
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
 from sanitize.siamese import Change, SiameseConfig
-from sanitize.snapshots import Snapshot, Snapshots, below, optimizer_state, prefixed, restore_optimizer
+from sanitize.snapshots import Snapshots, restore_optimizer
 
 # Images that go through the extractor together. On a CPU its activations must stay in the cache: all classes at once
 # take 1.5 to 2 x as long. On a GPU they are there to fill it.
@@ -98,8 +98,8 @@ def condense(
         NumericsError: the loss is not finite; looked at every 50 iterations, so that the device is not waited for.
     """
     learning = _Learning(config, pool, compute)
-    if snapshots is not None and (snapshot := snapshots.load()) is not None:
-        learning.restore(snapshot)
+    if snapshots is not None and (state := snapshots.load()) is not None:
+        learning.restore(state)
         on_step(learning.iteration)
     quarters = {config.iterations * i // 4 for i in range(5)}
     while learning.iteration < config.iterations:
@@ -196,20 +196,22 @@ class _Learning:
         shown_KMCHW = self.images_KMCHW.detach()[:_IN_A_FRAME, :_IN_A_FRAME]
         self.frames[self.iteration] = to_pixels(shown_KMCHW.float().cpu(), self.config)
 
-    def snapshot(self) -> Snapshot:
-        """Where learning is."""
-        tensors, settings = optimizer_state(self.optimizer)
-        own = {"images": self.images_KMCHW.detach(), "loss_sum": self.loss_sum}
-        own |= prefixed("frame", {str(iteration): frame for iteration, frame in self.frames.items()})
-        numbers: dict[str, Any] = {"iteration": self.iteration, "history": self.history}
-        return Snapshot(own | prefixed("optimizer", tensors), numbers | settings)
+    def snapshot(self) -> dict[str, Any]:
+        """The state of the learning."""
+        return {
+            "images": self.images_KMCHW,
+            "loss_sum": self.loss_sum,
+            "optimizer": self.optimizer.state_dict(),
+            "iteration": self.iteration,
+            "history": self.history,
+            "frames": self.frames,
+        }
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back there."""
-        tensors, numbers = snapshot
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `snapshot` returned."""
         with torch.no_grad():
-            self.images_KMCHW.copy_(tensors["images"])
-        self.loss_sum.copy_(tensors["loss_sum"])
-        restore_optimizer(self.optimizer, Snapshot(below("optimizer", tensors), numbers))
-        self.iteration, self.history = numbers["iteration"], numbers["history"]
-        self.frames = {int(iteration): frame for iteration, frame in below("frame", tensors).items()}
+            self.images_KMCHW.copy_(state["images"])
+        self.loss_sum.copy_(state["loss_sum"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        self.iteration, self.history = state["iteration"], state["history"]
+        self.frames = {int(iteration): frame for iteration, frame in state["frames"].items()}

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part, partial_of
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.condense.distribution_matching import Condensed, MatchingConfig, condense, to_pixels
 from sanitize.condense.evaluate import EvaluateConfig, learn_from
@@ -22,12 +22,11 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.decode import encode_png
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ArtifactError
+from sanitize.fit import snapshots_of
 from sanitize.loop import predict
 from sanitize.models.checkpoint import ModelConfig
 from sanitize.progress import track
-from sanitize.snapshots import Snapshots
 from sanitize.stage import Work, stage
-from sanitize.storage import is_local, local_path
 
 SHARD = "shards/condensed-0000.tar"  # in a folder of its own: Hugging Face `datasets` takes .json beside it for data
 _GRID_COLUMNS = 10
@@ -109,9 +108,7 @@ def condense_dataset(
 
     def write(part: Part) -> None:
         pool, *held_out = fill_pool(dataset, config.pool_bytes, compute).hold_out(config.evaluate.held_out)
-        snapshots = (
-            Snapshots(local_path(partial_of(out)) / "snapshot", config.snapshot_every) if is_local(out) else None
-        )
+        snapshots = snapshots_of(out, config.snapshot_every)
         with track("condense", config.matching.iterations, "iterations") as advance:
             condensed = condense(
                 config.matching,

@@ -11,57 +11,60 @@ embedding. Shapes: B images of a batch, V = 2 B views, D features of the project
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, partial_of
+from sanitize.artifacts import Part
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import Resident, Streamed, buffer_bytes, shuffled
 from sanitize.distributed import weighted, world
 from sanitize.errors import ConfigError
+from sanitize.fit import FitConfig, noted, snapshots_of
 from sanitize.loop import Objective, OptimConfig, Step, TrainBatch, train
-from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, write_checkpoint
-from sanitize.models.convnet import ConvNetConfig
+from sanitize.models.checkpoint import Checkpoint, ModelConfig, write_checkpoint
 from sanitize.models.taps import find_taps
 from sanitize.progress import track
 from sanitize.snapshots import Snapshots
 from sanitize.stage import Work, stage
-from sanitize.storage import is_local, local_path
 
 
-class SimCLRConfig(BaseModel):
-    """Which network, how its views are made, and how it is trained.
+class SimCLRConfig(FitConfig):
+    """The encoder, its views of an image, and how it is trained.
 
     Attributes:
-        architecture: the network; what comes before its last Linear is the encoder.
-        mean, std: normalisation of each channel on the scale [0, 1].
-        views: how an image is changed; what the views do not change, triggers included, the encoder may well see.
-        temperature: t; the smaller, the more the most similar other images count.
-        projection: widths of the projection's hidden layer and of z.
-        optim: optimiser, schedule, epochs; the other images of a batch are what an image is told apart from.
-        cache_bytes: decoded images held on the device; a larger data set is streamed through a buffer of this size.
-        snapshot_every: steps between two snapshots; a run that was killed goes on from the last one.
+        architecture: the network; the layers before its last Linear are the encoder.
+        mean, std, cache_bytes: as in `FitConfig`.
+        views: random changes that make a view of an image. The encoder may learn whatever they leave unchanged,
+            triggers included.
+        temperature: t; at lower values, the most similar other images count more.
+        projection: widths of the hidden layer of the projection and of z.
+        optim: optimizer, schedule, epochs. The other images of a batch are the negatives.
+        snapshot_every: steps between two snapshots; a killed run resumes from the last one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["simclr"] = "simclr"
-    architecture: Architecture = ConvNetConfig()
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[PositiveFloat, ...] = (0.25,)
     views: AugmentConfig = AugmentConfig(crop=0.3, flip=True, brightness=0.4, contrast=0.4, saturation=0.4, grey=0.2)
     temperature: float = Field(default=0.5, gt=0)
     projection: tuple[PositiveInt, PositiveInt] = (128, 64)
     optim: OptimConfig = OptimConfig(epochs=100, batch_size=256)
-    cache_bytes: int = Field(default=2**30, gt=0)
     snapshot_every: int = Field(default=500, ge=1)
+
+    @property
+    def stage(self) -> Callable[..., Checkpoint]:
+        """The stage that makes this embedder."""
+        return pretrain_simclr
+
+    @property
+    def n_passes(self) -> int:
+        """Passes over the data set."""
+        return self.optim.epochs
 
 
 def similarities(z_VD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -123,13 +126,7 @@ def pretrain_simclr(
     datasets = [dataset] if unlabelled is None else [dataset, unlabelled]
     if unlabelled is not None and unlabelled.image_shape != dataset.image_shape:
         raise ConfigError(f"unlabelled images are {unlabelled.image_shape}, the others {dataset.image_shape}")
-    model_config = ModelConfig(
-        architecture=config.architecture,
-        n_classes=dataset.n_classes,
-        image_shape=dataset.image_shape,
-        mean=config.mean,
-        std=config.std,
-    )
+    model_config = config.describe(dataset)
 
     def fit() -> tuple[nn.Module, list[dict[str, float]]]:
         compute.seed_global("simclr", "init")
@@ -140,8 +137,7 @@ def pretrain_simclr(
         n_hidden, n_projected = config.projection
         layers = nn.Linear(linear.in_features, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_projected)
         model.set_submodule(head, nn.Sequential(*layers))
-        folder = local_path(partial_of(out)) if is_local(out) else None
-        snapshots = Snapshots(folder / "snapshot", config.snapshot_every) if folder else None
+        snapshots = snapshots_of(out, config.snapshot_every)
         history = _train(model, model_config, config, datasets, snapshots, compute)
         for tensor in linear.parameters():
             nn.init.zeros_(tensor)
@@ -193,7 +189,7 @@ def _train(
             contrastive(config.temperature, compute),
             snapshots=snapshots,
             carried={"views": generator},
-            on_epoch=lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
+            on_epoch=lambda row: advance.note(noted(row)),
             unit=model_config.pixel_unit,
         )
 

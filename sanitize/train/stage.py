@@ -11,62 +11,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, partial_of
-from sanitize.augment import AugmentConfig
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.shuffle import buffer_bytes, first_rows, shuffled, usable_rows
+from sanitize.data.shuffle import buffer_bytes, first_rows, usable_rows
 from sanitize.denoise import PCA, PCANoise, PCANoiseConfig
 from sanitize.distributed import total, world
 from sanitize.errors import ConfigError
-from sanitize.loop import OptimConfig, predict, train
-from sanitize.models.checkpoint import Architecture, Checkpoint, ModelConfig, write_checkpoint
-from sanitize.models.convnet import ConvNetConfig
-from sanitize.progress import track
+from sanitize.fit import ClassifierConfig, fit_classifier, snapshots_of
+from sanitize.loop import OptimConfig, predict
+from sanitize.models.checkpoint import Checkpoint, ModelConfig, write_checkpoint
 from sanitize.snapshots import Snapshots
 from sanitize.stage import Work, stage
-from sanitize.storage import is_local, local_path
 from sanitize.train.adversary import InputSpace
 from sanitize.train.collaborate import Pair
 from sanitize.train.method import Drops, MethodConfig, robust_objective
 from sanitize.train.probe import Probe
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(ClassifierConfig):
     """A network and how it is trained.
 
     Attributes:
         architecture: the network. Methods that need gradients of single samples (prl_g, max_sample_grad_norm) get it
             with GroupNorm in place of BatchNorm; that is part of the recipe and of the model's description.
-        mean, std: normalisation of each channel on the scale [0, 1].
-        optim: optimiser, schedule, epochs.
+        mean, std, optim, augment, cache_bytes: as in `ClassifierConfig`.
         denoise: PCA-noise, with new noise in every step; needs the components of the training images. Images that the
             accuracy is measured on stay as they are.
-        augment: random changes of the images; they are made on the device.
         method: what makes the training robust; see docs/methods.md for what the combinations are called.
         mmc_scale: length of the centres, where `method.loss` is mmc. Logits grow with its square: give TRADES, which
             compares them, no more than 2 or so.
         lipschitz: bound on the largest singular value of the last Linear (Algorithm 7); None leaves it free.
-        cache_bytes: decoded images held on the device; a larger data set is streamed through a buffer of this size.
         snapshot_every: steps between two snapshots; a run that was killed goes on from the last one, if it lies on
             a disk.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    architecture: Architecture = ConvNetConfig()
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[PositiveFloat, ...] = (0.25,)
     optim: OptimConfig = OptimConfig(epochs=30)
     denoise: PCANoiseConfig | None = None
-    augment: AugmentConfig = AugmentConfig()
     method: MethodConfig = MethodConfig()
     mmc_scale: float = Field(default=10.0, gt=0)
     lipschitz: float | None = Field(default=None, gt=0)
-    cache_bytes: int = Field(default=2**30, gt=0)
     snapshot_every: int = Field(default=500, ge=1)
 
     @model_validator(mode="after")
@@ -137,9 +124,7 @@ def train_robust(
         networks = [_network(config, model_config, encoder) for _ in range(config.method.n_networks)]
         model = networks[0] if len(networks) == 1 else Pair(*networks)
         drops = Drops(dataset.n_samples, compute.torch_device)
-        snapshots = (
-            Snapshots(local_path(partial_of(out)) / "snapshot", config.snapshot_every) if is_local(out) else None
-        )
+        snapshots = snapshots_of(out, config.snapshot_every)
         history = _train(model, model_config, drops, config, dataset, test, pca, snapshots, compute)
         network = networks[0].finished() if isinstance(networks[0], Probe) else networks[0]
         return _Fitted(network, history, total(drops.dropped_N).cpu(), total(drops.seen_N).cpu())
@@ -170,14 +155,10 @@ class _Fitted(NamedTuple):
 
 def _model_config(config: TrainConfig, dataset: Dataset, encoder: Checkpoint | None) -> ModelConfig:
     """What is trained. Raises ConfigError where the encoder is something else."""
-    model_config = ModelConfig(
-        architecture=config.architecture,
+    model_config = config.describe(
+        dataset,
         # A frozen encoder's BatchNorm is in eval mode and mixes nothing.
         group_norm=config.method.needs_sample_gradients and encoder is None,
-        n_classes=dataset.n_classes,
-        image_shape=dataset.image_shape,
-        mean=config.mean,
-        std=config.std,
         mmc=config.mmc_scale if config.method.loss == "mmc" else None,
     )
     if encoder is not None:
@@ -207,44 +188,38 @@ def _train(
     snapshots: Snapshots | None,
     compute: Compute,
 ) -> list[dict[str, float]]:
-    optim = config.optim
     generators = {name: compute.generator("train", name, world()[0]) for name in ("augment", "denoise", "adversary")}
-    pixels = _pixels(config.denoise, pca, generators["denoise"], compute)
-    order = partial(compute.generator, "train", "shuffle")
-    data = shuffled(dataset, optim.batch_size, config.cache_bytes, order, compute.torch_device)
     channels = dataset.image_shape[0]
     mean, std = (values * channels if len(values) == 1 else values for values in (config.mean, config.std))
     objective = robust_objective(config.method, compute, InputSpace.images(mean, std), drops, generators["adversary"])
     held_out = _held_out(test, config.cache_bytes) if test else None
 
-    with track("train", optim.epochs * data.steps_per_epoch * data.batch_size) as advance:
+    def measure(network: nn.Module) -> dict[str, float]:
+        if held_out is None:
+            return {}
+        n_right = n = 0
+        for images_BCHW, labels_B in held_out():
+            logits_BK = predict(network, images_BCHW, model_config.normalise, compute)
+            n_right += int((logits_BK.argmax(1) == labels_B).sum())
+            n += len(labels_B)
+        return {"test_accuracy": n_right / n}
 
-        def measure(network: nn.Module) -> dict[str, float]:
-            if held_out is None:
-                return {}
-            n_right = n = 0
-            for images_BCHW, labels_B in held_out():
-                logits_BK = predict(network, images_BCHW, model_config.normalise, compute)
-                n_right += int((logits_BK.argmax(1) == labels_B).sum())
-                n += len(labels_B)
-            return {"test_accuracy": n_right / n}
-
-        return train(
-            model,
-            data.epoch,
-            data.steps_per_epoch,
-            optim,
-            compute,
-            lambda images_BCHW: config.augment(model_config.standardise(pixels(images_BCHW)), generators["augment"]),
-            advance,
-            objective,
-            measure,
-            snapshots,
-            generators | {"dropped": drops.dropped_N, "seen": drops.seen_N},
-            partial(_name_of, dataset),
-            lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
-            unit=model_config.pixel_unit,
-        )
+    return fit_classifier(
+        model,
+        model_config,
+        config,
+        dataset,
+        compute,
+        description="train",
+        stream="train",
+        generator=generators["augment"],
+        pixels=_pixels(config.denoise, pca, generators["denoise"], compute),
+        objective=objective,
+        measure=measure,
+        snapshots=snapshots,
+        carried=generators | {"dropped": drops.dropped_N, "seen": drops.seen_N},
+        name_of=partial(_name_of, dataset),
+    )
 
 
 def _pixels(

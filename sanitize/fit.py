@@ -64,7 +64,7 @@ class ClassifierConfig(FitConfig):
 
 def fit_classifier(
     model: nn.Module,
-    network: ModelConfig,
+    model_config: ModelConfig,
     config: ClassifierConfig,
     dataset: Dataset,
     compute: Compute,
@@ -83,7 +83,7 @@ def fit_classifier(
 
     Args:
         model: the network to train, or a module around it.
-        network: description of the network; its normalisation is used.
+        model_config: description of the network; its normalisation is used.
         config: optimizer, augmentation, memory.
         dataset: samples to learn from.
         compute: device, precision, seed.
@@ -108,7 +108,7 @@ def fit_classifier(
             data.steps_per_epoch,
             config.optim,
             compute,
-            lambda images_BCHW: config.augment(network.standardise(pixels(images_BCHW)), generator),
+            lambda images_BCHW: config.augment(model_config.standardise(pixels(images_BCHW)), generator),
             advance,
             objective,
             measure,
@@ -116,7 +116,7 @@ def fit_classifier(
             carried,
             name_of,
             lambda row: advance.note(noted(row)),
-            unit=network.pixel_unit,
+            unit=model_config.pixel_unit,
         )
 
 

@@ -57,7 +57,7 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
         NumericsError: training diverged.
         ConfigError, DataError: the user's weights or architecture cannot be used.
     """
-    network = config.describe(dataset)
+    model_config = config.describe(dataset)
     inputs = {"dataset": dataset.digest}
     sources = {}
     if config.weights is not None:
@@ -66,14 +66,14 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
 
     def write(part: Part) -> None:
         compute.seed_global("embedder", "init")
-        model = network.build()
+        model = model_config.build()
         history: list[dict[str, float]] = []
         if config.weights is not None:
             load_into(model, load_state(config.weights), config.weights)
         else:
             history = fit_classifier(
                 model,
-                network,
+                model_config,
                 config,
                 dataset,
                 compute,
@@ -81,7 +81,7 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
                 stream="embedder",
                 generator=compute.generator("embedder", "augment"),
             )
-        write_checkpoint(part, model, network, history)
+        write_checkpoint(part, model, model_config, history)
 
     own = partial(Checkpoint.of_own, architecture=config.architecture)
     settings = config.model_dump(mode="json", exclude={"weights"})

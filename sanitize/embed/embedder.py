@@ -1,4 +1,4 @@
-"""Train the suspect model by plain cross-entropy on the untrusted data itself, or take the user's."""
+"""Train the suspect model by cross-entropy on the untrusted data, or load weights of the user."""
 
 from collections.abc import Callable
 from functools import partial
@@ -45,7 +45,7 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
     """Train (or load) the suspect model.
 
     Args:
-        config: which network, and how.
+        config: network and training.
         dataset: the untrusted data; only usable samples are read.
         out: folder of the artifact.
         compute: device, precision, seed.
@@ -55,7 +55,7 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
 
     Raises:
         NumericsError: training diverged.
-        ConfigError, DataError: the user's weights or architecture cannot be used.
+        ConfigError, DataError: the weights or the architecture cannot be used.
     """
     model_config = config.describe(dataset)
     inputs = {"dataset": dataset.digest}

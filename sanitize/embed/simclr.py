@@ -1,13 +1,14 @@
 """SimCLR (Chen, Kornblith, Norouzi & Hinton, 2020): an encoder trained on images alone, without their labels.
 
-Each image is seen twice, changed at random, and the network is to tell which two of all views in the batch are of one
-image. With z the projection of a view, s_ij the cosine of z_i and z_j, and p(i) the other view of the image of view i,
+Each image gives two random views, and the network learns to find the other view of an image among all views of the
+batch. With z the projection of a view, s_ij the cosine of z_i and z_j, and p(i) the other view of the image of view i,
     loss_i = -log( exp(s_ip(i) / t) / sum_{j != i} exp(s_ij / t) )                                        (NT-Xent).
-The projection, two Linears behind the encoder, is thrown away.
+The projection, two Linears behind the encoder, is discarded.
 
-Wrong labels cannot reach it, and a trigger that the views crop away or fade is not worth learning: the encoder serves
-B. Liu (2022), Algorithm 7, as the representation whose last layer alone is trained on labels, and `neighbours` as an
-embedding. Shapes: B images of a batch, V = 2 B views, D features of the projection.
+Wrong labels have no influence, and triggers that the views crop or fade are hardly learned. The encoder is used by
+B. Liu (2022), Algorithm 7, which trains only the last layer on labels, and as an embedding for `neighbours`.
+
+Shapes: B images of a batch, V = 2 B views, D features of the projection.
 """
 
 import math
@@ -68,14 +69,15 @@ class SimCLRConfig(FitConfig):
 
 
 def similarities(z_VD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The logits of NT-Xent and their targets: its loss is their cross-entropy.
+    """The logits and targets of NT-Xent; the loss is their cross-entropy.
 
     Args:
         z_VD: projections; rows i and i + B are views of one image.
         temperature: t.
 
     Returns:
-        Cosines over t, (V, V) with -inf on the diagonal, and of each view the other of its image, (V,) int64.
+        Cosines divided by t, (V, V) with -inf on the diagonal, and the index of the other view of the same image, (V,)
+        int64.
     """
     z_VD = nn.functional.normalize(z_VD, dim=1)
     logits_VV = (z_VD @ z_VD.T / temperature).masked_fill(
@@ -85,10 +87,10 @@ def similarities(z_VD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def contrastive(temperature: float, compute: Compute) -> Objective:
-    """What `sanitize.loop.train` minimises: NT-Xent, of batches that hold first one view of each image, then another.
+    """The objective NT-Xent, for batches that hold one view of each image, then the other.
 
-    In several processes a view is told apart from the others of its own process. Sums: loss, and matched, the images
-    whose views are most similar to each other.
+    With several processes, the negatives of a view are those of its own process. Sums: loss, and `matched`, the number
+    of images whose views are most similar to each other.
     """
 
     def objective(model: nn.Module, batch: TrainBatch, _epoch: int) -> Step:
@@ -110,14 +112,14 @@ def pretrain_simclr(
     """Train an encoder on images alone.
 
     Args:
-        config: which network, and how.
+        config: network, views and training.
         dataset: the untrusted data; only usable samples are read, and no labels.
         out: folder of the artifact.
         compute: device, precision, seed.
-        unlabelled: more images, of the same size (X_aug); each batch holds of both data sets in proportion.
+        unlabelled: more images of the same size (X_aug); each batch has images of both data sets in proportion.
 
     Returns:
-        The Checkpoint, whose last Linear is zero: it knows no class. `history.json` has loss and `matched`.
+        The Checkpoint; its last Linear is zero, because no class is learned. `history.json` has loss and `matched`.
 
     Raises:
         NumericsError: training diverged.
@@ -146,7 +148,7 @@ def pretrain_simclr(
 
     def write(part: Part, fitted: tuple[nn.Module, list[dict[str, float]]]) -> None:
         write_checkpoint(part, fitted[0], model_config, fitted[1])
-        part.counts.update(samples=sum(of.n_samples for of in datasets))
+        part.counts.update(samples=sum(data.n_samples for data in datasets))
 
     own = partial(Checkpoint.of_own, architecture=config.architecture)
     settings = config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
@@ -163,15 +165,15 @@ def _train(
     compute: Compute,
 ) -> list[dict[str, float]]:
     generator = compute.generator("simclr", "views", world()[0])
-    n_samples = sum(of.n_samples for of in datasets)
+    n_samples = sum(data.n_samples for data in datasets)
     n_steps = math.ceil(n_samples / config.optim.batch_size)
-    sources = [_source(config, of, n_steps, i, compute) for i, of in enumerate(datasets)]
+    sources = [_source(config, data, n_steps, i, compute) for i, data in enumerate(datasets)]
 
     def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
         epochs = [source.epoch(number) for source in sources]
         for _, *batches in zip(range(n_steps), *epochs, strict=False):
             images, labels, _rows = zip(*batches, strict=True)
-            yield tuple(torch.cat([t.to(compute.torch_device) for t in of]) for of in (images, labels))  # type: ignore[misc]
+            yield tuple(torch.cat([t.to(compute.torch_device) for t in parts]) for parts in (images, labels))  # type: ignore[misc]
 
     def views(images_BCHW: Tensor) -> Tensor:
         x_BCHW = model_config.normalise(images_BCHW)
@@ -195,7 +197,7 @@ def _train(
 
 
 def _source(config: SimCLRConfig, dataset: Dataset, n_steps: int, i: int, compute: Compute) -> Resident | Streamed:
-    """Its share of each of the batches of an epoch, so that all data sets come to their end together."""
+    """The share of a data set in every batch of an epoch, so that all data sets end together."""
     if dataset.n_samples < n_steps:
         raise ConfigError(
             f"{dataset.path} has {dataset.n_samples} samples for {n_steps} batches: leave it out, or raise batch_size"

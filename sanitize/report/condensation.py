@@ -47,7 +47,8 @@ def _headline(info: dict[str, Any]) -> str:
     if info["utility"] is None:
         return f"{condensed}; the accuracy of networks trained on them was not measured."
     accuracies = info["utility"]["test_accuracy"]
-    return f"{condensed}; networks trained on these alone have a mean test accuracy of {sum(accuracies) / len(accuracies):.1%}."
+    mean = sum(accuracies) / len(accuracies)
+    return f"{condensed}; networks trained on these alone have a mean test accuracy of {mean:.1%}."
 
 
 def _drawings(history: list[dict[str, float]]) -> list[str]:

@@ -1,5 +1,7 @@
-"""Train a robust model on a data set that may be corrupted. Shapes: N usable samples, in the order of shards and
-positions."""
+"""Train a robust model on a data set that may be corrupted.
+
+Shapes: N usable samples, in the order of shards and positions.
+"""
 
 import io
 from bisect import bisect_right
@@ -36,17 +38,17 @@ class TrainConfig(ClassifierConfig):
     """A network and how it is trained.
 
     Attributes:
-        architecture: the network. Methods that need gradients of single samples (prl_g, max_sample_grad_norm) get it
-            with GroupNorm in place of BatchNorm; that is part of the recipe and of the model's description.
+        architecture: the network. For methods that need gradients of single samples (prl_g, max_sample_grad_norm),
+            GroupNorm replaces BatchNorm, in the recipe and in the description of the model.
         mean, std, optim, augment, cache_bytes: as in `ClassifierConfig`.
-        denoise: PCA-noise, with new noise in every step; needs the components of the training images. Images that the
-            accuracy is measured on stay as they are.
-        method: what makes the training robust; see docs/methods.md for what the combinations are called.
-        mmc_scale: length of the centres, where `method.loss` is mmc. Logits grow with its square: give TRADES, which
-            compares them, no more than 2 or so.
-        lipschitz: bound on the largest singular value of the last Linear (Algorithm 7); None leaves it free.
-        snapshot_every: steps between two snapshots; a run that was killed goes on from the last one, if it lies on
-            a disk.
+        denoise: PCA-noise, with new noise in every step; needs the components of the training images. Test images
+            are not changed.
+        method: ingredients of robust training; docs/methods.md names the combinations.
+        mmc_scale: length of the centres for `method.loss: mmc`. Logits grow with its square; for TRADES, which compares
+            logits, use at most about 2.
+        lipschitz: bound on the largest singular value of the last Linear (Algorithm 7); None sets no bound.
+        snapshot_every: steps between two snapshots; a killed run resumes from the last one. Snapshots are kept on a
+            disk, not in an object store.
     """
 
     optim: OptimConfig = OptimConfig(epochs=30)
@@ -59,29 +61,29 @@ class TrainConfig(ClassifierConfig):
     @model_validator(mode="after")
     def _gradients_are_those_of_the_weights(self) -> Self:
         if self.method.loss == "mmc" and self.lipschitz is not None:
-            raise ConfigError("lipschitz scales the last layer, and with loss=mmc there is none: leave it out")
+            raise ConfigError("lipschitz bounds the last layer, and loss=mmc has none: leave lipschitz out")
         if self.lipschitz is not None and self.method.needs_sample_gradients:
-            raise ConfigError("lipschitz scales the last layer: prl_g and max_sample_grad_norm do not go with it")
+            raise ConfigError("lipschitz cannot be combined with prl_g or max_sample_grad_norm: leave one of them out")
         return self
 
 
 class RobustModel(Checkpoint):
-    """A Checkpoint with `history.parquet` (one row an epoch) and `drops.safetensors`: of each usable sample, in the
-    order of shards and positions, `dropped` and `seen` (int32): how often, after the warm-up."""
+    """A Checkpoint with `history.parquet`, one row an epoch, and `drops.safetensors`: counts `dropped` and `seen` (N,),
+    int32, of each usable sample after the warm-up."""
 
     @cached_property
     def history(self) -> list[dict[str, float]]:
-        """One row an epoch: loss, dropped share and accuracy on the training samples, and `test_accuracy`."""
+        """One row an epoch: loss, share dropped and accuracy on the training samples, and `test_accuracy`."""
         rows: list[dict[str, float]] = pq.read_table(pa.BufferReader(self.read("history.parquet"))).to_pylist()
         return rows
 
     @property
     def has_drops(self) -> bool:
-        """True where the method dropped samples."""
+        """True if the method dropped samples."""
         return "drops.safetensors" in self.manifest().files
 
     def drops(self) -> tuple[Tensor, Tensor]:
-        """dropped_N, seen_N. Raises ConfigError where the method drops no samples."""
+        """dropped_N and seen_N. Raises ConfigError if the method drops no samples."""
         if not self.has_drops:
             raise ConfigError(f"{self.path} was trained without dropping samples: set train.method.select_batch")
         counts = self.read_tensors("drops.safetensors", "dropped", "seen")
@@ -98,25 +100,25 @@ def train_robust(
     encoder: Checkpoint | None = None,
     pca: PCA | None = None,
 ) -> Work:
-    """Train a robust model; all processes of torchrun call it alike, and the first one writes.
+    """Train a robust model; all processes of torchrun call this stage, and the first one writes.
 
     Args:
         config: network and method.
-        dataset: what to learn; only usable samples are read.
+        dataset: training samples; only usable ones are read.
         out: folder of the artifact.
         compute: device, precision, seed.
-        test: samples to measure the accuracy on after each epoch; nothing is learned from them.
-        encoder: pre-trained; all but the last Linear is taken from it and stays as it is (Algorithm 7).
-        pca: of the images of `dataset`, for `config.denoise`.
+        test: samples for the accuracy after each epoch; they are not trained on.
+        encoder: pre-trained network; its weights before the last Linear are used and stay fixed (Algorithm 7).
+        pca: components of the images of `dataset`, for `config.denoise`.
 
     Raises:
         NumericsError: training diverged; the message names the step and its samples.
-        ConfigError: the method does not fit the task or the network, or the encoder is another network.
+        ConfigError: the method does not suit the task or the network, or the encoder is another network.
     """
     if not config.method.classifies:
-        raise ConfigError(f"train.method.loss={config.method.loss}: shards carry classes; set cross_entropy or mmc")
+        raise ConfigError(f"train.method.loss={config.method.loss}: shards have class labels; set cross_entropy or mmc")
     if (config.denoise is None) != (pca is None):
-        raise ConfigError("train.denoise and the PCA of the images go together: give both, or neither")
+        raise ConfigError("train.denoise needs the PCA of the images: give both or neither")
     model_config = _model_config(config, dataset, encoder)
 
     def fit() -> _Fitted:
@@ -138,14 +140,14 @@ def train_robust(
         part.counts.update(samples=dataset.n_samples)
 
     own = partial(RobustModel.of_own, architecture=config.architecture)
-    # The order of samples depends on the buffer that the data set needs, not on the memory that may be used.
+    # The order of samples depends on the size of the buffer, not on cache_bytes if all images fit.
     settings = config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
     settings["buffer_bytes"] = buffer_bytes(dataset, config.cache_bytes)
     return Work(fit=fit, write_fitted=write, handle=own, config=settings)
 
 
 class _Fitted(NamedTuple):
-    """What training leaves: the network, its history, and what became of each sample."""
+    """Result of the training: the network, its history, and counts of each sample."""
 
     network: nn.Module
     history: list[dict[str, float]]
@@ -154,18 +156,18 @@ class _Fitted(NamedTuple):
 
 
 def _model_config(config: TrainConfig, dataset: Dataset, encoder: Checkpoint | None) -> ModelConfig:
-    """What is trained. Raises ConfigError where the encoder is something else."""
+    """Description of the network. Raises ConfigError if the encoder is another network."""
     model_config = config.describe(
         dataset,
-        # A frozen encoder's BatchNorm is in eval mode and mixes nothing.
+        # The BatchNorm of a frozen encoder is in eval mode and mixes no samples.
         group_norm=config.method.needs_sample_gradients and encoder is None,
         mmc=config.mmc_scale if config.method.loss == "mmc" else None,
     )
     if encoder is not None:
-        wanted, there = (of.model_dump(exclude={"n_classes"}) for of in (model_config, encoder.config))
+        wanted, there = (one.model_dump(exclude={"n_classes"}) for one in (model_config, encoder.config))
         if differing := [name for name, value in wanted.items() if value != there[name]]:
             raise ConfigError(
-                f"{encoder.path} has another {', '.join(differing)} than `train`: give both sections the same"
+                f"{encoder.path} and `train` differ in {', '.join(differing)}: give both sections the same"
             )
     return model_config
 
@@ -225,7 +227,7 @@ def _train(
 def _pixels(
     config: PCANoiseConfig | None, pca: PCA | None, generator: torch.Generator, compute: Compute
 ) -> Callable[[Tensor], Tensor]:
-    """From uint8 images to what is learned of them, on [0, 1]."""
+    """Function from uint8 images to training images on [0, 1]."""
     if config is None or pca is None:
         return lambda images_BCHW: images_BCHW.float() / 255
     modify = PCANoise(config, pca.components, compute.torch_device)
@@ -238,7 +240,7 @@ def _pixels(
 
 
 def _held_out(test: Dataset, cache_bytes: int) -> Callable[[], Iterable[tuple[Tensor, Tensor]]]:
-    """Images and labels, batch by batch; decoded once if `cache_bytes` are enough, and else each time."""
+    """Function that returns batches of images and labels; decoded once if they fit into `cache_bytes`."""
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         return ((batch.images_BCHW, batch.labels_B) for batch in test.batches(512))
@@ -250,7 +252,7 @@ def _held_out(test: Dataset, cache_bytes: int) -> Callable[[], Iterable[tuple[Te
 def _name_of(dataset: Dataset, row: int) -> str:
     """SHARD/KEY of a usable sample by its row."""
     first = first_rows(dataset)
-    place = bisect_right(list(first.values()), row) - 1  # of the shards that begin there the last: others are empty
+    place = bisect_right(list(first.values()), row) - 1  # the last shard that begins there: earlier ones are empty
     shard = list(first)[place]
     return f"{shard}/{usable_rows(dataset, shard)['key'][row - first[shard]]}"
 

@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_names_shard_and_key(dataset: Dataset, compute
 
 def test_a_method_for_regression_is_refused(dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
     method = MethodConfig(loss="squared", select_batch=SelectBatchConfig())
-    with pytest.raises(ConfigError, match="shards carry classes; set cross_entropy"):
+    with pytest.raises(ConfigError, match="shards have class labels; set cross_entropy"):
         train_robust(SMALL.model_copy(update={"method": method}), dataset, str(tmp_path / "model"), compute)
 
 
@@ -182,7 +182,7 @@ def test_snapshots_and_memory_are_no_part_of_the_recipe(dataset: Dataset, comput
 def test_denoised_images_train_and_their_pca_is_asked_for(dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
     pca = fit_pca(PCAConfig(), dataset, str(tmp_path / "pca"), compute)
     config = small("standard", denoise=PCANoiseConfig(dims=20, noise_dims=5, scale=2.0))
-    with pytest.raises(ConfigError, match="go together"):
+    with pytest.raises(ConfigError, match="needs the PCA"):
         train_robust(config, dataset, str(tmp_path / "without"), compute)
     model = train_robust(config, dataset, str(tmp_path / "model"), compute, test=dataset, pca=pca)
     assert model.history[-1]["test_accuracy"] > 0.5

@@ -1,9 +1,5 @@
 """The training stage: what it writes, what it resumes, and whom it suspects."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +27,7 @@ from sanitize.train import (
     train_robust,
     zoo,
 )
+from tests.killed import kill_after_snapshot
 
 SMALL = TrainConfig(
     architecture=ConvNetConfig(widths=(8, 16)), optim=OptimConfig(epochs=4, batch_size=32, learning_rate=0.02)
@@ -136,25 +133,9 @@ def test_a_method_for_regression_is_refused(dataset: Dataset, compute: Compute, 
         train_robust(SMALL.model_copy(update={"method": method}), dataset, str(tmp_path / "model"), compute)
 
 
-KILLED = """
-import os, signal, sys
-from sanitize.compute import Compute
-from sanitize.data.dataset import Dataset
-from sanitize.snapshots import Snapshots
+TRAIN = """
 from sanitize.train import TrainConfig, train_robust
-
-dataset, config, out, n = sys.argv[1:]
-save, saved = Snapshots.save, 0
-
-def counted(self, snapshot):
-    global saved
-    save(self, snapshot)
-    saved += 1
-    if saved == int(n):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Snapshots.save = counted
-train_robust(TrainConfig.model_validate_json(config), Dataset.load(dataset), out, Compute(device="cpu", threads=1))
+train_robust(TrainConfig.model_validate_json(config), dataset, out, compute)
 """
 
 
@@ -163,9 +144,7 @@ def test_a_killed_run_goes_on_to_the_same_digest(n: int, dataset: Dataset, compu
     config = small("co_prl_l", snapshot_every=4)
     wanted = train_robust(config, dataset, str(tmp_path / "wanted"), compute)
     out = tmp_path / "model"
-    command = [sys.executable, "-c", KILLED, dataset.path, config.model_dump_json(), str(out), str(n)]
-    killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    kill_after_snapshot(n, TRAIN, dataset, config, out)
     assert (tmp_path / ".model.partial" / "snapshot").exists()
     model = train_robust(config, dataset, str(out), compute)
     assert model.digest == wanted.digest

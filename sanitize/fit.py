@@ -1,4 +1,4 @@
-"""What the stages that train on a data set share: the network and its settings, a classifier's training, snapshots."""
+"""Training on a data set, shared by several stages: settings, a classifier's training, place of snapshots."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

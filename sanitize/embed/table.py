@@ -41,7 +41,7 @@ def import_table(config: TableConfig, source: str, out: str, compute: Compute) -
         config: columns of labels, keys and features.
         source: path of the table. Arrays of objects in .npz files are refused, because they are pickled.
         out: folder of the artifact; it has one shard, named after the file.
-        compute: unused but for the convention.
+        compute: unused; every stage takes it.
 
     Raises:
         DataError: the file cannot be read, or holds values that are not numbers.

@@ -20,7 +20,7 @@ def write_certificate_report(package: ModelPackage, out: str, compute: Compute) 
     Args:
         package: a model with or without certificates.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
 
     def write(part: Part) -> None:

@@ -23,7 +23,7 @@ def write_condensation_report(condensed: CondensedSet, out: str, compute: Comput
     Args:
         condensed: the condensed set.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
 
     def write(part: Part) -> None:

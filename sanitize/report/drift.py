@@ -23,7 +23,7 @@ def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
     Args:
         drift: tests of the batch against the reference.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
     made = drift.manifest().recipe
 

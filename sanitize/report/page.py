@@ -40,7 +40,7 @@ class ReportConfig(BaseModel):
     """Content of the page.
 
     Attributes:
-        title: of the page.
+        title: title of the page.
         n_images: number of suspicious samples shown: removed samples first, then the highest scores that were kept.
         n_kept_images: least number of kept samples shown in addition, however many were removed.
         n_histograms: number of histograms, one for a class and a scorer; the most affected classes first.
@@ -80,7 +80,7 @@ def write_report(
         selection: verdict on each sample.
         shards: the written shards; the pictures are read from them.
         out: folder of the artifact: `index.html`, `report.json`.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
         facts: further rows of "How it was done", name -> text. Facts are part of the recipe: keep dates and paths out.
 
     Returns:

@@ -24,7 +24,7 @@ def write_redteam_report(findings: Findings, samples: Samples, out: str, compute
         findings: measurements of all cases.
         samples: the samples that were attacked.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
 
     def write(part: Part) -> None:
@@ -34,7 +34,7 @@ def write_redteam_report(findings: Findings, samples: Samples, out: str, compute
             **info,
             "repeats": len(next(iter(info["cases"][0]["measures"].values()))["repeats"]),
             "samples": samples.manifest().counts,
-            "said_of": MEASURES,
+            "descriptions": MEASURES,
             "digest": findings.digest,
             "recipe": findings.manifest().recipe.model_dump(mode="json"),
         }

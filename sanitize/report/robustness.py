@@ -23,7 +23,7 @@ def write_robustness_report(robustness: Robustness, out: str, compute: Compute) 
     Args:
         robustness: measurements of the model.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
     made = robustness.manifest().recipe
     attack = EvasionConfig.model_validate(made.config["attack"])

@@ -19,7 +19,7 @@ def write_training_report(model: RobustModel, out: str, compute: Compute) -> Wor
     Args:
         model: the trained model.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
 
     def write(part: Part) -> None:

@@ -38,7 +38,7 @@ def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, 
         model: model trained on `dataset` by a method that drops samples.
         dataset: the samples to score.
         out: folder of the artifact.
-        compute: unused but for the convention.
+        compute: unused; every stage takes it.
 
     Raises:
         ConfigError: the model was trained on other data, or by a method that drops no samples.

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from benchmarks.data import fashion_mnist
 from benchmarks.report import print_table
 from sanitize.certify import PartitionConfig, certified_poisons
-from sanitize.certify.ensemble import PartitionBatches, fit_networks, side_by_side, stacked_networks
 from sanitize.certify.partition import Vote, content_digest, partition_of
+from sanitize.certify.side_by_side import PartitionBatches, fit_networks, side_by_side, stacked_networks
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
@@ -92,7 +92,7 @@ def attack(target: int, clean: Split, test: Split, said_M: Tensor, seed: int) ->
     split = torch.cat([clean[0], added[0]]), torch.cat([clean[1], added[1]])
     before, after = divided(clean, CONFIG.n_partitions), divided(split, CONFIG.n_partitions)
     hit = [m for m, (one, other) in enumerate(zip(before, after, strict=True)) if len(one[1]) != len(other[1])]
-    networks, _ = fit_networks(CONFIG, network(), hit, [after[m] for m in hit], compute)
+    networks, _ = fit_networks(CONFIG.optim, CONFIG.steps_per_epoch, network(), hit, [after[m] for m in hit], compute)
     said_M = said_M.clone()
     said_M[hit] = said_by(networks, image_CHW[None])[0]
     vote = int(voted(said_M[None]).prediction)
@@ -138,7 +138,7 @@ def partitions(n_train: int, n_targets: int, seed: int) -> tuple[dict[str, Any],
     clean = images_NCHW[chosen_N[:n_train]], labels_N[chosen_N[:n_train]]
     test = fashion_mnist("t10k")
     k = CONFIG.n_partitions
-    networks, _ = fit_networks(CONFIG, network(), range(k), divided(clean, k), compute)
+    networks, _ = fit_networks(CONFIG.optim, CONFIG.steps_per_epoch, network(), range(k), divided(clean, k), compute)
     said_NM = said_by(networks, test[0])
     vote = voted(said_NM)
     right_N, plain_N = vote.prediction == test[1], (plain(clean, test[0], compute) == test[1]).float()

@@ -6,16 +6,16 @@ from torch import Tensor, nn
 
 
 class AugmentConfig(BaseModel):
-    """What is changed at random; all of it is off by default.
+    """Random changes of images; all are off by default.
 
     Attributes:
-        brightness, contrast: an image is shifted and scaled by at most this share of its range.
-        flip: mirror half of the images left to right.
-        shift: move an image by up to so many pixels, up or down and left or right; what comes in is black.
-        saturation: the colours of an image are moved from or to its grey by at most this share.
-        grey: share of the images that lose their colours.
-        crop: a part of the image is enlarged to its size: at least this share of the area, with an aspect ratio of 3:4
-            to 4:3 (Szegedy et al., 2015); 1 is off.
+        brightness, contrast: largest shift and scale of an image, as a share of its range.
+        flip: True mirrors half of the images left to right.
+        shift: largest shift in pixels, vertical and horizontal; the border is filled with black.
+        saturation: largest change of the distance of the colours from grey, as a share.
+        grey: share of the images that are turned grey.
+        crop: smallest share of the area of a random crop, which is enlarged to the size of the image, with an aspect
+            ratio of 3:4 to 4:3 (Szegedy et al., 2015); 1 is off.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +66,7 @@ class AugmentConfig(BaseModel):
         area_B = self.crop + (1 - self.crop) * draws_B4[:, 0]
         aspect_B = (4 / 3) ** (2 * draws_B4[:, 1] - 1)
         sides_B2 = torch.stack([(area_B * aspect_B).sqrt(), (area_B / aspect_B).sqrt()], 1).clamp(max=1)
-        centre_B2 = (1 - sides_B2) * (2 * draws_B4[:, 2:] - 1)  # of an image that reaches from -1 to 1
+        centre_B2 = (1 - sides_B2) * (2 * draws_B4[:, 2:] - 1)  # in coordinates from -1 to 1
         maps_B23 = torch.cat([torch.diag_embed(sides_B2), centre_B2[..., None]], 2).to(x_BCHW.device)
         grid_BHW2 = nn.functional.affine_grid(maps_B23, list(x_BCHW.shape), align_corners=False)
         return nn.functional.grid_sample(x_BCHW, grid_BHW2, padding_mode="border", align_corners=False)

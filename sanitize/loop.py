@@ -1,7 +1,7 @@
-"""The training loop: forward, loss, step, and a stop where numbers cease to be finite. All that trains uses it.
+"""The training loop of all stages: forward, loss, step; an error at the first loss that is not finite.
 
-What is minimised is an `Objective`: a function of the network and a batch. `cross_entropy` is the plain one; the
-robust ones are in `sanitize.train`. Shapes: B batch, C H W image, K outputs.
+The loop minimises an `Objective`, a function of the network and a batch: `cross_entropy`, or a robust objective of
+`sanitize.train`. Shapes: B batch, C H W image, K outputs.
 """
 
 import math
@@ -19,25 +19,25 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sanitize.compute import Compute
 from sanitize.distributed import add_gradients, barrier, by_process, share, total, weighted, world
 from sanitize.errors import ConfigError, NumericsError
-from sanitize.snapshots import Snapshot, Snapshots, below, optimizer_state, prefixed, restore_optimizer
+from sanitize.snapshots import Snapshots, restore_optimizer
 
 
 class OptimConfig(BaseModel):
-    """Optimiser, schedule, and what is done to every step.
+    """Optimizer and schedule.
 
     Attributes:
         optimizer: Adam, AdamW, or SGD with Nesterov momentum 0.9.
-        learning_rate: the largest of the schedule.
+        learning_rate: largest learning rate of the schedule.
         schedule: one_cycle (rises for a quarter of the steps, then falls), cosine (falls to zero), or constant.
-        weight_decay: on all parameters; decoupled for adamw, added to the gradient otherwise.
+        weight_decay: weight decay of all parameters; decoupled for adamw, added to the gradient otherwise.
         epochs: passes over the data.
-        batch_size: samples a step.
-        max_grad_norm: clip the global gradient norm; None leaves it.
-        noise_sd: standard deviation of Gaussian noise added to the inputs: of images in pixels on [0, 1], before they
-            are normalised, as randomized smoothing has it; of tables in the units the network sees.
-        ema_decay: the trained network is the exponential moving average of the weights and buffers of all steps; None
-            is the last step's.
-        compile: run the network through torch.compile; same mathematics, other rounding.
+        batch_size: samples in a step.
+        max_grad_norm: bound on the global gradient norm; None clips nothing.
+        noise_sd: standard deviation of Gaussian noise added to the inputs: for images in pixels on [0, 1] before
+            normalisation, as in randomized smoothing; for tables in the units of the network's inputs.
+        ema_decay: decay of an exponential moving average of weights and buffers, which becomes the trained network;
+            None keeps the weights of the last step.
+        compile: use torch.compile; same mathematics, other rounding.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,12 +55,12 @@ class OptimConfig(BaseModel):
 
 
 class TrainBatch(NamedTuple):
-    """What one step learns from, on the device.
+    """The data of one step, on the device.
 
     Attributes:
-        x_B: inputs the network takes, (B, C, H, W) or (B, D), float.
+        x_B: inputs of the network, (B, C, H, W) or (B, D), float.
         y_B: int64 labels (B,), or float targets (B, K).
-        rows_B: which samples of the data set these are, int64; None where nobody asks.
+        rows_B: rows of the samples in the data set, int64 (B,); None if unknown.
     """
 
     x_B: Tensor
@@ -69,23 +69,23 @@ class TrainBatch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a batch asks of the optimiser.
+    """The result of an objective on a batch.
 
     Attributes:
-        loss: scalar to differentiate; in several processes the sum of theirs is what is minimised (`weighted`).
-        sums: sums over the samples of the batch, detached, always the same names; their means over an epoch are its
-            history.
+        loss: scalar to differentiate; several processes minimise the sum of their losses (`weighted`).
+        sums: sums over the samples of the batch, detached, always with the same names; their means over an epoch are
+            its row of the history.
     """
 
     loss: Tensor
     sums: dict[str, Tensor]
 
 
-Objective = Callable[[nn.Module, TrainBatch, int], Step]  # the network, the batch, how many epochs are finished
+Objective = Callable[[nn.Module, TrainBatch, int], Step]  # the network, the batch, the number of finished epochs
 
 
 def cross_entropy(compute: Compute) -> Objective:
-    """The plain objective: every sample counts, and its label is true."""
+    """The mean cross-entropy of all samples with their given labels."""
 
     def objective(model: nn.Module, batch: TrainBatch, _epoch: int) -> Step:
         with compute.autocast():
@@ -114,36 +114,36 @@ def train(
     on_epoch: Callable[[dict[str, float]], None] = lambda _row: None,
     unit: Tensor | None = None,
 ) -> list[dict[str, float]]:
-    """Train `model` in place; in several processes (torchrun) each learns from its share of every batch.
+    """Train `model` in place; with several processes (torchrun), each takes its share of every batch.
 
     Args:
         model: float module; moved to the device, channels_last.
-        epoch: gives the batches of the epoch with this number, counted from 0: inputs, targets and, where samples are
-            to be named, their rows. Asked again it gives the same.
-        steps_per_epoch: number of batches `epoch` gives.
-        config: optimiser and schedule.
+        epoch: function from the number of an epoch, from 0, to its batches: inputs, targets and, optionally, rows of
+            the samples. The same number gives the same batches.
+        steps_per_epoch: number of batches of an epoch.
+        config: optimizer and schedule.
         compute: device and precision.
-        transform: inputs on the device to the float inputs the model takes (normalisation, augmentation).
-        on_step: told the batch size after each step, for progress bars.
-        objective: what is minimised; None is `cross_entropy`.
-        measure: called with the network after each epoch; what it returns joins the epoch's row. It may set eval mode.
-        snapshots: where to save how far training has come, and to go on from; on a CPU that gives the same bits.
-        carried: what else changes from step to step (generators of augmentation, counts of samples); snapshots hold
-            it, and it is put back in place.
-        name_of: row of a sample to what a message calls it.
-        on_epoch: told each row of the history.
-        unit: how long one unit of `noise_sd` is in what the network sees, broadcast against X
+        transform: function from inputs on the device to the float inputs of the model (normalisation, augmentation).
+        on_step: called with the batch size after each step, for progress bars.
+        objective: the objective to minimise; None is `cross_entropy`.
+        measure: called with the network after each epoch; its values join the row of the epoch. It may set eval mode.
+        snapshots: file for the state of the training; training resumes from it, on a CPU to the same bits.
+        carried: further state that changes from step to step (generators of augmentation, counts of samples); saved
+            with the snapshot and restored in place.
+        name_of: function from the row of a sample to its name in messages.
+        on_epoch: called with each row of the history.
+        unit: length of one unit of `noise_sd` in the inputs of the network, broadcast against X
             (`ModelConfig.pixel_unit`); None is 1.
 
     Returns:
-        One row an epoch: means over the training samples (`cross_entropy`: loss and accuracy in [0, 1]).
+        The history, one row an epoch: means over the training samples (`cross_entropy`: loss and accuracy in [0, 1]).
 
     Raises:
-        NumericsError: the loss is not finite; looked at once an epoch, so that the device is never waited for.
+        NumericsError: the loss is not finite; checked once an epoch, to avoid waiting for the device.
         ConfigError: the processes cannot share a batch evenly.
     """
     if config.batch_size % world()[1]:
-        raise ConfigError(f"batch_size={config.batch_size} is no multiple of the {world()[1]} processes that share it")
+        raise ConfigError(f"batch_size={config.batch_size} is not a multiple of the number of processes, {world()[1]}")
     device = compute.torch_device
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = objective or cross_entropy(compute)
@@ -151,9 +151,9 @@ def train(
     noise = compute.generator("loop", "noise", world()[0], device=device)
     noise_sd = config.noise_sd * (torch.ones(()) if unit is None else unit).to(device)
     at = _Training(model, config, config.epochs * steps_per_epoch, {**(carried or {}), "noise": noise})
-    barrier()  # the first process has made the folder of the snapshots, and taken out what another recipe left there
-    if snapshots is not None and (snapshot := snapshots.load()) is not None:
-        at.restore(snapshot)
+    barrier()  # until the first process has made the folder and removed a snapshot of another recipe
+    if snapshots is not None and (state := snapshots.load()) is not None:
+        at.restore(state)
         on_step((at.epoch * steps_per_epoch + at.sums.n_steps) * config.batch_size)
     for number in range(at.epoch, config.epochs):
         model.train()
@@ -168,9 +168,9 @@ def train(
             at.sums.add(step, batch)
             on_step(len(arrived[1]))
             if snapshots is not None and at.sums.n_steps % snapshots.every == 0:
-                snapshot = at.snapshot()
+                state = at.snapshot()
                 if world()[0] == 0:
-                    snapshots.save(snapshot)
+                    snapshots.save(state)
         row = {"epoch": number + 1} | at.sums.means(number + 1, config, name_of)
         at.end_epoch(row | measure(model if at.average is None else at.average.module))
         on_epoch(at.history[-1])
@@ -180,7 +180,7 @@ def train(
 
 
 class _Training:
-    """All that changes while a network is trained."""
+    """The state of a training."""
 
     def __init__(
         self, model: nn.Module, config: OptimConfig, total_steps: int, carried: dict[str, Tensor | torch.Generator]
@@ -209,45 +209,45 @@ class _Training:
         self.epoch += 1
         self.sums = _Sums()
 
-    def snapshot(self) -> Snapshot:
-        """Where training is."""
-        tensors, settings = optimizer_state(self.optimizer)
-        tensors = prefixed("optimizer", tensors) | prefixed("model", self.model.state_dict())
-        if self.average is not None:
-            tensors |= prefixed("average", self.average.state_dict())
-        own = prefixed("sums", self.sums.tensors) | {"torch": torch.get_rng_state()}
-        for name, kept in self.carried.items():
-            own[f"carried.{name}"] = kept if isinstance(kept, Tensor) else kept.get_state()
-        for name, tensor in own.items():
-            tensors |= {f"process{rank}.{name}": theirs for rank, theirs in enumerate(by_process(tensor))}
-        numbers = {"schedule": self.schedule.state_dict(), "history": self.history, "epoch": self.epoch}
-        counts = {"n_seen": self.sums.n_seen, "n_steps": self.sums.n_steps, "sums": list(self.sums.tensors)}
-        return Snapshot(tensors, numbers | settings | counts)
+    def snapshot(self) -> dict[str, Any]:
+        """The state of the training; a collective call in several processes."""
+        carried = {name: kept if isinstance(kept, Tensor) else kept.get_state() for name, kept in self.carried.items()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "history": self.history,
+            "epoch": self.epoch,
+            "n_seen": self.sums.n_seen,
+            "n_steps": self.sums.n_steps,
+            "sums": {name: by_process(tensor) for name, tensor in self.sums.tensors.items()},
+            "carried": {name: by_process(tensor) for name, tensor in carried.items()},
+            "torch": by_process(torch.get_rng_state()),
+        }
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back there."""
-        tensors, numbers = snapshot
-        self.model.load_state_dict(below("model", tensors))
-        restore_optimizer(self.optimizer, Snapshot(below("optimizer", tensors), numbers))
-        self.schedule.load_state_dict(numbers["schedule"])
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `snapshot` returned."""
+        rank, device = world()[0], next(self.model.parameters()).device
+        self.model.load_state_dict(state["model"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
-            self.average.load_state_dict(below("average", tensors))
-        device = next(self.model.parameters()).device
-        own = below(f"process{world()[0]}", tensors)
-        self.sums = _Sums({name: own[f"sums.{name}"].to(device) for name in numbers["sums"]})  # in their order
-        self.sums.n_seen, self.sums.n_steps = numbers["n_seen"], numbers["n_steps"]
-        for name, saved in below("carried", own).items():
+            self.average.load_state_dict(state["average"])
+        self.sums = _Sums({name: by_rank[rank].to(device) for name, by_rank in state["sums"].items()})
+        self.sums.n_seen, self.sums.n_steps = state["n_seen"], state["n_steps"]
+        for name, by_rank in state["carried"].items():
             kept = self.carried[name]
             if isinstance(kept, Tensor):
-                kept.copy_(saved)
+                kept.copy_(by_rank[rank])
             else:
-                kept.set_state(saved)
-        torch.set_rng_state(own["torch"])
-        self.history, self.epoch = numbers["history"], numbers["epoch"]
+                kept.set_state(by_rank[rank])
+        torch.set_rng_state(state["torch"][rank])
+        self.history, self.epoch = state["history"], state["epoch"]
 
 
 class _Sums:
-    """Sums over an epoch and its first loss that is not finite, on the device until the epoch is over."""
+    """Sums over an epoch, and its first step with a loss that is not finite; on the device until the epoch ends."""
 
     def __init__(self, tensors: dict[str, Tensor] | None = None) -> None:
         self.tensors = tensors or {}
@@ -270,7 +270,7 @@ class _Sums:
         self.n_steps += 1
 
     def means(self, epoch: int, config: OptimConfig, name_of: Callable[[int], str]) -> dict[str, float]:
-        sums = below("sum", self.tensors)
+        sums = {name[4:]: value for name, value in self.tensors.items() if name.startswith("sum.")}
         values = torch.stack(list(sums.values()))
         values = (total(values) / total(torch.full_like(values[0], self.n_seen))).cpu()
         means = dict(zip(sums, values.tolist(), strict=True))
@@ -286,7 +286,7 @@ class _Sums:
 
 
 def _layout(x_B: Tensor) -> Tensor:
-    """Images channels_last, tables as they are."""
+    """Images channels_last, tables unchanged."""
     return x_B.contiguous(memory_format=torch.channels_last) if x_B.dim() == 4 else x_B
 
 
@@ -303,7 +303,7 @@ def _schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LR
         return LambdaLR(optimizer, lambda _step: 1.0)
     if config.schedule == "cosine":
         return CosineAnnealingLR(optimizer, total_steps)
-    # OneCycleLR divides by pct_start * total_steps - 1: by nothing where there are just four steps.
+    # OneCycleLR divides by pct_start * total_steps - 1, which is 0 for four steps and pct_start 0.25.
     pct_start = 0.25 if total_steps != 4 else 0.3
     return OneCycleLR(optimizer, config.learning_rate, total_steps=total_steps, pct_start=pct_start)
 
@@ -325,7 +325,7 @@ def predict(
     device = compute.torch_device
     model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     outputs = []
-    # Only here: weights that are moved in inference mode can never be trained again.
+    # After `model.to`: weights moved in inference mode cannot be trained again.
     with torch.inference_mode(), compute.autocast():
         for x_B in inputs_N.split(batch_size):
             outputs.append(model(_layout(transform(x_B.to(device)))).float().cpu())

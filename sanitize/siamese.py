@@ -1,7 +1,7 @@
 """Differentiable Siamese augmentation (Zhao & Bilen, 2021): one random change, shared by real and condensed images.
 
-Both are seen through the same change before they are compared, and gradients flow back through it: condensed images
-learn what survives all changes. Shapes: K classes, B images of a class, C H W image.
+Real and condensed images are compared after the same change, and gradients flow back through it, so that condensed
+images are optimised for all changes. Shapes: K classes, B images of a class, C H W image.
 """
 
 import math
@@ -11,17 +11,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-_BRIGHTNESS, _SATURATION, _CONTRAST = 1.0, 2.0, 0.5  # of the source
+_BRIGHTNESS, _SATURATION, _CONTRAST = 1.0, 2.0, 0.5  # as in the paper
 _OFF = {"colour": False, "crop": 0, "cutout": 0, "flip": False, "scale": 1, "rotate": 0}
 
 
 class Change(NamedTuple):
-    """One change a class.
+    """One change for each class.
 
     Attributes:
-        brightness_K, saturation_K, contrast_K: what is added, and two factors; 0, 1 and 1 change nothing.
-        maps_K23: where a pixel comes from, in coordinates from -1 to 1.
-        mask_KHW: 0 where the image is cut out, 1 elsewhere.
+        brightness_K, saturation_K, contrast_K: an offset and two factors; 0, 1 and 1 change nothing.
+        maps_K23: affine maps from target to source coordinates, from -1 to 1.
+        mask_KHW: 0 in the cut-out square, 1 elsewhere.
     """
 
     brightness_K: Tensor
@@ -31,40 +31,40 @@ class Change(NamedTuple):
     mask_KHW: Tensor
 
     def of(self, classes: slice) -> Self:
-        """The changes of some of the classes."""
+        """The changes of a slice of the classes."""
         return type(self)(*(tensor[classes] for tensor in self))
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device."""
+        """The changes on another device."""
         return type(self)(*(tensor.to(device) for tensor in self))
 
     def __call__(self, x_KBCHW: Tensor) -> Tensor:
-        """Change normalised float images; all of a class alike."""
+        """Change normalised float images, all images of a class alike."""
         shape = x_KBCHW.shape
         brightness, saturation, contrast = (
-            of_K.view(-1, 1, 1, 1, 1) for of_K in (self.brightness_K, self.saturation_K, self.contrast_K)
+            value_K.view(-1, 1, 1, 1, 1) for value_K in (self.brightness_K, self.saturation_K, self.contrast_K)
         )
         x_KBCHW = x_KBCHW + brightness
         grey_KB1HW = x_KBCHW.mean(2, keepdim=True)
         x_KBCHW = grey_KB1HW + saturation * (x_KBCHW - grey_KB1HW)
         level_KB111 = x_KBCHW.mean((2, 3, 4), keepdim=True)
         x_KBCHW = level_KB111 + contrast * (x_KBCHW - level_KB111)
-        # All images of a class are channels of one picture: where their pixels come from is computed once.
+        # All images of a class are channels of one image, so that the grid is computed once.
         grid_KHW2 = nn.functional.affine_grid(self.maps_K23, [shape[0], 1, *shape[3:]], align_corners=False)
         x_KXHW = nn.functional.grid_sample(x_KBCHW.flatten(1, 2), grid_KHW2, align_corners=False)
         return (x_KXHW * self.mask_KHW[:, None]).view(shape)
 
 
 class SiameseConfig(BaseModel):
-    """What is changed; of what is switched on, one kind for a class at a time. What comes in from outside is 0, grey.
+    """Kinds of changes; each class gets one of the enabled kinds at a time. Pixels from outside the image are 0, grey.
 
     Attributes:
-        colour: brightness, saturation and contrast.
-        crop: moves the image by up to this share of its sides; 0 is off.
-        cutout: blanks a square of this share of the sides; 0 is off.
-        flip: mirrors half of the time; switch it off for digits and letters.
-        scale: stretches each side by up to this factor, or shrinks it; 1 is off.
-        rotate: turns by up to so many degrees; 0 is off.
+        colour: True changes brightness, saturation and contrast.
+        crop: largest shift, as a share of the sides; 0 is off.
+        cutout: side of a blanked square, as a share of the sides; 0 is off.
+        flip: True mirrors half of the images; set False for digits and letters.
+        scale: largest factor by which a side is stretched or shrunk; 1 is off.
+        rotate: largest rotation in degrees; 0 is off.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,16 +77,16 @@ class SiameseConfig(BaseModel):
     rotate: float = Field(default=15.0, ge=0, le=180)
 
     def draw(self, n_classes: int, size: tuple[int, int], generator: torch.Generator) -> Change:
-        """A change of each class, for images of `size` (H, W), from a CPU generator."""
-        which_K, a_K, b_K, c_K = torch.rand(4, n_classes, generator=generator)
-        switched_on = [kind for kind, off in _OFF.items() if getattr(self, kind) != off]
-        number_K = (which_K * len(switched_on)).long()
+        """Draw a change for each class, for images of `size` (H, W), with a CPU generator."""
+        kind_K, a_K, b_K, c_K = torch.rand(4, n_classes, generator=generator)
+        enabled = [kind for kind, off in _OFF.items() if getattr(self, kind) != off]
+        number_K = (kind_K * len(enabled)).long()
 
         def is_drawn(kind: str, changed_K: Tensor, unchanged: float) -> Tensor:
-            """`changed_K` of the classes that this kind was drawn for."""
-            if kind not in switched_on:
+            """`changed_K` for the classes with this kind, `unchanged` for the others."""
+            if kind not in enabled:
                 return torch.full_like(changed_K, unchanged)
-            return torch.where(number_K == switched_on.index(kind), changed_K, unchanged)
+            return torch.where(number_K == enabled.index(kind), changed_K, unchanged)
 
         brightness_K = is_drawn("colour", _BRIGHTNESS * (a_K - 0.5), 0)
         saturation_K = is_drawn("colour", _SATURATION * b_K, 1)

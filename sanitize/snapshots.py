@@ -1,9 +1,13 @@
-"""Where training was: tensors and numbers in one safetensors file, written whole, read without pickle."""
+"""The state of an unfinished training: one safetensors file, written atomically and read without pickle.
+
+`torch.load(weights_only=True)` is shorter, but it is an unpickler, and a run folder may lie where others can write.
+A safetensors file holds tensors and text alone, and a damaged one is one kind of error.
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -14,78 +18,72 @@ from torch.optim import Optimizer
 from sanitize.errors import ArtifactError
 from sanitize.storage import create
 
-
-class Snapshot(NamedTuple):
-    """What has to be put back, and no more.
-
-    Attributes:
-        tensors: by name, on the CPU.
-        numbers: what JSON holds.
-    """
-
-    tensors: dict[str, Tensor]
-    numbers: dict[str, Any]
+_TENSOR = "__tensor__"
 
 
 class Snapshots:
     """One file that always holds the newest snapshot.
 
     Args:
-        path: of the file; its folder exists.
-        every: steps from one to the next.
+        path: path of the file; its folder exists.
+        every: steps from one snapshot to the next.
     """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
 
-    def load(self) -> Snapshot | None:
-        """The newest one; None where there is none. Raises ArtifactError where the file is damaged."""
+    def load(self) -> dict[str, Any] | None:
+        """The newest state, tensors on the CPU; None without a file.
+
+        As in JSON, keys are strings and tuples are lists.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
         if not self.path.exists():
             return None
         try:
             with safetensors.safe_open(self.path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-                return Snapshot(tensors, json.loads(file.metadata()["numbers"]))
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+
+                def tensor_or_dict(found: dict[str, Any]) -> Any:
+                    return file.get_tensor(found[_TENSOR]) if _TENSOR in found else found
+
+                state: dict[str, Any] = json.loads(file.metadata()["state"], object_hook=tensor_or_dict)
+                return state
+        except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ArtifactError(f"{self.path} is damaged ({error}); delete it, and training begins anew") from error
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Replace the newest."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the newest state: dicts and lists of tensors, numbers, strings and None."""
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps(_without_tensors(state, tensors))
         with create(self.path) as writer:
-            writer.write(safetensors.torch.save(tensors, {"numbers": json.dumps(snapshot.numbers)}))
+            writer.write(safetensors.torch.save(tensors, {"state": text}))
 
 
-def optimizer_state(optimizer: Optimizer) -> Snapshot:
-    """An optimiser's state: moments by number of the parameter, and its settings."""
-    state = optimizer.state_dict()
-    tensors = {
-        f"{i}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for i, of in state["state"].items()
-        for name, value in of.items()
-        if value is not None
-    }
-    return Snapshot(tensors, {"param_groups": state["param_groups"]})
+def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The same value with a name in place of each tensor; the tensors are added to `tensors`."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        return {key: _without_tensors(one, tensors) for key, one in value.items()}
+    return [_without_tensors(one, tensors) for one in value] if isinstance(value, list | tuple) else value
 
 
-def restore_optimizer(optimizer: Optimizer, snapshot: Snapshot) -> None:
-    """Put back what `optimizer_state` took."""
+def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load the `state_dict` of an optimizer from a snapshot."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in snapshot.tensors.items():
-        i, _, key = name.partition(".")
-        if tensor.shape == (like := parameters[int(i)]).shape:
-            # Laid out as the parameter is (channels_last, say): fused optimisers go through memory side by side.
-            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(i), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": snapshot.numbers["param_groups"]})
 
+    def laid_out(value: Any, like: Tensor) -> Any:
+        """A tensor with the strides of its parameter (channels_last, say): fused optimizers walk both side by side."""
+        if isinstance(value, Tensor) and value.shape == like.shape:
+            return torch.empty_like(like, dtype=value.dtype).copy_(value)
+        return value
 
-def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under longer names."""
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that `prefixed` named, under their own names."""
-    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+    state = {
+        int(i): {name: laid_out(value, parameters[int(i)]) for name, value in moments.items()}
+        for i, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": state})

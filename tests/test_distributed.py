@@ -65,7 +65,7 @@ def test_each_process_drops_of_its_own_share_and_the_mean_counts_what_is_kept(tm
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sanitize.loop.world", lambda: (0, 4))
-    with pytest.raises(ConfigError, match="batch_size=30 is no multiple of the 4 processes"):
+    with pytest.raises(ConfigError, match="batch_size=30 is not a multiple of the number of processes, 4"):
         fit("standard", tmp_path)
 
 

@@ -1,10 +1,14 @@
 """Training that is stopped anywhere and goes on ends with the same bits; a damaged snapshot is an error."""
 
+import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
@@ -92,7 +96,7 @@ def test_going_on_does_not_begin_anew(compute: Compute, tmp_path: Path) -> None:
         run(config, compute, snapshots, 8)
     done = snapshots.load()
     assert done is not None
-    assert (done.numbers["epoch"], done.numbers["n_steps"]) == (0, 6)
+    assert (done["epoch"], done["n_steps"]) == (0, 6)
     run(config, compute, snapshots, 14)  # 18 steps in all, 12 are left; those done are reported in one call
 
 
@@ -101,3 +105,36 @@ def test_a_damaged_snapshot_is_an_error_that_says_what_to_do(damage: bytes, comp
     (tmp_path / "snapshot").write_bytes(damage)
     with pytest.raises(ArtifactError, match=r"is damaged .*; delete it, and training begins anew"):
         run(CONFIGS["adam, cosine"], compute, Snapshots(tmp_path / "snapshot", 2), None)
+
+
+TENSORS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]).flatmap(
+    lambda dtype: st.lists(st.integers(0, 3), max_size=3).map(lambda shape: torch.ones(shape).to(dtype))
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | TENSORS
+STATES = st.dictionaries(
+    st.text(), st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+)
+
+
+def is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(is_same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(is_same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@given(state=STATES)
+def test_a_saved_state_is_loaded_as_it_was(state: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        snapshots = Snapshots(Path(folder) / "snapshot", every=1)
+        snapshots.save(state)
+        assert is_same(state, snapshots.load())
+
+
+def test_a_pickle_is_no_snapshot(tmp_path: Path) -> None:
+    torch.save({"epoch": 1}, tmp_path / "snapshot")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        Snapshots(tmp_path / "snapshot", 1).load()

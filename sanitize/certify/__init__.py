@@ -1,4 +1,4 @@
-"""What can be proved: by smoothing against changes of the input, by partitions against poisoned training data."""
+"""Certificates: by smoothing against changes of the input, by partitions against poisoned training data."""
 
 from sanitize.certify.certificates import Certificates
 from sanitize.certify.ensemble import PartitionConfig, PartitionEnsemble, PartitionFilterConfig, train_partitions

@@ -1,4 +1,4 @@
-"""What every kind of certificate is kept as: one row a test sample, and the statement that is proved about it."""
+"""The common form of all certificates: one row a test sample, and the statement that is proved."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +14,7 @@ from sanitize.data.tables import ShardTables
 
 def _one_line(text: str) -> str:
     if not text.isprintable():
-        raise ValueError("it is not one line of printable text")
+        raise ValueError("not one line of printable text")
     return text
 
 
@@ -32,7 +32,7 @@ class _Scope(BaseModel):
 
 
 class Proved(BaseModel):
-    """What `Certificates.summary` returns, as it is read from the package of somebody else."""
+    """A summary of certificates (`Certificates.summary`), read from an untrusted package."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -58,15 +58,15 @@ class Proved(BaseModel):
 
 class Certificates(ShardTables):
     """One row a certified sample, in the order of its shard: position, key, label, prediction (-1: abstains), radius,
-    and what else the kind counts. `certificate.json`: what is proved.
+    and counts of the kind. `certificate.json`: the statement that is proved.
 
-    A shard without such samples has no rows.
+    A shard without certified samples has no rows.
     """
 
     @cached_property
     def statement(self) -> dict[str, Any]:
-        """kind, source; scope: what may change, how it is counted, what is not covered; parameters; confidence;
-        radius_unit; integral: radii are counts; open: a prediction is certain below its radius, not at it."""
+        """kind, source; scope: threat, statement, exclusions; parameters; confidence; radius_unit; integral: True if
+        radii are counts; open: True if a prediction is certified below its radius, False if also at it."""
         return self.read_object("certificate.json", "kind", "parameters", "scope", "integral", "open")
 
     def table(self) -> pa.Table:
@@ -77,7 +77,7 @@ class Certificates(ShardTables):
         )
 
     def summary(self) -> dict[str, Any]:
-        """The statement, and certified accuracy at radii up to the largest that any sample has.
+        """The statement, and certified accuracy at radii up to the largest of any sample.
 
         Returns:
             `statement`, with `samples`, `abstained`, `clean_accuracy`, `certified_accuracy`: [[radius, share], ...].
@@ -98,7 +98,7 @@ class Certificates(ShardTables):
 
 
 def round_radii(largest: float, n: int, smallest_step: float = 0.0) -> list[float]:
-    """At most about `n` radii from 0 to the largest, a round number apart: 1, 2 or 5 times a power of ten."""
+    """At most about `n` radii from 0 to the largest, in steps of 1, 2 or 5 times a power of ten."""
     if largest <= 0:
         return [0.0]
     power = 10.0 ** np.floor(np.log10(largest / n))
@@ -107,12 +107,12 @@ def round_radii(largest: float, n: int, smallest_step: float = 0.0) -> list[floa
 
 
 def certified_accuracy(table: pa.Table, radii: Sequence[float], is_open: bool) -> list[float]:
-    """Share of the samples that are predicted right, whatever a perturbation of each size does.
+    """Share of the samples that are predicted correctly under every perturbation of each size.
 
     Args:
         table: label, prediction, radius.
         radii: sizes of perturbations.
-        is_open: a prediction is certain below its radius; otherwise up to it.
+        is_open: True if a prediction is certified below its radius, False if also at it.
     """
     right_N = table["prediction"].to_numpy() == table["label"].to_numpy()
     radius_N = table["radius"].to_numpy()
@@ -121,7 +121,7 @@ def certified_accuracy(table: pa.Table, radii: Sequence[float], is_open: bool) -
 
 
 def excerpt(curve: Sequence[Sequence[float]], n: int = 10) -> list[Sequence[float]]:
-    """The points of a curve of `Certificates.summary` at about `n` round radii, for people."""
+    """The points of a curve of `Certificates.summary` at about `n` round radii, for tables."""
     step = curve[1][0] - curve[0][0] if len(curve) > 1 else 0.0
     shown = set(round_radii(curve[-1][0], n, step))
     return [point for point in curve if point[0] in shown]

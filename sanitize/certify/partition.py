@@ -1,8 +1,8 @@
-"""Deep Partition Aggregation (Levine & Feizi, ICLR 2021): who may change a few training samples changes a few votes.
+"""Deep Partition Aggregation (Levine & Feizi, ICLR 2021): a few changed training samples change a few votes.
 
-Every training sample belongs to one of k partitions, named by a hash of its content; one base model is trained on each,
-and the prediction is what most of them say. A sample that is inserted or removed touches one partition, so one vote.
-With n_c votes for the prediction c, it cannot change while at most
+Every training sample belongs to one of k partitions, chosen by a hash of its content. One base model is trained on
+each partition, and the prediction is the plurality of their votes. An inserted or removed sample affects one partition,
+and so one vote. With n_c votes for the prediction c, it cannot change while at most
 
     rho = floor((n_c - max over c' != c of (n_c' + [c' < c])) / 2)
 
@@ -19,9 +19,9 @@ from torch import Tensor
 
 
 def content_digest(image_CHW: Tensor, label: int, key: bytes) -> bytes:
-    """Keyed SHA-256 of a training sample: of its pixels (uint8) as they are decoded, their shape, and its label.
+    """Keyed SHA-256 of a training sample: of its decoded pixels (uint8), their shape, and its label.
 
-    Not of its key or place: those an attacker could change for all samples at once.
+    Key and place of the sample do not count: an attacker could change those of all samples at once.
     """
     head = f"{tuple(image_CHW.shape)}/{label}/".encode()
     return hmac.digest(key, head + image_CHW.contiguous().numpy().tobytes(), hashlib.sha256)
@@ -33,13 +33,13 @@ def partition_of(digest: bytes, n_partitions: int) -> int:
 
 
 class Vote(NamedTuple):
-    """What N votes say.
+    """Predictions and certificates of N samples.
 
     Attributes:
-        prediction: most votes, of equals the smaller label; int64.
-        radius: so many inserted or removed training samples cannot change it; int64, >= 0.
-        n_top: votes for it, int64.
-        n_rival: the most votes for another class, plus one where that class would win a tie; int64.
+        prediction: class with the most votes; on ties, the smaller label; int64.
+        radius: number of inserted or removed training samples that cannot change the prediction; int64, >= 0.
+        n_top: votes for the prediction; int64.
+        n_rival: most votes for another class, plus one if that class wins ties; int64.
     """
 
     prediction: Tensor
@@ -49,7 +49,7 @@ class Vote(NamedTuple):
 
 
 def certified_poisons(votes_NK: Tensor) -> Vote:
-    """The plurality's prediction, and its certificate (Levine & Feizi 2021, Theorem 1).
+    """The prediction of the plurality, and its certificate (Levine & Feizi 2021, Theorem 1).
 
     Args:
         votes_NK: votes for each of K >= 2 classes, integers.
@@ -57,7 +57,7 @@ def certified_poisons(votes_NK: Tensor) -> Vote:
     n_classes = votes_NK.shape[1]
     votes_NK = votes_NK.long()
     classes_K = torch.arange(n_classes, device=votes_NK.device)
-    prediction_N = (votes_NK * n_classes - classes_K).argmax(1)  # all different, so there is one largest
+    prediction_N = (votes_NK * n_classes - classes_K).argmax(1)  # distinct values: the maximum is unique
     top_N = votes_NK.gather(1, prediction_N[:, None])[:, 0]
     ahead_NK = votes_NK + (classes_K < prediction_N[:, None])
     rival_N = ahead_NK.scatter(1, prediction_N[:, None], -1).amax(1)

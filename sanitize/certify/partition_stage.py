@@ -1,4 +1,4 @@
-"""Certify samples of a data set by the votes of a partition ensemble: the only place where `partition` meets files."""
+"""Certify samples of a data set by the votes of a partition ensemble."""
 
 from collections.abc import Sequence
 
@@ -21,19 +21,19 @@ from sanitize.stage import Advance, Bars, Work, stage
 def certify_partitions(
     ensemble: Checkpoint, dataset: Dataset, out: str, compute: Compute, shards: Sequence[str] | None = None
 ) -> Work:
-    """How many poisoned training samples cannot change the prediction of each usable sample.
+    """For each usable sample, the number of poisoned training samples that cannot change its prediction.
 
     Args:
-        ensemble: what `train_partitions` made, or a package of it.
-        dataset: what to certify.
-        out: folder of the artifact: rows with `radius`, a number of training samples, `n_top` and `n_rival`, the votes
-            for the prediction and, ties counted against it, for the class next to it.
+        ensemble: an ensemble of `train_partitions`, or its package.
+        dataset: samples to certify.
+        out: folder of the artifact: rows with `radius`, a number of training samples, `n_top`, the votes for the
+            prediction, and `n_rival`, those for the runner-up, which wins ties.
         compute: device and precision.
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Raises:
-        ArtifactError: the model is no such ensemble.
-        ConfigError: it takes other images.
+        ArtifactError: the model is no partition ensemble.
+        ConfigError: the ensemble takes other images.
     """
     proved, config, model = ensemble.read_json(PROVED), ensemble.config, ensemble.model()
     if dataset.image_shape != config.image_shape:
@@ -47,7 +47,8 @@ def certify_partitions(
             votes_BK = predict(model, batch.images_BCHW, config.normalise, compute).long()
             vote = certified_poisons(votes_BK)
             columns = {"position": batch.positions_B, "label": batch.labels_B} | vote._asdict()
-            tables.append(pa.table({"key": batch.keys} | {name: of.numpy() for name, of in columns.items()}))
+            arrays = {name: values_B.numpy() for name, values_B in columns.items()}
+            tables.append(pa.table({"key": batch.keys} | arrays))
             advance(len(batch.keys))
         if tables:
             write_rows(part, shard, pa.concat_tables(tables))

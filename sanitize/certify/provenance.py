@@ -1,8 +1,8 @@
-"""What was done to shards before they were indexed, and whether a certificate about them survives it.
+"""Steps that made the shards, and whether a poisoning certificate is valid after them.
 
-A certificate of `partition` speaks of samples that are inserted into, or removed from, the data it was trained on.
-Where a step before has judged samples by statistics of all of them, one poisoned sample of the raw data may have
-changed which others are still there: what is proved about the filtered data says nothing about the raw data.
+A certificate of `partition` covers samples inserted into or removed from the training data. If an earlier step filtered
+samples by statistics of all samples, one poisoned sample in the raw data may have changed which others were kept: a
+certificate for the filtered data says nothing about the raw data.
 """
 
 import json
@@ -14,23 +14,23 @@ from sanitize.data.dataset import Dataset
 from sanitize.errors import ArtifactError, ConfigError
 from sanitize.storage import exists, join, read_bytes
 
-# What becomes of a sample there depends on this sample alone, or is what the certificate is to be tested with.
+# Stages that treat each sample by itself, or that make the poison a certificate is tested with.
 _SAMPLE_BY_SAMPLE = {"write_digits", "poison_shards"}
 
 
 def refuse_if_void(dataset: Dataset) -> None:
-    """Raise ConfigError unless one sample more or less in the shards is one more or less in the data set.
+    """Raise ConfigError unless a change of one sample in the shards is a change of one sample in the data set.
 
     Raises:
-        ConfigError: the shards were written by a step that looks at all samples; or the index lets the samples decide
-            how many classes there are, or how large images are.
+        ConfigError: the shards were written by a step that looks at all samples together; or the number of classes or
+            the image size were taken from the samples.
     """
     for folder, stage in _upstream(dataset):
         if stage not in _SAMPLE_BY_SAMPLE:
             raise ConfigError(
                 f"no poisoning certificate for {folder}: these shards were made by {stage}, which looks at all samples "
-                "together. One poisoned sample may have changed which others are there, so nothing proved about what "
-                "is left holds for the raw data. Give the raw shards, and filter inside each partition "
+                "together. One poisoned sample may have changed which others were kept, so a certificate would not "
+                "hold for the raw data. Give the raw shards, and filter inside each partition "
                 "(partition.filter: {kind: per_partition})"
             )
     config = dataset.manifest().recipe.config
@@ -40,13 +40,13 @@ def refuse_if_void(dataset: Dataset) -> None:
     }
     if taken := [f"{name}: {found}" for name, (given, found) in wanted.items() if given is None]:
         raise ConfigError(
-            "no poisoning certificate while the samples decide on settings, because one more sample could change them "
-            f"for all: set {', '.join(taken)} (what was found in these)"
+            "no poisoning certificate while settings are taken from the samples, because one more sample could change "
+            f"them: set {', '.join(taken)} (values found in these samples)"
         )
 
 
 def _upstream(dataset: Dataset) -> Iterator[tuple[str, str]]:
-    """(folder, stage) of the artifacts of ours that the shards lie in."""
+    """(folder, stage) of the artifacts that contain the shards."""
     folders = {url.rpartition("/")[0] for url in dataset.urls.values()}
     for folder in sorted(folders | {folder.rpartition("/")[0] for folder in folders}):
         if stage := _stage_that_made(folder):
@@ -54,11 +54,11 @@ def _upstream(dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 
 def _stage_that_made(folder: str) -> str | None:
-    """By its manifest or, of a copy of clean shards without one, by `dataset.json`; None where neither is ours."""
+    """The stage by the manifest or, for a copy of clean shards, by `dataset.json`; None if both are unknown."""
     if exists(join(folder, MANIFEST)):
-        with suppress(ArtifactError):  # somebody else's file of that name
+        with suppress(ArtifactError):  # another program's file of that name
             return read_manifest(folder).recipe.stage
     if exists(description := join(folder, "dataset.json")):
-        with suppress(ValueError, TypeError, KeyError, RecursionError):  # the same: anything may be in it
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # likewise
             return "write_selected" if json.loads(read_bytes(description))["made_from"]["selection"] else None
     return None

@@ -1,4 +1,4 @@
-"""Certify samples of a data set by randomized smoothing: the only place where `smoothing` meets files."""
+"""Certify samples of a data set by randomized smoothing."""
 
 import json
 import math
@@ -38,28 +38,28 @@ _SCHEMA = pa.schema(
 
 
 class CertifySmoothingConfig(SmoothingConfig):
-    """How samples are certified, and how many.
+    """Settings of the certification, and number of samples.
 
-    n copies that all agree prove a probability of alpha^(1/n), and no more: the radius of an image is less than
-    sigma Phi^-1(alpha^(1/n)), and where that probability is at most 1/2 nothing can be certified.
+    n copies that all agree prove a probability of alpha^(1/n): no radius is larger than sigma Phi^-1(alpha^(1/n)), and
+    no image can be certified if that probability is at most 1/2.
 
     | n | 10 | 20 | 50 | 100 | 1,000 | 10,000 | 100,000 |
     |---|---|---|---|---|---|---|---|
     | largest radius in units of sigma, alpha .001 | 0.003 | 0.55 | 1.14 | 1.51 | 2.47 | 3.20 | 3.82 |
 
     Attributes:
-        max_images: so many of the usable samples, chosen by a keyed hash of shard and key; None takes all.
+        max_images: number of usable samples to certify, chosen by a keyed hash of shard and key; None takes all.
     """
 
     max_images: int | None = Field(default=500, ge=1)
 
     @property
     def largest_radius(self) -> float:
-        """The radius of an image of which all n copies are of one class; 0 where nothing can be certified."""
+        """Radius of an image if all n copies agree; 0 if no image can be certified."""
         return float(radius(lower_bound(self.n, self.n, self.alpha), self.sigma))
 
     def refuse_if_hopeless(self) -> None:
-        """Raise ConfigError where n copies cannot certify any image at level alpha."""
+        """Raise ConfigError if n copies cannot certify any image at level alpha."""
         if self.largest_radius > 0:
             return
         n = max(1, int(-math.log2(self.alpha)))
@@ -79,7 +79,7 @@ class CertifySmoothingConfig(SmoothingConfig):
 
 
 def _rounded(reach: float) -> str:
-    """Three digits, rounded up: it is said of a bound from above."""
+    """Three digits, rounded up, for an upper bound."""
     digits = 2 - math.floor(math.log10(reach))
     return f"{math.ceil(reach * 10**digits) / 10**digits:g}"
 
@@ -95,24 +95,24 @@ def certify_smoothing(
 ) -> Work:
     """Certify usable samples by Algorithm CERTIFY.
 
-    Rows are kept as they come, in a journal in the folder of the unfinished artifact, if that lies on a disk: a run
-    that was killed goes on behind the last image that was finished, to the same bytes.
+    Finished rows are appended to a journal in the folder of the unfinished artifact, if it is on a disk: a killed run
+    resumes after the last finished image, to the same bytes.
 
     Args:
         config: noise, copies, level, and how many samples.
         checkpoint: the base classifier, best trained under the same noise (`optim.noise_sd`).
-        dataset: what to certify.
+        dataset: samples to certify.
         out: folder of the artifact.
-        compute: device, precision (of the function that is certified) and seed of the noise.
+        compute: device, precision (part of the certified function) and seed of the noise.
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Raises:
-        ConfigError: so few copies can certify nothing.
+        ConfigError: n copies cannot certify any image.
         NumericsError: a logit is not finite; the message names shard and keys.
     """
-    config.refuse_if_hopeless()  # a config that was copied with changes is not checked
+    config.refuse_if_hopeless()  # model_copy(update=...) does not validate
 
-    @cache  # asked for by the first missing part
+    @cache  # loaded for the first missing part
     def prepared() -> tuple[OnPixels, Mapping[str, set[int]]]:
         model = OnPixels(checkpoint.model(), checkpoint.config)
         return model, choose_samples(dataset, config.max_images, compute)
@@ -144,7 +144,7 @@ def certify_smoothing(
 
 
 def _proved(config: CertifySmoothingConfig, compute: Compute) -> dict[str, Any]:
-    """What the radii say: the statement of these certificates."""
+    """The statement of these certificates."""
     return {
         "kind": "smoothing",
         "source": "Randomized smoothing, Cohen, Rosenfeld & Kolter 2019",
@@ -184,16 +184,16 @@ def _certify(model: OnPixels, group: ImageBatch, config: SmoothingConfig, comput
 
 
 class Journal:
-    """Rows of finished groups, one line of JSON a group, appended as they come.
+    """Rows of finished groups, one line of JSON a group, appended as they finish.
 
-    A line that was cut off, and what is behind it, is taken out when the journal is read; it is certified again.
+    Reading the journal removes an incomplete line and everything after it; those groups are certified again.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Position of its first sample and rows of each group."""
+        """For each group, the position of its first sample and its rows."""
         if not self._path.exists():
             return
         whole = 0
@@ -211,7 +211,7 @@ class Journal:
             file.truncate(whole)
 
     def append(self, first: int, rows: list[dict[str, Any]]) -> None:
-        """Keep the rows of a group: after this the process may be killed."""
+        """Append the rows of a group; afterwards a killed process does not lose them."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             file.write(json.dumps([first, rows], separators=(",", ":")).encode() + b"\n")

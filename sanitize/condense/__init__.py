@@ -1,4 +1,4 @@
-"""Condense a data set into a few images a class that stand for it, out of the reach of who poisoned it (RDM-DC)."""
+"""Condense a data set into a few images a class, robust to poisoned samples (RDM-DC)."""
 
 from sanitize.condense.aggregate import AggregateConfig
 from sanitize.condense.distribution_matching import MatchingConfig

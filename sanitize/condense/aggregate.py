@@ -1,11 +1,11 @@
-"""What stands for the representations of a class: their mean, or a mean that a few poisoned samples cannot move far.
+"""The representation of a class: a mean, or a robust mean that few poisoned samples cannot shift far.
 
-RDM-DC (Zheng & Li), section 4: of N representations r_i of a class a share eps is poisoned, and k = ceil(margin eps N)
-are kept out of the mean.
+RDM-DC (Zheng & Li), section 4: a share eps of the N representations r_i of a class is poisoned, and k =
+ceil(margin eps N) are left out of the mean.
     calibrated   the k with the largest |<r_i - r_bar, v>|, v the top eigenvector of their covariance (Algorithms 4, 5)
     truncated    the k with the largest ||r_i - r_bar||
-    trimmed      of each coordinate the k/2 largest and the k/2 smallest
-    median       of each coordinate all but the middle one or two
+    trimmed      the k/2 largest and the k/2 smallest of each coordinate
+    median       all but the middle one or two of each coordinate
 All classes at once, without gradients. Shapes: K classes, N samples of a class, D features.
 """
 
@@ -20,19 +20,19 @@ from sanitize.errors import ConfigError
 
 
 class AggregateConfig(BaseModel):
-    """How the representations of a class become one.
+    """Aggregation of the representations of a class.
 
     Attributes:
         kind: see above; mean is plain distribution matching.
-        eps: share of poisoned samples *within a class* that is to be withstood: poison that is 1 % of ten classes, all
-            of it in one, is 10 % there.
-        margin: how many times that share is left out. The source has 3; what is left out beyond the poison is more of
-            one tail of the class than of the other, and moves the mean: 1.5 finds the same and moves it half as far.
-        power_iterations: of the power method, for calibrated.
-        min_kurtosis: calibrate a class only where its projections on v have at least this kurtosis, and take its mean
-            elsewhere; None always calibrates, as the source does. Below 3, a normal distribution's, no small group
-            lies far out along v, and there is nothing to drop but one side of the class itself. Blind to poison of a
-            fifth of a class and more, which is no small group: two points have the kurtosis 1 / (eps - eps^2) - 3.
+        eps: share of poisoned samples *within a class* to withstand. Poison that is 1 % of ten equal classes, all
+            in one class, is 10 % of that class.
+        margin: share left out as a multiple of eps. The paper uses 3. Clean samples left out beyond the poison come
+            more from one tail and shift the mean: 1.5 removes the same poison with half the shift.
+        power_iterations: iterations of the power method, for calibrated.
+        min_kurtosis: least kurtosis of the projections on v for which a class is calibrated; other classes use the
+            mean. None always calibrates, as in the paper. Below 3, the kurtosis of a normal distribution, no small
+            group lies far out along v. Poison of a fifth of a class or more is missed: two points have the kurtosis
+            1 / (eps - eps^2) - 3.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,23 +46,23 @@ class AggregateConfig(BaseModel):
     @model_validator(mode="after")
     def _kurtosis_is_used(self) -> Self:
         if self.min_kurtosis is not None and self.kind != "calibrated":
-            raise ConfigError(f"aggregate.kind={self.kind} looks at no kurtosis: leave min_kurtosis out")
+            raise ConfigError(f"aggregate.kind={self.kind} does not use min_kurtosis: leave it out")
         return self
 
     def n_dropped(self, n: int) -> int:
-        """k = ceil(margin eps n), but never all of them."""
-        # Rounded first: 3 * 0.1 * 10 is a little above 3 in floating point, and its ceiling would be 4.
+        """k = ceil(margin eps n), at most n - 1."""
+        # Rounded first: 3 * 0.1 * 10 is above 3 in floating point, and its ceiling would be 4.
         return min(math.ceil(round(self.margin * self.eps * n, 6)), n - 1)
 
 
 @torch.no_grad()
 def aggregate(r_KND: Tensor, config: AggregateConfig, generator: torch.Generator) -> Tensor:
-    """One representation a class, (K, D), of theirs, float.
+    """Aggregate the representations of each class to (K, D), float.
 
     Args:
         r_KND: representations.
-        config: how.
-        generator: on the CPU; draws where the power method begins, for calibrated.
+        config: kind of mean.
+        generator: CPU generator of the start of the power method, for calibrated.
     """
     if config.kind in ("median", "trimmed"):
         n = r_KND.shape[1]
@@ -74,7 +74,7 @@ def aggregate(r_KND: Tensor, config: AggregateConfig, generator: torch.Generator
 
 @torch.no_grad()
 def kept(r_KND: Tensor, config: AggregateConfig, generator: torch.Generator) -> Tensor:
-    """Which samples are in the mean, (K, N) bool; of kinds that keep samples, not coordinates."""
+    """Mask of the samples in the mean, (K, N) bool, for kinds that leave out samples."""
     keep_KN = torch.ones(r_KND.shape[:2], dtype=torch.bool, device=r_KND.device)
     if config.kind == "mean":
         return keep_KN
@@ -94,7 +94,7 @@ def kept(r_KND: Tensor, config: AggregateConfig, generator: torch.Generator) -> 
 
 
 def top_eigenvector(centred_KND: Tensor, start_KD: Tensor, iterations: int) -> Tensor:
-    """Of the covariance of each class the unit eigenvector with the largest eigenvalue, (K, D), up to its sign.
+    """Unit eigenvector of the largest eigenvalue of each class covariance, (K, D), up to its sign.
 
     Algorithm 5; the covariance, D x D, is never formed: its product with v is R^T (R v).
     """

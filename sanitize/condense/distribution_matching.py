@@ -1,10 +1,10 @@
-"""Distribution matching (Zhao & Bilen, 2021), and RDM-DC (Zheng & Li), which a poisoner cannot steer (Algorithm 3).
+"""Distribution matching (Zhao & Bilen, 2021), and the robust RDM-DC (Zheng & Li, Algorithm 3).
 
-M images s_j a class are learned, from noise. In each iteration, with a new random network as the feature extractor r,
-and for each class one random change of images A, the same for real and condensed ones,
+M images s_j a class are learned from noise. Each iteration draws a new random network as the feature extractor r and,
+for each class, one random change A of real and condensed images, and minimises
     loss = sum over classes of || mean_j r(A s_j) - mu ||^2,    mu: aggregate of r(A x_i), x_i real images of the class
-Where mu is the mean this is DM (Eq. 2); where it is the calibrated mean, RDM-DC. The images begin as noise and never as
-real images, which would hand poison over as it is.
+With the mean as mu, this is DM (Eq. 2); with the calibrated mean, RDM-DC. The images start as noise, because real
+images as a start would carry poison over.
 
 Shapes: K classes, N real and M condensed images of a class, C H W image, D features.
 """
@@ -24,26 +24,26 @@ from sanitize.errors import NumericsError
 from sanitize.models.config import ModelConfig
 from sanitize.models.instance_convnet import InstanceConvNet, InstanceConvNetConfig
 from sanitize.siamese import Change, SiameseConfig
-from sanitize.snapshots import Snapshot, Snapshots, below, optimizer_state, prefixed, restore_optimizer
+from sanitize.snapshots import Snapshots, restore_optimizer
 
-# Images that go through the extractor together. On a CPU its activations must stay in the cache: all classes at once
-# take 1.5 to 2 x as long. On a GPU they are there to fill it.
+# Images in one pass of the extractor. On a CPU its activations must fit into the cache: all classes at once take 1.5 to
+# 2 x as long. On a GPU large passes are faster.
 _AT_ONCE = {"cpu": 32, "cuda": 4096}
 _HISTORY_EVERY = 50  # iterations
-_IN_A_FRAME = 10  # classes, and images of each: frames are kept until the end, and are for people
+_IN_A_FRAME = 10  # classes, and images of each: frames are held in memory until the end
 
 
 class MatchingConfig(BaseModel):
-    """What is learned, and how.
+    """The condensed images and their optimisation.
 
     Attributes:
         images_per_class: M.
         iterations: steps of SGD.
-        learning_rate, momentum: of SGD on pixels in normalised units. The mean over M divides gradients by M.
+        learning_rate, momentum: settings of SGD on pixels in normalised units. The mean over M divides gradients by M.
         batch_size: N, real images of each class in an iteration.
-        architecture: of the random feature extractors.
-        augment: the changes shared by real and condensed images.
-        aggregate: what real representations become.
+        architecture: network of the random feature extractors.
+        augment: random changes shared by real and condensed images.
+        aggregate: aggregation of the representations of real images.
         mean, std: normalisation of each channel on the scale [0, 1].
     """
 
@@ -62,13 +62,13 @@ class MatchingConfig(BaseModel):
 
 
 class Condensed(NamedTuple):
-    """What was learned.
+    """Result of `condense`.
 
     Attributes:
         images_KMCHW: in normalised units, float32, on the CPU.
-        history: rows of iteration and loss, the mean since the last row.
-        frames: what the first ten images of the first ten classes looked like, uint8, by iteration: at the start, after
-            each quarter of the iterations, and at the end.
+        history: rows of iteration and loss, averaged since the last row.
+        frames: first ten images of the first ten classes, uint8, by iteration: at the start, after each quarter of the
+            iterations, and at the end.
     """
 
     images_KMCHW: Tensor
@@ -84,22 +84,22 @@ def condense(
     on_step: Callable[[int], None] = lambda _n: None,
     on_row: Callable[[dict[str, float]], None] = lambda _row: None,
 ) -> Condensed:
-    """Learn images that stand for those of the pool.
+    """Learn condensed images of a pool.
 
     Args:
-        config: what and how.
-        pool: real images, held on the device while this runs.
+        config: number of images and optimisation.
+        pool: real images, copied to the device.
         compute: device, precision, seed.
-        snapshots: where to save how far it has come, and to go on from; on a CPU that gives the same bits.
-        on_step: told how many iterations have passed.
-        on_row: told each row of the history.
+        snapshots: file for the state of the optimisation, which resumes from it, on a CPU to the same bits.
+        on_step: called with the number of new iterations.
+        on_row: called with each row of the history.
 
     Raises:
-        NumericsError: the loss is not finite; looked at every 50 iterations, so that the device is not waited for.
+        NumericsError: the loss is not finite; checked every 50 iterations, to avoid waiting for the device.
     """
     learning = _Learning(config, pool, compute)
-    if snapshots is not None and (snapshot := snapshots.load()) is not None:
-        learning.restore(snapshot)
+    if snapshots is not None and (state := snapshots.load()) is not None:
+        learning.restore(state)
         on_step(learning.iteration)
     quarters = {config.iterations * i // 4 for i in range(5)}
     while learning.iteration < config.iterations:
@@ -116,13 +116,13 @@ def condense(
 
 
 def to_pixels(images_XCHW: Tensor, config: MatchingConfig) -> Tensor:
-    """uint8 images: what is darker than black or brighter than white, as condensed images may be, is cut off."""
-    mean_C11, std_C11 = (torch.tensor(of)[:, None, None] for of in (config.mean, config.std))
+    """uint8 images, clipped: condensed images may be darker than black or brighter than white."""
+    mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
     return ((images_XCHW * std_C11 + mean_C11) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class _Learning:
-    """All that changes from iteration to iteration; what is random depends on the number of the iteration alone."""
+    """The state of the optimisation; random draws depend on the number of the iteration alone."""
 
     def __init__(self, config: MatchingConfig, pool: Pool, compute: Compute) -> None:
         device = compute.torch_device
@@ -144,7 +144,7 @@ class _Learning:
         self.frames: dict[int, Tensor] = {}
 
     def step(self) -> None:
-        """One iteration. Classes go through it in groups; the gradients of all of them make one step of SGD."""
+        """One iteration: gradients are computed for groups of classes and added up for one step of SGD."""
         config, device = self.config, self.compute.torch_device
         draws = self.compute.generator("condense", "draws", self.iteration)
         weights = self.compute.generator("condense", "extractor", self.iteration, device=device)
@@ -164,7 +164,7 @@ class _Learning:
 
     @torch.no_grad()
     def _targets(self, rows_KN: Tensor, change: Change, draws: torch.Generator) -> Tensor:
-        """What stands for the real images of each class, (K, D)."""
+        """Aggregated representations of the real images of each class, (K, D)."""
         x_KNCHW = self.input.normalise(self.real_NCHW[rows_KN].flatten(0, 1)).unflatten(0, rows_KN.shape)
         x_XCHW = change(x_KNCHW).flatten(0, 1)
         r_XD = torch.cat([self._features(part) for part in x_XCHW.split(_AT_ONCE[x_XCHW.device.type])])
@@ -179,7 +179,7 @@ class _Learning:
             return self.extractor.features(x_BCHW.contiguous(memory_format=torch.channels_last)).float()
 
     def end_row(self) -> dict[str, float]:
-        """The mean loss since the last row, which joins the history."""
+        """Add a row with the mean loss since the last row to the history."""
         before = int(self.history[-1]["iteration"]) if self.history else 0
         loss = float(self.loss_sum) / (self.iteration - before)
         if not math.isfinite(loss):
@@ -192,24 +192,26 @@ class _Learning:
         return self.history[-1]
 
     def keep_frame(self) -> None:
-        """What the images look like now joins the frames."""
+        """Add the current images to the frames."""
         shown_KMCHW = self.images_KMCHW.detach()[:_IN_A_FRAME, :_IN_A_FRAME]
         self.frames[self.iteration] = to_pixels(shown_KMCHW.float().cpu(), self.config)
 
-    def snapshot(self) -> Snapshot:
-        """Where learning is."""
-        tensors, settings = optimizer_state(self.optimizer)
-        own = {"images": self.images_KMCHW.detach(), "loss_sum": self.loss_sum}
-        own |= prefixed("frame", {str(iteration): frame for iteration, frame in self.frames.items()})
-        numbers: dict[str, Any] = {"iteration": self.iteration, "history": self.history}
-        return Snapshot(own | prefixed("optimizer", tensors), numbers | settings)
+    def snapshot(self) -> dict[str, Any]:
+        """The state of the optimisation."""
+        return {
+            "images": self.images_KMCHW,
+            "loss_sum": self.loss_sum,
+            "optimizer": self.optimizer.state_dict(),
+            "iteration": self.iteration,
+            "history": self.history,
+            "frames": self.frames,
+        }
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back there."""
-        tensors, numbers = snapshot
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `snapshot` returned."""
         with torch.no_grad():
-            self.images_KMCHW.copy_(tensors["images"])
-        self.loss_sum.copy_(tensors["loss_sum"])
-        restore_optimizer(self.optimizer, Snapshot(below("optimizer", tensors), numbers))
-        self.iteration, self.history = numbers["iteration"], numbers["history"]
-        self.frames = {int(iteration): frame for iteration, frame in below("frame", tensors).items()}
+            self.images_KMCHW.copy_(state["images"])
+        self.loss_sum.copy_(state["loss_sum"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        self.iteration, self.history = state["iteration"], state["history"]
+        self.frames = {int(iteration): frame for iteration, frame in state["frames"].items()}

@@ -1,7 +1,7 @@
-"""What a small set of images is worth: a fresh network learns from it and nothing else.
+"""Train a new network on a condensed set alone, to measure the set.
 
-A thousand epochs on ten images overfit; which epoch's network is taken, real images decide that were held out of the
-condensing, never those that measure the accuracy. N images, M held out, C H W image.
+A thousand epochs on ten images overfit. The epoch is chosen by real images that were held out of the condensing, never
+by the test images. N images, M held out, C H W image.
 """
 
 import copy
@@ -20,15 +20,15 @@ from sanitize.siamese import SiameseConfig
 
 
 class EvaluateConfig(BaseModel):
-    """How a set is learned from.
+    """Training on a condensed set.
 
     Attributes:
-        optim: the source has SGD at 0.01 with momentum 0.9 and weight decay 5e-4, in batches of 256, for 1,000 epochs.
-        augment: a change of each image, drawn anew in each step.
-        n_networks: trained one after the other, each from its own seed.
-        held_out: real images a class, a tenth of the class at most, that are not condensed: the network is taken as it
-            was when it was right on most of them. 0 takes it as it is after the last epoch.
-        check_every: epochs between two looks at them; the last epoch is always looked at.
+        optim: the paper uses SGD at 0.01 with momentum 0.9 and weight decay 5e-4, in batches of 256, for 1,000 epochs.
+        augment: random change of each image in each step.
+        n_networks: number of networks, each with its own seed.
+        held_out: real images a class that are not condensed, at most a tenth of the class. The epoch with the highest
+            accuracy on them is chosen; 0 chooses the last epoch.
+        check_every: epochs between two measurements on held-out images; the last epoch is always measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,15 +51,15 @@ def learn_from(
     number: int,
     compute: Compute,
 ) -> nn.Module:
-    """A network that has seen these images alone.
+    """A network trained on these images alone, in eval mode.
 
     Args:
-        images_NCHW: in normalised units, float32.
+        images_NCHW: training images in normalised units, float32.
         labels_N: int64.
-        held_out: pixels (M, C, H, W), uint8, and labels (M,) that choose the epoch; M = 0 takes the last one.
-        config: how.
-        model_config: which network.
-        number: of the network; its initialisation, order and augmentation are drawn from streams of this number.
+        held_out: images (M, C, H, W), uint8, and labels (M,) that choose the epoch; M = 0 chooses the last one.
+        config: settings of the training.
+        model_config: description of the network.
+        number: number of the network, which names its random streams (initialisation, order, augmentation).
         compute: device, precision, seed.
 
     Raises:
@@ -75,7 +75,7 @@ def learn_from(
 
     def change(x_BCHW: Tensor) -> Tensor:
         drawn = config.augment.draw(len(x_BCHW), size, changing).to(device)
-        return drawn(x_BCHW[:, None])[:, 0]  # each image is a class of its own, so that each is changed its own way
+        return drawn(x_BCHW[:, None])[:, 0]  # each image is its own class, so that each gets its own change
 
     best = _Best(held_out, config, model_config, compute)
     train(model, data.epoch, data.steps_per_epoch, config.optim, compute, change, measure=best.look)
@@ -85,7 +85,7 @@ def learn_from(
 
 
 class _Best:
-    """The network as it was when it was right on most held-out images; of equals the later one: it learned longer."""
+    """The state with the highest accuracy on held-out images; on ties, the later one."""
 
     def __init__(
         self, held_out: tuple[Tensor, Tensor], config: EvaluateConfig, model_config: ModelConfig, compute: Compute

@@ -1,8 +1,8 @@
-"""A class-balanced sample of a data set that fits into memory: what real images are drawn from, again and again.
+"""A class-balanced sample of a data set that fits into memory; real images are drawn from this pool.
 
-Of each class those images are held whose hash is smallest (bottom-k sampling), in the order of their hashes: the sample
-depends neither on the order of shards nor on keys. The hash is keyed by the seed, so that an attacker who does not know
-it cannot make images that are sure to be chosen. Equal images of a class count once. Shapes: K classes, N images.
+The pool holds the images of each class with the smallest hashes (bottom-k sampling), in the order of their hashes: it
+depends neither on the order of shards nor on keys. The hash is keyed by the seed, so that an attacker without the seed
+cannot craft images that are chosen. Equal images of a class count once. Shapes: K classes, N images.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class Pool(NamedTuple):
 
     Attributes:
         images_NCHW: uint8.
-        first_K, count_K: of each class, where its images begin and how many there are, int64.
+        first_K, count_K: first row and number of images of each class, int64.
     """
 
     images_NCHW: Tensor
@@ -31,14 +31,14 @@ class Pool(NamedTuple):
     count_K: Tensor
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """Which `n` images of each class come next, (K, n) rows drawn with replacement by a CPU generator."""
+        """Draw rows of `n` images of each class with replacement, (K, n), by a CPU generator."""
         u_Kn = torch.rand(len(self.count_K), n, dtype=torch.float64, generator=generator)
         return self.first_K[:, None] + (u_Kn * self.count_K[:, None]).long()
 
     def hold_out(self, per_class: int) -> tuple["Pool", Tensor, Tensor]:
-        """The pool without the last images of each class, and those: uint8 (M, C, H, W), and their labels (M,).
+        """The pool without the last images of each class; those images, (M, C, H, W) uint8; and their labels (M,).
 
-        Of each class `per_class` images at most, and never more than a tenth of it.
+        At most `per_class` images and at most a tenth of each class are held out.
         """
         held_K = (self.count_K // 10).clamp(max=per_class)
         end_K = self.first_K + self.count_K
@@ -48,11 +48,11 @@ class Pool(NamedTuple):
 
 
 class _Reservoir:
-    """The images of one class with the smallest hashes; as many as `images_NCHW` has room for."""
+    """The images of one class with the smallest hashes, as many as fit into `images_NCHW`."""
 
     def __init__(self, images_NCHW: Tensor) -> None:
         self._images_NCHW = images_NCHW
-        self._largest: list[tuple[int, int]] = []  # (-hash, row): the largest hash is on top, first to go
+        self._largest: list[tuple[int, int]] = []  # (-hash, row): the largest hash is on top
         self._hashes: set[int] = set()
 
     def offer(self, image_CHW: Tensor, value: int) -> None:
@@ -70,19 +70,19 @@ class _Reservoir:
         self._images_NCHW[row] = image_CHW
 
     def finish(self) -> Tensor:
-        """The images, by their hashes."""
+        """The images in the order of their hashes."""
         rows = [row for _, row in sorted(self._largest, reverse=True)]
         self._images_NCHW[: len(rows)] = self._images_NCHW[rows]
         return self._images_NCHW[: len(rows)]
 
 
 def fill_pool(dataset: Dataset, max_bytes: int, compute: Compute) -> Pool:
-    """One pass over the data set.
+    """Fill a pool in one pass over the data set.
 
     Args:
-        dataset: only usable samples are read.
-        max_bytes: of uint8 pixels; each class gets the same share, and uses no more of it than it needs.
-        compute: its seed is the key of the hash.
+        dataset: the data set; only usable samples are read.
+        max_bytes: bytes of uint8 pixels; each class gets the same share and uses at most as much as it needs.
+        compute: the seed is the key of the hash.
 
     Returns:
         The pool, on the CPU.

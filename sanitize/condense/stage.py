@@ -1,4 +1,4 @@
-"""Condense a data set: the only place where `distribution_matching` meets files.
+"""Condense a data set.
 
 images, labels = sanitize.load_condensed("runs/condense/70-condensed")     # normalised float32, int64
 """
@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part, partial_of
+from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.condense.distribution_matching import Condensed, MatchingConfig, condense, to_pixels
 from sanitize.condense.evaluate import EvaluateConfig, learn_from
@@ -23,27 +23,26 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.decode import encode_png
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ArtifactError
+from sanitize.fit import snapshots_of
 from sanitize.loop import predict
 from sanitize.measure import count_correct
 from sanitize.models.config import ModelConfig
 from sanitize.progress import track
-from sanitize.snapshots import Snapshots
 from sanitize.stage import Work, stage
-from sanitize.storage import is_local, local_path
 
-SHARD = "shards/condensed-0000.tar"  # in a folder of its own: Hugging Face `datasets` takes .json beside it for data
+SHARD = "shards/condensed-0000.tar"  # its own folder: Hugging Face `datasets` reads .json files beside shards as data
 _GRID_COLUMNS = 10
 
 
 class CondenseConfig(BaseModel):
-    """How a data set is condensed.
+    """Settings of the condensation.
 
     Attributes:
-        matching: what is learned, and how.
-        pool_bytes: of uint8 pixels of real images, held on the device; a larger data set is stood for by a sample, with
-            the same share for each class.
-        evaluate: how networks learn from the condensed set where there is a test set to measure them on.
-        snapshot_every: iterations between two snapshots; a run that was killed goes on from the last one.
+        matching: condensed images and their optimisation.
+        pool_bytes: bytes of uint8 pixels of real images, held on the device; a larger data set is sampled, with the
+            same share for each class.
+        evaluate: training of networks on the condensed set, if there is a test set.
+        snapshot_every: iterations between two snapshots; a killed run resumes from the last one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,10 +55,9 @@ class CondenseConfig(BaseModel):
 
 class CondensedSet(Artifact):
     """`condensed.safetensors`: `images` (N, C, H, W) float32 in normalised units, class by class; `labels` (N,), int64.
-    `shards/condensed-0000.tar`: of each image KEY.png (8 bit), KEY.npy (the exact floats) and KEY.cls. `grid.png`: up
-    to ten images a class, one class a row. `frames/NNNNNNNN.png`: what the first ten classes looked like after so many
-    iterations, from the noise at the start to the end. `dataset.json`: what it is, how it was made. `history.json`: the
-    loss."""
+    `shards/condensed-0000.tar`: for each image KEY.png (8 bit), KEY.npy (the exact floats) and KEY.cls. `grid.png`: up
+    to ten images a class, one class a row. `frames/NNNNNNNN.png`: the first ten classes after so many iterations, from
+    the initial noise to the end. `dataset.json`: description and settings. `history.json`: the loss."""
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Images and labels, exact."""
@@ -76,16 +74,16 @@ class CondensedSet(Artifact):
 
     @property
     def frames(self) -> dict[int, bytes]:
-        """PNG by iteration, from the first to the last."""
+        """Iteration -> PNG, from the first to the last."""
         names = sorted(name for name in self.manifest().files if name.startswith("frames/"))
         return {int(name.removeprefix("frames/").removesuffix(".png")): self.read(name) for name in names}
 
 
 def load_condensed(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W), float32 in normalised units, and labels (N,), int64, of what `condense_dataset` made.
+    """Images (N, C, H, W), float32 in normalised units, and labels (N,), int64, of a condensed set.
 
     Raises:
-        ArtifactError: there is no such set, or it is not what its manifest says.
+        ArtifactError: there is no condensed set, or it does not match its manifest.
     """
     return CondensedSet.load(path).tensors()
 
@@ -94,14 +92,14 @@ def load_condensed(path: str | Path) -> tuple[Tensor, Tensor]:
 def condense_dataset(
     config: CondenseConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
 ) -> Work:
-    """Learn a few images a class that stand for a data set, and that poison in it cannot steer.
+    """Learn a few images a class from a data set, robust to poison in it.
 
     Args:
-        config: what and how.
-        dataset: the untrusted data; only usable samples are read, and one pass is made over them.
+        config: settings.
+        dataset: the untrusted data; usable samples are read in one pass.
         out: folder of the artifact.
         compute: device, precision, seed.
-        test: samples that networks trained on the condensed set are measured on; nothing is chosen by them.
+        test: samples for the accuracy of networks trained on the condensed set; nothing is chosen by them.
 
     Raises:
         DataError: a class has no usable sample.
@@ -111,9 +109,7 @@ def condense_dataset(
 
     def write(part: Part) -> None:
         pool, *held_out = fill_pool(dataset, config.pool_bytes, compute).hold_out(config.evaluate.held_out)
-        snapshots = (
-            Snapshots(local_path(partial_of(out)) / "snapshot", config.snapshot_every) if is_local(out) else None
-        )
+        snapshots = snapshots_of(out, config.snapshot_every)
         with track("condense", config.matching.iterations, "iterations") as advance:
             condensed = condense(
                 config.matching,
@@ -156,7 +152,7 @@ def _measure(
     config: CondenseConfig,
     compute: Compute,
 ) -> list[float]:
-    """Accuracy on the test set of fresh networks that learned from the condensed set."""
+    """Test accuracy of new networks trained on the condensed set."""
     model_config = _model_config(config.matching, test.n_classes, test.image_shape)
     accuracies = []
     with track("evaluate", config.evaluate.n_networks, "networks") as advance:
@@ -170,7 +166,7 @@ def _measure(
 
 
 def _write(part: Part, condensed: Condensed, images_NCHW: Tensor, labels_N: Tensor, config: MatchingConfig) -> None:
-    """Everything but `dataset.json`."""
+    """Write all files except `dataset.json`."""
     part.write("condensed.safetensors", safetensors.torch.save({"images": images_NCHW, "labels": labels_N}))
     pixels_NCHW = to_pixels(images_NCHW, config)
     with shard_writer(part, SHARD) as tar:
@@ -188,7 +184,7 @@ def _write(part: Part, condensed: Condensed, images_NCHW: Tensor, labels_N: Tens
 
 
 def grid(pixels_KMCHW: Tensor) -> Tensor:
-    """One picture (C, H', W') of up to ten images a class, one class a row, with two white pixels between them."""
+    """One image (C, H', W') of up to ten images a class, one class a row, two white pixels apart."""
     framed_KMCHW = torch.nn.functional.pad(pixels_KMCHW[:, :_GRID_COLUMNS], [1, 1, 1, 1], value=255)
     rows, columns, channels, height, width = framed_KMCHW.shape
     return framed_KMCHW.permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)

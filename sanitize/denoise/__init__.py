@@ -1,4 +1,4 @@
-"""Training images without what a robust model should not learn from."""
+"""Training images without their small-scale features."""
 
 from sanitize.denoise.pca import PCA, Components, PCAConfig, fit_pca
 from sanitize.denoise.pca_noise import PCANoise, PCANoiseConfig

@@ -1,7 +1,7 @@
-"""Principal components of the images of a data set, in one pass over its shards, or a few.
+"""Principal components of the images of a data set, in one or a few passes over its shards.
 
-Up to 8,192 pixels a covariance matrix is summed up and taken apart, which is exact. Beyond that its product with a
-block of random directions is summed up instead (randomised subspace iteration: Halko, Martinsson & Tropp, SIAM Review
+Up to 8,192 pixels, the covariance matrix is accumulated and decomposed exactly. Beyond that, its product with a
+block of random directions is accumulated instead (randomised subspace iteration: Halko, Martinsson & Tropp, SIAM Review
 2011, Algorithm 4.4), once a pass. Pixels are on [0, 1]. Shapes: B images of a batch, D = C H W pixels, R components.
 """
 
@@ -23,16 +23,16 @@ from sanitize.stage import Work, stage
 from sanitize.streaming import Moments
 
 MAX_EXACT = 8_192  # pixels; the matrix takes 512 MiB, and its eigenvectors minutes
-_ROWS = 2_048  # images whose products are taken together: the sums are read and written once for all of them
+_ROWS = 2_048  # images in one matrix product: the sums are read and written once for all of them
 
 
 class PCAConfig(BaseModel):
-    """Which components.
+    """Number of components and their estimate.
 
     Attributes:
-        n_components: of images beyond 8,192 pixels, how many are estimated; smaller images have all of theirs.
-        n_passes: over the shards, for the estimate.
-        oversampling: further directions that are carried along and dropped at the end.
+        n_components: number of estimated components for images beyond 8,192 pixels; smaller images have all components.
+        n_passes: passes over the shards for the estimate.
+        oversampling: number of additional directions, dropped at the end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,7 +49,7 @@ class Components(NamedTuple):
         mean_D: the mean image.
         values_R: variances along the components, descending.
         vectors_DR: the components, orthonormal, each with its largest entry positive.
-        total: variance of all pixels together, a scalar.
+        total: summed variance of all pixels, a scalar.
     """
 
     mean_D: Tensor
@@ -58,17 +58,17 @@ class Components(NamedTuple):
     total: Tensor
 
     def energy(self, d: int) -> float:
-        """Share of all variance that the first d components have."""
+        """Share of the variance in the first d components."""
         return float(self.values_R[:d].sum() / self.total)
 
     def dimensions(self, energy: float) -> int:
-        """How many components have this share of all variance. Raises ConfigError where those there are have less."""
+        """Smallest number of components with this share of the variance. Raises ConfigError if all have less."""
         shares_R = self.values_R.cumsum(0) / self.total
         d = int((shares_R < energy).sum()) + 1
         if d > len(shares_R):
             raise ConfigError(
-                f"{len(shares_R)} components have {float(shares_R[-1]):.4f} of the variance, not {energy}: ask for "
-                "less, or raise n_components"
+                f"{len(shares_R)} components have {float(shares_R[-1]):.4f} of the variance, not {energy}: lower "
+                "energy, or raise n_components"
             )
         return d
 
@@ -78,7 +78,7 @@ class PCA(Artifact):
 
     @cached_property
     def components(self) -> Components:
-        """What was found."""
+        """The components. Raises ArtifactError if the file does not hold finite components."""
         names = Components._fields
         tensors = self.read_tensors("pca.safetensors", *names)
         found = Components(**{name: tensors[name] for name in names})
@@ -94,16 +94,16 @@ def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> 
     """Principal components of the usable images of a data set.
 
     Args:
-        config: how many, where they are estimated.
+        config: number of components and passes.
         dataset: the images.
         out: folder of the artifact.
         compute: seed of the random directions.
 
     Raises:
-        ConfigError: there are fewer than two images.
+        ConfigError: the data set has fewer than two images.
     """
     if dataset.n_samples < 2:
-        raise ConfigError(f"{dataset.path} has {dataset.n_samples} usable images: components need two")
+        raise ConfigError(f"{dataset.path} has {dataset.n_samples} usable images: at least two are needed")
     n_pixels = torch.Size(dataset.image_shape).numel()
 
     def write(part: Part) -> None:
@@ -145,7 +145,7 @@ class CovarianceProduct:
         count: rows seen.
         sum_D: their sum.
         product_DR: sum of x (x^T directions).
-        squares: sum of all squared entries.
+        squares: sum of the squares of all entries.
     """
 
     def __init__(self, directions_DR: Tensor) -> None:
@@ -163,7 +163,7 @@ class CovarianceProduct:
         self.squares = self.squares + x_BD.square().sum()
 
     def merge(self, other: Self) -> None:
-        """Add all rows `other` has seen; it has the same directions."""
+        """Add the rows of `other`, which has the same directions."""
         self.count += other.count
         self.sum_D = self.sum_D + other.sum_D
         self.product_DR += other.product_DR
@@ -185,7 +185,7 @@ class CovarianceProduct:
 
     @property
     def mean_D(self) -> Tensor:
-        """Of the rows."""
+        """Mean of the rows."""
         return self.sum_D / self.count
 
     @property
@@ -203,8 +203,8 @@ def estimated_components(
 ) -> Components:
     """The leading components, estimated by subspace iteration.
 
-    Each pass multiplies the block by the covariance once; the last one also says how the covariance acts inside the
-    block, and the components are its own (Rayleigh & Ritz).
+    Each pass multiplies the block by the covariance once. The components are the eigenvectors of the covariance within
+    the last block (Rayleigh & Ritz).
     """
     n_directions = min(config.n_components + config.oversampling, n_pixels)
     block_DR = torch.randn(n_pixels, n_directions, generator=generator, dtype=torch.float64)
@@ -221,7 +221,7 @@ def estimated_components(
 
 
 def _components(mean_D: Tensor, values_R: Tensor, vectors_DR: Tensor, total: Tensor) -> Components:
-    # A component may point either way; the largest entry decides, so that the bytes are the same everywhere.
+    # The sign of a component is arbitrary: the largest entry is made positive, for reproducible bytes.
     largest_R = vectors_DR.gather(0, vectors_DR.abs().argmax(0, keepdim=True))[0]
     vectors_DR = vectors_DR * torch.where(largest_R < 0, -1.0, 1.0)
     return Components(mean_D, values_R.contiguous(), vectors_DR.contiguous(), total)

@@ -1,9 +1,9 @@
-"""PCA-noise: training images without their small-scale features, and noise where those were (Li, Cheng, Su & Zhu,
+"""PCA-noise: training images with noise in place of their small-scale features (Li, Cheng, Su & Zhu,
 "Defense Against Adversarial Attacks via Controlling Gradient Leaking on Embedded Manifolds", Algorithm 1).
 
-A network that may use any direction leans on directions in which the data hardly vary, and small perturbations along
-these change its mind. Of a = V^T (x - mean) the first d components are kept; the next m become c sqrt(lambda_i) xi with
-xi ~ N(0, 1); the rest become zero; x' = V a + mean. Images to classify are never touched.
+An undefended network relies on directions in which the data hardly vary, and small perturbations along these change its
+predictions. Of a = V^T (x - mean), the first d components are kept; the next m become c sqrt(lambda_i) xi with
+xi ~ N(0, 1); the rest become zero; x' = V a + mean. Images to classify are not changed.
 
 Shapes: B images, D = C H W pixels on [0, 1].
 """
@@ -19,14 +19,14 @@ from sanitize.errors import ConfigError
 
 
 class PCANoiseConfig(BaseModel):
-    """What is kept, and what is put in place of the rest.
+    """Components that are kept, and the noise.
 
     Attributes:
-        mode: pca leaves nothing in place of the rest; noise, noise.
-        dims: d, components that are kept; or
-        energy: the share of all variance that those kept have: .9685 is 300 of CIFAR-10's.
-        noise_dims: m, components that become noise.
-        scale: c, their standard deviation as a multiple of what it was.
+        mode: pca sets the other components to zero; noise replaces `noise_dims` of them by noise.
+        dims: d, number of kept components; give dims or energy.
+        energy: share of the variance in the kept components; .9685 keeps 300 of CIFAR-10.
+        noise_dims: m, number of components that become noise.
+        scale: c, standard deviation of the noise as a multiple of that of the component.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +40,7 @@ class PCANoiseConfig(BaseModel):
     @model_validator(mode="after")
     def _dimension_is_given_once(self) -> Self:
         if (self.dims is None) == (self.energy is None):
-            raise ConfigError("denoise: give one of dims (a number of components) and energy (a share of the variance)")
+            raise ConfigError("denoise: give either dims (a number of components) or energy (a share of the variance)")
         return self
 
 
@@ -48,15 +48,15 @@ class PCANoise:
     """Algorithm 1 with fitted components.
 
     Args:
-        config: what is kept and what becomes noise.
-        components: of the training images.
-        device: where images will be.
+        config: kept components and noise.
+        components: principal components of the training images.
+        device: device of the images.
 
     Attributes:
         dims: d.
 
     Raises:
-        ConfigError: there are fewer components than the configuration asks for.
+        ConfigError: the configuration needs more components than there are.
     """
 
     def __init__(self, config: PCANoiseConfig, components: Components, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class PCANoise:
         self.n_noise = config.noise_dims if config.mode == "noise" else 0
         wanted, there = self.dims + self.n_noise, len(components.values_R)
         if wanted > there:
-            raise ConfigError(f"denoise: {self.dims} + {self.n_noise} components are asked for, there are {there}")
+            raise ConfigError(f"denoise needs {self.dims} + {self.n_noise} components, but there are {there}")
         vectors_DR = components.vectors_DR[:, :wanted].to(device, torch.float32)
         deviations_R = components.values_R[:wanted].sqrt().to(device, torch.float32)
         self._mean_D = components.mean_D.to(device, torch.float32)

@@ -1,4 +1,4 @@
-"""Write shards of modified training images: the only place where `pca_noise` meets files."""
+"""Write shards of modified training images."""
 
 import io
 from collections.abc import Sequence
@@ -24,21 +24,21 @@ from sanitize.tar.write import TarWriter
 
 
 class DenoiseConfig(PCANoiseConfig):
-    """How images are modified, and how they are written.
+    """Modification of the images, and their file format.
 
     Attributes:
-        member: png: 8 bits, what is below 0 or above 255 clipped; npy: float32 (C, H, W), 255 times a pixel on [0, 1],
-            exact. Clipping takes part of the noise away: see docs/methods.md.
+        member: png (8 bits, clipped to [0, 255]) or npy (float32 (C, H, W), 255 times a pixel on [0, 1], exact).
+            Clipping removes part of the noise: see docs/methods.md.
     """
 
     member: Literal["png", "npy"] = Field(default="png")
 
 
 class Denoised(Artifact):
-    """`shards/SHARD`: the usable samples with modified images; all other members as they were."""
+    """`shards/SHARD`: the usable samples with modified images; other members are unchanged."""
 
     def image(self, sample: Sample) -> Tensor:
-        """The modified image of a sample of its shards, rounded to uint8, (C, H, W)."""
+        """The modified image of a sample of these shards, rounded to uint8, (C, H, W)."""
         arrays = [payload for name, payload in sample.members if name.endswith(".npy")]
         if arrays and self.manifest().recipe.config["member"] == "npy":
             return _rounded(torch.from_numpy(np.load(io.BytesIO(arrays[0]), allow_pickle=False)))
@@ -56,12 +56,12 @@ def denoise_shards(
 ) -> Work:
     """Write a copy of the shards with modified images, in the order of the samples.
 
-    The noise of a sample is drawn from a stream named by its shard, key and position: order and workers change nothing.
+    The noise of a sample is drawn from a stream named by its shard, key and position, independent of order and workers.
 
     Args:
-        config: Algorithm 1, and the kind of member.
-        pca: of the same images.
-        dataset: what is copied; unreadable samples are left out.
+        config: modification and file format.
+        pca: components of the same images.
+        dataset: samples to copy; unreadable samples are left out.
         out: folder of the artifact.
         compute: seed of the noise.
         shards: names of the shards to do now; None does all that are missing and finishes.
@@ -71,7 +71,7 @@ def denoise_shards(
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         if unread_suffix(shard):
-            return  # nothing was read, and a file of ours must be what its name says
+            return  # the shard was not read, and a file written here must match its suffix
         with shard_writer(part, f"shards/{shard}") as tar:
             for sample, row in dataset.samples(shard):
                 if row["status"] == "ok":

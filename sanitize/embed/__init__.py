@@ -1,7 +1,7 @@
-"""What sees the samples: a suspect model trained on the untrusted data, or loaded, or an encoder that needs no labels.
+"""Embeddings: a suspect model trained on the untrusted data, or loaded; or an encoder trained without labels.
 
-A backdoor must be learned to be seen: the suspect model is trained on the poisoned data on purpose, and is thrown away.
-SimCLR's encoder sees images alone, for scorers that must not be told the labels.
+A backdoor can be detected only in a model that has learned it: the suspect model is trained on the poisoned data on
+purpose, and is not used for anything else. The encoder of SimCLR is for scorers that must not depend on labels.
 """
 
 from typing import Annotated, Any

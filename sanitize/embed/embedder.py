@@ -1,52 +1,44 @@
-"""Train the suspect model by plain cross-entropy on the untrusted data itself, or take the user's."""
+"""Train the suspect model by cross-entropy on the untrusted data, or load weights of the user."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
-
 from sanitize.artifacts import Part
-from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.shuffle import shuffled
-from sanitize.loop import OptimConfig, train
-from sanitize.models.architectures import Architecture
+from sanitize.fit import ClassifierConfig, fit_classifier
 from sanitize.models.checkpoint import Checkpoint, write_checkpoint
-from sanitize.models.config import ModelConfig
-from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.weights import load_into, load_state
-from sanitize.progress import track
 from sanitize.stage import Work, stage
 from sanitize.storage import fingerprint, sha256_file
 
 
-class EmbedderConfig(BaseModel):
-    """Which network embeds, and how it is trained.
+class EmbedderConfig(ClassifierConfig):
+    """The suspect model and how it is trained.
 
     Attributes:
         architecture: the network; a small ConvNet learns a backdoor as readily as a large one, and sooner.
-        weights: a .safetensors or torch state dict of the user's; given, nothing is trained.
-        mean, std: normalisation of each channel on the scale [0, 1].
-        optim: optimiser and schedule.
+        weights: a .safetensors or torch state dict to load instead of training.
+        mean, std, optim, cache_bytes: as in `FitConfig`.
         augment: none by default. Even 10 % of brightness and contrast keep a suspect model from learning a faint
-            trigger fully (blended 1 %: attack success rate 75 % instead of 92 %), and what it has not learned cannot be
-            seen in it. `flip` and `shift` move a corner trigger as well.
-        cache_bytes: decoded images held in memory; a larger data set is streamed through a buffer of this size.
+            trigger fully (blended 1 %: attack success rate 75 % instead of 92 %), and a trigger that is not learned
+            leaves no trace in the embeddings. `flip` and `shift` move a corner trigger as well.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["classifier"] = "classifier"
-    architecture: Architecture = ConvNetConfig()
     weights: str | None = None
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[PositiveFloat, ...] = (0.25,)
-    optim: OptimConfig = OptimConfig()
-    augment: AugmentConfig = AugmentConfig()
-    cache_bytes: int = Field(default=2**30, gt=0)
+
+    @property
+    def stage(self) -> Callable[..., Checkpoint]:
+        """The stage that makes this embedder."""
+        return train_embedder
+
+    @property
+    def n_passes(self) -> int:
+        """Passes over the data set."""
+        return self.optim.epochs if self.weights is None else 1
 
 
 @stage(Checkpoint, version=2)
@@ -54,7 +46,7 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
     """Train (or load) the suspect model.
 
     Args:
-        config: which network, and how.
+        config: network and training.
         dataset: the untrusted data; only usable samples are read.
         out: folder of the artifact.
         compute: device, precision, seed.
@@ -64,15 +56,9 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
 
     Raises:
         NumericsError: training diverged.
-        ConfigError, DataError: the user's weights or architecture cannot be used.
+        ConfigError, DataError: the weights or the architecture cannot be used.
     """
-    model_config = ModelConfig(
-        architecture=config.architecture,
-        n_classes=dataset.n_classes,
-        image_shape=dataset.image_shape,
-        mean=config.mean,
-        std=config.std,
-    )
+    model_config = config.describe(dataset)
     inputs = {"dataset": dataset.digest}
     sources = {}
     if config.weights is not None:
@@ -86,29 +72,18 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
         if config.weights is not None:
             load_into(model, load_state(config.weights), config.weights)
         else:
-            history = _train(model, model_config, config, dataset, compute)
+            history = fit_classifier(
+                model,
+                model_config,
+                config,
+                dataset,
+                compute,
+                description="train the suspect model",
+                stream="embedder",
+                generator=compute.generator("embedder", "augment"),
+            )
         write_checkpoint(part, model, model_config, history)
 
     own = partial(Checkpoint.of_own, architecture=config.architecture)
     settings = config.model_dump(mode="json", exclude={"weights"})
     return Work(write=write, sources=sources, handle=own, config=settings, inputs=inputs)
-
-
-def _train(
-    model: torch.nn.Module, model_config: ModelConfig, config: EmbedderConfig, dataset: Dataset, compute: Compute
-) -> list[dict[str, float]]:
-    generator = compute.generator("embedder", "augment")
-    order = partial(compute.generator, "embedder", "shuffle")
-    data = shuffled(dataset, config.optim.batch_size, config.cache_bytes, order)
-    total = config.optim.epochs * data.steps_per_epoch * data.batch_size
-    with track("train the suspect model", total) as advance:
-        return train(
-            model,
-            data.epoch,
-            data.steps_per_epoch,
-            config.optim,
-            compute,
-            lambda images_BCHW: config.augment(model_config.normalise(images_BCHW), generator),
-            advance,
-            unit=model_config.pixel_unit,
-        )

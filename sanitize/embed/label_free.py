@@ -1,4 +1,4 @@
-"""Embeddings that have seen neither labels nor a model: rows made of one image alone.
+"""Embeddings without labels or a model: each row is a function of one image.
 
 Shapes: B images of C channels; G cells a side, O orientations.
 """
@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from sanitize.data.tables import N_ORIENTATIONS
 
-_FLAT = 1e-3  # energy of gradients that counts as none; images are in [0, 1]
+_FLAT = 1e-3  # regularisation of the gradient energy; images are in [0, 1]
 
 
 def reduced_pixels(images_BCHW: Tensor, side: int) -> Tensor:
@@ -24,8 +24,8 @@ def reduced_pixels(images_BCHW: Tensor, side: int) -> Tensor:
 def oriented_gradients(images_BCHW: Tensor, cells: int) -> Tensor:
     """Histograms of oriented gradients (Dalal & Triggs, 2005) of uint8 images, as rows (B, O G G), float32.
 
-    In each cell of a G x G grid the magnitudes of the gradients are summed up by orientation, without sign, and divided
-    by the energy of the cell; not, as there, by that of its neighbours too: a patch stays in the cells it covers.
+    In each cell of a G x G grid the magnitudes of the gradients are summed by unsigned orientation and divided by the
+    energy of the cell. Unlike in the paper, neighbouring cells do not count: a patch affects only the cells it covers.
     Row-major: orientation, then the cell's row, then its column.
     """
     grey_B1HW = pad(images_BCHW.float().mean(1, keepdim=True) / 255, (1, 1, 1, 1), mode="replicate")
@@ -34,7 +34,7 @@ def oriented_gradients(images_BCHW: Tensor, cells: int) -> Tensor:
     magnitude_B1HW = (dx_B1HW.square() + dy_B1HW.square()).sqrt()
     orientation_B1HW = torch.atan2(dy_B1HW, dx_B1HW).remainder(math.pi) * (N_ORIENTATIONS / math.pi)
     below_B1HW = orientation_B1HW.floor()
-    share_B1HW = orientation_B1HW - below_B1HW  # of the orientation above
+    share_B1HW = orientation_B1HW - below_B1HW  # share of the next orientation
     below_B1HW = below_B1HW.long().remainder(N_ORIENTATIONS)
     votes_BOHW = magnitude_B1HW.new_zeros(len(images_BCHW), N_ORIENTATIONS, *magnitude_B1HW.shape[2:])
     votes_BOHW.scatter_(1, below_B1HW, magnitude_B1HW * (1 - share_B1HW))

@@ -1,80 +1,84 @@
 """SimCLR (Chen, Kornblith, Norouzi & Hinton, 2020): an encoder trained on images alone, without their labels.
 
-Each image is seen twice, changed at random, and the network is to tell which two of all views in the batch are of one
-image. With z the projection of a view, s_ij the cosine of z_i and z_j, and p(i) the other view of the image of view i,
+Each image gives two random views, and the network learns to find the other view of an image among all views of the
+batch. With z the projection of a view, s_ij the cosine of z_i and z_j, and p(i) the other view of the image of view i,
     loss_i = -log( exp(s_ip(i) / t) / sum_{j != i} exp(s_ij / t) )                                        (NT-Xent).
-The projection, two Linears behind the encoder, is thrown away.
+The projection, two Linears behind the encoder, is discarded.
 
-Wrong labels cannot reach it, and a trigger that the views crop away or fade is not worth learning: the encoder serves
-B. Liu (2022), Algorithm 7, as the representation whose last layer alone is trained on labels, and `neighbours` as an
-embedding. Shapes: B images of a batch, V = 2 B views, D features of the projection.
+Wrong labels have no influence, and triggers that the views crop or fade are hardly learned. The encoder is used by
+B. Liu (2022), Algorithm 7, which trains only the last layer on labels, and as an embedding for `neighbours`.
+
+Shapes: B images of a batch, V = 2 B views, D features of the projection.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, partial_of
+from sanitize.artifacts import Part
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import Resident, Streamed, buffer_bytes, shuffled
 from sanitize.distributed import weighted, world
 from sanitize.errors import ConfigError
+from sanitize.fit import FitConfig, noted, snapshots_of
 from sanitize.loop import Objective, OptimConfig, Step, TrainBatch, train
-from sanitize.models.architectures import Architecture
 from sanitize.models.checkpoint import Checkpoint, write_checkpoint
 from sanitize.models.config import ModelConfig
-from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.taps import find_taps
 from sanitize.progress import track
 from sanitize.snapshots import Snapshots
 from sanitize.stage import Work, stage
-from sanitize.storage import is_local, local_path
 
 
-class SimCLRConfig(BaseModel):
-    """Which network, how its views are made, and how it is trained.
+class SimCLRConfig(FitConfig):
+    """The encoder, its views of an image, and how it is trained.
 
     Attributes:
-        architecture: the network; what comes before its last Linear is the encoder.
-        mean, std: normalisation of each channel on the scale [0, 1].
-        views: how an image is changed; what the views do not change, triggers included, the encoder may well see.
-        temperature: t; the smaller, the more the most similar other images count.
-        projection: widths of the projection's hidden layer and of z.
-        optim: optimiser, schedule, epochs; the other images of a batch are what an image is told apart from.
-        cache_bytes: decoded images held on the device; a larger data set is streamed through a buffer of this size.
-        snapshot_every: steps between two snapshots; a run that was killed goes on from the last one.
+        architecture: the network; the layers before its last Linear are the encoder.
+        mean, std, cache_bytes: as in `FitConfig`.
+        views: random changes that make a view of an image. The encoder may learn whatever they leave unchanged,
+            triggers included.
+        temperature: t; at lower values, the most similar other images count more.
+        projection: widths of the hidden layer of the projection and of z.
+        optim: optimizer, schedule, epochs. The other images of a batch are the negatives.
+        snapshot_every: steps between two snapshots; a killed run resumes from the last one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["simclr"] = "simclr"
-    architecture: Architecture = ConvNetConfig()
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[PositiveFloat, ...] = (0.25,)
     views: AugmentConfig = AugmentConfig(crop=0.3, flip=True, brightness=0.4, contrast=0.4, saturation=0.4, grey=0.2)
     temperature: float = Field(default=0.5, gt=0)
     projection: tuple[PositiveInt, PositiveInt] = (128, 64)
     optim: OptimConfig = OptimConfig(epochs=100, batch_size=256)
-    cache_bytes: int = Field(default=2**30, gt=0)
     snapshot_every: int = Field(default=500, ge=1)
+
+    @property
+    def stage(self) -> Callable[..., Checkpoint]:
+        """The stage that makes this embedder."""
+        return pretrain_simclr
+
+    @property
+    def n_passes(self) -> int:
+        """Passes over the data set."""
+        return self.optim.epochs
 
 
 def similarities(z_VD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The logits of NT-Xent and their targets: its loss is their cross-entropy.
+    """The logits and targets of NT-Xent; the loss is their cross-entropy.
 
     Args:
         z_VD: projections; rows i and i + B are views of one image.
         temperature: t.
 
     Returns:
-        Cosines over t, (V, V) with -inf on the diagonal, and of each view the other of its image, (V,) int64.
+        Cosines divided by t, (V, V) with -inf on the diagonal, and the index of the other view of the same image, (V,)
+        int64.
     """
     z_VD = nn.functional.normalize(z_VD, dim=1)
     logits_VV = (z_VD @ z_VD.T / temperature).masked_fill(
@@ -84,10 +88,10 @@ def similarities(z_VD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def contrastive(temperature: float, compute: Compute) -> Objective:
-    """What `sanitize.loop.train` minimises: NT-Xent, of batches that hold first one view of each image, then another.
+    """The objective NT-Xent, for batches that hold one view of each image, then the other.
 
-    In several processes a view is told apart from the others of its own process. Sums: loss, and matched, the images
-    whose views are most similar to each other.
+    With several processes, the negatives of a view are those of its own process. Sums: loss, and `matched`, the number
+    of images whose views are most similar to each other.
     """
 
     def objective(model: nn.Module, batch: TrainBatch, _epoch: int) -> Step:
@@ -109,14 +113,14 @@ def pretrain_simclr(
     """Train an encoder on images alone.
 
     Args:
-        config: which network, and how.
+        config: network, views and training.
         dataset: the untrusted data; only usable samples are read, and no labels.
         out: folder of the artifact.
         compute: device, precision, seed.
-        unlabelled: more images, of the same size (X_aug); each batch holds of both data sets in proportion.
+        unlabelled: more images of the same size (X_aug); each batch has images of both data sets in proportion.
 
     Returns:
-        The Checkpoint, whose last Linear is zero: it knows no class. `history.json` has loss and `matched`.
+        The Checkpoint; its last Linear is zero, because no class is learned. `history.json` has loss and `matched`.
 
     Raises:
         NumericsError: training diverged.
@@ -125,13 +129,7 @@ def pretrain_simclr(
     datasets = [dataset] if unlabelled is None else [dataset, unlabelled]
     if unlabelled is not None and unlabelled.image_shape != dataset.image_shape:
         raise ConfigError(f"unlabelled images are {unlabelled.image_shape}, the others {dataset.image_shape}")
-    model_config = ModelConfig(
-        architecture=config.architecture,
-        n_classes=dataset.n_classes,
-        image_shape=dataset.image_shape,
-        mean=config.mean,
-        std=config.std,
-    )
+    model_config = config.describe(dataset)
 
     def fit() -> tuple[nn.Module, list[dict[str, float]]]:
         compute.seed_global("simclr", "init")
@@ -142,8 +140,7 @@ def pretrain_simclr(
         n_hidden, n_projected = config.projection
         layers = nn.Linear(linear.in_features, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_projected)
         model.set_submodule(head, nn.Sequential(*layers))
-        folder = local_path(partial_of(out)) if is_local(out) else None
-        snapshots = Snapshots(folder / "snapshot", config.snapshot_every) if folder else None
+        snapshots = snapshots_of(out, config.snapshot_every)
         history = _train(model, model_config, config, datasets, snapshots, compute)
         for tensor in linear.parameters():
             nn.init.zeros_(tensor)
@@ -152,7 +149,7 @@ def pretrain_simclr(
 
     def write(part: Part, fitted: tuple[nn.Module, list[dict[str, float]]]) -> None:
         write_checkpoint(part, fitted[0], model_config, fitted[1])
-        part.counts.update(samples=sum(of.n_samples for of in datasets))
+        part.counts.update(samples=sum(data.n_samples for data in datasets))
 
     own = partial(Checkpoint.of_own, architecture=config.architecture)
     settings = config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
@@ -169,15 +166,15 @@ def _train(
     compute: Compute,
 ) -> list[dict[str, float]]:
     generator = compute.generator("simclr", "views", world()[0])
-    n_samples = sum(of.n_samples for of in datasets)
+    n_samples = sum(data.n_samples for data in datasets)
     n_steps = math.ceil(n_samples / config.optim.batch_size)
-    sources = [_source(config, of, n_steps, i, compute) for i, of in enumerate(datasets)]
+    sources = [_source(config, data, n_steps, i, compute) for i, data in enumerate(datasets)]
 
     def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
         epochs = [source.epoch(number) for source in sources]
         for _, *batches in zip(range(n_steps), *epochs, strict=False):
             images, labels, _rows = zip(*batches, strict=True)
-            yield tuple(torch.cat([t.to(compute.torch_device) for t in of]) for of in (images, labels))  # type: ignore[misc]
+            yield tuple(torch.cat([t.to(compute.torch_device) for t in parts]) for parts in (images, labels))  # type: ignore[misc]
 
     def views(images_BCHW: Tensor) -> Tensor:
         x_BCHW = model_config.normalise(images_BCHW)
@@ -195,13 +192,13 @@ def _train(
             contrastive(config.temperature, compute),
             snapshots=snapshots,
             carried={"views": generator},
-            on_epoch=lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
+            on_epoch=lambda row: advance.note(noted(row)),
             unit=model_config.pixel_unit,
         )
 
 
 def _source(config: SimCLRConfig, dataset: Dataset, n_steps: int, i: int, compute: Compute) -> Resident | Streamed:
-    """Its share of each of the batches of an epoch, so that all data sets come to their end together."""
+    """The share of a data set in every batch of an epoch, so that all data sets end together."""
     if dataset.n_samples < n_steps:
         raise ConfigError(
             f"{dataset.path} has {dataset.n_samples} samples for {n_steps} batches: leave it out, or raise batch_size"

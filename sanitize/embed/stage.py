@@ -1,4 +1,4 @@
-"""Push every usable sample through the suspect model once; all scorers read what comes out."""
+"""Embed every usable sample once with the suspect model; all scorers read these embeddings."""
 
 from collections.abc import Sequence
 
@@ -20,14 +20,14 @@ from sanitize.stage import Advance, Bars, Work, stage
 
 
 class EmbedConfig(BaseModel):
-    """How samples are embedded.
+    """Settings of the embeddings.
 
     Attributes:
-        penultimate: name of the head Linear whose input is the embedding; None finds the last Linear that runs.
-        pixel_side: the embedding `pixels` is the image itself, averaged down to at most this height and width.
-        gradient_cells: the embedding `gradients` describes the image by this many cells a side.
-        batch_size: images read at once, and on a GPU in one forward pass; every pass has this shape there, 32 images on
-            a CPU (`Compute.full_blocks`). Part of the recipe: kernels may round differently at other sizes.
+        penultimate: name of the Linear whose input is the embedding; None takes the last Linear that runs.
+        pixel_side: largest height and width of the averaged image in the embedding `pixels`.
+        gradient_cells: cells a side in the embedding `gradients`.
+        batch_size: images read at once, and on a GPU the size of every forward pass (on a CPU it is 32;
+            `Compute.full_blocks`). Part of the recipe: kernels may round differently at other sizes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,21 +49,21 @@ def embed_shards(
 ) -> Work:
     """Embed every usable sample.
 
-    On a CPU the embeddings of a sample depend on the model and its image alone, not on the shard it lies in or the
-    samples beside it, to the bit (`tests/embed/test_stage.py` asks every architecture of the library). On a GPU all
-    forward passes have one shape; whether its libraries round a row in the same way everywhere in it is up to them.
+    On a CPU the embeddings of a sample depend on the model and its image alone, to the bit, not on its shard or batch
+    (`tests/embed/test_stage.py`, for every architecture of the library). On a GPU all forward passes have one shape;
+    its libraries may still round a row differently at different places of a batch.
 
     Args:
-        config: which layer, how many at once.
-        dataset: what to embed.
+        config: layer and batch size.
+        dataset: samples to embed.
         checkpoint: the suspect model.
         out: folder of the artifact.
         compute: device and precision.
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Returns:
-        Embeddings with `logits`, `penultimate`, where the network has feature maps `pooled`; and with two that know
-        neither labels nor model, `pixels` (`reduced_pixels`) and `gradients` (`oriented_gradients`).
+        Embeddings with `logits`, `penultimate` and, if the network has feature maps, `pooled`; and two that use neither
+        labels nor model: `pixels` (`reduced_pixels`) and `gradients` (`oriented_gradients`).
 
     Raises:
         NumericsError: an embedding is not finite; the message names the shard and the key.
@@ -93,10 +93,10 @@ def _load(config: EmbedConfig, checkpoint: Checkpoint, compute: Compute) -> Tapp
     return Tapped(model.to(compute.torch_device, memory_format=torch.channels_last), taps)  # type: ignore[call-overload]
 
 
-def _see(
+def _embed_block(
     config: EmbedConfig, tapped: Tapped, images_bCHW: Tensor, checkpoint: Checkpoint, compute: Compute, n: int
 ) -> dict[str, Tensor]:
-    """All embeddings of the first n images of a block, float32 on the CPU."""
+    """All embeddings of the first `n` images of a block, float32 on the CPU."""
     with torch.inference_mode(), compute.autocast():
         images_bCHW = images_bCHW.to(compute.torch_device)
         x_bCHW = checkpoint.config.normalise(images_bCHW)
@@ -106,15 +106,15 @@ def _see(
     return {name: x_bD[:n].float().cpu() for name, x_bD in seen.items()}
 
 
-def _joined(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([of_block[name] for of_block in seen]) for name in seen[0]}
+def _joined(blocks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def _embed(
     config: EmbedConfig, tapped: Tapped, batch: ImageBatch, checkpoint: Checkpoint, compute: Compute
 ) -> pa.Table:
     blocks = compute.full_blocks(batch.images_BCHW, config.batch_size)
-    seen = _joined([_see(config, tapped, images_bCHW, checkpoint, compute, n) for images_bCHW, n in blocks])
+    seen = _joined([_embed_block(config, tapped, images_bCHW, checkpoint, compute, n) for images_bCHW, n in blocks])
     columns: dict[str, pa.Array] = {
         "position": pa.array(batch.positions_B.numpy()),
         "key": pa.array(batch.keys),

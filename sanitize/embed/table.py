@@ -1,4 +1,4 @@
-"""A table of features as Embeddings: users with tables skip the network and use the same scorers."""
+"""A table of features as Embeddings, for the same scorers without a network."""
 
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from sanitize.storage import fingerprint, sha256_file
 
 
 class TableConfig(BaseModel):
-    """Which columns of a table are what.
+    """The meaning of the columns of a table.
 
     Attributes:
         label: column of a Parquet file, or array of an .npz file, with integer labels; None puts all rows in class 0.
         key: column with keys; None numbers the rows.
-        features: array of an .npz file with the features (N, D). Of a Parquet file, all other numeric columns are.
+        features: array of an .npz file with the features (N, D). In a Parquet file, all other numeric columns are
+            features.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,14 +38,14 @@ def import_table(config: TableConfig, source: str, out: str, compute: Compute) -
     """Read features from a .parquet or .npz file as an embedding named `features`.
 
     Args:
-        config: which columns are what.
-        source: path of the table. Arrays of objects in .npz files are refused: they would be unpickled.
+        config: columns of labels, keys and features.
+        source: path of the table. Arrays of objects in .npz files are refused, because they are pickled.
         out: folder of the artifact; it has one shard, named after the file.
-        compute: unused but for the convention.
+        compute: unused; every stage takes it.
 
     Raises:
         DataError: the file cannot be read, or holds values that are not numbers.
-        ConfigError: a column is not there.
+        ConfigError: a column is missing.
     """
     path = Path(source)
     try:
@@ -75,7 +76,7 @@ def _read_npz(path: Path, config: TableConfig) -> Table:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             loaded = {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # zip and npy each raise their own
+    except Exception as error:  # zip and npy raise many kinds
         raise DataError(f"cannot read {path}: {error}") from error
     x_ND = _column(loaded, config.features, path)
     if x_ND.ndim != 2:
@@ -119,7 +120,7 @@ def _as_float32(x_ND: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _as_labels(labels_N: np.ndarray, n: int, path: Path) -> np.ndarray:
-    """Labels as int64; a column (N, 1) and whole numbers of other types are taken too."""
+    """Labels as int64; a column (N, 1) and whole numbers of other types are accepted."""
     labels_N = labels_N.ravel()
     if labels_N.dtype.kind == "f" and (np.abs(labels_N) < 2**53).all() and (labels_N == labels_N.round()).all():
         labels_N = labels_N.astype(np.int64)

@@ -1,6 +1,6 @@
 """The main job: shards nobody can vouch for in, clean shards, quarantine and a report out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -14,8 +14,6 @@ from sanitize.embed import (
     EmbedConfig,
     EmbedderConfig,
     embed_shards,
-    pretrain_simclr,
-    train_embedder,
 )
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import RunConfig, job
@@ -71,9 +69,6 @@ class CleanConfig(RunConfig):
         return self
 
 
-EMBEDDERS: dict[str, Callable[..., Checkpoint]] = {"classifier": train_embedder, "simclr": pretrain_simclr}
-
-
 class Cleaned(NamedTuple):
     """The artifacts a reader of the run wants."""
 
@@ -100,7 +95,7 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
     dataset = run.sharded("00-index", index_shards, names, config.index, fingerprint_shards(found))
-    embedder = run.stage("10-embedder", EMBEDDERS[config.embedder.kind], config.embedder, dataset)
+    embedder = run.stage("10-embedder", config.embedder.stage, config.embedder, dataset)
     embeddings = run.sharded("20-embeddings", embed_shards, names, config.embed, dataset, embedder)
     scores = tuple(_score(scorer, embeddings, trusted, run) for scorer in config.scorers)
     selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)

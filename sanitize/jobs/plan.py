@@ -18,7 +18,6 @@ from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.data.samples import ShardReader
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.writer import shard_writer
-from sanitize.embed import EmbedderConfig
 from sanitize.errors import DataError
 from sanitize.jobs.clean import CleanConfig, clean_inside
 from sanitize.jobs.run import Run
@@ -176,8 +175,6 @@ def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: Cl
     def each(name: str, a: dict[str, Any], b: dict[str, Any]) -> float | None:
         return None if b[name] is None else max(0.0, (b[name] - a[name]) / more)
 
-    is_loaded = isinstance(config.embedder, EmbedderConfig) and config.embedder.weights is not None
-    epochs = 1 if is_loaded else config.embedder.optim.epochs
     n_classes = json.loads((Path(large.out) / "00-index" / "dataset.json").read_text())["n_classes"]
     costs = []
     for a, b in zip(small.stages, large.stages, strict=True):
@@ -192,7 +189,7 @@ def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: Cl
                 seconds_each=seconds,
                 read_each=each("read", a, b),
                 written_each=each("written", a, b) or 0.0,
-                passes=epochs if b["stage"] in ("train_embedder", "pretrain_simclr") else 1,
+                passes=config.embedder.n_passes if b["stage"] == config.embedder.stage.__name__ else 1,
                 most=MAX_FITTED * n_classes if b["stage"] == "fit_scorer" else math.inf,
             )
         )

@@ -1,6 +1,6 @@
 """Charts as inline SVG strings: pure functions of numbers, coloured by the style sheet of the page, without scripts.
 
-Every chart is well-formed XML by itself; text that comes from elsewhere is escaped here.
+Every chart is well-formed XML by itself; text from the data is escaped here.
 """
 
 import itertools
@@ -12,13 +12,13 @@ from typing import NamedTuple
 _WIDTH, _HEIGHT = 460, 236
 _LEFT, _TOP, _X_END, _FOOT = 50, 24, 452, 194  # the plot inside a histogram: its left, top, right and lower edge
 _NAMES = 340  # right edge of a plot whose lines are named at their ends
-_LOWEST = 0.5  # count at the foot of the log axis, so that a bar of one sample can be seen
+_LOWEST = 0.5  # count at the foot of the log axis, so that a bar of one sample is visible
 
 
 def bin_edges(low: float, high: float, threshold: float | None, n_bins: int) -> list[float]:
     """Edges of about `n_bins` equal bins over [low, high], one of them on the threshold.
 
-    Bins are open on the left, (a, b]: then no bin mixes what lies above the threshold with what does not.
+    Bins are open on the left, (a, b]: then no bin mixes scores above the threshold with scores below it.
     """
     if threshold is not None:
         low, high = min(low, threshold), max(high, threshold)
@@ -66,13 +66,13 @@ def step_for(values: Sequence[float]) -> float:
 def histogram(
     edges: Sequence[float], kept: Sequence[int], removed: Sequence[int], threshold: float | None, name: str
 ) -> str:
-    """Scores of one class on a log count axis; what lies right of the threshold line goes.
+    """Scores of one class on a log count axis, with the threshold.
 
     Args:
-        edges: of the bins, ascending, one more than there are bins.
-        kept, removed: samples in each bin.
+        edges: edges of the bins, ascending; one more than the bins.
+        kept, removed: number of samples in each bin.
         threshold: score above which samples are removed; None draws no line.
-        name: of the class, for the text alternative.
+        name: name of the class, for the text alternative.
     """
     plot = _Plot(edges[0], edges[-1], max([2, *kept, *removed]))
     parts = [] if threshold is None else [_zone(plot, threshold)]
@@ -86,12 +86,12 @@ def histogram(
 
 
 def counts(edges: Sequence[float], values: Sequence[int], x_name: str) -> str:
-    """How many samples there are of each size, on a log count axis.
+    """Histogram of a quantity on a log count axis.
 
     Args:
-        edges: of the bins, ascending, one more than there are bins.
-        values: samples in each bin.
-        x_name: of what is counted.
+        edges: edges of the bins, ascending; one more than the bins.
+        values: number of samples in each bin.
+        x_name: name of the quantity.
     """
     plot = _Plot(edges[0], edges[-1], max([2, *values]))
     parts = _count_axis(plot)
@@ -149,7 +149,7 @@ def _score_axis(plot: _Plot, name: str = "score") -> list[str]:
 
 
 def _bars(plot: _Plot, left: float, right: float, n_kept: int, n_removed: int, counted: str | None = None) -> list[str]:
-    """Bars of one bin; where both are there (a sample was put back by hand), they share its width."""
+    """Bars of one bin; kept and removed samples (after a restore) share its width."""
     shown = [(kind, n) for kind, n in (("kept", n_kept), ("removed", n_removed)) if n]
     width = (plot.x(right) - plot.x(left)) / max(1, len(shown))
     gap = min(1.0, width / 4)
@@ -169,7 +169,7 @@ def _zone(plot: _Plot, threshold: float) -> str:
 
 
 def _threshold(plot: _Plot, threshold: float) -> list[str]:
-    # The label keeps inside the picture: it changes sides in the right half.
+    # In the right half the label is on the left of the line, to stay inside the picture.
     x = plot.x(threshold)
     side, at = ("end", x + 3) if x > _WIDTH / 2 else ("start", x - 3)
     text = f"threshold {number(threshold)}"
@@ -186,16 +186,16 @@ def curves(
     share: bool = False,
     whole: bool = True,
 ) -> str:
-    """Lines over a common axis, each named at its end.
+    """Lines over a common axis, each with its name at its end.
 
     Args:
-        x: ascending; a single one is drawn as points.
-        series: name -> values, as many as `x`.
-        x_name: of the axis.
-        share: the axis goes from 0 to 1, and is marked in per cent.
-        whole: `x` counts something, and is marked at whole numbers only.
+        x: ascending values; a single value is drawn as points.
+        series: name -> values, as many as in `x`.
+        x_name: name of the axis.
+        share: True for an axis from 0 to 1, marked in per cent.
+        whole: True for an axis of counts, marked at whole numbers only.
     """
-    values = [value for of_line in series.values() for value in of_line]
+    values = [value for line in series.values() for value in line]
     low, high = (0.0, 1.0) if share else (min(0.0, *values), max(*values, 1e-9))
     left, right = min(x), max(x) if not whole and max(x) > min(x) else max(max(x), min(x) + 1)
 
@@ -218,25 +218,25 @@ def curves(
     parts.append(
         f'<text class="name mid" x="{(_LEFT + _NAMES) / 2:.0f}" y="{_HEIGHT - 6}">{escape(_xml(x_name))}</text>'
     )
-    ends = _apart([at(x[-1], of_line[-1])[1] for of_line in series.values()])
-    for i, ((name, of_line), end) in enumerate(zip(series.items(), ends, strict=True)):
+    ends = _apart([at(x[-1], line[-1])[1] for line in series.values()])
+    for i, ((name, line), end) in enumerate(zip(series.items(), ends, strict=True)):
         tip = escape(_xml(f"{name}, {x_name}"))
-        points = " ".join(f"{px:.1f},{py:.1f}" for px, py in map(at, x, of_line))
-        last = f"{100 * of_line[-1]:.1f} %" if share else number(of_line[-1])
+        points = " ".join(f"{px:.1f},{py:.1f}" for px, py in map(at, x, line))
+        last = f"{100 * line[-1]:.1f} %" if share else number(line[-1])
         parts.append(f'<polyline class="line line-{i}" points="{points}"/>')
         parts += [
             f'<circle class="dot line-{i}" cx="{px:.1f}" cy="{py:.1f}" r="2.5"><title>{tip} '
             f"{number(x_value)}: {number(value)}</title></circle>"
-            for x_value, value, (px, py) in zip(x, of_line, map(at, x, of_line), strict=True)
+            for x_value, value, (px, py) in zip(x, line, map(at, x, line), strict=True)
         ]
         label = f"{escape(_xml(name))} {last}"
         parts.append(f'<text class="tick line-name" x="{_NAMES + 7}" y="{end + 4:.1f}">{label}</text>')
-    text = "; ".join(f"{name} from {number(of[0])} to {number(of[-1])}" for name, of in series.items())
+    text = "; ".join(f"{name} from {number(line[0])} to {number(line[-1])}" for name, line in series.items())
     return _svg("curves", _WIDTH, _HEIGHT, f"{text}, over {len(x)} points of {x_name}.", parts)
 
 
 def _apart(heights: Sequence[float], least: float = 14.0) -> list[float]:
-    """The same heights, moved down where two would be closer than `least`."""
+    """The heights, moved down where two are closer than `least`."""
     moved = list(heights)
     order = sorted(range(len(moved)), key=moved.__getitem__)
     for above, below in itertools.pairwise(order):
@@ -245,7 +245,7 @@ def _apart(heights: Sequence[float], least: float = 14.0) -> list[float]:
 
 
 def gauge(value: float, level: float | None, top: float, removed: bool) -> str:
-    """A small horizontal bar of `value` on a scale from 0 to `top`, with a tick at the level it must exceed."""
+    """A small horizontal bar of `value` on a scale from 0 to `top`, with a tick at the level that it must exceed."""
     scale = 120 / top if top > 0 else 0.0
     kind = "removed" if removed else "kept"
     parts = ['<rect class="track" x="0" y="4" width="120" height="6" rx="1"/>']
@@ -260,7 +260,7 @@ def gauge(value: float, level: float | None, top: float, removed: bool) -> str:
 
 
 def whisker(mean: float, low: float, high: float) -> str:
-    """A share on a scale from 0 to 1: a dot at the mean, and a line as long as its interval."""
+    """A share on a scale from 0 to 1: a dot at the mean, and a line for its interval."""
     at, start, end = (4 + 112 * share for share in (mean, low, high))
     parts = [
         '<rect class="track" x="4" y="6" width="112" height="2"/>',
@@ -271,7 +271,7 @@ def whisker(mean: float, low: float, high: float) -> str:
 
 
 def balance(parts: Sequence[tuple[str, int]]) -> str:
-    """One bar divided in proportion to (kind, count); a count that is not 0 can always be seen."""
+    """One bar divided in proportion to (kind, count); every count above 0 is visible."""
     total = sum(n for _, n in parts)
     least = 4.0
     shares = [0.0 if n == 0 else max(least, 1000 * n / total) for _, n in parts]
@@ -295,5 +295,5 @@ def _svg(kind: str, width: int, height: int, text: str, parts: Sequence[str], st
 
 
 def _xml(text: str) -> str:
-    """Without the characters that XML cannot hold."""
+    """The text without characters that XML cannot hold."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,4 +1,4 @@
-"""The page about modified training images: some before and after, what is kept, and what the noise looks like."""
+"""The page about modified training images: examples before and after, the variance kept, and the noise."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from sanitize.data.samples import SampleLimits, ShardReader
 from sanitize.data.shuffle import usable_rows
 from sanitize.denoise import PCA, DenoiseConfig, Denoised, PCANoise
 from sanitize.report import charts
-from sanitize.report.page import Report, template, versions
+from sanitize.report.page import Report, write_page
 from sanitize.report.pictures import shrink
 from sanitize.report.robustness import thinned
 from sanitize.stage import Work, stage
@@ -24,16 +24,16 @@ _N_IMAGES = 10
 _SIDE = 64  # pixels of a picture
 
 
-@stage(Report, gpu=False)
+@stage(Report, gpu=False, version=2)
 def write_denoising_report(pca: PCA, dataset: Dataset, denoised: Denoised, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
-        pca: the components.
+        pca: principal components of the images.
         dataset: the images before.
-        denoised: after.
+        denoised: the images after.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: seed of the choice of images.
+        compute: seed of the sampled images.
     """
     made = denoised.manifest().recipe
     config = DenoiseConfig.model_validate(made.config)
@@ -52,9 +52,7 @@ def write_denoising_report(pca: PCA, dataset: Dataset, denoised: Denoised, out: 
             "samples": denoised.manifest().counts.get("samples", 0),
             "digest": denoised.digest,
             "recipe": made.model_dump(mode="json"),
-            "versions": versions([]),
         }
-        part.write_json("report.json", numbers)
         noise_DM = components.vectors_DR[:, modify.dims : modify.dims + modify.n_noise]
         shares = [components.energy(i + 1) for i in at]
         drawing = charts.curves([i + 1 for i in at], {"energy": shares}, "components d", share=True)
@@ -63,7 +61,7 @@ def write_denoising_report(pca: PCA, dataset: Dataset, denoised: Denoised, out: 
             "strip": _strip(dataset, denoised, compute),
             "components": [_png(_as_picture(v_D.view(dataset.image_shape))) for v_D in noise_DM.T],
         }
-        part.write("index.html", template("denoising.html.j2").render(numbers, **shown).encode())
+        write_page(part, "denoising", numbers, **shown)
 
     return Work(write=write)
 
@@ -72,14 +70,14 @@ def _strip(dataset: Dataset, denoised: Denoised, compute: Compute) -> list[tuple
     chosen = chosen_images(dataset, _N_IMAGES, compute)
     after: dict[tuple[str, int], Tensor] = {}
     for shard in set(chosen.shards):
-        positions = {at for of, at in zip(chosen.shards, chosen.positions, strict=True) if of == shard}
+        positions = {at for name, at in zip(chosen.shards, chosen.positions, strict=True) if name == shard}
         after |= {(shard, at): image_CHW for at, image_CHW in _written(dataset, denoised, shard, positions)}
     names = zip(chosen.shards, chosen.positions, strict=True)
     return [(_png(x_CHW), _png(after[name])) for name, x_CHW in zip(names, chosen.images_NCHW, strict=True)]
 
 
 def _written(dataset: Dataset, denoised: Denoised, shard: str, positions: set[int]) -> Iterator[tuple[int, Tensor]]:
-    """Images of the samples that were at these positions; the usable samples of a shard are written in their order."""
+    """Images of the samples at these source positions; a shard is written in the order of its usable samples."""
     before = usable_rows(dataset, shard)["position"].to_pylist()
     limits = SampleLimits.model_validate(dataset.info["limits"])
     for position, sample in zip(before, ShardReader(denoised.url(f"shards/{shard}"), limits), strict=True):

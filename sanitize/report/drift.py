@@ -1,29 +1,29 @@
-"""The page about how a batch differs from the reference: the verdict, its reasons, and every answer."""
+"""The page about the drift of a batch from the reference: the verdict, its reasons, and every test."""
 
 from typing import Any
 
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.drift import Drift, DriftConfig
-from sanitize.report.page import Report, template, versions
+from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
 
 _N_ROWS = 200  # classes on the page, the most different first
 HEADLINES = {
-    "accept": "The batch is like the reference.",
-    "hold": "Something in the batch is not like the reference; a person should look at it.",
-    "refit": "The data as a whole has moved; if that is right, approve the batch and refit the reference.",
+    "accept": "No difference from the reference was found.",
+    "hold": "The batch differs from the reference and needs a review.",
+    "refit": "The data as a whole has shifted; if this is expected, approve the batch and refit the reference.",
 }
 
 
-@stage(Report, gpu=False, draws="nothing")
+@stage(Report, gpu=False, draws="nothing", version=2)
 def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
-        drift: what was asked and answered.
+        drift: tests of the batch against the reference.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
     made = drift.manifest().recipe
 
@@ -36,16 +36,14 @@ def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
             "limits": {name: made.config[name] for name in DriftConfig.model_fields},
             "digest": drift.digest,
             "recipe": made.model_dump(mode="json"),
-            "versions": versions([]),
         }
-        part.write_json("report.json", numbers)
-        part.write("index.html", template("drift.html.j2").render(numbers, n_rows=_N_ROWS).encode())
+        write_page(part, "drift", numbers, n_rows=_N_ROWS)
 
     return Work(write=write)
 
 
 def _classes(info: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a class of the batch, the most different first; a question that was not asked of it is None."""
+    """One row a class of the batch, the most different first; None for a test that was not made."""
     rows = {
         int(label): {"label": int(label), **counts, "shift": None, "removed": None, "alarm": False}
         for label, counts in info["classes"].items()

@@ -1,7 +1,7 @@
 """The numbers of the page, from artifacts alone.
 
-Memory stays bounded for any data set: counters of each class, the few highest scores, and histograms that are counted
-in a second pass over the scores. Shapes: N scored samples of one shard, K classes, S scorers.
+Memory is bounded for any data set: counters of each class, the few highest scores, and histograms that are filled in a
+second pass over the scores. Shapes: N scored samples of one shard, K classes, S scorers.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from sanitize.progress import track
 from sanitize.report.charts import bin_edges
 
 N_BINS = 48
-MAX_LISTED = 100  # unreadable samples and damaged shards that are named one by one
-MAX_REASONS = 20  # kinds of reasons that are counted one by one
-# What is said of the two groups of a class; of the labels of their neighbours only where somebody asked.
+MAX_LISTED = 100  # unreadable samples and damaged shards that are listed
+MAX_REASONS = 20  # reasons with a row of their own
+# Statistics of the two groups of a class; those of neighbours' labels are None without a label check.
 SPLIT = ("separation", "level", "disagreement", "disagreement_of_rest", "side_by_labels")
 
 
@@ -30,9 +30,9 @@ def collect(
     """All numbers of the page as plain data, in two passes over scores and verdicts.
 
     Args:
-        dataset, scores, selection: of one run.
-        n_images: how many suspects, and how many kept ones among them at least.
-        n_histograms: that are drawn.
+        dataset, scores, selection: artifacts of one run.
+        n_images: number of suspects, and least number of kept samples among them.
+        n_histograms: number of histograms.
 
     Raises:
         ArtifactError: scores, verdicts and their counts do not fit together.
@@ -94,12 +94,12 @@ def _scores_of(scores: Scores, shard: str, positions_N: np.ndarray) -> np.ndarra
         table = scores.rows(shard, ["position", "score"])
         scored_N, scores_N = table["position"].to_numpy(), table["score"].to_numpy()
     if not np.array_equal(positions_N, scored_N):
-        raise ArtifactError(f"{scores.path} does not score the samples that were judged, shard {shard}")
+        raise ArtifactError(f"{scores.path} does not score the samples of the selection in shard {shard}")
     return scores_N
 
 
 class _Pick(NamedTuple):
-    """A candidate for the grid; the most suspicious sorts first, whatever the order in which shards came."""
+    """A candidate for the grid; the most suspicious sorts first, in any order of shards."""
 
     minus_score: float
     shard: str
@@ -108,14 +108,14 @@ class _Pick(NamedTuple):
 
 
 class _Tally:
-    """First pass: counters of each class, and the highest scores of removed and of kept samples, scorer by scorer."""
+    """First pass: counters of each class, and for each scorer the highest scores of removed and of kept samples."""
 
     def __init__(self, n_scorers: int, n_classes: int, n_best: int) -> None:
         self.n_K = np.zeros(n_classes, np.int64)
         self.removed_K = np.zeros(n_classes, np.int64)
         self.low_SK = np.full((n_scorers, n_classes), np.inf)
         self.high_SK = np.full((n_scorers, n_classes), -np.inf)
-        # kept -> for each scorer those with the highest scores
+        # kept -> for each scorer its highest scores
         self.best: dict[bool, list[list[_Pick]]] = {kept: [[] for _ in range(n_scorers)] for kept in (True, False)}
         self._n_best = n_best
 
@@ -147,7 +147,7 @@ class _Tally:
 
 
 class _Histogram:
-    """Second pass: one scorer's scores of one class, counted in bins of which none straddles the threshold."""
+    """Second pass: histogram of the scores of one class by one scorer; no bin straddles the threshold."""
 
     def __init__(self, of_class: dict[str, Any], kinds: list[str], kind: str) -> None:
         self.label, self.kind, self._scorer = of_class["label"], kind, kinds.index(kind)
@@ -175,17 +175,17 @@ def _counts(tally: _Tally, selection: Selection) -> dict[str, int]:
     total, removed = int(tally.n_K.sum()), int(tally.removed_K.sum())
     found = {"kept": total - removed, "quarantined": removed, "unreadable": stated["samples"] - total}
     if any(n != stated.get(name, 0) for name, n in found.items()):
-        raise ArtifactError(f"{selection.path}: its rows give {found}, its manifest says {dict(stated)}")
+        raise ArtifactError(f"{selection.path}: its rows give {found}, its manifest has {dict(stated)}")
     renamed = {"clean": found["kept"], "quarantined": removed, "unreadable": found["unreadable"]}
     return {"samples": stated["samples"], **renamed, "restored": stated.get("restored", 0)}
 
 
 def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selection) -> list[dict[str, Any]]:
-    """One row a class that has samples: the most affected first, then the highest statistic."""
+    """One row a class with samples: the most affected first, then the highest statistic."""
     info, names = selection.read_json("selection.json")["classes"], dataset.info.get("classes")
     rows = []
     for label in np.flatnonzero(tally.n_K).tolist():
-        of_class = info.get(str(label), {})  # a class of trusted samples alone was not judged
+        of_class = info.get(str(label), {})  # a class with only trusted samples has no verdicts
         scorers = {kind: _of_scorer(of_class, kind) for kind in kinds}
         for s, by_scorer in enumerate(scorers.values()):
             by_scorer |= {"lowest": float(tally.low_SK[s, label]), "highest": float(tally.high_SK[s, label])}
@@ -207,7 +207,7 @@ def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selec
 
 
 def _of_scorer(of_class: dict[str, Any], kind: str) -> dict[str, Any]:
-    """What selection.json says of one scorer in one class."""
+    """Entry of `selection.json` for one scorer and one class."""
     stated = of_class.get("scorers", {}).get(kind, {})
     return {"flagged": stated.get("flagged", 0)} | {name: stated.get(name) for name in ("threshold", *SPLIT)}
 
@@ -218,7 +218,7 @@ def _statistic(of_class: dict[str, Any]) -> float:
 
 
 def _drawn(classes: list[dict[str, Any]], kinds: list[str]) -> list[tuple[dict[str, Any], str]]:
-    """(class, scorer) of the histograms: affected classes, by the scorers that flagged something in them."""
+    """(class, scorer) of the histograms: affected classes with the scorers that flagged samples in them."""
     shown = [c for c in classes if c["removed"]] or classes[:1]
     flagging = [(c, [kind for kind in kinds if c["scorers"][kind]["flagged"]] or kinds) for c in shown]
     return [(c, kind) for c, of_class in flagging for kind in of_class]
@@ -271,7 +271,7 @@ def _suspects(
 def _reason(reasons: list[dict[str, Any]] | None, threshold: float | None) -> str:
     if reasons:
         return "; ".join(str(reason["reason"]) for reason in reasons)
-    return "nothing in its class was flagged" if threshold is None else f"its score is not above {threshold:.4g}"
+    return "no sample of its class was flagged" if threshold is None else f"its score is not above {threshold:.4g}"
 
 
 def _unreadable(dataset: Dataset, selection: Selection) -> dict[str, Any]:

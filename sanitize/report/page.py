@@ -1,8 +1,8 @@
-"""The page about one run: what was found, where, why, what could not be read, how it was done, and how to undo it.
+"""The page about a cleaning run: removed and unreadable samples, scores, provenance, and how to restore samples.
 
-Everything on it comes from finished artifacts, and it is rendered from exactly the numbers in `report.json`. Strings
-and images were written by strangers: strings are escaped and shown without control characters, images are decoded
-and encoded anew, and the page's own policy forbids scripts and every request.
+The page is rendered from the numbers in `report.json`, which come from finished artifacts alone. Strings and images of
+the data are untrusted: strings are escaped and shown without control characters, images are decoded and encoded again,
+and the content security policy of the page forbids scripts and requests.
 """
 
 import base64
@@ -37,14 +37,14 @@ MAX_FACT = 8_000  # characters of one fact or configuration
 
 
 class ReportConfig(BaseModel):
-    """What the page shows.
+    """Content of the page.
 
     Attributes:
-        title: of the page.
-        n_images: most suspicious samples shown: removed ones first, then the highest scores that were kept.
-        n_kept_images: even where more were removed than fit, at least so many kept ones are shown beside them.
-        n_histograms: scores of a class by a scorer that are drawn, the most affected classes first.
-        n_classes: rows of the class table, the most affected first.
+        title: title of the page.
+        n_images: number of suspicious samples shown: removed samples first, then the highest scores that were kept.
+        n_kept_images: least number of kept samples shown in addition, however many were removed.
+        n_histograms: number of histograms, one for a class and a scorer; the most affected classes first.
+        n_classes: rows of the class table, the most affected classes first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,7 +60,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=2, gpu=False, draws="nothing")
+@stage(Report, version=3, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -74,18 +74,18 @@ def write_report(
     """Write the page.
 
     Args:
-        config: how much it shows.
-        dataset: all samples; the source shards themselves are not read again.
-        scores: of the usable ones, by each scorer.
-        selection: what became of each.
-        shards: what was written; the pictures are taken from there.
+        config: content of the page.
+        dataset: all samples; the source shards are not read again.
+        scores: scores of the usable samples, by each scorer.
+        selection: verdict on each sample.
+        shards: the written shards; the pictures are read from them.
         out: folder of the artifact: `index.html`, `report.json`.
-        compute: unused but for the convention; nothing is random.
-        facts: further rows of "How it was done", name -> text; part of the recipe, so keep dates and paths out.
+        compute: unused; every stage takes it.
+        facts: further rows of "How it was done", name -> text. Facts are part of the recipe: keep dates and paths out.
 
     Returns:
-        The Report. Versions of the software are on the page but not in the recipe: they are facts about this
-        rendering, and a newer torch is no reason to refuse a finished folder.
+        The Report. Versions of the software are on the page but not in the recipe: a newer torch is no reason to
+        refuse a finished folder.
 
     Raises:
         ArtifactError: the artifacts do not belong together.
@@ -110,7 +110,7 @@ def write_report(
 
 
 def _check(dataset: Dataset, scores: Sequence[Scores], selection: Selection, shards: Shards) -> None:
-    """Refuse artifacts of different runs: the page would be wrong without anybody seeing it."""
+    """Refuse artifacts of different runs: the page would be silently wrong."""
     parents: tuple[tuple[Artifact, str, Artifact], ...] = (
         (selection, "dataset", dataset),
         *((selection, f"scores.{kind_of(s)}", s) for s in scores),
@@ -127,7 +127,7 @@ def _check(dataset: Dataset, scores: Sequence[Scores], selection: Selection, sha
 
 
 def _link(name: str, artifact: Artifact) -> dict[str, Any]:
-    """One artifact of the chain; the shards a data set was made of are counted, not listed."""
+    """One artifact of the chain; source shards are counted, not listed."""
     recipe = artifact.manifest().recipe
     inputs = {parent: digest for parent, digest in sorted(recipe.inputs.items()) if digest != "shard"}
     return {
@@ -143,7 +143,7 @@ def _link(name: str, artifact: Artifact) -> dict[str, Any]:
 
 
 def versions(facts: list[list[str]]) -> dict[str, str]:
-    """Versions of what drew the page, but for those the caller states among the facts."""
+    """Versions of the software, except those given among the facts."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     found |= {name: metadata.version(name) for name in ("sanitize", "torchvision", "numpy", "pyarrow")}
     stated = {name.lower() for name, _ in facts}
@@ -151,30 +151,28 @@ def versions(facts: list[list[str]]) -> dict[str, str]:
 
 
 def headline(numbers: dict[str, Any]) -> str:
-    """The verdict in one sentence that claims no more than the rule does."""
+    """The verdict in one sentence that claims no more than the rule supports."""
     counts = numbers["counts"]
     n, total = counts["quarantined"], counts["samples"]
     unreadable = f"{counts['unreadable']:,} could not be read"
     if n == 0:
         if not counts["unreadable"]:
-            return f"Nothing stood out; all {total:,} samples were kept."
-        return f"Nothing stood out; {counts['clean']:,} of {total:,} samples were kept, {unreadable}."
-    one = n == 1
+            return f"No samples were removed; all {total:,} were kept."
+        return f"No samples were removed; {counts['clean']:,} of {total:,} were kept, {unreadable}."
     kinds = {rule["kind"] for rule in numbers["rules"].values()}
     if numbers["verdict"] == "combined":
         kinds = {"fdr"}
-    verbs = {
-        "separation": "looks planted" if one else "look planted",
-        "fdr": "stands out" if one else "stand out",
-        "conformal": "stands out from the trusted ones" if one else "stand out from the trusted ones",
-        "contamination": "was removed as the most suspicious of its class"
-        if one
-        else "were removed as the most suspicious of their classes",
+    one = n == 1
+    outliers = "an outlier" if one else "outliers"
+    reasons = {
+        "separation": " as likely poisoned",
+        "fdr": f" as {outliers}",
+        "conformal": f" as {outliers} from the trusted samples",
+        "contamination": f" as the most suspicious of {'its class' if one else 'their classes'}",
     }
-    verb = verbs[kinds.pop()] if len(kinds) == 1 else "was removed" if one else "were removed"
-    sit = "it sits" if one else "they sit"
+    reason = reasons[kinds.pop()] if len(kinds) == 1 else ""
     end = f"; {unreadable}" if counts["unreadable"] else ""
-    return f"{n:,} of {total:,} samples {verb}; {sit} in {_places(numbers)}{end}."
+    return f"{n:,} of {total:,} samples {'was' if one else 'were'} removed{reason}, from {_places(numbers)}{end}."
 
 
 def _places(numbers: dict[str, Any]) -> str:
@@ -189,12 +187,12 @@ def _places(numbers: dict[str, Any]) -> str:
 
 
 def class_name(of_class: dict[str, Any]) -> str:
-    """Number of a class, with its name where there is one."""
+    """Number of a class, and its name if known."""
     return str(of_class["label"]) if of_class["name"] is None else f"{of_class['label']} ({of_class['name']})"
 
 
 def clean_text(text: str, limit: int = MAX_TEXT) -> str:
-    """What a stranger wrote, safe to look at: no control, direction or surrogate characters, not too long."""
+    """Untrusted text, safe to show: without control, direction or surrogate characters, and of limited length."""
     shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
     if len(text) <= limit and len(shown) <= limit:
         return shown
@@ -212,14 +210,28 @@ def render(numbers: dict[str, Any], thumbnails: list[tuple[bytes, int, int] | No
 
     Args:
         numbers: content of `report.json`.
-        thumbnails: for each of its suspects (PNG, width, height), or None where there is no picture.
+        thumbnails: PNG, width and height for each suspect; None without a picture.
     """
     return template("page.html.j2").render(numbers | _charts(numbers), thumbnails=thumbnails)
 
 
+def write_page(part: Part, name: str, numbers: dict[str, Any], **shown: Any) -> None:
+    """Write a page of one column, and its numbers as `report.json`.
+
+    Args:
+        part: files of the artifact.
+        name: name of the template, without `.html.j2`.
+        numbers: content of `report.json`; versions of the software are added.
+        shown: further values for the template: drawings, pictures.
+    """
+    numbers = numbers | {"versions": versions([])}
+    part.write_json("report.json", numbers)
+    part.write("index.html", template(f"{name}.html.j2").render(numbers, **shown).encode())
+
+
 @functools.cache
 def template(name: str) -> jinja2.Template:
-    """A page to be filled in."""
+    """The page template of this name."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -244,7 +256,7 @@ def template(name: str) -> jinja2.Template:
 
 
 def _charts(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The drawings; charts escape what they are given, so they may pass the template as they are."""
+    """The drawings as safe markup: charts escape their text."""
     separations = [c["separation"] for c in numbers["classes"] if c["separation"] is not None]
     levels = [c["level"] for c in numbers["classes"] if c["level"] is not None]
     top = 1.15 * max([*separations, *levels], default=1.0)

@@ -1,7 +1,7 @@
-"""Thumbnails of the most suspicious samples: decoded like any other image, then encoded anew as small PNGs.
+"""Thumbnails of the most suspicious samples: decoded like any other image, then encoded as small PNGs.
 
-They are read from the shards the run wrote, which are there even when the source shards are gone, and a picture is
-shown only if its bytes are those that were indexed: quarantine may hold several samples of one key.
+Thumbnails are read from the written shards, because source shards may be gone. A picture is shown only if its bytes
+are the indexed ones: quarantine may hold several samples of one key.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ Thumbnail = tuple[bytes, int, int]  # PNG, width, height
 
 
 def pictures(suspects: list[dict[str, Any]], dataset: Dataset, shards: Shards) -> list[Thumbnail | None]:
-    """A thumbnail of each suspect; None where its image cannot be found."""
+    """A thumbnail of each suspect; None if its image is not found."""
     wanted: dict[tuple[str, str], list[int]] = {}
     for i, suspect in enumerate(suspects):
         wanted.setdefault((suspect["shard"], suspect["status"]), []).append(i)
@@ -49,7 +49,7 @@ def _index_rows(dataset: Dataset, shard: str, positions: list[int]) -> list[dict
 
 
 def _payloads(path: str, limits: SampleLimits, keys: set[str]) -> Iterator[tuple[str, bytes]]:
-    """(key, payload) of the members of some samples; a shard that cannot be read has none."""
+    """(key, payload) of the members of the samples with these keys; nothing from an unreadable shard."""
     try:
         for sample in ShardReader(path, limits):
             if (key := printable(sample.key)) in keys:
@@ -59,7 +59,7 @@ def _payloads(path: str, limits: SampleLimits, keys: set[str]) -> Iterator[tuple
 
 
 def thumbnail(data: bytes, config: ImageConfig, max_bytes: int) -> Thumbnail | None:
-    """The image as PNG of at most 128 x 128 pixels, smaller where `max_bytes` asks for it; never enlarged."""
+    """The image as PNG of at most 128 x 128 pixels, smaller to stay within `max_bytes`; never enlarged."""
     try:
         image_CHW = decode(data, config)
     except BadImage:

@@ -1,4 +1,4 @@
-"""The page about a red team: what was caught, what models learned all the same, and whether requirements are met."""
+"""The page about a red team: detection, models before and after cleaning, and requirements."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from sanitize.compute import Compute
 from sanitize.data.decode import ImageConfig, decode
 from sanitize.redteam import MEASURES, NONE, Findings, Samples
 from sanitize.report import charts
-from sanitize.report.page import Report, template, versions
+from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
 
 _DETECTION = ("recall", "precision", "false_removals")
 _MODELS = ("acc_before", "acc_after", "asr_before", "asr_after", "asr_untouched")
 
 
-@stage(Report, gpu=False, draws="nothing")
+@stage(Report, gpu=False, draws="nothing", version=2)
 def write_redteam_report(findings: Findings, samples: Samples, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
-        findings: what was measured.
-        samples: what it was measured on.
+        findings: measurements of all cases.
+        samples: the samples that were attacked.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
 
     def write(part: Part) -> None:
@@ -34,37 +34,38 @@ def write_redteam_report(findings: Findings, samples: Samples, out: str, compute
             **info,
             "repeats": len(next(iter(info["cases"][0]["measures"].values()))["repeats"]),
             "samples": samples.manifest().counts,
-            "said_of": MEASURES,
+            "descriptions": MEASURES,
             "digest": findings.digest,
             "recipe": findings.manifest().recipe.model_dump(mode="json"),
-            "versions": versions([]),
         }
-        part.write_json("report.json", numbers)
-        drawings = {case["name"]: {m: _drawing(of) for m, of in case["measures"].items()} for case in info["cases"]}
+        drawings = {
+            case["name"]: {measure: _drawing(interval) for measure, interval in case["measures"].items()}
+            for case in info["cases"]
+        }
         pictures = {case: (png, *_size(png)) for case, png in findings.pictures().items()}
         shown = {"drawings": drawings, "pictures": pictures, "detection": _DETECTION, "models": _MODELS}
-        part.write("index.html", template("redteam.html.j2").render(numbers, **shown).encode())
+        write_page(part, "redteam", numbers, **shown)
 
     return Work(write=write)
 
 
 def headline(info: dict[str, Any]) -> str:
-    """The verdict where something was required; otherwise how much was caught, and what was removed for nothing."""
+    """The verdict on the requirements; without any, recall of each attack and false removals of the unpoisoned case."""
     if required := info["requirements"]:
         missed = [requirement["text"] for requirement in required if not requirement["met"]]
         if not missed:
-            return f"All {len(required)} requirements are met."
+            return "The requirement is met." if len(required) == 1 else f"All {len(required)} requirements are met."
         return f"{len(missed)} of {len(required)} requirements missed: {', '.join(missed)}."
-    said = []
-    for case in info["cases"]:
-        measure = "false_removals" if case["name"] == NONE else "recall"
-        what = "removed for nothing" if case["name"] == NONE else f"of {case['name']} caught"
-        said.append(f"{100 * case['measures'][measure]['mean']:.1f} % {what}")
-    return "; ".join([*said[1:], said[0]]) + "."
+    measures = {case["name"]: case["measures"] for case in info["cases"]}
+    recalls = [f"{100 * by['recall']['mean']:.1f} % ({name})" for name, by in measures.items() if name != NONE]
+    false_removals = 100 * measures[NONE]["false_removals"]["mean"]
+    return f"Recall {', '.join(recalls)}; false removals {false_removals:.1f} % (unpoisoned)."
 
 
-def _drawing(of: dict[str, Any]) -> Markup:
-    return Markup("" if of["mean"] is None else charts.whisker(of["mean"], of["low"], of["high"]))
+def _drawing(interval: dict[str, Any]) -> Markup:
+    if interval["mean"] is None:
+        return Markup("")
+    return Markup(charts.whisker(interval["mean"], interval["low"], interval["high"]))
 
 
 def _size(png: bytes) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The page about how robust a model is: accuracy under attack, smallest changes, and where its gradients point."""
+"""The page about the robustness of a model: accuracy under attack, smallest changes, direction of its gradients."""
 
 from collections.abc import Sequence
 
@@ -9,21 +9,21 @@ from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.measure import EvasionConfig, Robustness
 from sanitize.report import charts
-from sanitize.report.page import Report, template, versions
+from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
 
 _N_BINS = 40
 _N_POINTS = 60  # of a curve
 
 
-@stage(Report, gpu=False, draws="nothing")
+@stage(Report, gpu=False, draws="nothing", version=2)
 def write_robustness_report(robustness: Robustness, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
-        robustness: what was measured.
+        robustness: measurements of the model.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
     made = robustness.manifest().recipe
     attack = EvasionConfig.model_validate(made.config["attack"])
@@ -34,17 +34,16 @@ def write_robustness_report(robustness: Robustness, out: str, compute: Compute) 
         lengths_N = robustness.table()["length"].to_numpy()
         found_n = lengths_N[(lengths_N > 0) & np.isfinite(lengths_N)]
         edges = charts.bin_edges(0.0, attack.radius, None, _N_BINS)
-        median = "all images wrong" if summary["median"] is None else f"median change {summary['median']:.3g} ({unit})"
+        median = summary["median"]
+        smallest = "no image is correct" if median is None else f"median smallest change {median:.3g} ({unit})"
         numbers = {
-            "headline": f"{summary['clean_accuracy']:.1%} right as they are; {median}.",
+            "headline": f"Clean accuracy {summary['clean_accuracy']:.1%}; {smallest}.",
             "summary": summary,
             "attack": attack.model_dump(mode="json"),
             "unit": unit,
             "digest": robustness.digest,
             "recipe": made.model_dump(mode="json"),
-            "versions": versions([]),
         }
-        part.write_json("report.json", numbers)
         radii, shares = zip(*summary["accuracy"], strict=True)
         at = thinned(len(summary["alpha"]))
         drawings = {
@@ -55,7 +54,7 @@ def write_robustness_report(robustness: Robustness, out: str, compute: Compute) 
             ),
         }
         shown = {name: Markup(drawing) for name, drawing in drawings.items()}
-        part.write("index.html", template("robustness.html.j2").render(numbers, **shown).encode())
+        write_page(part, "robustness", numbers, **shown)
 
     return Work(write=write)
 

@@ -1,4 +1,4 @@
-"""The page about one training: its curves, its last numbers, and how it was done."""
+"""The page about a training: curves, a table of the epochs, and the recipe."""
 
 from typing import Any
 
@@ -7,26 +7,25 @@ from markupsafe import Markup
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.report import charts
-from sanitize.report.page import Report, template, versions
+from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
 from sanitize.train import RobustModel
 
 
-@stage(Report, gpu=False, draws="nothing")
+@stage(Report, gpu=False, draws="nothing", version=2)
 def write_training_report(model: RobustModel, out: str, compute: Compute) -> Work:
     """Write the page.
 
     Args:
-        model: what was trained.
+        model: the trained model.
         out: folder of the artifact: `index.html`, and `report.json` with the same numbers for machines.
-        compute: unused but for the convention; nothing is random.
+        compute: unused; every stage takes it.
     """
 
     def write(part: Part) -> None:
         numbers = _numbers(model)
-        part.write_json("report.json", numbers)
         drawings = [Markup(drawing) for drawing in _drawings(numbers["history"])]
-        part.write("index.html", template("training.html.j2").render(numbers, drawings=drawings).encode())
+        write_page(part, "training", numbers, drawings=drawings)
 
     return Work(write=write)
 
@@ -35,18 +34,17 @@ def _numbers(model: RobustModel) -> dict[str, Any]:
     history, recipe = model.history, model.manifest().recipe
     last, method = history[-1], recipe.config["method"]
     measured = (
-        f"{last['test_accuracy']:.1%} of the test samples right"
+        f"test accuracy {last['test_accuracy']:.1%}"
         if "test_accuracy" in last
-        else f"{last['accuracy']:.1%} of the given labels learned"
+        else f"accuracy {last['accuracy']:.1%} on the given labels"
     )
     return {
-        "headline": f"{len(history)} epochs, {measured}, {last['dropped']:.0%} of the samples left out at the end.",
+        "headline": f"{len(history)} epochs; {measured}; {last['dropped']:.0%} of the samples dropped at the end.",
         "history": history,
         "columns": list(last),
         "dropped": method["select_batch"]["kind"] != "all",
         "digest": model.digest,
         "recipe": recipe.model_dump(mode="json"),
-        "versions": versions([]),
     }
 
 

@@ -1,4 +1,4 @@
-"""Robust training: one loop (`sanitize.loop`), four ingredients, and the methods of the literature as combinations."""
+"""Robust training: methods of the literature as combinations of four ingredients, in one loop (`sanitize.loop`)."""
 
 from sanitize.train.adversary import AdversaryConfig, InputSpace
 from sanitize.train.collaborate import CollaborateConfig, Pair

@@ -1,9 +1,10 @@
-"""Perturbed inputs: the inner step of B. Liu (2022), Algorithm 6 and Eq. 5.5, and those of adversarial training.
+"""Perturbed inputs: the inner step of B. Liu (2022), Algorithm 6 and Eq. 5.5, and of adversarial training.
 
-A trigger is a small change of the input that changes the answer. A network that answers alike in a small ball around
-every sample it trusts cannot depend on one. PGD-AT (Madry et al., 2018) learns the worst inputs of that ball; TRADES
-(Zhang et al., 2019) learns the inputs, and to answer alike on the worst ones. X is (C, H, W) or (D,), B batch, K
-outputs.
+A trigger is a small change of the input that changes the prediction. A network with constant predictions in a small
+ball around every trusted sample cannot depend on a trigger. PGD-AT (Madry et al., 2018) trains on the worst inputs of
+the ball; TRADES (Zhang et al., 2019) trains on the inputs and penalises other outputs on the worst inputs.
+
+X is (C, H, W) or (D,), B batch, K outputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,14 +22,14 @@ class AdversaryConfig(BaseModel):
     """A perturbation inside ||c||_inf <= tau_x, or none.
 
     Attributes:
-        kind: at is one step of the fast gradient sign method; pgd and trades are so many smaller ones, from a random
-            start, against the loss and against the answer on the input as it is.
-        tau_x: radius, in the units of `InputSpace`: pixels on [0, 1], or whatever a table's columns are in.
-        averaged: Eq. 5.5 to the letter, one c for the whole batch, tau_x times the mean sign over the trusted
-            samples. By default each trusted sample has a c of its own, which is what gives the chapter's results
-            (docs/methods.md). Of `at` only.
-        steps: of pgd and trades.
-        step_size: their length, in the units of tau_x; None is 2.5 tau_x / steps.
+        kind: at is one step of the fast gradient sign method; pgd and trades take `steps` smaller steps from a random
+            start, to increase the loss or the divergence from the output on the unperturbed input.
+        tau_x: radius, in the units of `InputSpace`: pixels on [0, 1], or the units of a table's columns.
+        averaged: True is Eq. 5.5 as written: one c for the whole batch, tau_x times the mean sign over the trusted
+            samples. False gives each trusted sample its own c, which reproduces the chapter's results
+            (docs/methods.md). For `at` only.
+        steps: number of steps of pgd and trades.
+        step_size: length of a step, in the units of tau_x; None is 2.5 tau_x / steps.
         beta: weight of the second term of TRADES.
     """
 
@@ -43,10 +44,10 @@ class AdversaryConfig(BaseModel):
 
 
 class InputSpace(NamedTuple):
-    """Where valid inputs lie, in the units that the network sees; each broadcasts against (B, X).
+    """The range of valid inputs, in the units of the network's inputs; each field broadcasts against (B, X).
 
     Attributes:
-        low, high: bounds; infinite where there are none.
+        low, high: bounds; infinite for inputs without bounds.
         unit: length of one unit of tau_x.
     """
 
@@ -56,17 +57,17 @@ class InputSpace(NamedTuple):
 
     @classmethod
     def images(cls, mean: Sequence[float], std: Sequence[float]) -> "InputSpace":
-        """Pixels on [0, 1], normalised with `mean` and `std` of each channel."""
+        """Pixels on [0, 1], normalised by `mean` and `std` of each channel."""
         mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (mean, std))
         return cls((0 - mean_C11) / std_C11, (1 - mean_C11) / std_C11, 1 / std_C11)
 
     @classmethod
     def unbounded(cls) -> "InputSpace":
-        """Inputs as they are, without bounds."""
+        """Inputs without normalisation and bounds."""
         return cls(torch.tensor(-torch.inf), torch.tensor(torch.inf), torch.tensor(1.0))
 
     def to(self, device: torch.device) -> "InputSpace":
-        """The same on another device."""
+        """The space on another device."""
         return InputSpace(*(tensor.to(device) for tensor in self))
 
 
@@ -76,8 +77,8 @@ def perturb(config: AdversaryConfig, x_BX: Tensor, gradient_BX: Tensor, trusted_
     Args:
         config: radius and reading of Eq. 5.5.
         x_BX: inputs.
-        gradient_BX: of each sample's loss with respect to its input.
-        trusted_B: bool; only these are asked where to go and, unless `averaged`, only these move.
+        gradient_BX: gradient of the loss of each sample with respect to its input.
+        trusted_B: bool; only trusted samples contribute to the direction and, unless `averaged`, only they move.
         space: bounds and unit.
     """
     trusted_BX = trusted_B.view(-1, *[1] * (x_BX.dim() - 1))
@@ -100,13 +101,13 @@ def ascend(
     """The worst x + c that projected gradient ascent finds from a random start, (B, X), clipped to valid inputs.
 
     Args:
-        config: radius, steps and their length.
-        network: asked in eval mode, so that no BatchNorm learns from perturbed inputs; left as it was.
+        config: radius, number and length of steps.
+        network: evaluated in eval mode, so that BatchNorm does not learn from perturbed inputs; its mode is restored.
         x_BX: inputs.
-        losses: of outputs (B, K), what is increased for each sample, (B,).
+        losses: function from outputs (B, K) to the loss to increase for each sample, (B,).
         trusted_B: bool; the others do not move.
         space: bounds and unit.
-        generator: of the random start, on the CPU.
+        generator: CPU generator of the random start.
         compute: precision.
     """
     radius = config.tau_x * space.unit

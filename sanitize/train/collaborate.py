@@ -1,7 +1,8 @@
-"""Two networks that learn from each other. B batch, K outputs.
+"""Two networks trained together. B batch, K outputs.
 
-co: each is updated with the samples that the other picked (B. Liu 2022, Algorithm 5: Co-PRL(L); with the smallest
-losses it is Co-teaching, Han et al. 2018). decouple: where their predictions differ (Malach & Shalev-Shwartz 2017).
+co: each network is updated with the samples that the other one keeps (B. Liu 2022, Algorithm 5: Co-PRL(L); with the
+smallest losses it is Co-teaching, Han et al. 2018). decouple: both are updated with the samples on which their
+predictions differ (Malach & Shalev-Shwartz 2017).
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 
 class CollaborateConfig(BaseModel):
-    """How many networks, and what passes between them: none (one network), co, or decouple (two)."""
+    """Kind of collaboration: none (one network), co or decouple (two networks)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,8 +24,8 @@ class CollaborateConfig(BaseModel):
 class Pair(nn.Module):
     """Two networks of one architecture and different initial weights, trained side by side by one optimiser.
 
-    Called, it is the first of them: the second has done its work when training is over. A global gradient clip counts
-    the gradients of both.
+    The pair computes the outputs of the first network; the second is discarded after training. A global gradient clip
+    applies to the gradients of both.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
@@ -37,20 +38,20 @@ class Pair(nn.Module):
 
 
 def networks_of(model: nn.Module) -> list[nn.Module]:
-    """The networks that are trained: those of a `Pair`, or the model itself."""
+    """The trained networks: those of a `Pair`, or the model itself."""
     return list(model.networks) if isinstance(model, Pair) else [model]
 
 
 def exchange(kind: str, keeps: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Which samples update which network.
+    """The samples that update each network.
 
     Args:
-        kind: of CollaborateConfig.
-        keeps: what each network picks itself, (B,) bool.
-        outputs: of each network, (B, K) logits.
+        kind: `CollaborateConfig.kind`.
+        keeps: for each network, the samples that it keeps, (B,) bool.
+        outputs: logits of each network, (B, K).
 
     Returns:
-        For each network (B,) bool.
+        For each network, the samples that update it, (B,) bool.
     """
     if kind == "co":
         return [keeps[1], keeps[0]]

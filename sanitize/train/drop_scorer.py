@@ -1,4 +1,4 @@
-"""Judge samples by how often robust training dropped them. Shapes: N usable samples."""
+"""Scores from robust training: how often a sample was dropped. Shapes: N usable samples."""
 
 from typing import Any, Literal
 
@@ -16,11 +16,11 @@ from sanitize.train.stage import RobustModel
 
 
 class DropScorerConfig(BaseModel):
-    """Judge samples by how often robust training dropped them.
+    """Score samples by the share of visits on which robust training dropped them.
 
     Attributes:
-        prior: visits at the mean rate that are added to every sample's, so that one seen twice and dropped twice is not
-            above one dropped 19 times of 20.
+        prior: visits at the mean rate that are added to those of every sample, so that a sample dropped on 2 of 2
+            visits does not score above one dropped on 19 of 20.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,20 +31,20 @@ class DropScorerConfig(BaseModel):
 
 @stage(Scores, gpu=False, draws="nothing")
 def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, out: str, compute: Compute) -> Work:
-    """Scores of every usable sample: the share of its visits, after the warm-up, on which it was dropped.
+    """Score every usable sample by the share of its visits, after the warm-up, on which it was dropped.
 
     Args:
         config: shrinkage of the shares.
-        model: trained on `dataset` by a method that drops samples.
-        dataset: whose samples are judged.
+        model: model trained on `dataset` by a method that drops samples.
+        dataset: the samples to score.
         out: folder of the artifact.
-        compute: unused but for the convention.
+        compute: unused; every stage takes it.
 
     Raises:
-        ConfigError: the model was trained on other data, or drops nothing.
+        ConfigError: the model was trained on other data, or by a method that drops no samples.
     """
     if model.manifest().recipe.inputs["dataset"] != dataset.digest:
-        raise ConfigError(f"{model.path} was not trained on {dataset.path}: its counts are about other samples")
+        raise ConfigError(f"{model.path} was not trained on {dataset.path}: its counts belong to other samples")
     dropped_N, seen_N = model.drops()
     rate = float(dropped_N.sum()) / max(1, int(seen_N.sum()))
     scores_N = (dropped_N + config.prior * rate) / (seen_N + config.prior).clamp(min=1e-9)

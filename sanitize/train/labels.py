@@ -1,4 +1,4 @@
-"""Which labels are learned: the given ones, or a mixture with the network's own. B batch, K classes."""
+"""Training targets: the given labels, or a mixture with the predicted ones. B batch, K classes."""
 
 from typing import Literal
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class LabelsConfig(BaseModel):
     """Given labels, or bootstrap (Reed et al. 2014; B. Liu 2022, Table 5.5): alpha y + (1 - alpha) prediction.
 
-    The prediction is the class with the largest logit ("hard" bootstrapping). A detached vector of probabilities
-    would do nothing: the gradient softmax(o) - alpha y - (1 - alpha) softmax(o) is alpha times the plain one.
+    The prediction is the class with the largest logit ("hard" bootstrapping). Detached probabilities would have no
+    effect: the gradient softmax(o) - alpha y - (1 - alpha) softmax(o) is alpha times the plain one.
 
     Attributes:
         kind: given or bootstrap.
@@ -23,7 +23,7 @@ class LabelsConfig(BaseModel):
     alpha: float = Field(default=0.8, ge=0, le=1)
 
     def __call__(self, logits_BK: Tensor, y_B: Tensor) -> Tensor:
-        """Targets: `y_B` itself, or class probabilities (B, K) float32, detached."""
+        """Targets: `y_B`, or detached class probabilities (B, K), float32."""
         if self.kind == "given":
             return y_B
         n_classes = logits_BK.shape[1]

@@ -1,4 +1,4 @@
-"""Losses of single samples, and the norms of their gradients with respect to the network's output.
+"""Losses of samples, and norms of their gradients with respect to the output of the network.
 
 Shapes: B batch, K outputs. Targets are labels (B,) int64, class probabilities (B, K), or real vectors (B, K).
 """
@@ -13,7 +13,7 @@ Loss = Literal["cross_entropy", "mmc", "squared", "huber"]
 
 def sample_losses(outputs_BK: Tensor, targets_B: Tensor, loss: Loss, huber_delta: float = 1.0) -> Tensor:
     """Loss of each sample, (B,): cross-entropy; half the squared distance to the centre of the class (`models.mmc`) or
-    to the target; Huber's function summed over outputs."""
+    to the target; the Huber loss summed over outputs."""
     if loss == "cross_entropy":
         return nn.functional.cross_entropy(outputs_BK, targets_B, reduction="none")
     if loss == "mmc":
@@ -26,8 +26,8 @@ def sample_losses(outputs_BK: Tensor, targets_B: Tensor, loss: Loss, huber_delta
 def loss_gradient_norms(outputs_BK: Tensor, targets_B: Tensor, loss: Loss, huber_delta: float = 1.0) -> Tensor:
     """||d loss_i / d output_i||_2 of each sample, (B,), in closed form (B. Liu 2022, Algorithm 4).
 
-    ||softmax(o) - y|| for cross-entropy, ||o - y|| for the squared distance; Huber's clips each coordinate of it. For
-    mmc the output is the embedding: its distance to the centre.
+    ||softmax(o) - y|| for cross-entropy, ||o - y|| for the squared distance; for huber, the residuals are clipped. For
+    mmc the output is the embedding, and the norm is its distance to the centre.
     """
     if loss == "mmc":
         return (2 * sample_losses(outputs_BK, targets_B, loss)).sqrt()

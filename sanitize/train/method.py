@@ -1,8 +1,8 @@
-"""A method is four ingredients; the literature's are a table of them (`zoo`).
+"""A method is a combination of four ingredients; `zoo` has those of the literature.
 
-Which samples update the model (`select_batch`), what passes between two networks (`collaborate`), which labels are
-learned (`labels`), and on which inputs (`adversary`): B. Liu (2022), chapters 4 and 5. `robust_objective` makes of
-them what `sanitize.loop.train` minimises. B batch, K outputs, N samples of the data set.
+The ingredients (B. Liu 2022, chapters 4 and 5): the samples that update the model (`select_batch`), a second network
+(`collaborate`), the targets (`labels`), and perturbed inputs (`adversary`). `robust_objective` combines them into an
+objective for `sanitize.loop.train`. B batch, K outputs, N samples of the data set.
 """
 
 from contextlib import nullcontext
@@ -29,12 +29,12 @@ class MethodConfig(BaseModel):
     """The ingredients of a method, and its loss.
 
     Attributes:
-        loss: cross_entropy or mmc, which pulls embeddings to fixed centres (classification); squared, half the squared
+        loss: cross_entropy, or mmc, which pulls embeddings to fixed centres (classification); squared, half the squared
             distance, or huber (regression).
-        huber_delta: where huber turns from square to linear.
+        huber_delta: residual at which huber turns from quadratic to linear.
         select_batch, collaborate, labels, adversary: the ingredients.
-        max_sample_grad_norm: shorten the gradient of each sample to this length before they are averaged (the
-            chapter's Ignormclip); None leaves them.
+        max_sample_grad_norm: bound on the gradient norm of each sample, applied before averaging (Ignormclip in the
+            chapter); None clips nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,46 +50,46 @@ class MethodConfig(BaseModel):
     @model_validator(mode="after")
     def _ingredients_fit_the_task(self) -> Self:
         if self.loss == "mmc" and self.labels.kind == "bootstrap":
-            raise ConfigError("labels=bootstrap mixes labels, and loss=mmc has one centre for each: set labels=given")
+            raise ConfigError("labels=bootstrap mixes labels, and loss=mmc has one centre a label: set labels=given")
         if not self.classifies:
             if self.collaborate.kind == "decouple":
-                raise ConfigError("collaborate=decouple asks where two predicted classes differ: regression has none")
+                raise ConfigError("collaborate=decouple compares predicted classes, and regression has none")
             if self.adversary.kind == "trades":
-                raise ConfigError("adversary=trades compares predicted classes: regression has none; set pgd")
+                raise ConfigError("adversary=trades compares predicted classes, and regression has none: set pgd")
             if self.labels.kind == "bootstrap":
                 raise ConfigError("labels=bootstrap would only scale the gradient of a regression: set labels=given")
         if self.adversary.kind == "trades" and self.needs_sample_gradients:
             raise ConfigError(
-                "adversary=trades looks at each sample twice: prl_g and max_sample_grad_norm count one look"
+                "adversary=trades evaluates each sample twice: prl_g and max_sample_grad_norm do not support that"
             )
         return self
 
     @property
     def classifies(self) -> bool:
-        """True where targets are labels."""
+        """True if targets are labels."""
         return self.loss in ("cross_entropy", "mmc")
 
     @property
     def n_networks(self) -> int:
-        """Networks that are trained; two of them go into a `Pair`."""
+        """Number of trained networks; two form a `Pair`."""
         return 1 if self.collaborate.kind == "none" else 2
 
     @property
     def needs_sample_gradients(self) -> bool:
-        """True where gradients of single samples are asked for: then no layer may mix the samples of a batch."""
+        """True if gradients of single samples are needed; then no layer may mix the samples of a batch."""
         return self.select_batch.kind == "prl_g" or self.max_sample_grad_norm is not None
 
 
 def zoo(
     tau: float, warmup_epochs: int = 10, loss: Loss = "cross_entropy", tau_x: float = 0.05
 ) -> dict[str, MethodConfig]:
-    """The methods of B. Liu (2022), Tables 4.1, 4.2 and 5.1, that fit the loss; PGD-AT and TRADES.
+    """The methods of B. Liu (2022), Tables 4.1, 4.2 and 5.1, that support the loss; PGD-AT and TRADES.
 
     Args:
         tau: share of each batch that filters drop.
         warmup_epochs: T_k.
-        loss: of the task; what only classifies is left out for regression and the other way round.
-        tau_x: radius of adversaries.
+        loss: loss of the task; methods for other tasks are left out.
+        tau_x: radius of the adversaries.
     """
     prl_l, prl_g, spl = (
         {"select_batch": SelectBatchConfig(kind=kind, tau=tau, warmup_epochs=warmup_epochs)}
@@ -124,10 +124,10 @@ def zoo(
 
 
 class Drops:
-    """How often each sample was dropped and seen after the warm-up, on the device: evidence against it.
+    """Counts of how often each sample was dropped and seen after the warm-up, on the device.
 
     Attributes:
-        dropped_N, seen_N: int32 counts; two networks count twice.
+        dropped_N, seen_N: int32 counts; with two networks, each visit counts twice.
     """
 
     def __init__(self, n_samples: int, device: torch.device) -> None:
@@ -135,17 +135,17 @@ class Drops:
         self.seen_N = torch.zeros_like(self.dropped_N)
 
     def count(self, rows_B: Tensor, keep_B: Tensor) -> None:
-        """Add one batch; no row may be in it twice."""
+        """Add one batch; its rows are distinct."""
         self.seen_N[rows_B] += 1
         self.dropped_N[rows_B] += (~keep_B).int()
 
     def fraction(self) -> Tensor:
-        """Share of its visits on which a sample was dropped, (N,) float32; NaN where it was never seen."""
+        """Share of its visits on which a sample was dropped, (N,) float32; NaN if it was never seen."""
         return self.dropped_N / self.seen_N
 
 
-class _Look(NamedTuple):
-    """What one network makes of a batch."""
+class _Evaluation(NamedTuple):
+    """One network on one batch."""
 
     outputs_BK: Tensor
     targets_B: Tensor
@@ -160,59 +160,60 @@ def robust_objective(
     drops: Drops | None = None,
     generator: torch.Generator | None = None,
 ) -> Objective:
-    """What `sanitize.loop.train` minimises: the mean loss over the samples that the ingredients leave.
+    """The objective of a method: the mean loss of the samples that the ingredients keep.
 
     Args:
-        config: the method; with two networks the model must be a `Pair`.
+        config: the method; for two networks the model must be a `Pair`.
         compute: device and precision.
-        space: bounds and unit of the inputs, for an adversary; None has neither.
-        drops: counts dropped samples, where batches carry rows.
-        generator: of the random starts of an adversary; None has one of its own.
+        space: bounds and unit of the inputs, for an adversary; None is `InputSpace.unbounded`.
+        drops: counts of dropped samples, updated if batches have rows.
+        generator: CPU generator of the random starts of an adversary; None creates one.
 
     Returns:
-        The objective. Its sums: loss, dropped (share of the batch that did not update the first network) and, for
-        classification, accuracy on the given labels.
+        The objective. Its sums: loss, dropped (samples that did not update the first network) and, for classification,
+        accuracy (samples whose given label was predicted).
     """
     space = (space or InputSpace.unbounded()).to(compute.torch_device)
     generator = generator or compute.generator("adversary")
 
-    def look(network: nn.Module, x_B: Tensor, y_B: Tensor) -> _Look:
+    def evaluate(network: nn.Module, x_B: Tensor, y_B: Tensor) -> _Evaluation:
         with recorded(network) if config.needs_sample_gradients else nullcontext() as recording, compute.autocast():
             outputs_BK = network(x_B).float()
         targets_B = config.labels(outputs_BK.detach(), y_B)
         losses_B = sample_losses(outputs_BK, targets_B, config.loss, config.huber_delta)
-        return _Look(outputs_BK, targets_B, losses_B, recording)
+        return _Evaluation(outputs_BK, targets_B, losses_B, recording)
 
-    def perturbed(network: nn.Module, x_B: Tensor, y_B: Tensor, of: _Look, keep_B: Tensor) -> _Look:
-        """What a network makes of the batch where an adversary has been."""
+    def perturbed(network: nn.Module, x_B: Tensor, y_B: Tensor, clean: _Evaluation, keep_B: Tensor) -> _Evaluation:
+        """One network on the batch with perturbed inputs."""
         adversary = config.adversary
         if adversary.kind == "at":
-            (gradient_B,) = torch.autograd.grad(of.losses_B.sum(), x_B)
-            return look(network, perturb(adversary, x_B.detach(), gradient_B, keep_B, space), y_B)
+            (gradient_B,) = torch.autograd.grad(clean.losses_B.sum(), x_B)
+            return evaluate(network, perturb(adversary, x_B.detach(), gradient_B, keep_B, space), y_B)
         if adversary.kind == "pgd":
-            losses = partial(sample_losses, targets_B=of.targets_B, loss=config.loss, huber_delta=config.huber_delta)
-            return look(network, ascend(adversary, network, x_B, losses, keep_B, space, generator, compute), y_B)
-        apart = partial(divergence, from_BK=of.outputs_BK.detach())
-        worst = look(network, ascend(adversary, network, x_B, apart, keep_B, space, generator, compute), y_B)
-        losses_B = of.losses_B + adversary.beta * divergence(worst.outputs_BK, of.outputs_BK)
-        return of._replace(losses_B=losses_B)
+            losses = partial(sample_losses, targets_B=clean.targets_B, loss=config.loss, huber_delta=config.huber_delta)
+            return evaluate(network, ascend(adversary, network, x_B, losses, keep_B, space, generator, compute), y_B)
+        apart = partial(divergence, from_BK=clean.outputs_BK.detach())
+        worst = evaluate(network, ascend(adversary, network, x_B, apart, keep_B, space, generator, compute), y_B)
+        losses_B = clean.losses_B + adversary.beta * divergence(worst.outputs_BK, clean.outputs_BK)
+        return clean._replace(losses_B=losses_B)
 
     def objective(model: nn.Module, batch: TrainBatch, epoch: int) -> Step:
         networks = networks_of(model)
         x_B, y_B, rows_B = batch
         if config.adversary.kind == "at":
             x_B = x_B.detach().requires_grad_()
-        looks = [look(network, x_B, y_B) for network in networks]
-        outputs = [of.outputs_BK.detach() for of in looks]
-        keeps = exchange(config.collaborate.kind, [_picked(config, of, epoch) for of in looks], outputs)
+        found = [evaluate(network, x_B, y_B) for network in networks]
+        outputs = [evaluation.outputs_BK.detach() for evaluation in found]
+        picked = [_picked(config, evaluation, epoch) for evaluation in found]
+        keeps = exchange(config.collaborate.kind, picked, outputs)
         if drops is not None and rows_B is not None and config.select_batch.is_warm(epoch):
             for keep_B in keeps:
                 drops.count(rows_B, keep_B)
         if config.adversary.kind != "none":
-            # The same samples are trusted on x + c: asked again, the rule would prefer those that were not perturbed.
-            each = zip(networks, looks, keeps, strict=True)
-            looks = [perturbed(network, x_B, y_B, of, keep_B) for network, of, keep_B in each]
-        losses = [_kept_mean(config, of, keep_B) for of, keep_B in zip(looks, keeps, strict=True)]
+            # The same samples are kept on x + c: chosen again, they would be those that were not perturbed.
+            each = zip(networks, found, keeps, strict=True)
+            found = [perturbed(network, x_B, y_B, clean, keep_B) for network, clean, keep_B in each]
+        losses = [_kept_mean(config, evaluation, keep_B) for evaluation, keep_B in zip(found, keeps, strict=True)]
         sums = {"loss": losses[0].detach() * len(y_B), "dropped": (~keeps[0]).sum()}
         if config.classifies:
             sums["accuracy"] = (outputs[0].argmax(1) == y_B).sum()
@@ -222,26 +223,29 @@ def robust_objective(
     return objective
 
 
-def _picked(config: MethodConfig, of: _Look, epoch: int) -> Tensor:
-    """True for the samples a network would learn from, (B,)."""
+def _picked(config: MethodConfig, evaluation: _Evaluation, epoch: int) -> Tensor:
+    """True for the samples that a network keeps, (B,)."""
     kind = config.select_batch.kind
     if kind == "all":
-        return torch.ones_like(of.losses_B, dtype=torch.bool)
+        return torch.ones_like(evaluation.losses_B, dtype=torch.bool)
     if kind == "prl_g":
-        assert of.recording is not None
-        suspicion_B = of.recording.norms(of.losses_B)
+        assert evaluation.recording is not None
+        suspicion_B = evaluation.recording.norms(evaluation.losses_B)
     elif kind == "prl_l":
-        suspicion_B = loss_gradient_norms(of.outputs_BK.detach(), of.targets_B, config.loss, config.huber_delta)
+        suspicion_B = loss_gradient_norms(
+            evaluation.outputs_BK.detach(), evaluation.targets_B, config.loss, config.huber_delta
+        )
     else:
-        suspicion_B = of.losses_B.detach()
+        suspicion_B = evaluation.losses_B.detach()
     return keep_smallest(suspicion_B, config.select_batch.n_kept(len(suspicion_B), epoch))
 
 
-def _kept_mean(config: MethodConfig, of: _Look, keep_B: Tensor) -> Tensor:
-    """Mean loss over the samples that are kept, 0 where none is."""
-    losses_B = torch.where(keep_B, of.losses_B, 0.0)
+def _kept_mean(config: MethodConfig, evaluation: _Evaluation, keep_B: Tensor) -> Tensor:
+    """Mean loss of the kept samples; 0 if none is kept."""
+    losses_B = torch.where(keep_B, evaluation.losses_B, 0.0)
     if config.max_sample_grad_norm is not None:
-        assert of.recording is not None
-        # Weighing a loss weighs its gradient: this one backward pass adds up shortened gradients.
-        losses_B = losses_B * (config.max_sample_grad_norm / of.recording.norms(of.losses_B)).clamp(max=1)
+        assert evaluation.recording is not None
+        # A weight on a loss scales its gradient, so one backward pass adds the clipped gradients.
+        norms_B = evaluation.recording.norms(evaluation.losses_B)
+        losses_B = losses_B * (config.max_sample_grad_norm / norms_B).clamp(max=1)
     return losses_B.sum() / keep_B.sum().clamp(min=1)

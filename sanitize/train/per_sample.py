@@ -1,7 +1,7 @@
-"""Norms of the gradients of single samples with respect to all weights, without holding those gradients.
+"""Gradient norms of single samples with respect to all weights, without storing those gradients.
 
-A layer's gradient for one sample is a product of its input and the gradient of its output, so its norm follows from
-the two (Goodfellow 2015 for linear layers; Bu, Mao & Xu 2022 for convolutions and for choosing the cheaper of two
+The gradient of a layer for one sample is a product of its input and the gradient of its output, which determine its
+norm (Goodfellow 2015 for linear layers; Bu, Mao & Xu 2022 for convolutions and for choosing the cheaper of two
 formulas). One forward pass and one backward pass that stops at the layers' outputs give both. B batch.
 
     with recorded(network) as recording:
@@ -26,24 +26,24 @@ _SUPPORTED = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 class _Layer(NamedTuple):
     module: nn.Module
     input_B: Tensor
-    output: GradientEdge  # of the output as it left the layer: an in-place ReLU behind it does not matter
+    output: GradientEdge  # recorded at once, so that a later in-place ReLU does not matter
 
 
 class Recording:
-    """What the layers of one forward pass saw."""
+    """Inputs and outputs of the layers in one forward pass."""
 
     def __init__(self) -> None:
         self._layers: list[_Layer] = []
 
-    def _see(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _record(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if any(layer.module is module for layer in self._layers):
             raise ConfigError(
-                f"{type(module).__name__} runs twice in one forward pass: per-sample gradients do not add"
+                f"{type(module).__name__} runs twice in one forward pass: gradient norms do not support that"
             )
         self._layers.append(_Layer(module, inputs[0].detach(), get_gradient_edge(output)))
 
     def norms(self, losses_B: Tensor) -> Tensor:
-        """||d loss_i / d weights||_2 of each sample, (B,) float32; the graph is kept for the backward pass to come."""
+        """||d loss_i / d weights||_2 of each sample, (B,) float32; the graph is kept for the backward pass."""
         edges = [layer.output for layer in self._layers]
         gradients = torch.autograd.grad(losses_B.sum(), edges, retain_graph=True)
         squares = [
@@ -55,12 +55,12 @@ class Recording:
 
 @contextmanager
 def recorded(network: nn.Module) -> Iterator[Recording]:
-    """Record one forward pass of `network`. Raises ConfigError where a layer has no formula here."""
+    """Record one forward pass of `network`. Raises ConfigError for a layer without a formula."""
     layers = [module for module in network.modules() if any(p.requires_grad for p in module.parameters(recurse=False))]
     for layer in layers:
         _refuse(layer)
     recording = Recording()
-    handles = [layer.register_forward_hook(recording._see) for layer in layers]
+    handles = [layer.register_forward_hook(recording._record) for layer in layers]
     try:
         yield recording
     finally:
@@ -71,12 +71,12 @@ def recorded(network: nn.Module) -> Iterator[Recording]:
 def _refuse(layer: nn.Module) -> None:
     if isinstance(layer, _BatchNorm):
         raise ConfigError(
-            "BatchNorm mixes the samples of a batch, so a gradient of one sample does not exist: convert the network "
-            "with sanitize.models.group_norm.without_batch_norm, or choose prl_l, which needs none"
+            "BatchNorm mixes the samples of a batch, so that samples have no gradients of their own: convert the "
+            "network with sanitize.models.group_norm.without_batch_norm, or choose prl_l"
         )
     if not isinstance(layer, _SUPPORTED):
         names = ", ".join(kind.__name__ for kind in _SUPPORTED)
-        raise ConfigError(f"per-sample gradients of {type(layer).__name__} are not known here, only of {names}")
+        raise ConfigError(f"per-sample gradients of {type(layer).__name__} are not supported, only of {names}")
     if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or isinstance(layer.padding, str)):
         raise ConfigError("per-sample gradients of Conv2d are known for groups=1 and padding in numbers only")
 
@@ -107,7 +107,7 @@ def _squared_norms(module: nn.Module, input_B: Tensor, gradient_B: Tensor) -> Te
 
 
 def _of_product(input_BIP: Tensor, gradient_BOP: Tensor, bias: bool) -> Tensor:
-    """||gradient input^T||^2 of each sample, by the product or by two P x P Gram matrices if they are cheaper."""
+    """||gradient input^T||^2 of each sample, by the product or by two P x P Gram matrices, whichever is cheaper."""
     n_in, n_positions = input_BIP.shape[1:]
     n_out = gradient_BOP.shape[1]
     if n_positions * (n_in + n_out) < n_in * n_out:

@@ -1,8 +1,8 @@
 """A linear layer on a frozen encoder, and a bound on its spectral norm: B. Liu (2022), Algorithm 7 and Proposition 2.
 
-What a trigger t of ||t|| <= tau can do to the loss grows with L_h sigma_max, the Lipschitz constant of the encoder
-times the largest singular value of the last layer. Pre-training without labels keeps the first small; this keeps the
-second. Shapes: B batch, K classes, D features.
+The effect of a trigger t with ||t|| <= tau on the loss grows with L_h sigma_max, the Lipschitz constant of the encoder
+times the largest singular value of the last layer. Pre-training without labels keeps the first small; this module
+bounds the second. Shapes: B batch, K classes, D features.
 """
 
 from typing import Self
@@ -18,9 +18,9 @@ from sanitize.models.weights import load_into
 
 
 class Truncated(nn.Module):
-    """Parametrisation: a matrix whose singular values are scaled down so that none is above `norm`.
+    """Parametrisation: a matrix scaled down so that no singular value is above `norm`.
 
-    The norm is computed, not iterated for: K x D is small, and a power iteration would approach it from below.
+    The norm is computed exactly: K x D is small, and a power iteration would approach it from below.
     """
 
     def __init__(self, norm: float) -> None:
@@ -33,14 +33,13 @@ class Truncated(nn.Module):
 
 
 class Probe(nn.Module):
-    """A network of which only the last Linear may learn.
+    """A network whose last Linear is trained alone, or bounded.
 
     Args:
-        network: what it is.
-        config: its description.
-        encoder: takes the place of everything before the last Linear, is frozen and stays in eval mode; None lets all
-            learn.
-        lipschitz: bound on the spectral norm of the last Linear; None leaves it free.
+        network: the network.
+        config: description of the network.
+        encoder: source of all weights before the last Linear, which are frozen and stay in eval mode; None trains all.
+        lipschitz: bound on the spectral norm of the last Linear; None sets no bound.
     """
 
     def __init__(
@@ -65,14 +64,14 @@ class Probe(nn.Module):
         return self.network(x_B)
 
     def train(self, mode: bool = True) -> Self:
-        """As for any module, but that a frozen encoder's statistics stay as they are."""
+        """As for any module; a frozen encoder stays in eval mode, so that its statistics do not change."""
         super().train(mode)
         if self._is_frozen:
             self.network.eval()
         return self
 
     def finished(self) -> nn.Module:
-        """The plain network, with the weights that were applied."""
+        """The network without the parametrisation, with the bounded weights."""
         if self._is_bounded:
             parametrize.remove_parametrizations(self.network.get_submodule(self._head), "weight")
         return self.network

@@ -1,6 +1,6 @@
-"""Which samples of a batch update the model: B. Liu (2022), Algorithms 3 (PRL(G)) and 4 (PRL(L)), and their kin.
+"""The samples of a batch that update the model: B. Liu (2022), Algorithms 3 (PRL(G)) and 4 (PRL(L)), and others.
 
-Every rule but `all` ranks the samples by one number and keeps the smallest. B batch.
+Every rule except `all` ranks the samples by one number and keeps the smallest. B batch.
 """
 
 from typing import Literal, Self
@@ -13,15 +13,15 @@ from sanitize.errors import ConfigError
 
 
 class SelectBatchConfig(BaseModel):
-    """The rule and how much it drops.
+    """The rule and the share that it drops.
 
     Attributes:
         kind: all; prl_l drops the largest gradients of the loss with respect to the output (Algorithm 4), prl_g the
             largest with respect to all weights (Algorithm 3), spl the largest losses (self-paced learning, Kumar et
-            al. 2010); min_sgd keeps the sample with the smallest loss alone (Shah et al. 2020).
-        tau: share of each batch that is dropped after the warm-up, for prl_l, prl_g and spl: an upper bound on the
-            share of corrupted samples. Overestimate rather than underestimate (chapter 4, Table 4.4).
-        warmup_epochs: T_k, epochs until the share has grown from 0 to tau.
+            al. 2010); min_sgd keeps only the sample with the smallest loss (Shah et al. 2020).
+        tau: share of each batch dropped after the warm-up by prl_l, prl_g and spl; an upper bound on the share of
+            corrupted samples. Overestimate rather than underestimate (chapter 4, Table 4.4).
+        warmup_epochs: T_k, epochs in which the share grows from 0 to tau.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,7 +35,7 @@ class SelectBatchConfig(BaseModel):
         filters = self.kind in ("prl_l", "prl_g", "spl")
         if filters != (self.tau > 0):
             raise ConfigError(
-                f"select_batch.kind={self.kind} {'needs a tau above 0' if filters else 'drops no share: set tau=0'}"
+                f"select_batch.kind={self.kind} {'needs tau > 0' if filters else 'does not use tau: set tau=0'}"
             )
         return self
 
@@ -44,11 +44,11 @@ class SelectBatchConfig(BaseModel):
         return 1 - min(epoch / self.warmup_epochs * self.tau, self.tau)
 
     def n_kept(self, n: int, epoch: int) -> int:
-        """How many of `n` samples update the model, at least one."""
+        """Number of samples out of `n` that update the model, at least one."""
         return 1 if self.kind == "min_sgd" else max(1, round(self.kept_fraction(epoch) * n))
 
     def is_warm(self, epoch: int) -> bool:
-        """True once the whole share tau is dropped, so that being dropped says something about a sample."""
+        """True once the full share tau is dropped, so that counts of drops are evidence about a sample."""
         return self.kind != "all" and (self.kind == "min_sgd" or epoch >= self.warmup_epochs)
 
 

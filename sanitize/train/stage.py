@@ -1,5 +1,7 @@
-"""Train a robust model on a data set that may be corrupted. Shapes: N usable samples, in the order of shards and
-positions."""
+"""Train a robust model on a data set that may be corrupted.
+
+Shapes: N usable samples, in the order of shards and positions.
+"""
 
 import io
 from bisect import bisect_right
@@ -11,93 +13,79 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sanitize.artifacts import Part, partial_of
-from sanitize.augment import AugmentConfig
+from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.shuffle import buffer_bytes, first_rows, shuffled, usable_rows
+from sanitize.data.shuffle import buffer_bytes, first_rows, usable_rows
 from sanitize.denoise import PCA, PCANoise, PCANoiseConfig
 from sanitize.distributed import total, world
 from sanitize.errors import ConfigError
-from sanitize.loop import OptimConfig, predict, train
+from sanitize.fit import ClassifierConfig, fit_classifier, snapshots_of
+from sanitize.loop import OptimConfig, predict
 from sanitize.measure import count_correct
-from sanitize.models.architectures import Architecture
 from sanitize.models.checkpoint import Checkpoint, write_checkpoint
 from sanitize.models.config import ModelConfig
-from sanitize.models.convnet import ConvNetConfig
-from sanitize.progress import track
 from sanitize.snapshots import Snapshots
 from sanitize.stage import Work, stage
-from sanitize.storage import is_local, local_path
 from sanitize.train.adversary import InputSpace
 from sanitize.train.collaborate import Pair
 from sanitize.train.method import Drops, MethodConfig, robust_objective
 from sanitize.train.probe import Probe
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(ClassifierConfig):
     """A network and how it is trained.
 
     Attributes:
-        architecture: the network. Methods that need gradients of single samples (prl_g, max_sample_grad_norm) get it
-            with GroupNorm in place of BatchNorm; that is part of the recipe and of the model's description.
-        mean, std: normalisation of each channel on the scale [0, 1].
-        optim: optimiser, schedule, epochs.
-        denoise: PCA-noise, with new noise in every step; needs the components of the training images. Images that the
-            accuracy is measured on stay as they are.
-        augment: random changes of the images; they are made on the device.
-        method: what makes the training robust; see docs/methods.md for what the combinations are called.
-        mmc_scale: length of the centres, where `method.loss` is mmc. Logits grow with its square: give TRADES, which
-            compares them, no more than 2 or so.
-        lipschitz: bound on the largest singular value of the last Linear (Algorithm 7); None leaves it free.
-        cache_bytes: decoded images held on the device; a larger data set is streamed through a buffer of this size.
-        snapshot_every: steps between two snapshots; a run that was killed goes on from the last one, if it lies on
-            a disk.
+        architecture: the network. For methods that need gradients of single samples (prl_g, max_sample_grad_norm),
+            GroupNorm replaces BatchNorm, in the recipe and in the description of the model.
+        mean, std, optim, augment, cache_bytes: as in `ClassifierConfig`.
+        denoise: PCA-noise, with new noise in every step; needs the components of the training images. Test images
+            are not changed.
+        method: ingredients of robust training; docs/methods.md names the combinations.
+        mmc_scale: length of the centres for `method.loss: mmc`. Logits grow with its square; for TRADES, which compares
+            logits, use at most about 2.
+        lipschitz: bound on the largest singular value of the last Linear (Algorithm 7); None sets no bound.
+        snapshot_every: steps between two snapshots; a killed run resumes from the last one. Snapshots are kept on a
+            disk, not in an object store.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    architecture: Architecture = ConvNetConfig()
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[PositiveFloat, ...] = (0.25,)
     optim: OptimConfig = OptimConfig(epochs=30)
     denoise: PCANoiseConfig | None = None
-    augment: AugmentConfig = AugmentConfig()
     method: MethodConfig = MethodConfig()
     mmc_scale: float = Field(default=10.0, gt=0)
     lipschitz: float | None = Field(default=None, gt=0)
-    cache_bytes: int = Field(default=2**30, gt=0)
     snapshot_every: int = Field(default=500, ge=1)
 
     @model_validator(mode="after")
     def _gradients_are_those_of_the_weights(self) -> Self:
         if self.method.loss == "mmc" and self.lipschitz is not None:
-            raise ConfigError("lipschitz scales the last layer, and with loss=mmc there is none: leave it out")
+            raise ConfigError("lipschitz bounds the last layer, and loss=mmc has none: leave lipschitz out")
         if self.lipschitz is not None and self.method.needs_sample_gradients:
-            raise ConfigError("lipschitz scales the last layer: prl_g and max_sample_grad_norm do not go with it")
+            raise ConfigError("lipschitz cannot be combined with prl_g or max_sample_grad_norm: leave one of them out")
         return self
 
 
 class RobustModel(Checkpoint):
-    """A Checkpoint with `history.parquet` (one row an epoch) and `drops.safetensors`: of each usable sample, in the
-    order of shards and positions, `dropped` and `seen` (int32): how often, after the warm-up."""
+    """A Checkpoint with `history.parquet`, one row an epoch, and `drops.safetensors`: counts `dropped` and `seen` (N,),
+    int32, of each usable sample after the warm-up."""
 
     @cached_property
     def history(self) -> list[dict[str, float]]:
-        """One row an epoch: loss, dropped share and accuracy on the training samples, and `test_accuracy`."""
+        """One row an epoch: loss, share dropped and accuracy on the training samples, and `test_accuracy`."""
         rows: list[dict[str, float]] = pq.read_table(pa.BufferReader(self.read("history.parquet"))).to_pylist()
         return rows
 
     @property
     def has_drops(self) -> bool:
-        """True where the method dropped samples."""
+        """True if the method dropped samples."""
         return "drops.safetensors" in self.manifest().files
 
     def drops(self) -> tuple[Tensor, Tensor]:
-        """dropped_N, seen_N. Raises ConfigError where the method drops no samples."""
+        """dropped_N and seen_N. Raises ConfigError if the method drops no samples."""
         if not self.has_drops:
             raise ConfigError(f"{self.path} was trained without dropping samples: set train.method.select_batch")
         counts = self.read_tensors("drops.safetensors", "dropped", "seen")
@@ -114,25 +102,25 @@ def train_robust(
     encoder: Checkpoint | None = None,
     pca: PCA | None = None,
 ) -> Work:
-    """Train a robust model; all processes of torchrun call it alike, and the first one writes.
+    """Train a robust model; all processes of torchrun call this stage, and the first one writes.
 
     Args:
         config: network and method.
-        dataset: what to learn; only usable samples are read.
+        dataset: training samples; only usable ones are read.
         out: folder of the artifact.
         compute: device, precision, seed.
-        test: samples to measure the accuracy on after each epoch; nothing is learned from them.
-        encoder: pre-trained; all but the last Linear is taken from it and stays as it is (Algorithm 7).
-        pca: of the images of `dataset`, for `config.denoise`.
+        test: samples for the accuracy after each epoch; they are not trained on.
+        encoder: pre-trained network; its weights before the last Linear are used and stay fixed (Algorithm 7).
+        pca: components of the images of `dataset`, for `config.denoise`.
 
     Raises:
         NumericsError: training diverged; the message names the step and its samples.
-        ConfigError: the method does not fit the task or the network, or the encoder is another network.
+        ConfigError: the method does not suit the task or the network, or the encoder is another network.
     """
     if not config.method.classifies:
-        raise ConfigError(f"train.method.loss={config.method.loss}: shards carry classes; set cross_entropy or mmc")
+        raise ConfigError(f"train.method.loss={config.method.loss}: shards have class labels; set cross_entropy or mmc")
     if (config.denoise is None) != (pca is None):
-        raise ConfigError("train.denoise and the PCA of the images go together: give both, or neither")
+        raise ConfigError("train.denoise needs the PCA of the images: give both or neither")
     model_config = _model_config(config, dataset, encoder)
 
     def fit() -> _Fitted:
@@ -140,9 +128,7 @@ def train_robust(
         networks = [_network(config, model_config, encoder) for _ in range(config.method.n_networks)]
         model = networks[0] if len(networks) == 1 else Pair(*networks)
         drops = Drops(dataset.n_samples, compute.torch_device)
-        snapshots = (
-            Snapshots(local_path(partial_of(out)) / "snapshot", config.snapshot_every) if is_local(out) else None
-        )
+        snapshots = snapshots_of(out, config.snapshot_every)
         history = _train(model, model_config, drops, config, dataset, test, pca, snapshots, compute)
         network = networks[0].finished() if isinstance(networks[0], Probe) else networks[0]
         return _Fitted(network, history, total(drops.dropped_N).cpu(), total(drops.seen_N).cpu())
@@ -156,14 +142,14 @@ def train_robust(
         part.counts.update(samples=dataset.n_samples)
 
     own = partial(RobustModel.of_own, architecture=config.architecture)
-    # The order of samples depends on the buffer that the data set needs, not on the memory that may be used.
+    # The order of samples depends on the size of the buffer, not on cache_bytes if all images fit.
     settings = config.model_dump(mode="json", exclude={"snapshot_every", "cache_bytes"})
     settings["buffer_bytes"] = buffer_bytes(dataset, config.cache_bytes)
     return Work(fit=fit, write_fitted=write, handle=own, config=settings)
 
 
 class _Fitted(NamedTuple):
-    """What training leaves: the network, its history, and what became of each sample."""
+    """Result of the training: the network, its history, and counts of each sample."""
 
     network: nn.Module
     history: list[dict[str, float]]
@@ -172,22 +158,18 @@ class _Fitted(NamedTuple):
 
 
 def _model_config(config: TrainConfig, dataset: Dataset, encoder: Checkpoint | None) -> ModelConfig:
-    """What is trained. Raises ConfigError where the encoder is something else."""
-    model_config = ModelConfig(
-        architecture=config.architecture,
-        # A frozen encoder's BatchNorm is in eval mode and mixes nothing.
+    """Description of the network. Raises ConfigError if the encoder is another network."""
+    model_config = config.describe(
+        dataset,
+        # The BatchNorm of a frozen encoder is in eval mode and mixes no samples.
         group_norm=config.method.needs_sample_gradients and encoder is None,
-        n_classes=dataset.n_classes,
-        image_shape=dataset.image_shape,
-        mean=config.mean,
-        std=config.std,
         mmc=config.mmc_scale if config.method.loss == "mmc" else None,
     )
     if encoder is not None:
-        wanted, there = (of.model_dump(exclude={"n_classes"}) for of in (model_config, encoder.config))
+        wanted, there = (one.model_dump(exclude={"n_classes"}) for one in (model_config, encoder.config))
         if differing := [name for name, value in wanted.items() if value != there[name]]:
             raise ConfigError(
-                f"{encoder.path} has another {', '.join(differing)} than `train`: give both sections the same"
+                f"{encoder.path} and `train` differ in {', '.join(differing)}: give both sections the same"
             )
     return model_config
 
@@ -210,47 +192,41 @@ def _train(
     snapshots: Snapshots | None,
     compute: Compute,
 ) -> list[dict[str, float]]:
-    optim = config.optim
     generators = {name: compute.generator("train", name, world()[0]) for name in ("augment", "denoise", "adversary")}
-    pixels = _pixels(config.denoise, pca, generators["denoise"], compute)
-    order = partial(compute.generator, "train", "shuffle")
-    data = shuffled(dataset, optim.batch_size, config.cache_bytes, order, compute.torch_device)
     channels = dataset.image_shape[0]
     mean, std = (values * channels if len(values) == 1 else values for values in (config.mean, config.std))
     objective = robust_objective(config.method, compute, InputSpace.images(mean, std), drops, generators["adversary"])
     held_out = _held_out(test, config.cache_bytes) if test else None
 
-    with track("train", optim.epochs * data.steps_per_epoch * data.batch_size) as advance:
+    def measure(network: nn.Module) -> dict[str, float]:
+        if test is None or held_out is None:
+            return {}
+        logits = partial(predict, network, transform=model_config.normalise, compute=compute)
+        (correct,) = count_correct([logits], held_out(), test.n_classes)
+        return {"test_accuracy": correct.share}
 
-        def measure(network: nn.Module) -> dict[str, float]:
-            if test is None or held_out is None:
-                return {}
-            logits = partial(predict, network, transform=model_config.normalise, compute=compute)
-            (correct,) = count_correct([logits], held_out(), test.n_classes)
-            return {"test_accuracy": correct.share}
-
-        return train(
-            model,
-            data.epoch,
-            data.steps_per_epoch,
-            optim,
-            compute,
-            lambda images_BCHW: config.augment(model_config.standardise(pixels(images_BCHW)), generators["augment"]),
-            advance,
-            objective,
-            measure,
-            snapshots,
-            generators | {"dropped": drops.dropped_N, "seen": drops.seen_N},
-            partial(_name_of, dataset),
-            lambda row: advance.note(", ".join(f"{name} {value:.3g}" for name, value in row.items())),
-            unit=model_config.pixel_unit,
-        )
+    return fit_classifier(
+        model,
+        model_config,
+        config,
+        dataset,
+        compute,
+        description="train",
+        stream="train",
+        generator=generators["augment"],
+        pixels=_pixels(config.denoise, pca, generators["denoise"], compute),
+        objective=objective,
+        measure=measure,
+        snapshots=snapshots,
+        carried=generators | {"dropped": drops.dropped_N, "seen": drops.seen_N},
+        name_of=partial(_name_of, dataset),
+    )
 
 
 def _pixels(
     config: PCANoiseConfig | None, pca: PCA | None, generator: torch.Generator, compute: Compute
 ) -> Callable[[Tensor], Tensor]:
-    """From uint8 images to what is learned of them, on [0, 1]."""
+    """Function from uint8 images to training images on [0, 1]."""
     if config is None or pca is None:
         return lambda images_BCHW: images_BCHW.float() / 255
     modify = PCANoise(config, pca.components, compute.torch_device)
@@ -263,7 +239,7 @@ def _pixels(
 
 
 def _held_out(test: Dataset, cache_bytes: int) -> Callable[[], Iterable[tuple[Tensor, Tensor]]]:
-    """Images and labels, batch by batch; decoded once if `cache_bytes` are enough, and else each time."""
+    """Function that returns batches of images and labels; decoded once if they fit into `cache_bytes`."""
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         return ((batch.images_BCHW, batch.labels_B) for batch in test.batches(512))
@@ -275,7 +251,7 @@ def _held_out(test: Dataset, cache_bytes: int) -> Callable[[], Iterable[tuple[Te
 def _name_of(dataset: Dataset, row: int) -> str:
     """SHARD/KEY of a usable sample by its row."""
     first = first_rows(dataset)
-    place = bisect_right(list(first.values()), row) - 1  # of the shards that begin there the last: others are empty
+    place = bisect_right(list(first.values()), row) - 1  # the last shard that begins there: earlier ones are empty
     shard = list(first)[place]
     return f"{shard}/{usable_rows(dataset, shard)['key'][row - first[shard]]}"
 

@@ -240,7 +240,7 @@ def test_logits_that_are_not_finite_are_an_error(compute: Compute) -> None:
         def forward(self, x_BX: Tensor) -> Tensor:
             return torch.where(x_BX > 3.5, torch.nan, x_BX)  # one copy of thousands
 
-    with pytest.raises(NumericsError, match=r"sigma=1\.0 is not finite"):
+    with pytest.raises(NumericsError, match=r"not finite under noise of sigma=1\.0"):
         certify(Broken(), torch.zeros(1, 8), SmoothingConfig(sigma=1.0), compute)
 
 

@@ -1,11 +1,7 @@
 """The stage: what it writes, and a run that is killed again and again."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +22,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
+from tests.killed import run_until_killed
 
 SMALL = CertifySmoothingConfig(sigma=0.1, n0=20, n=100, max_images=40, batch_size=256)
 
@@ -148,18 +145,7 @@ def test_a_killed_run_goes_on_to_the_same_digest(
 ) -> None:
     out = tmp_path / "certificates"
     for n in (3, 2):  # groups: two images each, so that the first kill is in the middle of the first shard
-        command = [
-            sys.executable,
-            "-c",
-            KILLED,
-            dataset.path,
-            checkpoint.path,
-            SMALL.model_dump_json(),
-            str(out),
-            str(n),
-        ]
-        killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-        assert killed.returncode == -signal.SIGKILL
+        run_until_killed(KILLED, dataset.path, checkpoint.path, SMALL.model_dump_json(), str(out), str(n))
         assert not out.exists()
     again: list[int] = []
     append = Journal.append

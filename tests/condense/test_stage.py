@@ -1,10 +1,6 @@
 """The stage: what it writes can be read by others, and a run that is killed goes on to the same digest."""
 
 import io
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +22,7 @@ from sanitize.errors import ConfigError, DataError
 from sanitize.loop import OptimConfig
 from sanitize.models.instance_convnet import InstanceConvNetConfig
 from sanitize.siamese import SiameseConfig
+from tests.killed import kill_after_snapshot
 
 DIGITS = SiameseConfig(flip=False)
 SMALL = CondenseConfig(
@@ -110,26 +107,8 @@ def test_the_grid_has_a_class_a_row(condensed: CondensedSet) -> None:
     assert condensed.frames[60] == condensed.read("grid.png")  # no more than ten classes
 
 
-KILLED = """
-import os, signal, sys
-from sanitize.compute import Compute
+CONDENSE = """
 from sanitize.condense import CondenseConfig, condense_dataset
-from sanitize.data.dataset import Dataset
-from sanitize.snapshots import Snapshots
-
-dataset, config, out, n = sys.argv[1:]
-save, saved = Snapshots.save, 0
-
-def counted(self, snapshot):
-    global saved
-    save(self, snapshot)
-    saved += 1
-    if saved == int(n):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Snapshots.save = counted
-dataset = Dataset.load(dataset)
-compute = Compute(device="cpu", threads=1)
 condense_dataset(CondenseConfig.model_validate_json(config), dataset, out, compute, test=dataset)
 """
 
@@ -139,9 +118,7 @@ def test_a_killed_run_goes_on_to_the_same_digest(
     condensed: CondensedSet, dataset: Dataset, compute: Compute, tmp_path: Path
 ) -> None:
     out = tmp_path / "condensed"
-    command = [sys.executable, "-c", KILLED, dataset.path, SMALL.model_dump_json(), str(out), "2"]
-    killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    kill_after_snapshot(2, CONDENSE, dataset, SMALL, out)
     assert not out.exists()
     found = condense_dataset(SMALL, dataset, str(out), compute, test=dataset)
     assert found.digest == condensed.digest

@@ -61,9 +61,9 @@ def test_dimensions_by_energy(components: Components) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "give one of dims"),
-        ({"dims": 3, "energy": 0.5}, "give one of dims"),
-        ({"dims": 10_000}, "components are asked for, there are"),
+        ({}, "give either dims"),
+        ({"dims": 3, "energy": 0.5}, "give either dims"),
+        ({"dims": 10_000}, "components, but there are"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, message: str, components: Components) -> None:

@@ -95,7 +95,7 @@ def test_a_network_is_attacked_image_by_image(network: Path, digits: Digits, tmp
     alpha = np.array(robustness.summary["alpha"])
     assert alpha.shape == (64,)
     assert alpha[-1] == pytest.approx(1)
-    assert "Where gradients point" in Path(result["report"]).read_text()
+    assert "Gradient direction" in Path(result["report"]).read_text()
 
 
 def test_the_lengths_are_those_of_the_samples_they_stand_beside(network: Path, digits: Digits, tmp_path: Path) -> None:

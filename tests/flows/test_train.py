@@ -88,7 +88,7 @@ def test_the_command_trains_and_says_where_everything_is(train_settings: dict[st
     ("options", "message"),
     [
         (["--method=magic"], "--method magic: there are standard, "),
-        (["--method=prl_l", "--tau=0"], "needs a tau above 0"),
+        (["--method=prl_l", "--tau=0"], "needs tau > 0"),
         (["--epochs=0"], "train.optim.epochs"),
     ],
 )

@@ -196,7 +196,8 @@ def test_counts_are_the_selections(planted: Run, tmp_path: Path) -> None:
     assert numbers["counts"]["quarantined"] == counts["quarantined"]
     assert sum(c["removed"] for c in numbers["classes"]) == counts["quarantined"]
     assert numbers["headline"] in page.words
-    assert numbers["headline"] == f"{counts['quarantined']} of 120 samples look planted; they sit in class 0."
+    n_removed = counts["quarantined"]
+    assert numbers["headline"] == f"{n_removed} of 120 samples were removed as likely poisoned, from class 0."
     assert re.search(rf"quarantined\s*{counts['quarantined']}", page.words)
     assert [c["label"] for c in numbers["classes"]] == [0, 1, 2, 3]  # the affected first, then by separation
     assert page.tags["script"] == 0
@@ -271,7 +272,7 @@ def test_pictures_are_the_samples_own(planted: Run, tmp_path: Path) -> None:
 def test_nothing_removed_shows_why(tmp_path: Path) -> None:
     report = _run(tmp_path, separations=(3.1, 1.0, 3.9, 0.5)).report(tmp_path / "report")
     numbers, html = _numbers(report), _html(report)
-    assert numbers["headline"] == "Nothing stood out; all 120 samples were kept."
+    assert numbers["headline"] == "No samples were removed; all 120 were kept."
     assert [h["label"] for h in numbers["histograms"]] == [2]  # the class that came closest
     assert numbers["histograms"][0]["threshold"] is None
     assert {s["status"] for s in numbers["suspects"]} == {"kept"}
@@ -281,8 +282,8 @@ def test_nothing_removed_shows_why(tmp_path: Path) -> None:
 def test_a_rule_that_always_removes_is_not_said_to_find(tmp_path: Path) -> None:
     report = _run(tmp_path, rule=ContaminationRule(rate=0.1)).report(tmp_path / "report")
     headline = _numbers(report)["headline"]
-    assert "planted" not in headline
-    assert headline.endswith("as the most suspicious of their classes; they sit in classes 0, 1, 2 and 3.")
+    assert "poisoned" not in headline
+    assert headline.endswith("as the most suspicious of their classes, from classes 0, 1, 2 and 3.")
 
 
 def test_several_scorers_are_shown_side_by_side(planted: Run, tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_several_scorers_are_shown_side_by_side(planted: Run, tmp_path: Path) ->
     removed = [s for s in numbers["suspects"] if s["status"] == "quarantined"]
     assert [s["scorer"] for s in removed[:4]] == ["toxic_direction", "rca", "toxic_direction", "rca"]
     assert len({(s["shard"], s["position"]) for s in numbers["suspects"]}) == len(numbers["suspects"])
-    assert "2 scorers looked at every sample" in page.words
+    assert "2 scorers scored every sample" in page.words
     assert "Flagged by rca" in page.words
     assert "were removed" in numbers["headline"]
     with pytest.raises(ArtifactError, match="one run"):

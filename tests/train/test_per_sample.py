@@ -88,7 +88,7 @@ def test_weights_that_are_not_trained_do_not_count() -> None:
         (nn.BatchNorm2d(3), "BatchNorm mixes the samples.*without_batch_norm"),
         (nn.Conv2d(4, 4, 3, groups=2), "groups=1"),
         (nn.Conv2d(4, 4, 3, padding="same"), "padding in numbers"),
-        (nn.Embedding(4, 4), "Embedding are not known"),
+        (nn.Embedding(4, 4), "Embedding are not supported"),
     ],
 )
 def test_what_has_no_formula_is_refused_with_the_reason(network: nn.Module, reason: str) -> None:

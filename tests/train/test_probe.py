@@ -111,5 +111,5 @@ def test_what_does_not_go_together_is_refused(
     with pytest.raises(ConfigError, match="lipschitz"):
         changed(method=METHODS["prl_g"])
     other = changed(architecture=ConvNetConfig(widths=(8, 8)), std=(0.5,))
-    with pytest.raises(ConfigError, match="another architecture, std"):
+    with pytest.raises(ConfigError, match="differ in architecture, std"):
         train_robust(other, dataset, str(tmp_path / "a"), compute, encoder=checkpoint)

@@ -1,9 +1,5 @@
 """The training stage: what it writes, what it resumes, and whom it suspects."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +27,7 @@ from sanitize.train import (
     train_robust,
     zoo,
 )
+from tests.killed import kill_after_snapshot
 
 SMALL = TrainConfig(
     architecture=ConvNetConfig(widths=(8, 16)), optim=OptimConfig(epochs=4, batch_size=32, learning_rate=0.02)
@@ -132,29 +129,13 @@ def test_a_loss_that_is_not_finite_names_shard_and_key(dataset: Dataset, compute
 
 def test_a_method_for_regression_is_refused(dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
     method = MethodConfig(loss="squared", select_batch=SelectBatchConfig())
-    with pytest.raises(ConfigError, match="shards carry classes; set cross_entropy"):
+    with pytest.raises(ConfigError, match="shards have class labels; set cross_entropy"):
         train_robust(SMALL.model_copy(update={"method": method}), dataset, str(tmp_path / "model"), compute)
 
 
-KILLED = """
-import os, signal, sys
-from sanitize.compute import Compute
-from sanitize.data.dataset import Dataset
-from sanitize.snapshots import Snapshots
+TRAIN = """
 from sanitize.train import TrainConfig, train_robust
-
-dataset, config, out, n = sys.argv[1:]
-save, saved = Snapshots.save, 0
-
-def counted(self, snapshot):
-    global saved
-    save(self, snapshot)
-    saved += 1
-    if saved == int(n):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Snapshots.save = counted
-train_robust(TrainConfig.model_validate_json(config), Dataset.load(dataset), out, Compute(device="cpu", threads=1))
+train_robust(TrainConfig.model_validate_json(config), dataset, out, compute)
 """
 
 
@@ -163,9 +144,7 @@ def test_a_killed_run_goes_on_to_the_same_digest(n: int, dataset: Dataset, compu
     config = small("co_prl_l", snapshot_every=4)
     wanted = train_robust(config, dataset, str(tmp_path / "wanted"), compute)
     out = tmp_path / "model"
-    command = [sys.executable, "-c", KILLED, dataset.path, config.model_dump_json(), str(out), str(n)]
-    killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    kill_after_snapshot(n, TRAIN, dataset, config, out)
     assert (tmp_path / ".model.partial" / "snapshot").exists()
     model = train_robust(config, dataset, str(out), compute)
     assert model.digest == wanted.digest
@@ -182,7 +161,7 @@ def test_snapshots_and_memory_are_no_part_of_the_recipe(dataset: Dataset, comput
 def test_denoised_images_train_and_their_pca_is_asked_for(dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
     pca = fit_pca(PCAConfig(), dataset, str(tmp_path / "pca"), compute)
     config = small("standard", denoise=PCANoiseConfig(dims=20, noise_dims=5, scale=2.0))
-    with pytest.raises(ConfigError, match="go together"):
+    with pytest.raises(ConfigError, match="needs the PCA"):
         train_robust(config, dataset, str(tmp_path / "without"), compute)
     model = train_robust(config, dataset, str(tmp_path / "model"), compute, test=dataset, pca=pca)
     assert model.history[-1]["test_accuracy"] > 0.5

@@ -44,6 +44,10 @@ class LabelMarginConfig(BaseModel):
     n_folds: int = Field(default=5, ge=2, le=100)
     ridge: float = Field(default=0.01, gt=0)
 
+    def build(self) -> "LabelMargin":
+        """The scorer, not fitted yet."""
+        return LabelMargin(self)
+
 
 class LeastSquares:
     """All that ridge regression of one-hot labels needs to know of its rows; mergeable.

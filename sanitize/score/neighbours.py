@@ -65,6 +65,10 @@ class NeighboursConfig(BaseModel):
     whiten: float = Field(default=0.0, ge=0, le=1)
     max_reference: int = Field(default=20_000, ge=100)
 
+    def build(self) -> "Neighbours":
+        """The scorer, not fitted yet."""
+        return Neighbours(self)
+
 
 class Neighbours:
     """Scorer: weighted share of the k nearest neighbours, the sample itself left out, with another label; in [0, 1]."""

@@ -1,4 +1,6 @@
-"""What a scorer is. A score is higher for a more suspicious sample, always; a scorer never drops anything.
+"""The protocol of scorers. A score is higher for a more suspicious sample, always; a scorer never drops anything.
+
+A scorer's config has `kind`, `embedding` (name of the embedding it scores) and `build()`, which makes the scorer.
 
 Shapes: B rows of a batch, N of a class, D features.
 """
@@ -19,7 +21,7 @@ class Scorer(Protocol):
     """Fit on a stream that can be read several times, then score batch by batch.
 
     Attributes:
-        statistics: for each label, what a rule or a reader may want to know of its class (finite numbers).
+        statistics: label -> finite numbers about its class, for rules and the report.
     """
 
     statistics: dict[int, dict[str, float]]
@@ -42,7 +44,7 @@ class Scorer(Protocol):
 
 
 def row_hashes(batch: EmbeddingBatch, seed: int) -> list[int]:
-    """One keyed 64-bit hash a row, from shard and position: what `HashSample` picks by."""
+    """One keyed 64-bit hash a row, from shard and position, for `HashSample`."""
     prefix = f"{seed}/{batch.shard}/"
     return [
         int.from_bytes(hashlib.blake2b(f"{prefix}{position}".encode(), digest_size=8).digest(), "big")

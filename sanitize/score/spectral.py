@@ -49,6 +49,10 @@ class SpectralConfig(BaseModel):
     alpha: float = Field(default=4.0, ge=0)
     max_samples: int = Field(default=20_000, ge=100)
 
+    def build(self) -> "Spectral":
+        """The scorer, not fitted yet."""
+        return Spectral(self)
+
 
 class Spectral:
     """Scorer: squared length of the centred embedding after one linear map a class."""

@@ -1,25 +1,24 @@
 """Fit a scorer on embeddings, then score every sample: the only place where scorers meet files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
 import pyarrow as pa
 import safetensors.torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from sanitize.artifacts import Artifact, Part, first_line
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
 from sanitize.progress import track
-from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
-from sanitize.score.label_margin import LabelMargin, LabelMarginConfig
-from sanitize.score.neighbours import Neighbours, NeighboursConfig
+from sanitize.score.anomaly_scorer import RCAScorerConfig, RobustRealNVPScorerConfig
+from sanitize.score.label_margin import LabelMarginConfig
+from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.scorer import Scorer
-from sanitize.score.spectral import Spectral, SpectralConfig
+from sanitize.score.spectral import SpectralConfig
 from sanitize.score.toxic_direction import ToxicDirectionConfig
-from sanitize.score.toxic_scorer import ToxicDirection
 from sanitize.stage import Advance, Work, stage
 
 ScorerConfig = Annotated[
@@ -31,21 +30,6 @@ ScorerConfig = Annotated[
     | ToxicDirectionConfig,
     Field(discriminator="kind"),
 ]
-_SCORERS: dict[type[BaseModel], Callable[[Any], Scorer]] = {
-    LabelMarginConfig: LabelMargin,
-    NeighboursConfig: Neighbours,
-    RCAScorerConfig: AnomalyScorer,
-    RobustRealNVPScorerConfig: AnomalyScorer,
-    SpectralConfig: Spectral,
-    ToxicDirectionConfig: ToxicDirection,
-}
-
-
-def new_scorer(config: ScorerConfig) -> Scorer:
-    """The scorer a config describes, not fitted yet."""
-    return _SCORERS[type(config)](config)
-
-
 _SCHEMA = pa.schema({"key": pa.string(), "position": pa.int64(), "label": pa.int64(), "score": pa.float32()})
 
 
@@ -66,7 +50,7 @@ class FittedScorer(Artifact):
         """
         if config.model_dump(mode="json") != self.info["config"]:
             raise ConfigError(f"the scorer in {self.path} was fitted with another configuration: {self.info['config']}")
-        scorer = new_scorer(config)
+        scorer = config.build()
         state = self.read_tensors("state.safetensors")
         try:
             scorer.load_state(state, {int(label): values for label, values in self.info["classes"].items()})
@@ -96,7 +80,7 @@ def fit_scorer(
     shards = [shard for shard in embeddings.shards if shard not in exclude]
 
     def write(part: Part) -> None:
-        scorer = new_scorer(config)
+        scorer = config.build()
         with track(f"fit {config.kind}", None) as advance:
 
             def one_pass(name: str) -> Iterator[EmbeddingBatch]:

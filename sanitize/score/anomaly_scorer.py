@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from sanitize.compute import Compute
@@ -22,19 +22,17 @@ from sanitize.data.tables import EmbeddingBatch
 from sanitize.score.estimator import Estimator
 from sanitize.score.rca import RCAConfig
 from sanitize.score.robust_realnvp import RobustRealNVPConfig
-from sanitize.score.scorer import Passes, row_hashes
+from sanitize.score.scorer import BaseScorerConfig, Passes, row_hashes
 from sanitize.streaming import HashSample
 
 
-class _SampleConfig(BaseModel):
+class _SampleConfig(BaseScorerConfig):
     """Rows that a model is fitted on.
 
     Attributes:
-        embedding: name of the embedding; RobustRealNVP needs two features or more.
+        embedding: name of the embedding to score; RobustRealNVP needs two features or more.
         max_fit: most samples to fit on.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     embedding: str = "pooled"
     max_fit: int = Field(default=20_000, ge=100)

@@ -2,7 +2,7 @@
 chapter 2, Algorithm 1): anomaly detection when the training data holds the anomalies.
 
 k autoencoders learn together. From each mini-batch each picks, without dropout, the share beta that it reconstructs
-best, and is updated, with dropout, on the picks of another one. beta starts at 1; after each epoch
+best, and is updated, with dropout, on the picks of another network. beta starts at 1; after each epoch
     beta <- max(beta - eps / (alpha max_epoch), 1 - eps),   eps = contamination.
 The score of a row is its squared reconstruction error, averaged over v forward passes with dropout, the networks and
 the columns.

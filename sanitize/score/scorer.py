@@ -1,14 +1,17 @@
 """The protocol of scorers. A score is higher for a more suspicious sample, always; a scorer never drops anything.
 
-A scorer's config has `kind`, `embedding` (name of the embedding it scores) and `build()`, which makes the scorer.
+To add a scorer: one file with its config, a subclass of `BaseScorerConfig`, and its class, a `Scorer`; and the config's
+name in the union `ScorerConfig` (`stage.py`).
 
 Shapes: B rows of a batch, N of a class, D features.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from sanitize.compute import Compute
@@ -41,6 +44,24 @@ class Scorer(Protocol):
     def load_state(self, state: Mapping[str, Tensor], statistics: dict[int, dict[str, float]]) -> None:
         """The inverse of `state_dict`."""
         ...
+
+
+class BaseScorerConfig(BaseModel, ABC):
+    """Settings of a scorer.
+
+    Attributes:
+        kind: name of the scorer.
+        embedding: name of the embedding to score.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    embedding: str
+
+    @abstractmethod
+    def build(self) -> Scorer:
+        """The scorer, not fitted yet."""
 
 
 def row_hashes(batch: EmbeddingBatch, seed: int) -> list[int]:

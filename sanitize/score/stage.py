@@ -1,4 +1,4 @@
-"""Fit a scorer on embeddings, then score every sample: the only place where scorers meet files."""
+"""Fit a scorer on embeddings, then score every sample. Scorers themselves open no files."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -34,7 +34,7 @@ _SCHEMA = pa.schema({"key": pa.string(), "position": pa.int64(), "label": pa.int
 
 
 class FittedScorer(Artifact):
-    """`state.safetensors` and `scorer.json` (config, class statistics, shards that were excluded out)."""
+    """`state.safetensors` and `scorer.json` (config, class statistics, excluded shards)."""
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class FittedScorer(Artifact):
         """The scorer, ready to score.
 
         Raises:
-            ConfigError: `config` is not the one it was fitted with.
+            ConfigError: the scorer was fitted with another config.
             ArtifactError: the files do not hold the state of such a scorer.
         """
         if config.model_dump(mode="json") != self.info["config"]:
@@ -67,14 +67,14 @@ def fit_scorer(
     """Fit a scorer on embeddings.
 
     Args:
-        config: which scorer.
-        embeddings: what to fit on; read as a stream, several times.
+        config: settings of the scorer.
+        embeddings: embeddings to fit on; read as a stream, several times.
         out: folder of the artifact.
         compute: seed of the hash-chosen samples.
-        exclude: shards it is not fitted on: those that are trusted, so that they can be compared with.
+        exclude: shards not to fit on: the trusted ones, because rules compare with their scores.
 
     Raises:
-        ConfigError: the embedding the scorer reads is not there.
+        ConfigError: the embedding of the scorer is missing.
     """
     excluded = {"exclude": sorted(exclude)}
     shards = [shard for shard in embeddings.shards if shard not in exclude]
@@ -109,12 +109,12 @@ def score_shards(
     """Score every embedded sample.
 
     Args:
-        config: the one the scorer was fitted with.
+        config: config that the scorer was fitted with.
         fitted: the scorer.
-        embeddings: what to score.
+        embeddings: embeddings to score.
         out: folder of the artifact.
-        compute: unused but for the convention; nothing is random.
-        shards: names of the shards to do now; None does all that are missing and finishes.
+        compute: not used; nothing is random.
+        shards: names of the shards to do now; None does all missing shards and finishes.
 
     Raises:
         NumericsError: a score is not finite; the message names shard and key.
@@ -134,11 +134,12 @@ def score_shards(
                 "score": scores_B.numpy(),
             }
             tables.append(pa.table({"key": batch.keys, **columns}))
-        # The half of a small reference that is kept for calibration may have no rows.
+        # The calibration half of a small reference may have no rows.
         write_rows(part, shard, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
         part.counts["samples"] += sum(map(len, tables))
 
-    def finish(part: Part, _workshop: object) -> None:
-        part.write_json("scorer.json", fitted.info)
-
-    return Work(parts=embeddings.shards, write_part=write_part, finish=finish)
+    return Work(
+        parts=embeddings.shards,
+        write_part=write_part,
+        finish=lambda part, _: part.write_json("scorer.json", fitted.info),
+    )

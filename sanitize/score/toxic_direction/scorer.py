@@ -16,7 +16,7 @@ from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.progress import track
 from sanitize.score.neighbours import NeighboursConfig
-from sanitize.score.scorer import Passes, by_label, row_hashes
+from sanitize.score.scorer import BaseScorerConfig, Passes, by_label, row_hashes
 from sanitize.score.toxic_direction.sides import Side, Sides
 from sanitize.score.toxic_direction.split import ClassSplit, SplitConfig, fit_class, log_odds
 from sanitize.score.toxic_direction.two_gaussians import Mixture
@@ -26,7 +26,7 @@ MAX_SAMPLES = 10_000
 CHECKED = 1_000
 
 
-class ToxicDirectionConfig(SplitConfig):
+class ToxicDirectionConfig(SplitConfig, BaseScorerConfig):
     """Settings of the scorer: those of the split, the embedding, and the label check."""
 
     kind: Literal["toxic_direction"] = "toxic_direction"

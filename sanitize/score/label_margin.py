@@ -7,7 +7,7 @@ folds by a hash, a model of all other folds predicts each fold, and
 
 The model is ridge regression of one-hot labels on an embedding made without labels. Its sufficient statistics are
 sums: one pass gathers them for each fold, and the model without a fold is solved from the sums of the others. This is
-exact for any number of samples, where `neighbours` has a bounded reference. The scorer finds wrong labels; it misses most
+exact for any number of samples, where `neighbours` has a bounded reference. It finds wrong labels, but misses most
 dirty-label poison, because a linear model learns the trigger.
 
 State while fitting: F matrices D x D and F K sums, float64; afterwards F models (D + 1) x K. Shapes: B rows of a batch,

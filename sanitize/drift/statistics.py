@@ -101,9 +101,9 @@ def summarise_shards(
         for half, keys in chosen.items():
             _write_half(part, half, pa.concat_tables(_rows(embeddings, keys)), k)
         part.write("moments.safetensors", safetensors.torch.save(moments.state_dict()))
-        asked = {"seed": seed, "rows_of_class": k, "projection": projection.digest, "embedding": config.embedding}
+        settings = {"seed": seed, "rows_of_class": k, "projection": projection.digest, "embedding": config.embedding}
         numbers = {"n_components": projection.n_components, "n_classes": dataset.n_classes}
-        part.write_json("statistics.json", asked | numbers | _counts(dataset, selection))
+        part.write_json("statistics.json", settings | numbers | _counts(dataset, selection))
         part.counts["samples"] = selection.manifest().counts["samples"]
 
     return Work(write=write)

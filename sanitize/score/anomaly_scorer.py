@@ -26,52 +26,42 @@ from sanitize.score.scorer import BaseScorerConfig, Passes, row_hashes
 from sanitize.streaming import HashSample
 
 
-class _SampleConfig(BaseScorerConfig):
-    """Rows that a model is fitted on.
+class AnomalyScorerConfig(BaseScorerConfig):
+    """Settings of both scorers.
 
     Attributes:
         embedding: name of the embedding to score; RobustRealNVP needs two features or more.
         max_fit: most samples to fit on.
+        model: settings of the estimator.
     """
 
     embedding: str = "pooled"
     max_fit: int = Field(default=20_000, ge=100)
+    model: RCAConfig | RobustRealNVPConfig
+
+    def build(self) -> "AnomalyScorer":
+        """The scorer, not fitted yet."""
+        return AnomalyScorer(self)
 
 
-class RCAScorerConfig(_SampleConfig):
-    """Reconstruction errors of robust collaborative autoencoders.
-
-    Attributes:
-        model: settings of the autoencoders.
-    """
+class RCAScorerConfig(AnomalyScorerConfig):
+    """Reconstruction errors of robust collaborative autoencoders."""
 
     kind: Literal["rca"] = "rca"
     model: RCAConfig = RCAConfig()
 
-    def build(self) -> "AnomalyScorer":
-        """The scorer, not fitted yet."""
-        return AnomalyScorer(self)
 
-
-class RobustRealNVPScorerConfig(_SampleConfig):
-    """Negative log densities of a robustly trained flow.
-
-    Attributes:
-        model: settings of the flow.
-    """
+class RobustRealNVPScorerConfig(AnomalyScorerConfig):
+    """Negative log densities of a robustly trained flow."""
 
     kind: Literal["robust_realnvp"] = "robust_realnvp"
     model: RobustRealNVPConfig = RobustRealNVPConfig()
-
-    def build(self) -> "AnomalyScorer":
-        """The scorer, not fitted yet."""
-        return AnomalyScorer(self)
 
 
 class AnomalyScorer:
     """Scorer: scores of an estimator that is fitted on a sample of all rows."""
 
-    def __init__(self, config: RCAScorerConfig | RobustRealNVPScorerConfig) -> None:
+    def __init__(self, config: AnomalyScorerConfig) -> None:
         self.config = config
         self.statistics: dict[int, dict[str, float]] = {}
         self._model: Estimator = config.model.build()

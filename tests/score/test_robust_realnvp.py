@@ -104,7 +104,7 @@ def test_the_density_of_two_columns_integrates_to_one(config: RobustRealNVPConfi
 
 
 @pytest.mark.parametrize("norm", [0.5, 1.0, 2.0])
-def test_after_training_every_layer_has_the_spectral_norm_asked_for(norm: float) -> None:
+def test_after_training_every_layer_has_the_configured_spectral_norm(norm: float) -> None:
     state = RobustRealNVP(QUICK.model_copy(update={"lipschitz": norm})).fit(bent()).state_dict()
     weights = [tensor for name, tensor in state.items() if name.endswith("weight")]
     assert len(weights) == 3

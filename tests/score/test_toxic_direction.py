@@ -19,7 +19,7 @@ from sanitize.score.toxic_direction.split import (
 from sanitize.score.toxic_direction.two_gaussians import best_threshold, component_log_density, em, mixture_log_odds
 
 CONFIG = ToxicDirectionConfig(n_starts=32)
-# What the separation rule asks of large and of small classes.
+# Floors of the separation rule for large and small classes.
 FLOOR = 4.5
 
 

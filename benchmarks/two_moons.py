@@ -104,10 +104,8 @@ def main() -> None:
     panels = {kind: [data_panel(*trained[kind][0])] for kind in KINDS}
     rows = []
     for name, config in VARIANTS.items():
-        data = [x_ND for kind in KINDS for x_ND, _ in trained[kind]]
-        fitted = RobustRealNVP.fit_many(config, data, [*SEEDS] * len(KINDS))
-        for i, kind in enumerate(KINDS):
-            models = fitted[i * len(SEEDS) : (i + 1) * len(SEEDS)]
+        for kind in KINDS:
+            models = [config.build().fit(x_ND, seed) for seed, (x_ND, _) in zip(SEEDS, trained[kind], strict=True)]
             aucs = [
                 auroc(model.score(x_ND).numpy(), anomalous_N)
                 for model, (x_ND, anomalous_N) in zip(models, held_out[kind], strict=True)

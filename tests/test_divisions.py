@@ -162,7 +162,7 @@ def test_what_is_said_of_a_sample_does_not_depend_on_its_shard(
     kept = [name for path in shards.clean() for name, _ in read_tar(path) if name.endswith(".png")]
     wanted = by_key(selection, ["keep"])
     assert sorted(kept) == [f"{key}.png" for key in wanted.filter(wanted["keep"])["key"].to_pylist()]
-    # What is remembered of a class: counts to the sample, moments to rounding.
+    # Statistics of a class: counts exactly, moments to rounding.
     ours, theirs = (
         summarise_shards(
             STATISTICS,

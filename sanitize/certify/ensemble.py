@@ -33,7 +33,7 @@ from sanitize.models.sizes import MAX_NETWORKS
 from sanitize.models.stacked import Stacked
 from sanitize.models.weights import refuse_misfits
 from sanitize.progress import track
-from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig, new_scorer
+from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig
 from sanitize.stage import Advance, Work, stage
 
 PROVED = "partitions.json"
@@ -256,7 +256,7 @@ def _filtered(config: PartitionFilterConfig, partition: _Partition, compute: Com
     z_ND = oriented_gradients(partition.images_NCHW, config.cells)
     positions_N = torch.arange(len(z_ND))
     rows = EmbeddingBatch("", positions_N, list(map(str, positions_N.tolist())), partition.labels_N, z_ND)
-    scorer = new_scorer(config.scorer)
+    scorer = config.scorer.build()
     scorer.fit(lambda _name: [rows], compute)
     keep_N = torch.ones(len(z_ND), dtype=torch.bool)
     keep_N[scorer.score(rows).argsort(descending=True, stable=True)[:n_out]] = False

@@ -1,19 +1,19 @@
-"""What is remembered of samples that were seen."""
+"""Settings of the statistics of seen samples."""
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class StatisticsConfig(BaseModel):
-    """What is remembered of samples that were seen; the same for all versions of a reference.
+    """Statistics of seen samples; the same settings for all versions of a reference.
 
     Attributes:
-        embedding: whose moments are compared. `gradients` and `pixels` know neither labels nor model: to them a clean
-            batch looks like the samples before it. What a network was trained on, it embeds more tightly than what it
-            sees for the first time, so `penultimate` of the approved run's own model finds drift in every batch.
-        n_components: principal components of it that are looked at, at most.
-        per_class: samples of a class that are kept with all their embeddings: half to fit scorers on, half to
-            calibrate their thresholds.
-        max_rows: samples that are kept of all classes together; with more classes, `per_class` is smaller.
+        embedding: name of the embedding whose moments are compared. `gradients` and `pixels` depend on neither labels
+            nor model, so new clean samples have the same distribution. A network embeds its training samples more
+            tightly than new ones, so `penultimate` of the approved run's own model finds drift in every batch.
+        n_components: most principal components of the embedding.
+        per_class: samples of a class stored with all their embeddings: half to fit scorers on, half to calibrate their
+            thresholds.
+        max_rows: samples stored of all classes together; with many classes, `per_class` becomes smaller.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

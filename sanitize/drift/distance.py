@@ -1,23 +1,23 @@
-"""Three questions about a batch and its reference, each with a p-value and an effect: huge batches make every trifle
-significant, small ones make every accident large, so an alarm needs both.
+"""Three tests of a batch against its reference, each with a p-value and an effect size. An alarm needs both: in a huge
+batch every small effect is significant, in a small batch chance effects are large.
 
 **Shift** of the samples of a class, their mean and their covariance at once: the squared Frechet distance between two
 Gaussians (Dowson & Landau, 1982, Eq. 4; Heusel et al., 2017, "FID", section 3),
 
     d2 = |m - m'|^2 + tr(S + S' - 2 (S^(1/2) S' S^(1/2))^(1/2)).
 
-It is positive for two samples of one distribution as well. How large it then is, is not asked of a Gaussian: samples
-of the size of the batch are drawn from the reference itself, and each is compared with the reference without it. To
-their distances a Gamma distribution is fitted by mean and variance (Satterthwaite, 1946); it gives the p-value, and its
-mean is what the distance is reduced by. The effect is that reduced distance in units of the class's variance, tr S'.
+It is positive for two samples of one distribution as well. Its null distribution comes from the reference: samples of
+the size of the batch are drawn from the reference, and each is compared with the rest of the reference. A Gamma
+distribution is fitted to their distances by mean and variance (Satterthwaite, 1946); it gives the p-value, and its mean
+is subtracted from the distance. The effect is the difference in units of the class's variance, tr S'.
 
-**Rate**: x of n samples were removed, in the reference x' of n'. With Jeffreys' prior the number to expect is
-beta-binomial, which knows how uncertain the reference is: p = P(X >= x), X ~ BetaBin(n, x' + 1/2, n' - x' + 1/2). The
-effect is x / n - x' / n'. Only an excess counts. What is removed of a batch by design, because each of its samples is
-judged at a level and those of the reference were not, is counted as removed from the reference too.
+**Rate**: x of n samples were removed, in the reference x' of n'. With Jeffreys' prior the expected number is
+beta-binomial, which includes the uncertainty of the reference: p = P(X >= x), X ~ BetaBin(n, x' + 1/2, n' - x' + 1/2).
+The effect is x / n - x' / n'. Only an excess counts. The samples of a batch are judged at a level, those of the
+reference were not; the share removed by this level is counted as removed from the reference too.
 
-**Priors**: the share of each class. Pearson's chi-squared for two samples; the effect is the total variation distance,
-reduced by what two samples of one distribution are apart on average, sum_y sqrt(p_y (1 - p_y) (1/n + 1/n') / (2 pi)).
+**Priors**: the share of each class. Pearson's chi-squared for two samples; the effect is the total variation distance
+minus its mean between two samples of one distribution, sum_y sqrt(p_y (1 - p_y) (1/n + 1/n') / (2 pi)).
 
 Shapes: r components, N rows, T draws, K classes.
 """
@@ -35,14 +35,14 @@ from sanitize.streaming import Moments
 
 
 class Answer(NamedTuple):
-    """How likely so much is among samples of one distribution, and how much it is."""
+    """Result of a test: p-value under equal distributions, and effect size."""
 
     p_value: float
     effect: float
 
 
 class Distance(NamedTuple):
-    """A squared Frechet distance (float), and mean and variance it has among samples of one distribution."""
+    """A squared Frechet distance, and its mean and variance between samples of one distribution."""
 
     squared: float
     mean: float
@@ -50,7 +50,7 @@ class Distance(NamedTuple):
 
 
 def frechet_squared(mean_Tr: Tensor, cov_Trr: Tensor, other_Tr: Tensor, other_Trr: Tensor) -> Tensor:
-    """Squared Frechet distances (T,) between pairs of Gaussians, by means and covariances, float64, >= 0."""
+    """Squared Frechet distances (T,) between pairs of Gaussians of these means and covariances, float64, >= 0."""
     values_Tr, vectors_Trr = torch.linalg.eigh(cov_Trr)
     root_Trr = (vectors_Trr * values_Tr.clamp(min=0).sqrt()[:, None]) @ vectors_Trr.mT
     # The eigenvalues of S^(1/2) S' S^(1/2); rounding makes some of those that are zero negative.
@@ -60,13 +60,14 @@ def frechet_squared(mean_Tr: Tensor, cov_Trr: Tensor, other_Tr: Tensor, other_Tr
 
 
 def distance(batch: Moments, reference: Moments, pool_Nr: Tensor, n_draws: int, generator: torch.Generator) -> Distance:
-    """How far a class of a batch is from the reference, and how far samples of the reference would be.
+    """Distance of a class of a batch from the reference, and the null distribution.
 
     Args:
-        batch, reference: of the class, each of two samples at least.
-        pool_Nr: some of the rows of the reference, at least four.
-        n_draws: T.
-        generator: of the draws.
+        batch: moments of the class in the batch; two samples at least.
+        reference: moments of the class in the reference; two samples at least.
+        pool_Nr: sampled rows of the class in the reference, at least four.
+        n_draws: T, draws from the pool.
+        generator: random source of the draws.
     """
     n = min(batch.count, len(pool_Nr) // 2)
     at_TN = torch.rand(n_draws, len(pool_Nr), generator=generator).argsort(1)[:, :n]
@@ -74,7 +75,7 @@ def distance(batch: Moments, reference: Moments, pool_Nr: Tensor, n_draws: int, 
     mean_Tr = drawn_TNr.mean(1)
     centred_TNr = drawn_TNr - mean_Tr[:, None]
     scatter_Trr = centred_TNr.transpose(1, 2) @ centred_TNr
-    # The reference without what was drawn: Chan's update backwards, for all draws at once.
+    # The reference without the drawn rows: Chan's update backwards, for all draws at once.
     rest, total = reference.count - n, reference.count
     rest_Tr = (total * reference.mean_D - n * mean_Tr) / rest
     delta_Tr = mean_Tr - rest_Tr
@@ -82,13 +83,13 @@ def distance(batch: Moments, reference: Moments, pool_Nr: Tensor, n_draws: int, 
     drawn_T = frechet_squared(rest_Tr, rest_Trr / (rest - 1), mean_Tr, scatter_Trr / (n - 1))
     # Second moments of both terms go as 1/n + 1/n': draws may be smaller than the batch, and are from a smaller rest.
     scale = (1 / batch.count + 1 / total) / (1 / n + 1 / rest)
-    both = [(of.mean_D[None], of.covariance()[None]) for of in (reference, batch)]
+    both = [(moments.mean_D[None], moments.covariance()[None]) for moments in (reference, batch)]
     squared = frechet_squared(*both[0], *both[1])
     return Distance(float(squared), scale * float(drawn_T.mean()), scale**2 * float(drawn_T.var()))
 
 
 def shift(found: Distance, reference: Moments) -> Answer:
-    """Of a distance; 0 where it is no larger than among samples of one distribution."""
+    """Test of a distance; effect 0 where the distance is no larger than between samples of one distribution."""
     variance = float(reference.covariance().trace())
     return Answer(gamma_tail(found), max(0.0, found.squared - found.mean) / max(variance, 1e-300))
 
@@ -107,14 +108,22 @@ def together(found: Sequence[Distance], weights: Sequence[float]) -> Distance:
 
 
 def excess(x: int, n: int, reference_x: int, reference_n: int, by_design: float = 0.0) -> Answer:
-    """Of x among n over what the reference has, and a share `by_design` in [0, 1) of the others."""
+    """Test of a rate: x of n samples, against the reference's rate.
+
+    Args:
+        x: removed samples of the batch.
+        n: samples of the batch.
+        reference_x: removed samples of the reference.
+        reference_n: samples of the reference.
+        by_design: share of clean samples, in [0, 1), that are removed from a batch but were not from the reference.
+    """
     expected = reference_x + by_design * (reference_n - reference_x)
     p_value = stats.betabinom.sf(x - 1, n, expected + 0.5, reference_n - expected + 0.5)
     return Answer(float(p_value), x / n - expected / max(1, reference_n))
 
 
 def priors(counts_K: np.ndarray, reference_K: np.ndarray) -> Answer:
-    """Of the shares of classes; int64 counts, one of them positive in each."""
+    """Test of the shares of classes, by counts (K,) of batch and reference, int64, each with a positive count."""
     seen_k = (counts_K + reference_K) > 0
     table_2k = np.stack([counts_K[seen_k], reference_K[seen_k]])
     n, reference_n = table_2k.sum(1)

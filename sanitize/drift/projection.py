@@ -52,13 +52,14 @@ def fit_projection(
     """Principal components of one embedding of the kept samples.
 
     Args:
-        config: which embedding, how many components at most.
-        embeddings, selection: of an approved run.
+        config: name of the embedding, and most components.
+        embeddings: embeddings of an approved run.
+        selection: its verdicts.
         out: folder of the artifact.
-        compute: unused but for the convention; nothing is random.
+        compute: not used; nothing is random.
 
     Raises:
-        ConfigError: there is no such embedding.
+        ConfigError: the embedding is missing.
         DataError: fewer than two samples were kept.
     """
 
@@ -72,7 +73,7 @@ def fit_projection(
             raise DataError(f"fewer than two samples of {embeddings.path} were kept: there is nothing to compare with")
         values_D, vectors_DD = torch.linalg.eigh(moments.covariance())
         values_D, vectors_DD = values_D.flip(0), vectors_DD.flip(1)
-        # A direction without variance must not be blown up: rounding would be what drifts.
+        # Directions without variance are left out: scaled up, their rounding errors would look like drift.
         r = min(config.n_components, int((values_D > 1e-6 * values_D[0]).sum()))
         map_Dr = vectors_DD[:, :r] * values_D[:r].rsqrt()
         state = {"mean": moments.mean_D, "map": map_Dr.contiguous()}
@@ -84,10 +85,10 @@ def fit_projection(
 def with_verdicts(
     embeddings: Embeddings, selection: Selection, name: str, shard: str
 ) -> Iterator[tuple[EmbeddingBatch, Tensor]]:
-    """Batches of the embedding `name` of a shard, and which of their rows were kept, bool (B,).
+    """Batches of the embedding `name` of a shard, each with a mask of its kept rows, bool (B,).
 
     Raises:
-        ArtifactError: the verdicts are not about these samples.
+        ArtifactError: the verdicts belong to other samples.
     """
     positions_N, kept_N = verdicts_of(selection, shard)
     at = 0
@@ -99,7 +100,7 @@ def with_verdicts(
 
 
 def verdicts_of(selection: Selection, shard: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (N,) of the readable samples of a shard, and which of them were kept, bool (N,)."""
+    """Positions (N,) of the readable samples of a shard, and a mask of the kept ones, bool (N,)."""
     verdicts = selection.rows(shard, ["position", "keep", "status"])
     verdicts = verdicts.filter(pc.not_equal(verdicts["status"], "unreadable"))
     return verdicts["position"].to_numpy(), verdicts["keep"].to_numpy()

@@ -1,7 +1,7 @@
-"""Is a batch of new data like the reference? A verdict, and the reasons in plain words.
+"""Comparison of a batch of new data with the reference: a verdict, and the reasons in plain words.
 
-Each question of `distance.py` is asked of every class and of all classes together. An alarm is raised where the answer
-is significant, at a level that is shared among all questions (Bonferroni), and as large as its limit.
+The tests of `distance.py` run for every class and for all classes together. An alarm needs a p-value at most the level
+divided by the number of tests (Bonferroni), and an effect of at least its limit.
 """
 
 from collections.abc import Iterator
@@ -31,17 +31,17 @@ class DriftConfig(BaseModel):
     """When a batch is held.
 
     Attributes:
-        level: probability that anything at all is found in a batch that is like the reference.
-        min_samples: a class is compared where it has so many samples here and in the reference.
-        n_draws: samples of the reference that tell how far apart two samples of it are.
-        shift: of a class that is too much, in units of the class's variance.
-        overall_shift: the same for all classes together.
-        removed: excess of the removed share of a class, in [0, 1], that is too much.
-        overall_removed: the same of all samples.
-        unreadable: excess of the share that cannot be read.
-        priors: total variation distance of the shares of classes, in [0, 1].
-        broad: where so large a share of the classes has shifted, the data as a whole is another, and the verdict is
-            refit instead of hold.
+        level: probability of any alarm for a batch from the distribution of the reference.
+        min_samples: fewest samples of a class, in batch and reference, to compare it.
+        n_draws: draws from the reference for the null distribution of a shift.
+        shift: limit of a class's shift, in units of the class's variance.
+        overall_shift: limit of the mean shift of all classes, in the same units.
+        removed: limit of the excess of a class's removed share, in [0, 1].
+        overall_removed: limit of the excess of the removed share of all samples.
+        unreadable: limit of the excess of the unreadable share.
+        priors: limit of the total variation distance of the class shares, in [0, 1].
+        broad: share of the classes that must have shifted for verdict refit instead of hold: the data as a whole has
+            changed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,17 +59,17 @@ class DriftConfig(BaseModel):
 
 
 class Drift(Artifact):
-    """`drift.json`: verdict, reasons, and every question with its answer."""
+    """`drift.json`: verdict, reasons, and the result of every test."""
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """`verdict`; `reasons`; `level` of one question; `answers`: question, label (None: all), answer, limit, alarm;
+        """`verdict`; `reasons`; `level` of one test; `answers`: question, label (None: all), answer, limit, alarm;
         `classes`: label -> samples here and in the reference."""
         return self.read_object("drift.json", "verdict", "reasons")
 
 
 class Finding(NamedTuple):
-    """A question, whom it was asked of (None: all classes), the answer, and from where on the effect counts."""
+    """A test, its class (None: all classes), its result, and the limit of the effect."""
 
     question: Question
     label: int | None
@@ -77,7 +77,7 @@ class Finding(NamedTuple):
     limit: float
 
 
-@stage(Drift, gpu=False)
+@stage(Drift, version=2, gpu=False)
 def check_drift(
     config: DriftConfig,
     reference: Statistics,
@@ -88,16 +88,17 @@ def check_drift(
     *,
     by_design: float = 0.0,
 ) -> Work:
-    """Compare what is remembered of a batch with what is remembered of the reference.
+    """Compare the statistics of a batch with those of the reference.
 
     Args:
         config: the limits.
-        reference, batch: statistics in the coordinates of `projection`.
-        projection: of the reference.
+        reference: statistics of the reference, in the coordinates of `projection`.
+        batch: statistics of the batch, in the same coordinates.
+        projection: projection of the reference.
         out: folder of the artifact.
         compute: seed of the draws.
-        by_design: share of clean samples, in [0, 1), that is removed where samples are judged one by one, and was not
-            when the reference was made.
+        by_design: share of clean samples, in [0, 1), that is removed from batches, which are judged sample by sample,
+            but was not removed from the reference.
 
     Raises:
         ArtifactError: the statistics are in other coordinates.
@@ -140,7 +141,7 @@ def _is_compared(config: DriftConfig, here: Moments, there: Moments, pool_Nr: Te
 
 
 def _pools(reference: Statistics, projection: Projection) -> dict[int, Tensor]:
-    """Label -> the kept rows there are of it, (N, r)."""
+    """Label -> kept rows of the reference's sample, (N, r)."""
     pools: dict[int, list[Tensor]] = {}
     for half in (FIT, CALIBRATE):
         kept_N = torch.from_numpy(reference.rows(half, ["kept"])["kept"].to_numpy().copy())
@@ -169,12 +170,12 @@ def _counted(config: DriftConfig, reference: Statistics, batch: Statistics, by_d
     answer = excess(bad, n + bad, reference_bad, reference_n + reference_bad)
     yield Finding("unreadable", None, answer, config.unreadable)
     labels = sorted(here.keys() | there.keys())
-    counts_2K = np.array([[of.get(y, nothing)["n"] for y in labels] for of in (here, there)])
+    counts_2K = np.array([[counts.get(y, nothing)["n"] for y in labels] for counts in (here, there)])
     yield Finding("priors", None, priors(*counts_2K), config.priors)
 
 
 def _total(counts: dict[int, dict[str, int]]) -> tuple[int, int]:
-    """Removed samples, and all."""
+    """Number of removed samples, and of all."""
     return sum(c["removed"] for c in counts.values()), sum(c["n"] for c in counts.values())
 
 
@@ -196,7 +197,7 @@ def _judged(config: DriftConfig, found: list[Finding], reference: Statistics, ba
 
 
 def _verdict(config: DriftConfig, alarms: list[Finding], n_shifted: int, n_compared: int) -> Verdict:
-    """Poison sits somewhere; where most classes have moved, or there are other shares of them, the world has."""
+    """Alarms in few classes may be poison: hold. Most classes shifted or other shares: the data changed, refit."""
     if not alarms:
         return "accept"
     is_broad = n_shifted >= config.broad * max(1, n_compared)
@@ -207,11 +208,11 @@ def _verdict(config: DriftConfig, alarms: list[Finding], n_shifted: int, n_compa
 def _reason(found: Finding) -> str:
     where = "all classes together" if found.label is None else f"class {found.label}"
     p_value, effect = found.answer
-    said = {
-        "shift": f"the samples of {where} lie elsewhere than those of the reference, by {effect:.2f} of their variance",
-        "removed": f"{100 * effect:.1f} % more of {where} was removed than of the reference",
-        "unreadable": f"{100 * effect:.1f} % more samples could not be read than in the reference",
-        "priors": f"classes have other shares than in the reference: {100 * effect:.1f} % of the samples too many",
-        "unknown": f"the reference has too few samples of {where} to compare these {effect:.0f} with",
+    text = {
+        "shift": f"{where}: embeddings shifted from the reference by {effect:.2f} of their variance",
+        "removed": f"{where}: removed share {100 * effect:.1f} % above the reference",
+        "unreadable": f"unreadable share {100 * effect:.1f} % above the reference",
+        "priors": f"class shares differ from the reference by {100 * effect:.1f} % of the samples",
+        "unknown": f"{where}: {effect:.0f} samples, too few in the reference to compare with",
     }[found.question]
-    return said if found.question == "unknown" else f"{said} (p = {p_value:.1g}, limit {found.limit:g})"
+    return text if found.question == "unknown" else f"{text} (p = {p_value:.1g}, limit {found.limit:g})"

@@ -1,12 +1,11 @@
-"""What is remembered of samples that were seen: counts, moments, and a sample of each class. All of it merges.
+"""Statistics of seen samples: counts, moments, and a sample of each class. All of them merge.
 
-The sample of a class is bottom-k: those rows whose keyed hash of (sha256 of the shard, position) is smallest (Cohen &
-Kaplan, "Summarizing data using bottom-k sketches", PODC 2007). Which rows these are depends on nothing but the content
-of shards, so the sample of a union is the sample of the samples, bit for bit. Counts are exact too; moments are, up to
-rounding.
+The sample of a class is bottom-k: the rows whose keyed hash of (sha256 of the shard, position) is smallest (Cohen &
+Kaplan, "Summarizing data using bottom-k sketches", PODC 2007). The choice depends on the content of the shards alone,
+so the sample of a union is the sample of the samples, bit for bit. Counts are exact too, moments up to rounding.
 
-The lowest bit of the hash divides the sample in two: rows of `fit` are what scorers are fitted on, those of
-`calibrate`, of which only kept samples are taken, are what thresholds are read from. Memory: the rows of the sample.
+The lowest bit of the hash divides the sample in two halves: `fit`, on which scorers are fitted, and `calibrate`, kept
+samples only, which thresholds are computed from. Memory: the rows of the sample.
 Shapes: N rows of a shard, r components.
 """
 
@@ -35,17 +34,17 @@ FIT, CALIBRATE = "fit", "calibrate"  # the two halves, as shards of the artifact
 
 
 class Statistics(Embeddings):
-    """Two shards of embeddings, `fit` and `calibrate` (with the columns `hash`, `kept`, and in `shard` and
-    `source_position` where a row is from: sha256 and place); `moments.safetensors`; `statistics.json`."""
+    """Two shards of embeddings, `fit` and `calibrate` (with the columns `hash`, `kept`, and the origin of a row:
+    `shard`, a sha256, and `source_position`); `moments.safetensors`; `statistics.json`."""
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """statistics.json: `classes`: label -> n (readable) and removed; `unreadable`; and what was asked for."""
+        """statistics.json: `classes`: label -> n (readable) and removed; `unreadable`; and the settings."""
         return self.read_object("statistics.json", "classes", "n_components", "unreadable")
 
     @cached_property
     def moments(self) -> ClassMoments:
-        """Of the kept samples of each class, in the coordinates of the projection."""
+        """Moments of the kept samples of each class, in the coordinates of the projection."""
         state, n = self.read_tensors("moments.safetensors"), self.info["n_components"]
         try:
             found = ClassMoments.from_state_dict(n, state)
@@ -58,7 +57,7 @@ class Statistics(Embeddings):
 
     @property
     def counts(self) -> dict[int, dict[str, int]]:
-        """Label -> `n` samples that could be read, and `removed` ones among them."""
+        """Label -> `n` readable samples, and the number `removed` of them."""
         return {int(label): counts for label, counts in self.info["classes"].items()}
 
 
@@ -72,22 +71,22 @@ def summarise_shards(
     out: str,
     compute: Compute,
 ) -> Work:
-    """What is remembered of these shards.
+    """Compute the statistics of these shards.
 
     Args:
-        config: how much.
-        dataset: the shards; their sha256 name the rows, so they must have been indexed with one.
-        embeddings: of the readable samples, all that scorers want to read.
-        selection: which of them were kept.
+        config: size of the sample.
+        dataset: the shards; their sha256 name the rows, so the index must have them.
+        embeddings: embeddings of the readable samples, with all that scorers read.
+        selection: verdicts on the samples.
         projection: coordinates of the moments.
         out: folder of the artifact.
-        compute: seed of the sample. Whoever fills shards does not know it, so he cannot choose what is sampled.
+        compute: seed of the sample. An attacker who fills shards does not know it and cannot choose the sampled rows.
 
     Raises:
         ConfigError: the shards were indexed without digests.
     """
     if any(shard["sha256"] is None for shard in dataset.info["shards"].values()):
-        raise ConfigError("what is remembered of shards is kept by their sha256: set index.check to digest or decode")
+        raise ConfigError("statistics need the sha256 of each shard: set index.check to digest or decode")
     seed, k = compute.seed_for("drift", "sample"), config.rows_of_class(dataset.n_classes)
 
     def write(part: Part) -> None:
@@ -102,9 +101,9 @@ def summarise_shards(
         for half, keys in chosen.items():
             _write_half(part, half, pa.concat_tables(_rows(embeddings, keys)), k)
         part.write("moments.safetensors", safetensors.torch.save(moments.state_dict()))
-        asked = {"seed": seed, "rows_of_class": k, "projection": projection.digest, "embedding": config.embedding}
+        settings = {"seed": seed, "rows_of_class": k, "projection": projection.digest, "embedding": config.embedding}
         numbers = {"n_components": projection.n_components, "n_classes": dataset.n_classes}
-        part.write_json("statistics.json", asked | numbers | _counts(dataset, selection))
+        part.write_json("statistics.json", settings | numbers | _counts(dataset, selection))
         part.counts["samples"] = selection.manifest().counts["samples"]
 
     return Work(write=write)
@@ -112,22 +111,22 @@ def summarise_shards(
 
 @stage(Statistics, gpu=False)
 def merge_statistics(config: StatisticsConfig, parts: Sequence[Statistics], out: str, compute: Compute) -> Work:
-    """What is remembered of all that the parts have seen; nothing else is read.
+    """Merge the statistics of several sets of shards; only the statistics are read.
 
     Args:
-        config: as of the parts.
-        parts: of shards of which none is in two of them.
+        config: config of the parts.
+        parts: statistics to merge; no shard may be in two of them.
         out: folder of the artifact.
-        compute: as of the parts.
+        compute: compute settings of the parts.
 
     Raises:
-        ArtifactError: they were made with different settings.
+        ArtifactError: the parts were made with different settings.
     """
     same = ("seed", "rows_of_class", "projection", "embedding", "n_components", "n_classes")
     info = {name: parts[0].info[name] for name in same}
     for other in parts:
         if different := [name for name in same if other.info[name] != info[name]]:
-            raise ArtifactError(f"{other.path} does not go with {parts[0].path}: other {', '.join(different)}")
+            raise ArtifactError(f"{other.path} cannot be merged with {parts[0].path}: different {', '.join(different)}")
 
     def write(part: Part) -> None:
         for half in (FIT, CALIBRATE):
@@ -140,8 +139,8 @@ def merge_statistics(config: StatisticsConfig, parts: Sequence[Statistics], out:
         counts: dict[str, Counter[str]] = {}
         for other in parts:
             moments.merge(other.moments)
-            for label, of_class in other.info["classes"].items():
-                counts.setdefault(label, Counter()).update(of_class)
+            for label, entry in other.info["classes"].items():
+                counts.setdefault(label, Counter()).update(entry)
         classes = {label: {"n": c["n"], "removed": c["removed"]} for label, c in counts.items()}
         part.write("moments.safetensors", safetensors.torch.save(moments.state_dict()))
         unreadable = sum(other.info["unreadable"] for other in parts)
@@ -152,7 +151,7 @@ def merge_statistics(config: StatisticsConfig, parts: Sequence[Statistics], out:
 
 
 def bottom_k(rows: pa.Table, k: int) -> pa.Table:
-    """Of each label the k rows with the smallest hashes, by label and hash; a hash names its row and counts once."""
+    """The k rows of each label with the smallest hashes, by label and hash; rows with the same hash count once."""
     labels_N, hashes_N = rows["label"].to_numpy(), rows["hash"].to_numpy()
     order_N = np.lexsort((hashes_N, labels_N))
     labels_N, hashes_N = labels_N[order_N], hashes_N[order_N]
@@ -164,7 +163,7 @@ def bottom_k(rows: pa.Table, k: int) -> pa.Table:
 
 
 def half_of(keys: pa.Table, half: str) -> pa.Table:
-    """Rows of a half: by the lowest bit of the hash, and for calibration only what was kept."""
+    """Rows of a half: by the lowest bit of the hash, and only kept rows for calibration."""
     is_odd_N = (keys["hash"].to_numpy() & np.uint64(1)).astype(bool)
     return keys.filter(pa.array(is_odd_N & keys["kept"].to_numpy() if half == CALIBRATE else ~is_odd_N))
 
@@ -175,7 +174,7 @@ def _no_keys() -> pa.Table:
 
 
 def _keys(dataset: Dataset, embeddings: Embeddings, selection: Selection, shard: str, seed: int) -> pa.Table:
-    """Of each embedded row of a shard all but its embeddings."""
+    """Rows of a shard without their embeddings."""
     sha256 = dataset.info["shards"][shard]["sha256"]
     rows = embeddings.rows(shard, ["position", "label"])
     positions_N, kept_N = verdicts_of(selection, shard)
@@ -190,7 +189,7 @@ def _keys(dataset: Dataset, embeddings: Embeddings, selection: Selection, shard:
 
 
 def _rows(embeddings: Embeddings, keys: pa.Table) -> Iterator[pa.Table]:
-    """The chosen rows with all their embeddings, shard by shard; where there are none, the columns alone."""
+    """The chosen rows with all their embeddings, shard by shard; first an empty table with the columns."""
     columns = ["position", "key", *embeddings.names]
     yield _joined(_no_keys(), embeddings.rows(embeddings.shards[0], columns).slice(0, 0))
     names_N = keys["name"].to_numpy(zero_copy_only=False)
@@ -209,7 +208,7 @@ def _joined(keys: pa.Table, rows: pa.Table) -> pa.Table:
 
 
 def _write_half(part: Part, half: str, rows: pa.Table, k: int) -> None:
-    """In the order of labels and hashes; `position` is the place in it, by which scorers tell rows apart."""
+    """Write rows by label and hash; `position` is the place in this order, by which scorers tell rows apart."""
     rows = bottom_k(rows, k).combine_chunks()
     if "position" in rows.column_names:
         rows = rows.drop_columns(["position"])

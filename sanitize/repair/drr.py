@@ -35,9 +35,9 @@ from sanitize.repair.inputs import Needs, Repaired, RepairInputs
 from sanitize.repair.observe import FeatureSample, group_moments, sample_features, separation_constant
 from sanitize.repair.sites import Projection, Site, find_sites, fold
 from sanitize.repair.third_moment import Directions, of_every_class, third_moment_directions
-from sanitize.score.sides import EVEN
 from sanitize.score.toxic_direction import ClassSplit, ToxicDirectionConfig, fit_class, log_odds
-from sanitize.score.two_gaussians import swapped
+from sanitize.score.toxic_direction.sides import EVEN
+from sanitize.score.toxic_direction.two_gaussians import swapped
 from sanitize.streaming import Moments
 
 SMALL_CLASS = 500  # samples

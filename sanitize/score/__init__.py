@@ -6,9 +6,8 @@ from sanitize.score.neighbours import Neighbours, NeighboursConfig
 from sanitize.score.rca import RCA, RCAConfig
 from sanitize.score.robust_realnvp import RobustRealNVP, RobustRealNVPConfig
 from sanitize.score.spectral import Spectral, SpectralConfig
-from sanitize.score.stage import FittedScorer, ScorerConfig, fit_scorer, new_scorer, score_shards
-from sanitize.score.toxic_direction import ToxicDirectionConfig
-from sanitize.score.toxic_scorer import ToxicDirection
+from sanitize.score.stage import FittedScorer, ScorerConfig, fit_scorer, score_shards
+from sanitize.score.toxic_direction import ToxicDirection, ToxicDirectionConfig
 
 __all__ = [
     "RCA",
@@ -29,6 +28,5 @@ __all__ = [
     "ToxicDirection",
     "ToxicDirectionConfig",
     "fit_scorer",
-    "new_scorer",
     "score_shards",
 ]

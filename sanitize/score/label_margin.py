@@ -1,14 +1,14 @@
-"""Given-label margin: does a model that has not seen a sample prefer another label for it?
+"""Given-label margin: how much a model that was not fitted on a sample prefers another label for it.
 
-As confident learning does (Northcutt, Jiang & Chuang, JAIR 2021), from out-of-fold predictions: the samples are divided
-into folds by a hash, each is judged by a model of all other folds, and
+Like confident learning (Northcutt, Jiang & Chuang, JAIR 2021), from out-of-fold predictions: samples are divided into
+folds by a hash, a model of all other folds predicts each fold, and
 
     score = largest prediction of another label - prediction of the given label,        about [-1, 1].
 
-The model is ridge regression of one-hot labels on an embedding that never saw a label. Its sufficient statistics are
-sums, so one pass gathers those of each fold, and the model without a fold is solved from all others together: exact for
-any number of samples, where `neighbours` asks a bounded reference. It finds wrong labels. A trigger is something that a
-linear model learns, so of dirty-label poison it says little.
+The model is ridge regression of one-hot labels on an embedding made without labels. Its sufficient statistics are
+sums: one pass gathers them for each fold, and the model without a fold is solved from the sums of the others. This is
+exact for any number of samples, where `neighbours` has a bounded reference. It finds wrong labels, but misses most
+dirty-label poison, because a linear model learns the trigger.
 
 State while fitting: F matrices D x D and F K sums, float64; afterwards F models (D + 1) x K. Shapes: B rows of a batch,
 D features, K labels, F folds.
@@ -18,38 +18,40 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from sanitize import exact
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
-from sanitize.score.scorer import Passes, row_hashes
+from sanitize.score.scorer import BaseScorerConfig, Passes, row_hashes
 from sanitize.streaming import Moments
 
 
-class LabelMarginConfig(BaseModel):
+class LabelMarginConfig(BaseScorerConfig):
     """Out-of-fold margin of a ridge classifier.
 
     Attributes:
-        embedding: which embedding is read; one that was made without labels.
+        embedding: name of an embedding made without labels.
         n_folds: models; each is fitted on all folds but one.
         ridge: added to the eigenvalues of the covariance, in units of their mean.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["label_margin"] = "label_margin"
     embedding: str = "gradients"
     n_folds: int = Field(default=5, ge=2, le=100)
     ridge: float = Field(default=0.01, gt=0)
 
+    def build(self) -> "LabelMargin":
+        """The scorer, not fitted yet."""
+        return LabelMargin(self)
+
 
 class LeastSquares:
-    """All that ridge regression of one-hot labels needs to know of its rows; mergeable.
+    """Sufficient statistics of ridge regression of one-hot labels; mergeable.
 
     Attributes:
-        moments: of all rows.
+        moments: moments of all rows.
         sums: label -> (D + 1,), the sum of its rows and their number, float64.
     """
 
@@ -73,7 +75,7 @@ class LeastSquares:
         self.sums[label] = self.sums.get(label, torch.zeros_like(sum_E)) + sum_E
 
     def solve(self, ridge: float, labels: Sequence[int]) -> Tensor:
-        """Weights and, in the last row, intercepts (D + 1, K) for these labels, float64; zeros for one without rows.
+        """Weights and, in the last row, intercepts (D + 1, K), float64; zeros for a label without rows.
 
         The intercept is not shrunk: scikit-learn's Ridge with alpha = ridge * tr(scatter) / D.
         """
@@ -88,7 +90,7 @@ class LeastSquares:
 
 
 class LabelMargin:
-    """Scorer: how much more a model of the other folds believes in another label than in the given one."""
+    """Scorer: margin of the best other label over the given one, predicted by a model of the other folds."""
 
     def __init__(self, config: LabelMarginConfig) -> None:
         self.config = config
@@ -111,13 +113,13 @@ class LabelMargin:
         self._labels_K = torch.tensor(labels)
         self._models_FEK = torch.stack([self._without(fold, folds).solve(self.config.ridge, labels) for fold in folds])
         for k, label in enumerate(labels):
-            with_it = [
+            pairs = [
                 (fold.sums[label], model_EK[:, k])
                 for fold, model_EK in zip(folds, self._models_FEK, strict=True)
                 if label in fold.sums
             ]
-            count = sum(float(sum_E[-1]) for sum_E, _ in with_it)
-            mean_prediction = sum(float(sum_E @ weights_E) for sum_E, weights_E in with_it) / count
+            count = sum(float(sum_E[-1]) for sum_E, _ in pairs)
+            mean_prediction = sum(float(sum_E @ weights_E) for sum_E, weights_E in pairs) / count
             self.statistics[label] = {"n": count, "mean_prediction": mean_prediction}
 
     def _without(self, left_out: LeastSquares, folds: Sequence[LeastSquares]) -> LeastSquares:
@@ -128,12 +130,12 @@ class LabelMargin:
         return rest
 
     def _folds(self, batch: EmbeddingBatch) -> list[tuple[int, Tensor]]:
-        """(fold, its rows) for each fold of a batch."""
+        """(fold, indices of its rows) for each fold of a batch."""
         fold_B = torch.tensor([value % self.config.n_folds for value in row_hashes(batch, self._seed)])
         return [(fold, (fold_B == fold).nonzero().squeeze(1)) for fold in fold_B.unique().tolist()]
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
-        """Margins (B,), float32; a label that was not fitted is predicted at 0. Zeros where nothing was fitted."""
+        """Margins (B,), float32; the prediction of an unknown label is 0. Zeros where nothing was fitted."""
         scores_B = torch.zeros(len(batch.keys))
         if len(self._labels_K) == 0:
             return scores_B

@@ -1,16 +1,14 @@
 """Label disagreement: the share of a sample's nearest neighbours that carry another label.
 
-The neighbours are sought in an embedding that never saw the labels; in one that did, a mislabelled sample sits among
-the samples of its wrong label. It finds wrong labels wherever they come from, and dirty-label poison also where it is
-half of its class, so that statistics of the class have no side to hold on to. Poison that keeps its true label it
-cannot see.
+The embedding must not depend on the labels; in one that does, a mislabelled sample lies among the samples of its wrong
+label. The scorer finds wrong labels of any origin, and dirty-label poison even where it is half of its class. It cannot
+find poison that keeps its true label.
 
-Neighbours vote with the weight of their own credibility: the share of *their* neighbours that agree with them, found
-by a few rounds from equal weights. Poison is near poison (a trigger makes images alike), and would otherwise vouch
-for itself. For the same reason each sample is looked at through several windows, each with neighbours of its own, and
-the windows in which it disagrees most but a few count: a patch is in few of them. On Fashion-MNIST with half of a class
-poisoned, recall at 5 % false positives is .25 without either on pixels, .84 with the weights, and .92 with windows on
-oriented gradients (LOG.md).
+A neighbour's vote is weighted by its credibility: the share of *its* neighbours that agree with it, computed in a few
+rounds from equal weights. Otherwise poison, whose trigger makes images alike, would confirm itself. For the same reason
+each sample is seen through several windows, each with its own neighbours, and a high quantile of the disagreements
+counts: a patch is in few windows. On Fashion-MNIST with half of a class poisoned, recall at 5 % false positives is .25
+without either on pixels, .84 with the weights, and .92 with windows on oriented gradients (LOG.md).
 
 Each window is centred, reduced to its leading principal directions, scaled by (variance) ** (-whiten / 2), and
 compared by cosine; the search is exact. State: V maps of w x d, and a hash-chosen reference of at most `max_reference`
@@ -23,37 +21,35 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from sanitize import exact
 from sanitize.compute import Compute
 from sanitize.data.tables import N_ORIENTATIONS, EmbeddingBatch
 from sanitize.errors import ConfigError
-from sanitize.score.scorer import Passes, row_hashes
+from sanitize.score.scorer import BaseScorerConfig, Passes, row_hashes
 from sanitize.streaming import HashSample, Moments
 
-_BLOCK = 1 << 21  # similarities made at once; larger blocks do not stay in the cache
+_BLOCK = 1 << 21  # similarities computed at once; larger blocks do not stay in the cache
 
 
-class NeighboursConfig(BaseModel):
+class NeighboursConfig(BaseScorerConfig):
     """Label disagreement among the nearest neighbours.
 
     Attributes:
-        embedding: which embedding is read; one that was made without labels.
-        windows: windows a side that the grid of `gradients` is looked at through, each smaller than the grid by
-            `windows - 1` cells; 1 takes the embedding as a whole, as it must be with all others.
-        quantile: over a sample's windows, of its disagreement; 0.75 of nine windows is the third largest.
-        k: neighbours asked.
-        rounds: of re-weighting the votes by credibility; 0 counts all neighbours alike.
+        embedding: name of an embedding made without labels.
+        windows: windows a side on the grid of `gradients`, each smaller than the grid by `windows - 1` cells; 1 takes
+            the embedding as a whole, the only choice for other embeddings.
+        quantile: quantile of a sample's disagreement over its windows; 0.75 of nine windows is the third largest.
+        k: neighbours of a sample.
+        rounds: rounds of re-weighting the votes by credibility; 0 counts all neighbours alike.
         n_components: principal directions kept.
-        whiten: 0 leaves the directions as long as they are, 1 gives all the same variance. A trigger is a direction of
-            its own: whitened fully, it makes poisoned samples each other's neighbours, and they agree.
-        max_reference: samples among which neighbours are sought; the time for N samples is that of N times so many
-            products of `n_components` numbers in each window.
+        whiten: 0 keeps the variances of the directions, 1 makes them equal. A trigger is a direction of its own: fully
+            whitened, it makes poisoned samples each other's neighbours, and they agree.
+        max_reference: samples among which neighbours are searched; N samples take N times as many products of
+            `n_components` numbers in each window.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["neighbours"] = "neighbours"
     embedding: str = "gradients"
@@ -64,6 +60,10 @@ class NeighboursConfig(BaseModel):
     n_components: int = Field(default=32, ge=1)
     whiten: float = Field(default=0.0, ge=0, le=1)
     max_reference: int = Field(default=20_000, ge=100)
+
+    def build(self) -> "Neighbours":
+        """The scorer, not fitted yet."""
+        return Neighbours(self)
 
 
 class Neighbours:
@@ -130,7 +130,7 @@ class Neighbours:
         return torch.stack([grid_OGG[:, i : i + side, j : j + side].flatten() for i in offsets for j in offsets])
 
     def _weigh(self) -> None:
-        """The credibility of each sample of the reference; and what is known of each class."""
+        """Compute the credibility of each sample of the reference, and the class statistics."""
         weights, disagreements = [], []
         for v in range(len(self._map_Vwd)):
             nearest_Mk = self._nearest(v, self._reference_VMd[v], self._hashes_M)
@@ -142,8 +142,8 @@ class Neighbours:
         self._weights_VM = torch.stack(weights)
         disagreement_M = self._over_windows(disagreements)
         for label in self._labels_M.unique().tolist():
-            of_class = disagreement_M[self._labels_M == label]
-            self.statistics[label] = {"mean_disagreement": float(of_class.mean()), "n_reference": len(of_class)}
+            own_m = disagreement_M[self._labels_M == label]
+            self.statistics[label] = {"mean_disagreement": float(own_m.mean()), "n_reference": len(own_m)}
 
     def _over_windows(self, disagreements: Sequence[Tensor]) -> Tensor:
         # Not `quantile`, which takes neither a batch without rows nor one of more than 16 million numbers.
@@ -151,9 +151,9 @@ class Neighbours:
         return ranked_VB[math.floor(self.config.quantile * (len(ranked_VB) - 1))]
 
     def _reduced(self, z_BD: Tensor) -> Tensor:
-        """(V, B, d), of length 1."""
+        """Rows seen through each window, scaled to length 1, (V, B, d)."""
         z_VBw = (z_BD - self._centre_D)[:, self._columns(z_BD.shape[1])].transpose(0, 1)
-        mapped_VBd = torch.stack([exact.matmul(*of_window) for of_window in zip(z_VBw, self._map_Vwd, strict=True)])
+        mapped_VBd = torch.stack([exact.matmul(*pair) for pair in zip(z_VBw, self._map_Vwd, strict=True)])
         length_VB1 = exact.total(mapped_VBd.square()).sqrt()[..., None]
         return (mapped_VBd / length_VB1.clamp(min=1e-12)).float()
 
@@ -171,7 +171,7 @@ class Neighbours:
     def _disagreement(self, nearest_Bk: Tensor, labels_B: Tensor, weights_M: Tensor) -> Tensor:
         weights_Bk = weights_M[nearest_Bk]
         agreeing_Bk = weights_Bk * (self._labels_M[nearest_Bk] == labels_B[:, None])
-        # Where no neighbour is credible none of them speaks for the label either.
+        # Without a credible neighbour the disagreement is 1.
         return 1 - exact.total(agreeing_Bk) / exact.total(weights_Bk).clamp(min=1e-12)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
@@ -187,7 +187,7 @@ class Neighbours:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Map, reference and its labels."""
+        """Maps, reference, its labels, hashes and weights, and the seed."""
         return {
             "centre": self._centre_D,
             "map": self._map_Vwd.contiguous(),

@@ -1,13 +1,13 @@
-"""Rows of real numbers, brought to one scale: what RCA and RobustRealNVP are fitted on.
+"""Rows of real numbers, brought to one scale for RCA and RobustRealNVP.
 
-Columns are divided by their standard deviation, or by their range: then columns that are nearly always the same, but
-for a few rows, count for less. One enormous value takes the other rows of its column together in either case.
+Columns are divided by their standard deviation, or by their range. Divided by the range, a column that is constant but
+for a few rows counts for less. One enormous value squeezes the other rows of its column together in either case.
 
 Shapes: N rows, B of a block; D columns.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -15,22 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sanitize.errors import ConfigError, DataError
+from sanitize.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_SCALED = 4096  # rows that are scaled at once
+_SCALED = 4096  # rows of a block
 _FAR = 1e6  # scaled values end here, so that every score is finite
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Columns with mean 0, missing values at the mean, and a variance that is 1 on the average. Constant columns are 0.
+    """Columns with mean 0, missing values at the mean, and average variance 1. Constant columns are 0.
 
     Attributes:
-        unit_D: largest absolute value of each column; what follows is in this unit, so that no square overflows.
-        mean_D: of the values that are there.
-        scale_D: what is 1 afterwards. All float64.
+        unit_D: largest absolute value of each column; unit of the next two, so that no square overflows.
+        mean_D: mean of the values present.
+        scale_D: divisor of each column. All float64.
         missing_fraction: share of missing values.
     """
 
@@ -41,7 +41,8 @@ class Scaling:
 
     @classmethod
     def of(cls, x_ND: Tensor, equal: Literal["variance", "range"] = "variance") -> Self:
-        """Estimate from the rows, a block at a time, so that all columns that vary have the same variance or range.
+        """Estimate from the rows, a block at a time; all columns that vary get the same variance or range.
+
         Raises DataError where a column has no value."""
         n_rows, n_columns = x_ND.shape
         if n_rows == 0 or n_columns == 0:
@@ -65,7 +66,7 @@ class Scaling:
         return cls(unit_D, mean_D, scale_D, 1 - float(count_D.sum()) / x_ND.numel())
 
     def apply(self, x_ND: Tensor) -> Tensor:
-        """Scaled rows (N, D), float32, finite; beside them a block of rows is held in float64."""
+        """Scaled rows (N, D), float32, finite; one block of rows at a time is float64."""
         scaled_ND = torch.empty(x_ND.shape)
         for block, out in zip(x_ND.split(_SCALED), scaled_ND.split(_SCALED), strict=True):
             z_BD = (_finite64(block) / self.unit_D - self.mean_D) / self.scale_D
@@ -73,44 +74,34 @@ class Scaling:
         return scaled_ND
 
     def rows(self, x_ND: Tensor | np.ndarray) -> Tensor:
-        """`as_rows`, of as many columns as it was estimated from. Raises DataError."""
+        """`as_rows`; raises DataError where the number of columns is not that of the estimate."""
         x_ND = as_rows(x_ND)
         if x_ND.shape[1] != len(self.mean_D):
             raise DataError(f"{x_ND.shape[1]} columns, but the model was fitted on {len(self.mean_D)}")
         return x_ND
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As tensors, lossless."""
+        """The scaling as tensors, lossless."""
         missing_fraction = torch.tensor(self.missing_fraction, dtype=torch.float64)
         return {"unit": self.unit_D, "mean": self.mean_D, "scale": self.scale_D, "missing_fraction": missing_fraction}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """The inverse of `state_dict`, which may hold more."""
+        """The inverse of `state_dict`; further tensors are ignored."""
         return cls(state["unit"], state["mean"], state["scale"], float(state["missing_fraction"]))
 
 
-def scale_all(
-    data: Sequence[Tensor | np.ndarray], equal: Literal["variance", "range"] = "variance"
-) -> tuple[list[Scaling], list[Tensor]]:
-    """The scaling of each of several tables of one shape, and the scaled rows.
-
-    Raises:
-        ConfigError: the shapes differ.
-        DataError: as `as_rows` and `Scaling.of` do.
-    """
-    tables = [as_rows(x_ND) for x_ND in data]
-    if len({x_ND.shape for x_ND in tables}) > 1:
-        raise ConfigError(f"fits at once need equal shapes, not {[tuple(x_ND.shape) for x_ND in tables]}")
-    scalings = [Scaling.of(x_ND, equal) for x_ND in tables]
-    for scaling in scalings:
-        if scaling.missing_fraction:
-            logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)
-    return scalings, [scaling.apply(x_ND) for scaling, x_ND in zip(scalings, tables, strict=True)]
+def scaled(x_ND: Tensor | np.ndarray, equal: Literal["variance", "range"] = "variance") -> tuple[Scaling, Tensor]:
+    """The scaling of a table, and its scaled rows. Raises DataError as `as_rows` and `Scaling.of` do."""
+    x_ND = as_rows(x_ND)
+    scaling = Scaling.of(x_ND, equal)
+    if scaling.missing_fraction:
+        logger.info("%.2f %% of the values are missing: column means instead", 100 * scaling.missing_fraction)
+    return scaling, scaling.apply(x_ND)
 
 
 def as_rows(x_ND: Tensor | np.ndarray) -> Tensor:
-    """A tensor (N, D) of real numbers on the CPU, not copied where that can be avoided.
+    """A tensor (N, D) of real numbers on the CPU, copied only where necessary.
 
     Raises:
         DataError: another number of dimensions, complex or no numbers, or an infinite value.

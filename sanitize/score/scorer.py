@@ -1,12 +1,17 @@
-"""What a scorer is. A score is higher for a more suspicious sample, always; a scorer never drops anything.
+"""The protocol of scorers. A score is higher for a more suspicious sample, always; a scorer never drops anything.
+
+To add a scorer: one file with its config, a subclass of `BaseScorerConfig`, and its class, a `Scorer`; and the config's
+name in the union `ScorerConfig` (`stage.py`).
 
 Shapes: B rows of a batch, N of a class, D features.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from sanitize.compute import Compute
@@ -19,7 +24,7 @@ class Scorer(Protocol):
     """Fit on a stream that can be read several times, then score batch by batch.
 
     Attributes:
-        statistics: for each label, what a rule or a reader may want to know of its class (finite numbers).
+        statistics: label -> finite numbers about its class, for rules and the report.
     """
 
     statistics: dict[int, dict[str, float]]
@@ -41,8 +46,26 @@ class Scorer(Protocol):
         ...
 
 
+class BaseScorerConfig(BaseModel, ABC):
+    """Settings of a scorer.
+
+    Attributes:
+        kind: name of the scorer.
+        embedding: name of the embedding to score.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    embedding: str
+
+    @abstractmethod
+    def build(self) -> Scorer:
+        """The scorer, not fitted yet."""
+
+
 def row_hashes(batch: EmbeddingBatch, seed: int) -> list[int]:
-    """One keyed 64-bit hash a row, from shard and position: what `HashSample` picks by."""
+    """One keyed 64-bit hash a row, from shard and position, for `HashSample`."""
     prefix = f"{seed}/{batch.shard}/"
     return [
         int.from_bytes(hashlib.blake2b(f"{prefix}{position}".encode(), digest_size=8).digest(), "big")

@@ -1,7 +1,7 @@
 """RCA and RobustRealNVP for scikit-learn: `RCADetector().fit(X).predict(X)`, in pipelines and searches.
 
-scikit-learn's signs: `score_samples` and `decision_function` are *lower* for what is more abnormal, `predict` says -1
-of it. This is the only place in the library where a score has that sign.
+scikit-learn's signs: `score_samples` and `decision_function` are *lower* for more abnormal rows, `predict` gives them
+-1. This is the only place in the library where a score has that sign.
 """
 
 from typing import ClassVar, Self
@@ -15,14 +15,25 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sanitize.errors import DataError
-from sanitize.score.rca import RCA, RCAConfig
-from sanitize.score.robust_realnvp import RobustRealNVP, RobustRealNVPConfig
+from sanitize.score.rca import RCAConfig
+from sanitize.score.robust_realnvp import RobustRealNVPConfig
 
 
 class _Detector(OutlierMixin, BaseEstimator):
-    """What both have in common. Subclasses have the `__init__` that scikit-learn reads the parameters from."""
+    """Both detectors. Subclasses name the estimator's config; scikit-learn reads the parameters from `__init__`."""
 
+    _config: ClassVar[type[RCAConfig] | type[RobustRealNVPConfig]]
     _min_features: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        contamination: float = 0.1,
+        config: RCAConfig | RobustRealNVPConfig | None = None,
+        random_state: int | RandomState | None = 0,
+    ) -> None:
+        self.contamination = contamination
+        self.config = config
+        self.random_state = random_state
 
     def fit(self, X: ArrayLike, y: object = None) -> Self:
         """Fit on rows (N, D); NaN is a missing value, `y` is ignored.
@@ -33,19 +44,20 @@ class _Detector(OutlierMixin, BaseEstimator):
         x_ND = self._rows(X, reset=True)
         seed = int(check_random_state(self.random_state).randint(2**31))
         try:
-            self.model_ = self._new_model().fit(x_ND, seed)
+            settings = (self.config or self._config()).model_dump() | {"contamination": self.contamination}
+            self.model_ = self._config.model_validate(settings).build().fit(x_ND, seed)
         except (DataError, ValidationError) as error:
             raise ValueError(str(error)) from error
         self.offset_ = float(np.percentile(self._negative_scores(x_ND), 100 * self.contamination))
         return self
 
     def score_samples(self, X: ArrayLike) -> np.ndarray:
-        """Negative scores (N,), float64: the lower, the more abnormal."""
+        """Negative scores (N,), float64: lower is more abnormal."""
         check_is_fitted(self)
         return self._negative_scores(self._rows(X, reset=False))
 
     def decision_function(self, X: ArrayLike) -> np.ndarray:
-        """`score_samples` minus the score that the share `contamination` of the training rows lies below."""
+        """`score_samples` minus their `contamination` quantile over the training rows; negative for outliers."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: ArrayLike) -> np.ndarray:
@@ -69,47 +81,24 @@ class RCADetector(_Detector):
     """Robust collaborative autoencoders (`sanitize.score.rca`).
 
     Args:
-        contamination: expected share of outliers, in (0, 0.5]: the model's eps, and where `predict` draws the line.
-        config: further settings; its own contamination is not used.
+        contamination: expected share of outliers, in (0, 0.5]: the model's eps, and the share `predict` calls outliers
+            among the training rows.
+        config: further settings, an RCAConfig; its own contamination is not used.
         random_state: seed.
     """
 
-    def __init__(
-        self,
-        contamination: float = 0.1,
-        config: RCAConfig | None = None,
-        random_state: int | RandomState | None = 0,
-    ) -> None:
-        self.contamination = contamination
-        self.config = config
-        self.random_state = random_state
-
-    def _new_model(self) -> RCA:
-        settings = (self.config or RCAConfig()).model_dump() | {"contamination": self.contamination}
-        return RCA(RCAConfig.model_validate(settings))
+    _config = RCAConfig
 
 
 class RobustRealNVPDetector(_Detector):
     """A robustly trained flow (`sanitize.score.robust_realnvp`); needs two columns or more.
 
     Args:
-        contamination: expected share of outliers, in (0, 0.5]: the model's eps, and where `predict` draws the line.
-        config: further settings; its own contamination is not used.
+        contamination: expected share of outliers, in (0, 0.5]: the model's eps, and the share `predict` calls outliers
+            among the training rows.
+        config: further settings, a RobustRealNVPConfig; its own contamination is not used.
         random_state: seed.
     """
 
+    _config = RobustRealNVPConfig
     _min_features = 2
-
-    def __init__(
-        self,
-        contamination: float = 0.1,
-        config: RobustRealNVPConfig | None = None,
-        random_state: int | RandomState | None = 0,
-    ) -> None:
-        self.contamination = contamination
-        self.config = config
-        self.random_state = random_state
-
-    def _new_model(self) -> RobustRealNVP:
-        settings = (self.config or RobustRealNVPConfig()).model_dump() | {"contamination": self.contamination}
-        return RobustRealNVP(RobustRealNVPConfig.model_validate(settings))

@@ -3,8 +3,8 @@
 Plain: per class, score = sum over the top directions v of ((z - mean) . v)^2. The projection is centred: several
 public implementations project the uncentred embedding, and then the score depends on where the class mean lies.
 
-Robust: per class, reduce to the leading principal directions, estimate mean and covariance from the samples that are
-left after trimming the farthest, whiten with them, and score by quantum entropy (SPECTRE, section 4):
+Robust: per class, reduce to the leading principal directions, trim the farthest samples, whiten with mean and
+covariance of the others, and score by quantum entropy (SPECTRE, section 4):
     score = w^T Q w / tr Q,   Q = exp(alpha (S - I) / (||S|| - 1)),   S = covariance of all whitened samples w.
 
 State of a class: D x D moments while fitting, D x k afterwards; the robust estimates use a hash-chosen sample of at
@@ -15,30 +15,28 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from sanitize import exact
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
-from sanitize.score.scorer import Passes, by_label, row_hashes
+from sanitize.score.scorer import BaseScorerConfig, Passes, by_label, row_hashes
 from sanitize.streaming import ClassMoments, HashSample
 
 
-class SpectralConfig(BaseModel):
+class SpectralConfig(BaseScorerConfig):
     """Spectral signatures of each class.
 
     Attributes:
-        embedding: which embedding is read.
+        embedding: name of the embedding to score.
         whiten: None for Tran et al.'s score, "robust" for the quantum-entropy score after robust whitening.
         n_directions: singular vectors summed over (plain form).
         n_components: k, principal directions kept before whitening (robust form).
         trim_fraction: share of a class, in [0, 0.5), trimmed as farthest in each round of the robust estimate.
         alpha: sharpness of the entropy score; 0 is the whitened norm, large values the top direction alone.
-        max_samples: rows of a class that the robust estimates see.
+        max_samples: most rows of a class for the robust estimates.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["spectral"] = "spectral"
     embedding: str = "penultimate"
@@ -48,6 +46,10 @@ class SpectralConfig(BaseModel):
     trim_fraction: float = Field(default=0.3, ge=0, lt=0.5)
     alpha: float = Field(default=4.0, ge=0)
     max_samples: int = Field(default=20_000, ge=100)
+
+    def build(self) -> "Spectral":
+        """The scorer, not fitted yet."""
+        return Spectral(self)
 
 
 class Spectral:
@@ -65,14 +67,14 @@ class Spectral:
             moments = moments or ClassMoments(batch.z_BD.shape[1])
             moments.update(batch.z_BD, batch.labels_B)
         classes = moments.by_class if moments else {}
-        for label, of_class in classes.items():
-            if of_class.count < 3:
+        for label, one in classes.items():
+            if one.count < 3:
                 continue
-            values_D, vectors_DD = torch.linalg.eigh(of_class.covariance())
+            values_D, vectors_DD = torch.linalg.eigh(one.covariance())
             k = self.config.n_directions if self.config.whiten is None else self.config.n_components
-            basis_Dk = vectors_DD.flip(1)[:, : min(k, of_class.count - 1)]
-            self._maps[label] = (of_class.mean_D, basis_Dk)
-            self.statistics[label] = {"n": of_class.count, "top_variance": float(values_D[-1])}
+            basis_Dk = vectors_DD.flip(1)[:, : min(k, one.count - 1)]
+            self._maps[label] = (one.mean_D, basis_Dk)
+            self.statistics[label] = {"n": one.count, "top_variance": float(values_D[-1])}
         if self.config.whiten == "robust":
             self._whiten(passes, compute)
 
@@ -121,7 +123,12 @@ class Spectral:
 def robust_whitening(y_Nk: Tensor, trim_fraction: float, rounds: int = 10) -> tuple[Tensor, Tensor]:
     """Mean and inverse square root of the covariance, estimated without the farthest `trim_fraction` of the rows.
 
-    Each round measures Mahalanobis distances under the current estimate and re-estimates from the nearest rows.
+    Each round measures Mahalanobis distances under the current estimate and estimates again from the nearest rows.
+
+    Args:
+        y_Nk: rows of one class.
+        trim_fraction: share of the rows left out as farthest, in [0, 0.5).
+        rounds: rounds of trimming.
 
     Returns:
         (centre_k, whitener_kk), float64; (y - centre) @ whitener has about unit covariance up to a constant.
@@ -131,7 +138,7 @@ def robust_whitening(y_Nk: Tensor, trim_fraction: float, rounds: int = 10) -> tu
     for _ in range(rounds):
         centre_k = kept_Nk.mean(0)
         values_k, vectors_kk = torch.linalg.eigh(torch.cov(kept_Nk.T).reshape(y_Nk.shape[1], -1))
-        # A direction without variance must not be blown up: rounding would decide the score.
+        # The floor keeps directions without variance from being scaled up: rounding would decide the score.
         floor = values_k[-1].clamp(min=1e-30) * 1e-6
         whitener_kk = vectors_kk * values_k.clamp(min=floor).rsqrt() @ vectors_kk.T
         distance_N = ((y_Nk - centre_k) @ whitener_kk).square().sum(1)

@@ -1,25 +1,24 @@
-"""Fit a scorer on embeddings, then score every sample: the only place where scorers meet files."""
+"""Fit a scorer on embeddings, then score every sample. Scorers themselves open no files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
 import pyarrow as pa
 import safetensors.torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from sanitize.artifacts import Artifact, Part, first_line
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
 from sanitize.progress import track
-from sanitize.score.anomaly_scorer import AnomalyScorer, RCAScorerConfig, RobustRealNVPScorerConfig
-from sanitize.score.label_margin import LabelMargin, LabelMarginConfig
-from sanitize.score.neighbours import Neighbours, NeighboursConfig
+from sanitize.score.anomaly_scorer import RCAScorerConfig, RobustRealNVPScorerConfig
+from sanitize.score.label_margin import LabelMarginConfig
+from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.scorer import Scorer
-from sanitize.score.spectral import Spectral, SpectralConfig
+from sanitize.score.spectral import SpectralConfig
 from sanitize.score.toxic_direction import ToxicDirectionConfig
-from sanitize.score.toxic_scorer import ToxicDirection
 from sanitize.stage import Advance, Work, stage
 
 ScorerConfig = Annotated[
@@ -31,26 +30,11 @@ ScorerConfig = Annotated[
     | ToxicDirectionConfig,
     Field(discriminator="kind"),
 ]
-_SCORERS: dict[type[BaseModel], Callable[[Any], Scorer]] = {
-    LabelMarginConfig: LabelMargin,
-    NeighboursConfig: Neighbours,
-    RCAScorerConfig: AnomalyScorer,
-    RobustRealNVPScorerConfig: AnomalyScorer,
-    SpectralConfig: Spectral,
-    ToxicDirectionConfig: ToxicDirection,
-}
-
-
-def new_scorer(config: ScorerConfig) -> Scorer:
-    """The scorer a config describes, not fitted yet."""
-    return _SCORERS[type(config)](config)
-
-
 _SCHEMA = pa.schema({"key": pa.string(), "position": pa.int64(), "label": pa.int64(), "score": pa.float32()})
 
 
 class FittedScorer(Artifact):
-    """`state.safetensors` and `scorer.json` (config, class statistics, shards that were excluded out)."""
+    """`state.safetensors` and `scorer.json` (config, class statistics, excluded shards)."""
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -61,12 +45,12 @@ class FittedScorer(Artifact):
         """The scorer, ready to score.
 
         Raises:
-            ConfigError: `config` is not the one it was fitted with.
+            ConfigError: the scorer was fitted with another config.
             ArtifactError: the files do not hold the state of such a scorer.
         """
         if config.model_dump(mode="json") != self.info["config"]:
             raise ConfigError(f"the scorer in {self.path} was fitted with another configuration: {self.info['config']}")
-        scorer = new_scorer(config)
+        scorer = config.build()
         state = self.read_tensors("state.safetensors")
         try:
             scorer.load_state(state, {int(label): values for label, values in self.info["classes"].items()})
@@ -83,20 +67,20 @@ def fit_scorer(
     """Fit a scorer on embeddings.
 
     Args:
-        config: which scorer.
-        embeddings: what to fit on; read as a stream, several times.
+        config: settings of the scorer.
+        embeddings: embeddings to fit on; read as a stream, several times.
         out: folder of the artifact.
         compute: seed of the hash-chosen samples.
-        exclude: shards it is not fitted on: those that are trusted, so that they can be compared with.
+        exclude: shards not to fit on: the trusted ones, because rules compare with their scores.
 
     Raises:
-        ConfigError: the embedding the scorer reads is not there.
+        ConfigError: the embedding of the scorer is missing.
     """
     excluded = {"exclude": sorted(exclude)}
     shards = [shard for shard in embeddings.shards if shard not in exclude]
 
     def write(part: Part) -> None:
-        scorer = new_scorer(config)
+        scorer = config.build()
         with track(f"fit {config.kind}", None) as advance:
 
             def one_pass(name: str) -> Iterator[EmbeddingBatch]:
@@ -125,12 +109,12 @@ def score_shards(
     """Score every embedded sample.
 
     Args:
-        config: the one the scorer was fitted with.
+        config: config that the scorer was fitted with.
         fitted: the scorer.
-        embeddings: what to score.
+        embeddings: embeddings to score.
         out: folder of the artifact.
-        compute: unused but for the convention; nothing is random.
-        shards: names of the shards to do now; None does all that are missing and finishes.
+        compute: not used; nothing is random.
+        shards: names of the shards to do now; None does all missing shards and finishes.
 
     Raises:
         NumericsError: a score is not finite; the message names shard and key.
@@ -150,11 +134,12 @@ def score_shards(
                 "score": scores_B.numpy(),
             }
             tables.append(pa.table({"key": batch.keys, **columns}))
-        # The half of a small reference that is kept for calibration may have no rows.
+        # The calibration half of a small reference may have no rows.
         write_rows(part, shard, pa.concat_tables(tables) if tables else _SCHEMA.empty_table())
         part.counts["samples"] += sum(map(len, tables))
 
-    def finish(part: Part, _builder: object) -> None:
-        part.write_json("scorer.json", fitted.info)
-
-    return Work(parts=embeddings.shards, write_part=write_part, finish=finish)
+    return Work(
+        parts=embeddings.shards,
+        write_part=write_part,
+        finish=lambda part, _: part.write_json("scorer.json", fitted.info),
+    )

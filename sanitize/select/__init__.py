@@ -1,4 +1,4 @@
-"""From scores to verdicts, from verdicts to shards: rules decide, the writer copies bytes, a decision can be undone."""
+"""From scores to verdicts, from verdicts to shards: rules decide, the writer copies bytes, verdicts can be undone."""
 
 from sanitize.select.judge import JudgeConfig, judge_shards
 from sanitize.select.restore import RestoreConfig, restore_samples

@@ -1,15 +1,15 @@
-"""Turn scores of new samples into verdicts by the thresholds of a reference: what else is in their batch plays no part.
+"""Turn scores of new samples into verdicts by the thresholds of a reference, each sample on its own.
 
-Ten shards at once and five batches of two get the same verdicts, therefore. The threshold of a scorer in a class is the
-lower one of two. The first is that of the rule of the approved run, applied to the reference's own sample. Rules that
-look for a crowd (separation, fdr) find none in clean data and set no threshold there; so the second is conformal: a
-sample is flagged where its p-value among rows of the reference that the scorer was not fitted on,
+So ten shards at once and five batches of two get the same verdicts. The threshold of a scorer in a class is the lower
+of two. The first comes from the rule of the approved run, applied to the reference's own sample. Rules that look for
+groups (separation, fdr) find none in clean data and set no threshold there; so the second is conformal: a sample is
+flagged where its p-value among rows of the reference that the scorer was not fitted on,
 
     p = (1 + #{rows with a score at least as high}) / (1 + rows),
 
-is at most `level`, among the rows of its own class where they are enough for that, and else among all. A new clean
-sample is flagged with this probability at most, by each scorer (Vovk, Gammerman & Shafer, 2005, section 4.5: Mondrian
-conformal prediction), if it is exchangeable with these rows.
+is at most `level`: among the rows of its own class where they are enough, otherwise among all rows. Each scorer flags a
+new clean sample with this probability at most, if the sample is exchangeable with these rows (Vovk, Gammerman & Shafer,
+2005, section 4.5: Mondrian conformal prediction).
 """
 
 import math
@@ -18,26 +18,15 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import Scores, Selection, write_rows
+from sanitize.data.tables import Scores, Selection
 from sanitize.errors import ArtifactError, ConfigError
 from sanitize.select.scored import Scored, ScorerOutput, kind_of, read_scores
-from sanitize.select.stage import (
-    SCHEMA,
-    STATUSES,
-    Decision,
-    RuleResult,
-    SelectConfig,
-    flags_needed,
-    rule_on,
-    verdicts_of_shard,
-)
-from sanitize.stage import Advance, Bars, Work, stage
+from sanitize.select.stage import Decision, RuleResult, SelectConfig, flags_needed, rule_on, write_verdicts
+from sanitize.stage import Bars, Work, stage
 
 NOWHERE = np.zeros(0, np.int64)
 
@@ -46,10 +35,9 @@ class JudgeConfig(BaseModel):
     """How new samples are judged.
 
     Attributes:
-        select: rules, and how many flags make a verdict, as of the approved run. Verdict `combined` judges all samples
-            of a run together, so it cannot be used; nor can the cap `max_removed_fraction`, which is a share of a
-            batch: it caps the reference's thresholds alone.
-        level: probability that a clean sample is flagged by a scorer; None leaves it to the rules.
+        select: rules and verdict of the approved run. Verdict `combined`, which judges all samples of a run together,
+            is refused. The cap `max_removed_fraction`, a share of a batch, applies to the reference's thresholds only.
+        level: probability that a scorer flags a clean sample, in (0, 0.5); None uses the rules alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +46,7 @@ class JudgeConfig(BaseModel):
     level: float | None = Field(default=0.001, gt=0, lt=0.5)
 
     def false_flags(self, n_scorers: int) -> float:
-        """Share of clean samples that get a flag because of `level`, at most (Bonferroni)."""
+        """Largest share of clean samples flagged because of `level` (Bonferroni)."""
         return min(0.5, n_scorers * (self.level or 0.0))
 
 
@@ -77,15 +65,15 @@ def judge_shards(
     Args:
         config: rules of the approved run, and the level.
         dataset: all new samples, the unreadable ones too.
-        scores: of the usable ones, by one or more scorers.
+        scores: scores of the usable samples, by one or more scorers.
         reference: scores of the reference's sample by the same scorers.
         out: folder of the artifact: verdicts and `selection.json`, as `select_samples` writes them.
-        compute: unused but for the convention; nothing is random.
+        compute: not used; nothing is random.
         trusted: shards of the reference's sample that scorers were not fitted on; thresholds are calibrated on them.
 
     Raises:
-        ConfigError: a verdict that rests on the whole batch is asked for, or a rule does not go with its scorer.
-        ArtifactError: scores and reference are not of the same scorers.
+        ConfigError: verdict `combined`, or a rule that does not fit its scorer.
+        ArtifactError: scores and reference come from different scorers.
     """
     if config.select.verdict == "combined":
         raise ConfigError(
@@ -98,19 +86,12 @@ def judge_shards(
     _same_scorers(scores, reference)
     decided = cache(lambda: _decide(config, scores, reference, trusted))
 
-    def write_part(shard: str, part: Part, advance: Advance) -> None:
-        rows = verdicts_of_shard(dataset, decided(), shard)
-        write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
-        part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
-        advance(len(rows))
-
-    def finish(part: Part, _builder: object) -> None:
-        part.write_json("selection.json", decided().summary(config.select) | {"level": config.level})
-
     return Work(
         parts=dataset.shards,
-        write_part=write_part,
-        finish=finish,
+        write_part=lambda shard, part, advance: write_verdicts(dataset, decided(), shard, part, advance),
+        finish=lambda part, _: part.write_json(
+            "selection.json", decided().summary(config.select) | {"level": config.level}
+        ),
         bar=Bars("judge", dataset.manifest().counts.get("samples")),
         config=config.model_dump(mode="json") | {"trusted": sorted(trusted)},
         inputs={"dataset": dataset.digest} | {name: s.digest for name, s in (named | references).items()},
@@ -118,10 +99,8 @@ def judge_shards(
 
 
 def _same_scorers(scores: Sequence[Scores], reference: Sequence[Scores]) -> None:
-    fitted, of_reference = (
-        {kind_of(s): s.manifest().recipe.inputs["fitted"] for s in of_scorers} for of_scorers in (scores, reference)
-    )
-    if fitted != of_reference:
+    here, there = ({kind_of(s): s.manifest().recipe.inputs["fitted"] for s in group} for group in (scores, reference))
+    if here != there:
         raise ArtifactError("the new samples were not scored by the scorers of the reference; give scores of one store")
 
 
@@ -141,7 +120,7 @@ def _decide(
 def _apply(
     result: RuleResult, theirs: ScorerOutput, ours: ScorerOutput, known: Scored, new: Scored, level: float | None
 ) -> RuleResult:
-    """What the result on the reference, and the level, mean for new samples; a class it does not know stays."""
+    """Apply the thresholds of the reference, and the level, to new samples; a class unknown to the reference stays."""
     flagged_N = np.zeros(len(ours.scores_N), bool)
     classes: dict[int, dict[str, Any]] = {}
     trusted_M = theirs.scores_N[known.trusted_N]
@@ -154,7 +133,7 @@ def _apply(
             by_level = conformal_threshold(of_class, trusted_M, level)
         threshold = min(by_rule, by_level)
         flagged_N[at] = ours.scores_N[at] > threshold
-        # What the rule found in the class of the reference is a reason where the rule decides, and only there.
+        # The rule's measures of the reference's class are a reason only where the rule sets the threshold.
         classes[label] = (found if by_rule < by_level else {}) | {
             "flagged": int(flagged_N[at].sum()),
             "threshold": threshold if threshold < math.inf else None,
@@ -164,7 +143,7 @@ def _apply(
 
 
 def conformal_threshold(of_class_M: np.ndarray, all_N: np.ndarray, level: float | None) -> float:
-    """The score above which a conformal p-value is at most `level`: of the class if it has rows enough, else of all."""
+    """Score above which a conformal p-value is at most `level`: of the class if it has enough rows, else of all."""
     for scores_M in (of_class_M, all_N):
         n_above = 0 if level is None else math.floor(level * (len(scores_M) + 1))
         if n_above >= 1:

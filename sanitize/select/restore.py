@@ -15,11 +15,11 @@ from sanitize.stage import Advance, Work, stage
 
 
 class RestoreConfig(BaseModel):
-    """What is put back, and why.
+    """Samples to put back, and the reason.
 
     Attributes:
         keys: keys of quarantined samples; "SHARD:KEY" where a key occurs in several shards.
-        note: who decided and why, kept with the verdict.
+        note: name of the person and the reason, kept with the verdict.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,8 +55,8 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
             table = pq.read_table(pa.BufferReader(builder.read(rows_name(shard))), columns=["label", "status"])
             removed.update(str(row["label"]) for row in table.to_pylist() if row["status"] == "quarantined")
         summary = selection.read_object("selection.json", "classes")
-        for label, of_class in summary["classes"].items():
-            of_class["removed"] = removed[label]
+        for label, entry in summary["classes"].items():
+            entry["removed"] = removed[label]
         part.write_json("selection.json", summary)
 
     settings = config.model_dump(mode="json") | {"keys": sorted(wanted)}
@@ -73,4 +73,4 @@ def _check(selection: Selection, wanted: set[str]) -> None:
         if not quarantined[key]:
             raise DataError(f"key {key!r} is not in quarantine; see the keys in {selection.path} or in the report")
         if quarantined[key] > 1:
-            raise DataError(f"key {key!r} is in quarantine {quarantined[key]} times; say SHARD:{key}")
+            raise DataError(f"key {key!r} is in quarantine {quarantined[key]} times; write SHARD:{key}")

@@ -1,13 +1,14 @@
-"""Rules: from the scores of each class to the score above which its samples go. Every rule may find nothing.
+"""Rules: from the scores of each class to the threshold above which samples are flagged. Every rule may find nothing.
 
-A rule returns one threshold a class; samples with a score *above* it (>) are flagged. float("inf") touches nothing.
-Rules that rest on p-values have `p_values`. Shapes: N scores of one class, K classes, M scores of trusted samples, S
-scorers.
+To add a rule: a subclass of `BaseRule` with its `kind`, and its name in the union `Rule`.
+
+Shapes: N scores of one class, K classes, M scores of trusted samples, S scorers.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,15 +20,48 @@ Statistics = Mapping[int, Mapping[str, float]]
 NO_SCORES = np.zeros(0, np.float32)
 
 
-class ContaminationRule(BaseModel):
+class BaseRule(BaseModel, ABC):
+    """Protocol of all rules; a rule is its own config.
+
+    Attributes:
+        kind: name of the rule.
+        gives_p_values: True where `p_values` is defined, as verdict `combined` needs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    gives_p_values: ClassVar[bool] = False
+
+    kind: str
+
+    @abstractmethod
+    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
+        """One threshold a class; samples with a score *above* it (>) are flagged. Infinity flags none.
+
+        Args:
+            scores: label -> scores of the samples to judge.
+            statistics: label -> what the scorer measured of the class.
+            trusted_M: scores of the trusted samples, float32.
+
+        Raises:
+            ConfigError: the rule cannot be used with this scorer or with so few trusted samples.
+        """
+
+    def levels(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
+        """Label -> separation above which the class is touched; empty for rules without such a level."""
+        return {}
+
+    def p_values(self, scores: Scores, trusted_M: np.ndarray = NO_SCORES) -> dict[int, np.ndarray]:
+        """Label -> p-values (N,) in (0, 1], float64; empty for rules without p-values."""
+        return {}
+
+
+class ContaminationRule(BaseRule):
     """Remove 1.5 x `rate` of every class, the highest scores first (Tran, Li & Madry, 2018, Algorithm 1).
 
     Attributes:
         rate: expected share of poison *within a class*, in (0, 0.5].
-        factor: safety margin on it; 1.5 is the paper's.
+        factor: safety margin, a factor on the rate; 1.5 in the paper.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["contamination"] = "contamination"
     rate: float = Field(gt=0, le=0.5)
@@ -38,12 +72,12 @@ class ContaminationRule(BaseModel):
         return {y: keep_all_but(s_N, round(self.factor * self.rate * len(s_N))) for y, s_N in scores.items()}
 
 
-class SeparationRule(BaseModel):
-    """Touch a class only where its two components stand apart more than clean classes' do; needs no rate.
+class SeparationRule(BaseRule):
+    """Touch a class only where its two components are further apart than in clean classes; needs no rate.
 
     The scorer must measure a held-out `separation` of each class and give log-odds as scores (`toxic_direction`).
-    A class is touched where its separation exceeds its level; then what is more likely in the suspicious component
-    than not goes (log-odds > `log_odds`). The level is calibrated on the classes of the run:
+    In a class whose separation exceeds its level, samples that are more likely in the suspicious component than not
+    are flagged (log-odds > `log_odds`). The level is calibrated on the classes of the run:
 
         level = clip(median + 3 * 1.4826 * median |separation - median|, floor, 1.1 * floor)
 
@@ -52,13 +86,11 @@ class SeparationRule(BaseModel):
     Attributes:
         floor: separation, in standard deviations of the components, below which a class is never touched. Clean
             classes of Fashion-MNIST and CIFAR-10 reach 3.9, poisoned ones begin at 5.3 (LOG.md).
-        small_class_floor: the same for classes of fewer than `small_class` samples, which fall apart more easily by
-            nature: handwritten digits reach 7.3.
-        small_class: samples of a class that is not small.
-        log_odds: natural log of the odds from which a sample of a touched class is flagged.
+        small_class_floor: floor for classes of fewer than `small_class` samples, whose natural splits are wider:
+            handwritten digits reach 7.3.
+        small_class: fewest samples of a class that is not small.
+        log_odds: natural log of the odds above which a sample of a touched class is flagged.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["separation"] = "separation"
     floor: float = Field(default=4.5, ge=0)
@@ -81,7 +113,7 @@ class SeparationRule(BaseModel):
         return {y: self.log_odds if y in above else math.inf for y in scores}
 
     def levels(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
-        """The separation that each class must exceed to be touched."""
+        """Label -> separation above which the class is touched."""
         separations_K = np.array([of_class.get("separation", 0.0) for of_class in statistics.values()] or [0.0])
         centre = float(np.median(separations_K))
         natural = centre + 3 * 1.4826 * float(np.median(np.abs(separations_K - centre)))
@@ -91,28 +123,34 @@ class SeparationRule(BaseModel):
         return {y: min(max(natural, floor), 1.1 * floor) for y, floor in floors.items()}
 
 
-class FDRRule(BaseModel):
-    """Benjamini-Hochberg at level `q` with an empirical null: the standardised scores of all *other* classes.
-
-    Parametric nulls removed 10-16 % of clean images: natural outliers lie as far out as poison. Taking the null from
-    the other classes of the run is right where poison sits in few classes, and merely cautious where it does not.
+class _PValueRule(BaseRule):
+    """Rules by p-values.
 
     Attributes:
         q: bound on the expected share of clean samples among those removed, in (0, 1).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    gives_p_values: ClassVar[bool] = True
 
-    kind: Literal["fdr"] = "fdr"
     q: float = Field(default=0.05, gt=0, lt=1)
 
+
+class FDRRule(_PValueRule):
+    """Benjamini-Hochberg at level `q` with an empirical null: the standardised scores of all *other* classes.
+
+    Parametric nulls removed 10-16 % of clean images: natural outliers lie as far out as poison. The null of the other
+    classes of the run is right where poison is in few classes, and cautious elsewhere.
+    """
+
+    kind: Literal["fdr"] = "fdr"
+
     def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
-        """The score of the last rejected sample's predecessor, per class."""
+        """The highest score of each class that is not rejected."""
         p_values = self.p_values(scores)
         return {y: keep_all_but(s_N, benjamini_hochberg(p_values[y], self.q)) for y, s_N in scores.items()}
 
     def p_values(self, scores: Scores, trusted_M: np.ndarray = NO_SCORES) -> dict[int, np.ndarray]:
-        """For each class, the share of the other classes' scores that are at least as high, (N,) in (0, 1]."""
+        """Label -> share of the other classes' scores that are at least as high, (N,) in (0, 1]."""
         z = {y: standardised(s_N) for y, s_N in scores.items()}
         ordered = np.sort(np.concatenate([*z.values(), NO_SCORES]))
         found = {}
@@ -122,36 +160,30 @@ class FDRRule(BaseModel):
         return found
 
 
-class ConformalRule(BaseModel):
+class ConformalRule(_PValueRule):
     """Benjamini-Hochberg at level `q` on conformal p-values: a bounded false discovery rate.
 
-    Needs samples that the user vouches for (`trusted`), which the scorer was not fitted on. The p-value of a score s is
+    Needs trusted samples that the scorer was not fitted on. The p-value of a score s is
     p = (1 + #{trusted scores >= s}) / (M + 1); all classes are judged together. Where trusted samples and the clean
-    ones among the others are exchangeable, at most the share `q` of what is removed is clean, on average over data
+    ones among the others are exchangeable, at most the share `q` of the removed samples is clean, on average over data
     sets, whatever the scorer and the distribution: sharing the trusted samples makes these p-values dependent, but
     positively (PRDS), which Benjamini-Hochberg allows (Bates, Candes, Lei, Romano & Sesia, "Testing for outliers with
     conformal p-values", Annals of Statistics 2023, section 2). The samples judged are usually those the scorer was
-    fitted on; that makes them look rather less abnormal than fresh ones, so the rule errs on the side of keeping.
+    fitted on; these look less abnormal than fresh ones, so the rule errs on the side of keeping.
 
     No p-value is below 1 / (M + 1): of N samples judged, N / (q (M + 1)) must stand out together for any to be found.
-
-    Attributes:
-        q: bound on the expected share of clean samples among those removed, in (0, 1).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["conformal"] = "conformal"
-    q: float = Field(default=0.05, gt=0, lt=1)
 
     def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
-        """One for all classes: the highest score that is not rejected."""
+        """One threshold for all classes: the highest score that is not rejected."""
         p_N = np.concatenate([*self.p_values(scores, trusted_M).values(), np.ones(0)])
         s_N = np.concatenate([*scores.values(), NO_SCORES])
         return dict.fromkeys(scores, keep_all_but(s_N, benjamini_hochberg(p_N, self.q)))
 
     def p_values(self, scores: Scores, trusted_M: np.ndarray = NO_SCORES) -> dict[int, np.ndarray]:
-        """For each class (N,) in (0, 1].
+        """Label -> conformal p-values (N,) in (0, 1].
 
         Raises:
             ConfigError: too few trusted samples for any p-value to reach q.
@@ -160,8 +192,8 @@ class ConformalRule(BaseModel):
         if len(trusted_M) < n_needed:
             raise ConfigError(
                 f"rule 'conformal' at q = {self.q} needs at least {n_needed} trusted samples, not {len(trusted_M)}: no "
-                "p-value is below 1 / (trusted samples + 1). Name the shards you vouch for under `trusted:`; for a few "
-                "outliers among N samples to be found, there must be about N of them"
+                "p-value is below 1 / (trusted samples + 1). Name more shards under `trusted:`; to find a few outliers "
+                "among N samples, about N trusted samples are needed"
             )
         ordered_M = np.sort(trusted_M)
         return {y: (1 + n_at_least(ordered_M, s_N)) / (1 + len(ordered_M)) for y, s_N in scores.items()}
@@ -171,21 +203,21 @@ Rule = Annotated[ContaminationRule | SeparationRule | FDRRule | ConformalRule, F
 
 
 def standardised(s_N: np.ndarray) -> np.ndarray:
-    """Scores minus their median, in units of 1.4826 x the median absolute deviation; zeros where there is none."""
+    """Scores minus their median, in units of 1.4826 x the median absolute deviation; zeros where that is 0."""
     centred_N = s_N - np.median(s_N)
     scale = 1.4826 * np.median(np.abs(centred_N))
     return centred_N / scale if scale > 0 else np.zeros_like(centred_N)
 
 
 def benjamini_hochberg(p_N: np.ndarray, q: float) -> int:
-    """How many hypotheses are rejected at false-discovery level q (Benjamini & Hochberg, 1995)."""
+    """Number of hypotheses rejected at false-discovery level q (Benjamini & Hochberg, 1995)."""
     n = len(p_N)
     below = np.sort(p_N) <= q * np.arange(1, n + 1) / n
     return int(below.nonzero()[0][-1]) + 1 if below.any() else 0
 
 
 def n_at_least(ordered_M: np.ndarray, s_N: np.ndarray) -> np.ndarray:
-    """How many of the ordered numbers are >= each of the others, int64 (N,)."""
+    """For each number in s_N, the count of numbers in `ordered_M` (ascending) that are >= it, int64 (N,)."""
     return np.asarray(len(ordered_M) - np.searchsorted(ordered_M, s_N, side="left"))
 
 
@@ -194,17 +226,18 @@ def cauchy_combination(p_SN: np.ndarray) -> np.ndarray:
 
     cot(pi p_s) is a Cauchy variable, and so is T: exactly where the p-values are independent or equal, and in the tail
     also where they come from jointly normal statistics of any correlation (Liu & Xie, "Cauchy combination test", JASA
-    2020, Theorem 1). p-values above 0.99 count as 0.99: at p = 1, T is minus infinity, and one scorer that finds a
-    sample exceptionally ordinary would veto all others.
+    2020, Theorem 1). p-values above 0.99 count as 0.99: at p = 1, T is minus infinity, and one scorer with p = 1 would
+    overrule all others.
 
-    It holds its level where scorers depend on each other; to rank without one, `score/combine.py` (Fisher) is better.
+    It holds its level where scorers depend on each other; for ranking alone, Fisher's method is better
+    (docs/methods.md).
     """
     T_N = (1 / np.tan(np.pi * p_SN.clip(max=0.99))).mean(0)
     return np.asarray(np.arctan2(1, T_N) / np.pi)
 
 
 def keep_all_but(s_N: np.ndarray, n_removed: int) -> float:
-    """Threshold above which at most `n_removed` scores lie; ties with the next one are kept, whatever their order."""
+    """Threshold with at most `n_removed` scores above it; scores tied with the next one are kept."""
     if n_removed <= 0:
         return math.inf
     if n_removed >= len(s_N):

@@ -1,8 +1,7 @@
-"""What all scorers say of all samples, side by side.
+"""Scores of all scorers for all samples, side by side.
 
-This is the one thing in a run that grows with the data set: of each sample its label, its place in its class and
-whether it is trusted (17 bytes), and a float32 score a scorer. Shapes: N scored samples, in the order of shards and
-rows.
+The only state of a run that grows with the data set: 17 bytes a sample for label, place in its class and trust, and a
+float32 score a scorer. Shapes: N scored samples, in the order of shards and rows.
 """
 
 from collections.abc import Sequence
@@ -16,12 +15,12 @@ from sanitize.errors import ArtifactError, ConfigError
 
 
 class ScorerOutput(NamedTuple):
-    """What one scorer says.
+    """Scores and class statistics of one scorer.
 
     Attributes:
-        kind: of the scorer.
-        scores_N: float32.
-        statistics: label -> what the scorer measured of the class.
+        kind: kind of the scorer.
+        scores_N: scores, float32; higher is more suspicious.
+        statistics: label -> name -> number measured of the class.
     """
 
     kind: str
@@ -34,11 +33,11 @@ class Scored:
     """All scores of a run.
 
     Attributes:
-        slices: name of a shard -> where its samples are.
-        judged: label -> where its samples are, int64, but for those that are trusted.
-        trusted: label -> where those are.
-        trusted_N: True where the user vouches for the sample.
-        outputs: one a scorer.
+        slices: name of a shard -> slice of its samples.
+        judged: label -> indices of its samples that are not trusted, int64.
+        trusted: label -> indices of its trusted samples, int64.
+        trusted_N: True for trusted samples.
+        outputs: scores of each scorer.
     """
 
     slices: dict[str, slice]
@@ -48,12 +47,12 @@ class Scored:
     outputs: list[ScorerOutput]
 
     def by_class(self, values_N: np.ndarray) -> dict[int, np.ndarray]:
-        """label -> the values of its judged samples."""
+        """Label -> values of its judged samples."""
         return {label: values_N[at] for label, at in self.judged.items()}
 
 
 def kind_of(scores: Scores) -> str:
-    """Kind of the scorer they come from."""
+    """Kind of the scorer that made the scores."""
     return str(scores.read_json("scorer.json")["config"]["kind"])
 
 
@@ -64,14 +63,14 @@ def read_scores(scores: Sequence[Scores], trusted: Sequence[str]) -> Scored:
         ConfigError: two scorers are of one kind, or a scorer was fitted on trusted shards.
         ArtifactError: the scorers did not score the same samples.
     """
-    infos = [of_scorer.read_json("scorer.json") for of_scorer in scores]
-    kinds = [kind_of(of_scorer) for of_scorer in scores]
+    infos = [one.read_json("scorer.json") for one in scores]
+    kinds = [kind_of(one) for one in scores]
     if len(set(kinds)) < len(kinds):
         raise ConfigError(f"two scorers are of one kind: {', '.join(kinds)}")
-    for of_scorer, info in zip(scores, infos, strict=True):
+    for one, info in zip(scores, infos, strict=True):
         if not set(trusted) <= set(info.get("exclude", [])):
-            raise ConfigError(f"the scorer of {of_scorer.path} was fitted on trusted shards; hold them out")
-    if any(of_scorer.shards != scores[0].shards for of_scorer in scores):
+            raise ConfigError(f"the scorer of {one.path} was fitted on trusted shards; exclude them from fitting")
+    if any(one.shards != scores[0].shards for one in scores):
         raise ArtifactError("the scorers did not score the same shards; give scores of one run")
     slices: dict[str, slice] = {}
     labels, pieces, n = [np.zeros(0, np.int64)], [[np.zeros(0, np.float32)] for _ in scores], 0
@@ -79,8 +78,8 @@ def read_scores(scores: Sequence[Scores], trusted: Sequence[str]) -> Scored:
         labels.append(_same_samples(scores, shard))
         slices[shard] = slice(n, n + len(labels[-1]))
         n += len(labels[-1])
-        for piece, of_scorer in zip(pieces, scores, strict=True):
-            piece.append(of_scorer.rows(shard, ["score"])["score"].to_numpy())
+        for piece, one in zip(pieces, scores, strict=True):
+            piece.append(one.rows(shard, ["score"])["score"].to_numpy())
     trusted_N = np.zeros(n, bool)
     for shard in set(trusted) & set(slices):
         trusted_N[slices[shard]] = True
@@ -94,7 +93,7 @@ def read_scores(scores: Sequence[Scores], trusted: Sequence[str]) -> Scored:
 
 def _same_samples(scores: Sequence[Scores], shard: str) -> np.ndarray:
     """Labels of the scored samples of a shard, int64."""
-    tables = [of_scorer.rows(shard, ["position", "label"]) for of_scorer in scores]
+    tables = [one.rows(shard, ["position", "label"]) for one in scores]
     if not all(table.equals(tables[0]) for table in tables):
         raise ArtifactError(f"the scorers did not score the same samples of shard {shard}; give scores of one run")
     return np.asarray(tables[0]["label"].to_numpy())

@@ -1,7 +1,7 @@
-"""Turn scores into verdicts, each with its reasons. Nothing is read but scores and index rows, so a rule can be
-changed and replayed in seconds.
+"""Turn scores into verdicts, each with its reasons. Only scores and index rows are read, so a changed rule takes
+seconds.
 
-Every scorer has a rule of its own, which flags samples; how many flags make a verdict is `SelectConfig.verdict`.
+The rule of each scorer flags samples; `SelectConfig.verdict` says how many flags put a sample into quarantine.
 Shapes: N scored samples, S scorers.
 """
 
@@ -21,7 +21,6 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection, write_rows
 from sanitize.errors import ArtifactError, ConfigError
 from sanitize.select.rules import (
-    ConformalRule,
     FDRRule,
     Rule,
     SeparationRule,
@@ -58,13 +57,13 @@ class SelectConfig(BaseModel):
 
     Attributes:
         rules: kind of a scorer -> its rule.
-        rule: of all scorers that `rules` does not name; None is separation for toxic_direction, fdr for the others.
-        verdict: a sample goes to quarantine where `any` scorer flags it by its rule, the `majority` (more than half) or
-            `all` do; or by the `combined` p-value of all scorers (Cauchy combination) and Benjamini-Hochberg at level
-            `q` over all samples, for which every rule must give p-values: fdr or conformal.
-        q: of `combined`; the other verdicts rest on the levels of the rules.
-        max_removed_fraction: no rule flags more than this share of a class, in [0, 1]; where it asks for more, the
-            highest scores go and the report says that the cap was reached.
+        rule: rule of the scorers not named in `rules`; None is separation for toxic_direction, fdr for the others.
+        verdict: scorers that must flag a sample for quarantine: `any`, the `majority` (more than half) or `all`; or
+            `combined`: Benjamini-Hochberg at level `q` on the combined p-values of all scorers (Cauchy combination),
+            for which every rule must give p-values (fdr or conformal).
+        q: level of verdict `combined`; the other verdicts use the levels of the rules.
+        max_removed_fraction: most that a rule flags of a class, in [0, 1]; above this cap only the highest scores are
+            flagged, and the report says so.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,16 +84,16 @@ class SelectConfig(BaseModel):
             raise ConfigError(f"select.rules names {', '.join(unknown)}, but the scorers are {', '.join(kinds)}")
         rules = {kind: self.rules.get(kind) or self.rule or default_rule(kind) for kind in kinds}
         for kind, rule in rules.items():
-            if self.verdict == "combined" and not isinstance(rule, FDRRule | ConformalRule):
+            if self.verdict == "combined" and not rule.gives_p_values:
                 raise ConfigError(
-                    f"verdict 'combined' needs p-values, and rule {rule.kind!r} of {kind} gives none; say "
+                    f"verdict 'combined' needs p-values, and rule {rule.kind!r} of {kind} gives none; set "
                     f"select.rules: {{{kind}: {{kind: fdr}}}}, or conformal"
                 )
         return rules
 
 
 def default_rule(kind: str) -> Rule:
-    """The rule of a scorer where the configuration has none."""
+    """The rule of a scorer without one in the configuration."""
     return SeparationRule() if kind == "toxic_direction" else FDRRule()
 
 
@@ -110,36 +109,32 @@ def select_samples(
     """Decide which samples stay.
 
     Args:
-        config: rules, and how many flags make a verdict.
+        config: rules, and the number of flags that make a verdict.
         dataset: all samples, the unreadable ones too.
-        scores: of the usable ones, by one or more scorers.
+        scores: scores of the usable samples, by one or more scorers.
         out: folder of the artifact: verdicts, and `selection.json` with one entry a class.
-        compute: unused but for the convention; nothing is random.
-        trusted: shards the user vouches for: none of their samples is removed, rule `conformal` compares with them.
+        compute: not used; nothing is random.
+        trusted: names of trusted shards: no sample in them is removed, rule `conformal` compares with them.
 
     Returns:
-        The Selection; `status` is kept, quarantined or unreadable. The reasons of a sample are those of all scorers
-        that flag it, also where they are too few to remove it.
+        The Selection; `status` is kept, quarantined or unreadable. The reasons of a sample name every scorer that
+        flags it, also where too few scorers do to remove it.
 
     Raises:
-        ConfigError: a rule does not go with its scorer, or a scorer was fitted on trusted shards.
+        ConfigError: a rule does not fit its scorer, or a scorer was fitted on trusted shards.
     """
     trust = {"trusted": sorted(trusted)} if trusted else {}
     decided = cache(lambda: _decide(config, scores, trusted))
 
-    def write_part(shard: str, part: Part, advance: Advance) -> None:
-        rows = verdicts_of_shard(dataset, decided(), shard)
-        write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
-        part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
-        advance(len(rows))
-
-    def finish(part: Part, _builder: object) -> None:
-        part.write_json("selection.json", decided().summary(config) | trust)
-
-    bar = Bars("select", dataset.manifest().counts.get("samples"))
     inputs = {"dataset": dataset.digest, **{f"scores.{kind_of(s)}": s.digest for s in scores}}
-    settings = config.model_dump(mode="json") | trust
-    return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar, config=settings, inputs=inputs)
+    return Work(
+        parts=dataset.shards,
+        write_part=lambda shard, part, advance: write_verdicts(dataset, decided(), shard, part, advance),
+        finish=lambda part, _: part.write_json("selection.json", decided().summary(config) | trust),
+        bar=Bars("select", dataset.manifest().counts.get("samples")),
+        config=config.model_dump(mode="json") | trust,
+        inputs=inputs,
+    )
 
 
 STATUSES = ("kept", "quarantined", "unreadable")
@@ -147,9 +142,14 @@ STATUSES = ("kept", "quarantined", "unreadable")
 
 @dataclass(frozen=True)
 class RuleResult:
-    """What its rule makes of the scores of one scorer.
+    """A rule applied to the scores of one scorer.
 
-    `classes`: label -> what selection.json says of it; `p_N`: p-values, where the rule gives them.
+    Attributes:
+        output: scores of the scorer.
+        rule: the rule.
+        classes: label -> its entry in selection.json.
+        flagged_N: True for flagged samples.
+        p_N: p-values, float64; None where the rule gives none.
     """
 
     output: ScorerOutput
@@ -161,7 +161,15 @@ class RuleResult:
 
 @dataclass(frozen=True)
 class Decision:
-    """All results and what follows; `capped`: labels; `combined_N`: p-values, for the verdict that rests on them."""
+    """The verdict on all samples.
+
+    Attributes:
+        scored: scores of all scorers.
+        results: results of their rules.
+        removed_N: True for samples that go to quarantine.
+        capped: labels of the classes where the cap was reached.
+        combined_N: combined p-values, for verdict `combined`.
+    """
 
     scored: Scored
     results: list[RuleResult]
@@ -186,7 +194,7 @@ class Decision:
         }
 
     def reasons(self, i: int, label: int) -> list[dict[str, Any]]:
-        """What speaks against sample i, of class `label`."""
+        """Evidence against sample i, of class `label`."""
         reasons = [_reason(result, label, i) for result in self.results if result.flagged_N[i]]
         if self.combined_N is None or not self.removed_N[i]:
             return reasons
@@ -207,7 +215,7 @@ def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[st
 
 
 def flags_needed(config: SelectConfig, n_scorers: int) -> int:
-    """How many scorers must flag a sample that goes to quarantine."""
+    """Number of scorers that must flag a sample for quarantine."""
     return {"any": 1, "majority": n_scorers // 2 + 1, "all": n_scorers}[config.verdict]
 
 
@@ -226,15 +234,22 @@ def _combine(config: SelectConfig, scored: Scored, results: list[RuleResult]) ->
 
 
 def rule_on(output: ScorerOutput, rule: Rule, scored: Scored, config: SelectConfig) -> RuleResult:
-    """Apply a rule to the scores of its scorer."""
+    """Apply the rule of a scorer to its scores.
+
+    Args:
+        output: scores of the scorer.
+        rule: its rule.
+        scored: scores of all scorers; says which samples are judged and which trusted.
+        config: the cap.
+    """
     by_class, trusted_M = scored.by_class(output.scores_N), output.scores_N[scored.trusted_N]
     thresholds = rule.thresholds(by_class, output.statistics, trusted_M)
-    levels = rule.levels(by_class, output.statistics) if isinstance(rule, SeparationRule) else {}
+    levels = rule.levels(by_class, output.statistics)
     classes: dict[int, dict[str, Any]] = {}
     flagged_N = np.zeros(len(output.scores_N), bool)
     for label, s_n in by_class.items():
         cap = keep_all_but(s_n, int(config.max_removed_fraction * len(s_n)))
-        # A rule that takes a whole class says minus infinity, which JSON cannot hold: the lowest float says it too.
+        # A rule that flags a whole class gives minus infinity, which JSON cannot hold: take the lowest float.
         threshold = max(thresholds[label], cap, float(np.finfo(np.float32).min))
         flagged_N[scored.judged[label]] = s_n > threshold
         classes[label] = {
@@ -245,20 +260,28 @@ def rule_on(output: ScorerOutput, rule: Rule, scored: Scored, config: SelectConf
             **({"level": levels[label]} if label in levels else {}),
         }
     p_N = None
-    if isinstance(rule, FDRRule | ConformalRule):
+    if rule.gives_p_values:
         p_N = np.ones(len(output.scores_N))
         for label, p_n in rule.p_values(by_class, trusted_M).items():
             p_N[scored.judged[label]] = p_n
     return RuleResult(output, rule, classes, flagged_N, p_N)
 
 
+def write_verdicts(dataset: Dataset, decision: Decision, shard: str, part: Part, advance: Advance) -> None:
+    """Write the verdicts of one shard, and count them."""
+    rows = verdicts_of_shard(dataset, decision, shard)
+    write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
+    part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
+    advance(len(rows))
+
+
 def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[dict[str, Any]]:
-    """One row a sample of the shard, as in SCHEMA. Raises ArtifactError where it is not what was scored."""
-    of_shard = decision.scored.slices.get(shard, slice(0, 0))
+    """One row a sample of the shard, as in SCHEMA. Raises ArtifactError where other samples were scored."""
+    scored = decision.scored.slices.get(shard, slice(0, 0))
     indexed = dataset.rows(shard, ["position", "key", "label", "status", "reason"]).to_pylist()
-    if sum(row["status"] == "ok" for row in indexed) != of_shard.stop - of_shard.start:
-        raise ArtifactError(f"the scores of shard {shard} are not those of the samples of {dataset.path}")
-    rows, at = [], iter(range(of_shard.start, of_shard.stop))
+    if sum(row["status"] == "ok" for row in indexed) != scored.stop - scored.start:
+        raise ArtifactError(f"the scores of shard {shard} do not belong to the samples of {dataset.path}")
+    rows, at = [], iter(range(scored.start, scored.stop))
     for row in indexed:
         verdict = {name: row[name] for name in ("position", "key", "label")}
         if row["status"] != "ok":
@@ -273,7 +296,7 @@ def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[
 
 
 def _reason(result: RuleResult, label: int, i: int) -> dict[str, Any]:
-    """Why a scorer flags sample i."""
+    """The reason for a scorer's flag on sample i."""
     of_class, score, kind = result.classes[label], float(result.output.scores_N[i]), result.output.kind
     text = f"{kind} score {score:.4g} is above {of_class['threshold']:.4g}"
     if "separation" in of_class:

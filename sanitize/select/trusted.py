@@ -1,4 +1,4 @@
-"""Which shards the user vouches for."""
+"""Names of the trusted shards."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -7,14 +7,14 @@ from sanitize.errors import ConfigError
 
 
 def trusted_shards(patterns: Sequence[str], shards: Mapping[str, str]) -> tuple[str, ...]:
-    """Names of the shards that are named by a pattern, sorted.
+    """Names of the shards that match a pattern, sorted.
 
     Args:
-        patterns: names or places of shards, or globs of them.
+        patterns: names or places of shards, or globs.
         shards: name -> place of all shards of the run.
 
     Raises:
-        ConfigError: a pattern names no shard, or all shards are trusted.
+        ConfigError: a pattern matches no shard, or all shards are trusted.
     """
     found: set[str] = set()
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""Copy what is kept, byte for byte; put the rest into quarantine shards with the evidence beside it."""
+"""Copy kept samples, byte for byte; put the others into quarantine shards with the evidence beside them."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ EVIDENCE = "sanitize.json"
 
 
 class WriteConfig(BaseModel):
-    """How shards are written: compressed where their name says so (.tar.gz, .tgz), whatever the shard was.
+    """How shards are written: compressed where their name ends in .tar.gz or .tgz, whatever the input was.
 
     Attributes:
-        gzip_level: 0 (fast) to 9 (small), for those.
+        gzip_level: level of the compression, 0 (fast) to 9 (small).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +40,7 @@ class WriteConfig(BaseModel):
 
 class Shards(Artifact):
     """`clean/SHARD` and `quarantine/SHARD`: same names, same order, same bytes of every member; `dataset.json` and
-    `croissant.json` say what is in clean/."""
+    `croissant.json` describe clean/."""
 
     def clean(self) -> list[str]:
         """Paths of the clean shards, sorted."""
@@ -60,15 +60,15 @@ def write_selected(
 
     Args:
         config: compression.
-        dataset: where the samples are.
-        selection: what becomes of each.
+        dataset: the samples.
+        selection: their verdicts.
         out: folder of the artifact.
-        compute: unused but for the convention.
-        shards: names of the shards to do now; None does all that are missing and finishes.
+        compute: not used.
+        shards: names of the shards to do now; None does all missing shards and finishes.
 
     Returns:
-        The Shards, and their description. A shard of which nothing is kept is still written, empty, unless its name is
-        that of an archive which is not read (`.tar.xz`); quarantine holds only shards that have something in it.
+        The Shards, and their description. A shard without kept samples is still written, empty, unless its name ends
+        like an archive that is not read (`.tar.xz`); quarantine holds no empty shards.
 
     Raises:
         DataError: a shard has changed since it was indexed, or the counts do not add up.
@@ -78,7 +78,7 @@ def write_selected(
         _write_shard(shard, part, config, dataset, selection, advance)
 
     def finish(part: Part, builder: ArtifactBuilder) -> None:
-        # The promise of the whole pipeline, checked where it is kept or broken.
+        # The promise of the whole pipeline: no sample is lost.
         wanted = selection.manifest().counts
         done = builder.counts(dataset.shards)
         if any(done.get(name, 0) != wanted.get(name, 0) for name in ("kept", "quarantined", "unreadable")):
@@ -100,7 +100,7 @@ def _write_shard(
     if not rows["position"].equals(verdicts["position"]):
         raise DataError(f"the verdicts are not about the samples of shard {shard} that were indexed")
     if unread_suffix(shard):
-        return  # nothing was read, and a file of ours must be what its name says
+        return  # nothing was read, and an output must have the format of its name
     keep_N = verdicts["keep"].to_numpy()
     goes = pa.array(~keep_N)
     removed = zip(rows.filter(goes).to_pylist(), verdicts.filter(goes).to_pylist(), strict=True)
@@ -129,7 +129,7 @@ def _write_shard(
 def _quarantine(
     sample: Sample, shard: str, row: dict[str, Any], verdict: dict[str, Any], tar: TarWriter, taken: SeenPaths
 ) -> None:
-    """The members as they were, and what speaks against them. Names that no extractor should follow are replaced."""
+    """The members as they were, and the evidence against them. Names unsafe to extract are replaced."""
     stem = sample.key
     renamed = {}
     names = [name for name, _ in sample.members]

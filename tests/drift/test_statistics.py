@@ -1,4 +1,4 @@
-"""What is remembered merges: the statistics of all shards are those of the statistics of some."""
+"""Statistics merge: those of all shards are the merged statistics of some."""
 
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def test_what_does_not_go_together_is_refused(
     whole: Made, parts: list[Made], projection: Projection, tmp_path: Path, compute: Compute, digits: Digits
 ) -> None:
     other = parts[0].summary(projection, StatisticsConfig(per_class=10))
-    with pytest.raises(ArtifactError, match="other rows_of_class"):
+    with pytest.raises(ArtifactError, match="different rows_of_class"):
         merge_statistics(CONFIG, [whole.summary(projection), other], str(tmp_path / "merged"), compute)
     config = IndexConfig(n_classes=10, check="headers", image={"size": (8, 8)})
     unread = index_shards(config, digits.shards()[:1], str(tmp_path / "index"), compute)
@@ -183,17 +183,17 @@ def test_many_classes_share_the_rows() -> None:
 # --- the verdict ------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_of_the_same_kind_is_accepted_and_says_what_was_asked(
+def test_a_batch_of_the_same_kind_is_accepted_and_lists_its_tests(
     whole: Made, parts: list[Made], projection: Projection, tmp_path: Path, compute: Compute
 ) -> None:
     statistics = whole.summary(projection), parts[1].summary(projection)
     drift = check_drift(DriftConfig(), *statistics, projection, str(tmp_path / "drift"), compute)
     assert drift.info["verdict"] == "accept"
     assert drift.info["reasons"] == []
-    asked = [(answer["question"], answer["label"]) for answer in drift.info["answers"]]
-    assert {("shift", None), ("removed", None), ("unreadable", None), ("priors", None)} <= set(asked)
-    assert len(asked) == len(set(asked))
-    assert drift.info["level"] == pytest.approx(0.001 / len(asked))
+    tests = [(answer["question"], answer["label"]) for answer in drift.info["answers"]]
+    assert {("shift", None), ("removed", None), ("unreadable", None), ("priors", None)} <= set(tests)
+    assert len(tests) == len(set(tests))
+    assert drift.info["level"] == pytest.approx(0.001 / len(tests))
 
 
 def test_what_is_removed_by_design_is_no_reason_to_hold(
@@ -207,7 +207,7 @@ def test_what_is_removed_by_design_is_no_reason_to_hold(
         )
         removed = [a for a in drift.info["answers"] if a["question"] == "removed" and a["label"] is None]
         effects.append(removed[0]["answer"]["effect"])
-    n, n_removed = (sum(of[name] for of in statistics[0].counts.values()) for name in ("n", "removed"))
+    n, n_removed = (sum(c[name] for c in statistics[0].counts.values()) for name in ("n", "removed"))
     assert effects[0] - effects[1] == pytest.approx(0.1 * (1 - n_removed / n))
 
 

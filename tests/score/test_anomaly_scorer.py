@@ -38,7 +38,7 @@ def rows(n: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def fitted(config: RCAScorerConfig | RobustRealNVPScorerConfig, batches: list[EmbeddingBatch]) -> AnomalyScorer:
-    scorer = AnomalyScorer(config)
+    scorer = config.build()
     scorer.fit(lambda _name: iter(batches), CPU)
     return scorer
 
@@ -86,7 +86,7 @@ def test_it_is_the_estimator_on_the_rows_of_smallest_hash(config, in_batches: In
 @both
 def test_saved_and_loaded_it_scores_bitwise_the_same(config, in_batches: InBatches) -> None:  # type: ignore[no-untyped-def]
     batches = in_batches(*rows())
-    scorer, loaded = fitted(config, batches), AnomalyScorer(config)
+    scorer, loaded = fitted(config, batches), config.build()
     loaded.load_state(safetensors.torch.load(safetensors.torch.save(scorer.state_dict())), scorer.statistics)
     assert torch.equal(scores(scorer, batches), scores(loaded, batches))
     assert loaded.statistics == scorer.statistics
@@ -101,6 +101,6 @@ def test_labels_are_not_seen(config, in_batches: InBatches) -> None:  # type: ig
 
 @both
 def test_without_rows_nothing_is_suspicious(config, in_batches: InBatches) -> None:  # type: ignore[no-untyped-def]
-    scorer, loaded = fitted(config, []), AnomalyScorer(config)
+    scorer, loaded = fitted(config, []), config.build()
     loaded.load_state(safetensors.torch.load(safetensors.torch.save(scorer.state_dict())), {})
     assert scores(loaded, in_batches(*rows())).tolist() == [0.0] * 400

@@ -26,7 +26,6 @@ from sanitize.score import (
     SpectralConfig,
     ToxicDirectionConfig,
 )
-from sanitize.score import stage as scoring
 from sanitize.score.scorer import Scorer
 
 CPU = Compute(device="cpu")
@@ -71,7 +70,7 @@ def batches(name: str, parts: Sequence[Tensor], shards: Sequence[Tensor] | None 
 
 
 def fitted(config: ScorerConfig, parts: Sequence[Tensor], shards: Sequence[Tensor] | None = None) -> Scorer:
-    scorer = scoring.new_scorer(config)
+    scorer = config.build()
 
     def one_pass(name: str) -> Iterator[EmbeddingBatch]:
         return iter(batches(name, parts, shards))
@@ -167,10 +166,8 @@ def test_a_handful_of_rows_can_be_fitted_and_scored(name: str, n: int, one_class
 
 
 @pytest.mark.parametrize("size", [1, 50])
-def test_the_label_check_is_not_asked_about_batches_without_a_sampled_row(
-    size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of each class at most `ASKED` rows are asked about; here few, so that most batches hold none of them."""
-    monkeypatch.setattr("sanitize.score.toxic_scorer.ASKED", 2)
+def test_the_label_check_skips_batches_without_a_sampled_row(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most `CHECKED` rows of each class are checked; here few, so that most batches hold none of them."""
+    monkeypatch.setattr("sanitize.score.toxic_direction.scorer.CHECKED", 2)
     scorer = fitted(SCORERS["toxic_direction"], torch.arange(N).split(size))
     assert len(scorer.statistics) == 10

@@ -89,7 +89,7 @@ def test_rounds_weigh_each_vote_by_the_share_that_agrees_with_the_voter() -> Non
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rounds_keep_poison_from_vouching_for_itself(seed: int) -> None:
+def test_rounds_keep_poison_from_confirming_itself(seed: int) -> None:
     z_ND, true_N = blobs(1500, n_classes=5, seed=seed)
     poisoned_N = (true_N != 0) & (torch.rand(1500, generator=torch.Generator().manual_seed(seed)) < 0.2)
     z_ND[poisoned_N, 0] += 3.0  # a trigger: what makes them alike
@@ -109,7 +109,7 @@ def test_flipped_labels_disagree_with_their_neighbours() -> None:
         assert auroc(scores(fitted(of_rows(), of), of).numpy(), flipped_N.numpy()) > 0.97
 
 
-def test_poison_that_is_half_of_its_class_is_told_from_the_other_half() -> None:
+def test_poison_that_is_half_of_its_class_is_separated_from_the_other_half() -> None:
     z_ND, true_N = blobs(900)
     poisoned_N = (true_N != 0) & (torch.rand(900, generator=torch.Generator().manual_seed(0)) < 0.5)
     labels_N = torch.where(poisoned_N, 0, true_N)
@@ -150,7 +150,7 @@ def test_the_reference_is_bounded_and_does_not_depend_on_order() -> None:
 
 def test_a_sample_is_no_neighbour_of_its_own() -> None:
     z_ND, labels_N = blobs(60)
-    labels_N = torch.arange(60)  # nobody agrees with anybody but himself
+    labels_N = torch.arange(60)  # all labels differ
     of = batches(z_ND, labels_N)
     scorer = fitted(of_rows(k=5, rounds=0), of)
     assert torch.equal(scores(scorer, of), torch.ones(60))

@@ -1,4 +1,4 @@
-"""Which side of a split is the poison: labels where they are sure and the split is even, else the shape."""
+"""The poisoned side of a split: by the label check where it is sure and the split is even, else by shape."""
 
 import math
 
@@ -9,9 +9,8 @@ from torch import Tensor
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.score.neighbours import NeighboursConfig
-from sanitize.score.sides import Side, at_odds, suspicious_side
-from sanitize.score.toxic_direction import ToxicDirectionConfig, fit_class, log_odds
-from sanitize.score.toxic_scorer import ToxicDirection
+from sanitize.score.toxic_direction import ToxicDirection, ToxicDirectionConfig, fit_class, log_odds
+from sanitize.score.toxic_direction.sides import Side, at_odds, suspicious_side
 
 CONFIG = ToxicDirectionConfig(n_starts=32)
 
@@ -51,7 +50,7 @@ def test_labels_decide_an_even_split(poison_first: bool, flip: bool) -> None:
 @pytest.mark.parametrize(
     ("poison", "clean"),
     [(0.1, 0.3), (0.1, 0.1), (0.9, 0.9), (0.55, 0.1), (math.nan, math.nan), (0.9, math.nan)],
-    ids=["vouching for itself", "true labels", "a hard class", "not sure", "nobody asked", "one side asked"],
+    ids=["each other's neighbours", "true labels", "a hard class", "not sure", "not measured", "one side measured"],
 )
 def test_else_the_shape_decides_and_says_so(poison: float, clean: float) -> None:
     x_ND, poison_N = halves(400, 190)
@@ -65,13 +64,13 @@ def test_the_shape_of_an_even_split_has_no_unit(scale: float) -> None:
     """A strong trigger leaves little else to vary."""
     x_ND, poison_N = halves(600, 290)
     x_ND[poison_N, 1:] *= scale
-    nobody_N = torch.full((600,), math.nan)
-    assert suspicious_side(x_ND, poison_N, nobody_N)[0]
-    assert not suspicious_side(x_ND, ~poison_N, nobody_N)[0]
+    unknown_N = torch.full((600,), math.nan)
+    assert suspicious_side(x_ND, poison_N, unknown_N)[0]
+    assert not suspicious_side(x_ND, ~poison_N, unknown_N)[0]
 
 
 def test_labels_do_not_turn_an_uneven_split_around() -> None:
-    """A small group is the suspect, whatever the labels of the many say."""
+    """A small group is suspicious, whatever the label check says of the rest."""
     z_ND, small_N = halves(1000, 100)
     for disagreement_N in (torch.where(small_N, 0.1, 0.9), torch.full((1000,), math.nan)):
         is_upper, sides = suspicious_side(z_ND, small_N, disagreement_N)
@@ -88,7 +87,7 @@ def test_few_samples_are_never_sure() -> None:
     assert not at_odds(Side(0.0, 300), Side(0.6, 300))
 
 
-def test_the_scorer_asks_its_label_check_and_says_what_it_said(compute: Compute) -> None:
+def test_the_scorer_uses_its_label_check_and_reports_it(compute: Compute) -> None:
     """Class 0 has two groups of one shape: its own images, and some of each other class that were given its label."""
     generator = seeded(5)
     true_N = torch.arange(1200) % 6
@@ -106,11 +105,11 @@ def test_the_scorer_asks_its_label_check_and_says_what_it_said(compute: Compute)
 
     scorer = ToxicDirection(CONFIG)
     scorer.fit(passes, compute)
-    said = scorer.statistics[0]
-    assert said["side_by_labels"]
-    assert said["disagreement"] > 0.8
-    assert said["disagreement_of_rest"] < 0.2
-    assert said["minority_fraction"] == pytest.approx(float(poison_N[labels_N == 0].double().mean()), abs=0.01)
+    statistics = scorer.statistics[0]
+    assert statistics["side_by_labels"]
+    assert statistics["disagreement"] > 0.8
+    assert statistics["disagreement_of_rest"] < 0.2
+    assert statistics["minority_fraction"] == pytest.approx(float(poison_N[labels_N == 0].double().mean()), abs=0.01)
     flagged_N = torch.cat([scorer.score(batch) for batch in passes("pooled")]) > 0
     assert (flagged_N == poison_N)[labels_N == 0].double().mean() > 0.98
     again = ToxicDirection(CONFIG)

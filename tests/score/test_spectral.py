@@ -8,7 +8,7 @@ from torch import Tensor
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.measure import auroc
-from sanitize.score import SpectralConfig, ToxicDirectionConfig, new_scorer
+from sanitize.score import SpectralConfig, ToxicDirectionConfig
 from sanitize.score.scorer import Scorer
 from sanitize.score.spectral import quantum_entropy_root, robust_whitening
 
@@ -26,7 +26,7 @@ every_scorer = pytest.mark.parametrize("config", ALL_SCORERS.values(), ids=ALL_S
 
 
 def fitted(config, batches: Batches, compute: Compute) -> Scorer:  # type: ignore[no-untyped-def]
-    scorer = new_scorer(config)
+    scorer = config.build()
     scorer.fit(lambda _name: iter(batches), compute)
     return scorer
 
@@ -140,7 +140,7 @@ def test_streaming_keeps_the_state_to_nine_digits(in_batches: InBatches, compute
 def test_saved_and_loaded_it_gives_the_same_scores_to_the_bit(in_batches: InBatches, compute: Compute, config) -> None:  # type: ignore[no-untyped-def]
     batches = in_batches(*two_classes())
     scorer = fitted(config, batches, compute)
-    again = new_scorer(config)
+    again = config.build()
     again.load_state(safetensors.torch.load(safetensors.torch.save(scorer.state_dict())), scorer.statistics)
     for batch in batches:
         assert torch.equal(scorer.score(batch), again.score(batch))

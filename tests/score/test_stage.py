@@ -5,7 +5,6 @@ import pyarrow as pa
 import pytest
 import torch
 
-import sanitize.score.stage as stage
 from sanitize.artifacts import Part, Recipe, make, verify
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, fixed_size_list, write_rows
@@ -57,7 +56,7 @@ def test_scores_are_those_of_the_scorer_row_by_row(
     fitted = fit_scorer(config, made_up, str(tmp_path / "fitted"), compute)
     scores = score_shards(config, fitted, made_up, str(tmp_path / "scores"), compute)
     assert scores.shards == made_up.shards
-    scorer = stage.new_scorer(config)
+    scorer = config.build()
     scorer.fit(made_up.batches, compute)
     for shard in scores.shards:
         table = scores.rows(shard)

@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sanitize.score.sides import NO_EVIDENCE
-from sanitize.score.toxic_direction import (
+from sanitize.score.toxic_direction import ToxicDirectionConfig
+from sanitize.score.toxic_direction.sides import NO_EVIDENCE
+from sanitize.score.toxic_direction.split import (
     ClassSplit,
-    ToxicDirectionConfig,
     fit_class,
     log_odds,
     principal_axes,
 )
-from sanitize.score.two_gaussians import best_threshold, component_log_density, em, mixture_log_odds
+from sanitize.score.toxic_direction.two_gaussians import best_threshold, component_log_density, em, mixture_log_odds
 
 CONFIG = ToxicDirectionConfig(n_starts=32)
-# What the separation rule asks of large and of small classes.
+# Floors of the separation rule for large and small classes.
 FLOOR = 4.5
 
 

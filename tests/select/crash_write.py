@@ -52,7 +52,7 @@ TEMPORARY = re.compile(r"(?<![^/])\.tmp-[0-9a-f]+-")
 
 
 class Child(NamedTuple):
-    """A fork at work: its process id, and the pipe on which it says what came of it."""
+    """A running fork: its process id, and the pipe on which it reports its result."""
 
     pid: int
     pipe: int

@@ -74,8 +74,8 @@ def judged(
     dataset = index_shards(IndexConfig(n_classes=10), fingerprint_shards(places), str(folder / "index"), compute)
     embeddings = embed_shards(EmbedConfig(batch_size=64), dataset, checkpoint, str(folder / "embeddings"), compute)
     scores = [
-        score_shards(of, scorer, embeddings, str(folder / of.kind), compute)
-        for of, scorer in zip(SCORERS, scorers, strict=True)
+        score_shards(settings, scorer, embeddings, str(folder / settings.kind), compute)
+        for settings, scorer in zip(SCORERS, scorers, strict=True)
     ]
     inputs = config, dataset, scores, reference
     selection = judge_shards(*inputs, str(folder / "selection"), compute, trusted=[trusted])

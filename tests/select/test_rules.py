@@ -12,6 +12,7 @@ from sanitize.select.rules import (
     ConformalRule,
     ContaminationRule,
     FDRRule,
+    Rule,
     SeparationRule,
     benjamini_hochberg,
     cauchy_combination,
@@ -35,7 +36,7 @@ def test_at_most_so_many_lie_above_and_only_ties_make_it_fewer(s_N: np.ndarray, 
     n = n_flagged(s_N, threshold)
     wanted = min(max(n_removed, 0), len(s_N))
     assert n <= wanted
-    if n < wanted:  # then removing the next score would mean removing more than were asked for
+    if n < wanted:  # then removing the next score would remove more than `wanted`
         n_with_ties = int((s_N >= s_N[s_N <= threshold].max()).sum())
         assert n_with_ties > wanted
 
@@ -302,3 +303,16 @@ def test_combined_p_values_are_p_values_and_monotone(pairs: list[tuple[float, fl
     assert ((combined_N > 0) & (combined_N <= 1)).all()
     assert (cauchy_combination(p_2N * [[0.5], [1]]) <= combined_N + 1e-12).all()
     np.testing.assert_allclose(cauchy_combination(p_2N[::-1]), combined_N)
+
+
+@pytest.mark.parametrize(
+    "rule", [ContaminationRule(rate=0.1), SeparationRule(), FDRRule(), ConformalRule()], ids=lambda rule: rule.kind
+)
+def test_every_rule_follows_the_protocol(rule: Rule) -> None:
+    scores = {y: np.random.default_rng(y).normal(size=50).astype(np.float32) for y in range(3)}
+    trusted_M = np.random.default_rng(9).normal(size=50).astype(np.float32)
+    assert rule.thresholds(scores, {}, trusted_M).keys() == scores.keys()
+    p_values = rule.p_values(scores, trusted_M)
+    assert p_values.keys() == (scores.keys() if rule.gives_p_values else set())
+    assert all(((p_N > 0) & (p_N <= 1)).all() and len(p_N) == 50 for p_N in p_values.values())
+    assert rule.levels(scores, {}).keys() == (scores.keys() if rule.kind == "separation" else set())

@@ -218,8 +218,8 @@ def test_so_many_flags_make_a_verdict_and_all_reasons_are_kept(
     ]
     rules = {kind: ContaminationRule(rate=rate, factor=1) for kind, rate in rates.items()}
     alone = [
-        verdicts(select_samples(SelectConfig(rule=rules[kind]), mixed, [of], str(tmp_path / f"{kind}-alone"), compute))
-        for kind, of in zip(rules, scores, strict=True)
+        verdicts(select_samples(SelectConfig(rule=rules[kind]), mixed, [one], str(tmp_path / f"{kind}-alone"), compute))
+        for kind, one in zip(rules, scores, strict=True)
     ]
     config = SelectConfig(rules=rules, verdict=verdict)
     together = select_samples(config, mixed, scores, str(tmp_path / "out"), compute)
@@ -227,7 +227,7 @@ def test_so_many_flags_make_a_verdict_and_all_reasons_are_kept(
     for row, *by_scorer in zip(verdicts(together), *alone, strict=True):
         if row["status"] == "unreadable":
             continue
-        reasons = [reason for of in by_scorer for reason in of["reasons"]]
+        reasons = [reason for verdict in by_scorer for reason in verdict["reasons"]]
         assert row["reasons"] == reasons
         assert row["keep"] == (len(reasons) < n_flags)
         seen.add(len(reasons))
@@ -275,8 +275,8 @@ def test_combined_p_values_decide_over_all_samples_at_once(tmp_path: Path, mixed
     removed = [row for row in verdicts(together) if row["status"] == "quarantined"]
     assert sum(planted(row["shard"], row) > 0 for row in removed) == 10
     arrays: list[dict[int, np.ndarray]] = []
-    for of in scores:
-        table = pa.concat_tables([of.rows(shard) for shard in of.shards])
+    for one in scores:
+        table = pa.concat_tables([one.rows(shard) for shard in one.shards])
         labels_N, scores_N = table["label"].to_numpy(), table["score"].to_numpy()
         arrays.append({y: scores_N[labels_N == y] for y in (0, 1)})
     p = [FDRRule().p_values(by_class) for by_class in arrays]
@@ -312,7 +312,7 @@ def test_scores_that_do_not_belong_together_are_refused(tmp_path: Path, mixed: D
     fewer = make(Scores, tmp_path / "c", Recipe(stage="made-up"), write)
     with pytest.raises(ArtifactError, match=r"same samples of shard a\.tar"):
         select_samples(SelectConfig(), mixed, [one, fewer], str(tmp_path / "out"), compute)
-    with pytest.raises(ArtifactError, match=r"shard a\.tar are not those"):
+    with pytest.raises(ArtifactError, match=r"shard a\.tar do not belong"):
         select_samples(SelectConfig(), mixed, [fewer], str(tmp_path / "out"), compute)
 
 

@@ -1,27 +1,44 @@
 """The toxic-direction scorer: a bounded sample of each class is split in two, then all samples are scored as a stream.
 
 State while fitting: at most `MAX_SAMPLES` hash-chosen rows of each class, the same however the data is sharded, and the
-label_check: the scorer of label disagreement that is asked about the first `ASKED` of them.
+scorer of the label check, which measures the first `CHECKED` of them.
 """
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.progress import track
-from sanitize.score.neighbours import Neighbours
-from sanitize.score.scorer import Passes, by_label, row_hashes
-from sanitize.score.sides import Side, Sides
-from sanitize.score.toxic_direction import ClassSplit, ToxicDirectionConfig, fit_class, log_odds
-from sanitize.score.two_gaussians import Mixture
+from sanitize.score.neighbours import NeighboursConfig
+from sanitize.score.scorer import BaseScorerConfig, Passes, by_label, row_hashes
+from sanitize.score.toxic_direction.sides import Side, Sides
+from sanitize.score.toxic_direction.split import ClassSplit, SplitConfig, fit_class, log_odds
+from sanitize.score.toxic_direction.two_gaussians import Mixture
 from sanitize.streaming import HashSample
 
 MAX_SAMPLES = 10_000
-ASKED = 1_000
+CHECKED = 1_000
+
+
+class ToxicDirectionConfig(SplitConfig, BaseScorerConfig):
+    """Settings of the scorer: those of the split, the embedding, and the label check."""
+
+    kind: Literal["toxic_direction"] = "toxic_direction"
+    embedding: str = Field(default="pooled", description="name of the embedding to score")
+    label_check: NeighboursConfig | None = Field(
+        default=NeighboursConfig(embedding="pixels", windows=1, k=20),
+        description="label disagreement that decides which side of an even split is suspicious; null: shape alone",
+    )
+
+    def build(self) -> "ToxicDirection":
+        """The scorer, not fitted yet."""
+        return ToxicDirection(self)
 
 
 class ToxicDirection:
@@ -33,7 +50,7 @@ class ToxicDirection:
         self._splits: dict[int, ClassSplit] = {}
 
     def fit(self, passes: Passes, compute: Compute) -> None:
-        """One pass to draw the samples, two for the label_check, then one split a class, each on its own."""
+        """One pass to draw the samples, two for the label check, then one split a class, each on its own."""
         seed = compute.seed_for("score", "toxic_direction", "sample")
         samples: dict[int, HashSample] = {}
         for batch in passes(self.config.embedding):
@@ -41,28 +58,30 @@ class ToxicDirection:
             for label, rows in by_label(batch):
                 sample = samples.setdefault(label, HashSample(MAX_SAMPLES))
                 sample.update([hashes[i] for i in rows.tolist()], batch.z_BD[rows])
-        disagreement = self._ask(passes, samples, seed, compute)
+        disagreement = self._disagreement(passes, samples, seed, compute)
         with track("split classes", len(samples), "classes") as advance:
             for label in sorted(samples):
                 generator = compute.generator("score", "toxic_direction", label)
                 sample = samples.pop(label)
-                asked_N = torch.tensor([disagreement.get(value, math.nan) for value in sample.hashes()])
-                self._splits[label] = fit_class(sample.rows(), self.config, generator, asked_N)
+                disagreement_N = torch.tensor([disagreement.get(value, math.nan) for value in sample.hashes()])
+                self._splits[label] = fit_class(sample.rows(), self.config, generator, disagreement_N)
                 self.statistics[label] = summary(self._splits[label])
                 advance(1)
 
-    def _ask(self, passes: Passes, samples: Mapping[int, HashSample], seed: int, compute: Compute) -> dict[int, float]:
+    def _disagreement(
+        self, passes: Passes, samples: Mapping[int, HashSample], seed: int, compute: Compute
+    ) -> dict[int, float]:
         """Hash of a row -> its label disagreement, for the first rows of each class's sample."""
         if self.config.label_check is None:
             return {}
-        label_check = Neighbours(self.config.label_check)
+        label_check = self.config.label_check.build()
         label_check.fit(passes, compute)
-        wanted = {value for sample in samples.values() for value in sample.hashes()[:ASKED]}
+        wanted = {value for sample in samples.values() for value in sample.hashes()[:CHECKED]}
         found: dict[int, float] = {}
         for batch in passes(self.config.label_check.embedding):
             hashes = row_hashes(batch, seed)
             rows = [i for i, value in enumerate(hashes) if value in wanted]
-            if rows:  # most batches of many small shards hold none of the rows that are asked about
+            if rows:  # most batches of many small shards hold no row to check
                 found |= zip((hashes[i] for i in rows), label_check.score(batch.take(rows)).tolist(), strict=True)
         return found
 
@@ -109,7 +128,7 @@ class ToxicDirection:
 
 
 def summary(split: ClassSplit) -> dict[str, float]:
-    """Class statistics; label disagreement is among them where samples of both sides were asked."""
+    """Class statistics, with the label disagreement where it was measured on both sides."""
     numbers = {
         "separation": split.separation,
         "minority_fraction": split.minority_fraction,

@@ -15,7 +15,7 @@ MIN_VARIANCE = 1e-3  # floor of a component's variance, relative to the variance
 
 
 class Mixture(NamedTuple):
-    """Two Gaussians on a line. `mean_2`, `sd_2`, `weight_2`: float64 tensors of shape (2,), weights sum to 1."""
+    """Two Gaussians on a line. `mean_2`, `sd_2`, `weight_2`: float64, shape (2,); weights sum to 1."""
 
     mean_2: Tensor
     sd_2: Tensor
@@ -23,7 +23,7 @@ class Mixture(NamedTuple):
 
 
 def best_threshold(place_SN: Tensor, min_count: int) -> tuple[Tensor, Tensor]:
-    """The cut of each row of numbers that two Gaussians with hard membership like best (Symons 1981), in O(N log N).
+    """Threshold of each row by which two Gaussians with hard membership are likeliest (Symons 1981), in O(N log N).
 
     Returns membership of the upper side, 0 or 1, (S, N), and the gain in log-likelihood over one Gaussian, nats a
     sample, (S,), both in the dtype of `place_SN`. Neither side gets fewer than `min_count` samples, ties aside.
@@ -38,7 +38,7 @@ def best_threshold(place_SN: Tensor, min_count: int) -> tuple[Tensor, Tensor]:
     sum_SC, square_SC = (t_SN[:, min_count - 1 : n_total - min_count] for t_SN in (sum_SN, square_SN))
     gain_SC = (variance_S1 + floor_S1).log() / 2
     for count_C, squares_SC in ((n_lower_C, square_SC), (n_total - n_lower_C, square_SN[:, -1:] - square_SC)):
-        # the sum of the upper side is minus that of the lower one, for the mean is 0
+        # the mean is 0, so the sum of the upper side is minus the sum of the lower one
         variance_SC = (squares_SC / count_C - (sum_SC / count_C).square()).clamp_(min=0) + floor_S1
         gain_SC = gain_SC + count_C / n_total * ((count_C / n_total).log() - variance_SC.log_() / 2)
     gain_S, cut_S = gain_SC.max(1)
@@ -90,9 +90,9 @@ def component_log_density(mixture: Mixture, place_B: Tensor) -> Tensor:
 
 
 def rising_odds(mixture: Mixture, place_B: Tensor) -> Tensor:
-    """`mixture_log_odds` between the two means and its tangents beyond them: it rises all the way along the direction.
+    """`mixture_log_odds` between the two means and its tangents beyond them, so that it rises along the whole line.
 
-    With unequal variances the ratio itself turns back far out, and the farthest samples would count as clean.
+    With unequal variances the ratio itself falls again far out, and the farthest samples would count as clean.
     """
     main, suspicious = mixture.mean_2
     inner_B = place_B.clamp(torch.minimum(main, suspicious), torch.maximum(main, suspicious))

@@ -1,4 +1,4 @@
-"""Toxic direction: a backdoor's poison is a tight second cluster of its class, not a far-out one.
+"""Split of one class in two: a backdoor's poison is a tight second cluster of its class, not a far-out one.
 
 A model trained on poisoned data gathers the triggered samples of a class along one direction of its embedding space
 (Directional Rank Reduction, Theorem 2: the third central moment points along the difference of the two means). Per
@@ -7,13 +7,13 @@ class we look for the direction v along which two Gaussians explain the class be
     gain(v) = max over thresholds of  -sum_c p_c log(s_c / p_c) + log s        (nats a sample, Symons 1981)
 
 with p_c, s_c the share and the standard deviation of the two sides, by alternating the best threshold with Fisher's
-discriminant from many starts. The class statistic is measured by cross-fitting, on samples that chose nothing: each
-fold of the class is projected on the direction that the other folds propose, and over all folds
+discriminant from many starts. The class statistic is measured on held-out samples, by cross-fitting: each fold of the
+class is projected on the direction found on the other folds, and over all folds
 
     separation = J^2 |m1 - m0| / sqrt(s0 s1)
 
-of a two-Gaussian EM fit. J in [0, 1] is the Jaccard index of the parts that the folds and the whole class single out: a
-chance split differs from fold to fold, a backdoor does not.
+of a two-Gaussian EM fit. J in [0, 1] is the Jaccard index between the parts found on the folds and on the whole class:
+a chance split differs from fold to fold, a backdoor does not.
 
 Scores are log-odds of the suspicious component: the higher, the more suspicious. Shapes: N samples of one class,
 D features, P principal axes, S starts, B batch, K classes.
@@ -21,16 +21,15 @@ D features, P principal axes, S starts, B batch, K classes.
 
 import math
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from sanitize import exact
-from sanitize.score.neighbours import NeighboursConfig
-from sanitize.score.sides import NO_EVIDENCE, Sides, suspicious_side
-from sanitize.score.two_gaussians import (
+from sanitize.score.toxic_direction.sides import NO_EVIDENCE, Sides, suspicious_side
+from sanitize.score.toxic_direction.two_gaussians import (
     Mixture,
     best_threshold,
     em,
@@ -40,7 +39,7 @@ from sanitize.score.two_gaussians import (
     swapped,
 )
 
-SEARCH_ROWS = 1000  # the coarse search sees at most this many rows; the refinement sees all
+SEARCH_ROWS = 1000  # most rows of the coarse search; the refinement uses all
 COARSE_ROUNDS = ((2, 96), (3, 16))  # (steps, candidates kept afterwards): most starts are not worth many steps
 FINE_STEPS, THIRD_MOMENT_STEPS = 12, 20
 DENSE_EIGEN_DIMS = 512  # above it, a randomised range finder replaces the dense eigendecomposition
@@ -48,13 +47,11 @@ PRIOR_SAMPLES = 5.0  # pseudo-samples that pull a component's variance towards t
 UNTOUCHED_ODDS = 1e-6  # prior odds of the suspicious component in a class that cannot be split
 
 
-class ToxicDirectionConfig(BaseModel):
-    """Settings of the detector; the defaults were tuned once for Fashion-MNIST, CIFAR-10 and digits together."""
+class SplitConfig(BaseModel):
+    """Settings of a split; the defaults were tuned once for Fashion-MNIST, CIFAR-10 and digits together."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["toxic_direction"] = "toxic_direction"
-    embedding: str = Field(default="pooled", description="name of the embedding to score")
     n_starts: int = Field(default=256, ge=16, le=4096, description="random start directions of a search")
     ridge: float = Field(default=0.03, gt=0, le=10, description="added to the correlation matrix's eigenvalues")
     samples_per_dim: float = Field(default=6.0, ge=1, le=100, description="rows a search needs per principal axis")
@@ -63,19 +60,20 @@ class ToxicDirectionConfig(BaseModel):
     min_component_fraction: float = Field(default=0.01, ge=0, le=0.4, description="the same as a share of the class")
     min_class: int = Field(default=40, ge=8, description="a class with fewer finite rows is never touched")
     small_class: int = Field(default=500, ge=8, description="a class with fewer rows is cross-fitted in 5 folds, not 2")
-    label_check: NeighboursConfig | None = Field(
-        default=NeighboursConfig(embedding="pixels", windows=1, k=20),
-        description="label disagreement that decides which side of an even split is suspicious; null: its shape alone",
-    )
 
 
 class ClassSplit(NamedTuple):
-    """What it takes to score a sample of one class; component 1 of `mixture` is the suspicious one.
+    """A class split in two; component 1 of `mixture` is the suspicious one.
 
-    A sample's place on the line is `x_D @ direction_D + offset`: centre, scale and principal axes are folded in.
-    `separation` is the held-out one, discounted by the agreement (0 = cannot be split); `agreement` in [0, 1] says how
-    far folds and whole single out the same samples; `minority_fraction` is the suspicious component's share of the
-    class, above one half where the poison outnumbers the clean samples; `sides` has what says that it is suspicious.
+    Attributes:
+        direction_D: direction of the line, float64; centre, scale and principal axes are folded in.
+        offset: a sample's place on the line is `x_D @ direction_D + offset`.
+        mixture: two Gaussians on the line.
+        separation: held-out separation times the squared agreement, >= 0; 0 for a class that cannot be split.
+        agreement: median Jaccard index between the suspicious parts of the folds and of the whole class, in [0, 1].
+        n_samples: finite rows of the class.
+        minority_fraction: share of the suspicious component; above 1/2 where poison outnumbers the clean samples.
+        sides: evidence for the choice of the suspicious component.
     """
 
     direction_D: Tensor
@@ -90,20 +88,20 @@ class ClassSplit(NamedTuple):
 
 def fit_class(
     x_ND: Tensor,
-    config: ToxicDirectionConfig,
+    config: SplitConfig,
     generator: torch.Generator,
     disagreement_N: Tensor | None = None,
     at_least: float = 0.0,
 ) -> ClassSplit:
-    """Split one class in two and measure, on samples that had no say in the direction, how separate the parts are.
+    """Split one class in two and measure the separation of the parts on held-out samples.
 
     Args:
         x_ND: embeddings of the samples labelled with this class, any real dtype; rows with NaN or inf are left out.
         config: settings.
         generator: CPU generator; the same seed gives the same split, whatever the order of the rows.
-        disagreement_N: label disagreement of the rows in [0, 1], NaN where not measured; None where none was.
-        at_least: separation that matters. Parts that are closer than that on the very rows they were found on are not
-            cross-fitted, which takes two thirds of the time: `separation` is then 0, whatever it would have been below.
+        disagreement_N: label disagreement of the rows in [0, 1], NaN where not measured; None if nowhere measured.
+        at_least: smallest separation of interest. Parts that are closer than this on the rows they were found on are
+            not cross-fitted, which saves two thirds of the time, and get separation 0.
     """
     disagreement_N = torch.full((len(x_ND),), math.nan) if disagreement_N is None else disagreement_N
     finite_N = x_ND.isfinite().all(1)
@@ -136,22 +134,22 @@ def fit_class(
 
 
 def cross_fit(
-    z_ND: Tensor, suspicious_N: Tensor, config: ToxicDirectionConfig, generator: torch.Generator
+    z_ND: Tensor, suspicious_N: Tensor, config: SplitConfig, generator: torch.Generator
 ) -> tuple[Tensor, float]:
-    """Place every sample on a line that was found without it.
+    """Place every sample on a line that was found without the sample.
 
-    Each fold is projected on the direction that the other folds propose, in units of their two means: 0 is the main
-    component, 1 the suspicious one. Two folds are enough for a large class; in a small one, half of a small cluster
-    is too little to be found by, and with few folds a real cluster would be missed.
+    Each fold is projected on the direction found on the other folds, in units of their two means: 0 is the main
+    component, 1 the suspicious one. Two folds are enough for a large class; in a small class, half of a small cluster
+    is too little to be found, so there are five.
 
     Args:
         z_ND: standardised rows in random order.
-        suspicious_N: the split of the whole class; it decides only which end of each line is called 1.
+        suspicious_N: suspicious part of the whole class; it only decides which end of each line is called 1.
         config: settings.
-        generator: of the searches.
+        generator: random source of the searches.
 
     Returns:
-        Places (N,), and the median Jaccard index between the parts the folds and the whole class single out.
+        Places (N,), and the median Jaccard index between the suspicious parts of the folds and of the whole class.
     """
     n_folds = 2 if len(z_ND) >= config.small_class else 5
     fold_N = torch.arange(len(z_ND)) % n_folds
@@ -161,25 +159,25 @@ def cross_fit(
         rest_MD = z_ND[fold_N != fold]
         direction_D = search_direction(rest_MD, config, generator)
         mixture = fit_mixture(rest_MD @ direction_D, smallest_component(len(rest_MD), config))
-        there_N = z_ND @ direction_D
-        upper, lower = (jaccard(rising_odds(m, there_N) > 0, suspicious_N) for m in (mixture, swapped(mixture)))
+        projected_N = z_ND @ direction_D
+        upper, lower = (jaccard(rising_odds(m, projected_N) > 0, suspicious_N) for m in (mixture, swapped(mixture)))
         main, suspicious = (mixture if upper >= lower else swapped(mixture)).mean_2
         agreements.append(max(upper, lower))
-        place_N[fold_N == fold] = ((there_N - main) / (suspicious - main))[fold_N == fold]
+        place_N[fold_N == fold] = ((projected_N - main) / (suspicious - main))[fold_N == fold]
     return place_N, median(agreements)
 
 
 def jaccard(one_N: Tensor, other_N: Tensor) -> float:
-    """Size of the intersection of two subsets over that of their union; 0 where both are empty."""
+    """Size of the intersection of two subsets over the size of their union; 0 where both are empty."""
     return float((one_N & other_N).sum()) / max(1.0, float((one_N | other_N).sum()))
 
 
 def log_odds(split: ClassSplit, x_BD: Tensor) -> Tensor:
     """Log-odds of the suspicious component, shape (B,), float32, nats; above 0 = more likely suspicious than not.
 
-    Rows with NaN or inf score as the main component's mean: nothing is known against them.
+    Rows with NaN or inf score like the main component's mean.
     """
-    # The rows are not centred, so the products may be much larger than their sum: it is taken in full float64.
+    # The rows are not centred, so the products may be much larger than their sum, which is taken in full float64.
     products_BD = x_BD.double().nan_to_num(0.0, 0.0, 0.0) * split.direction_D
     place_B = exact.total(products_BD) + split.offset
     place_B = torch.where(x_BD.isfinite().all(1), place_B, split.mixture.mean_2[0])
@@ -207,7 +205,7 @@ def standardise(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def random_order(z_ND: Tensor, generator: torch.Generator) -> Tensor:
-    """A random order (N,) of the rows that does not depend on the order they came in, only on their values."""
+    """A random order (N,) of the rows that depends on their values, not on their given order."""
     key_D = torch.randn(z_ND.shape[1], generator=generator, dtype=torch.float64)
     by_value_N = (z_ND @ key_D).argsort(stable=True)
     return by_value_N[torch.randperm(len(z_ND), generator=generator)]
@@ -237,14 +235,14 @@ def third_moment_directions(z_NP: Tensor, start_PS: Tensor) -> Tensor:
     return start_PS
 
 
-def search_direction(z_ND: Tensor, config: ToxicDirectionConfig, generator: torch.Generator) -> Tensor:
+def search_direction(z_ND: Tensor, config: SplitConfig, generator: torch.Generator) -> Tensor:
     """The direction (D,) of standardised space along which two Gaussians explain these rows best.
 
     In ridge-whitened coordinates Fisher's discriminant is the difference of the two means, so one step is: best
     threshold of every candidate, then the mean difference of its two sides.
     """
     z_ND = z_ND - z_ND.mean(0)
-    # the rows that two clusters need anyway are no evidence for more axes
+    # rows that two clusters need anyway do not justify more axes
     n_evidence = len(z_ND) - 4 * config.min_component
     n_axes = max(2, min(config.max_dims, z_ND.shape[1], int(n_evidence / config.samples_per_dim)))
     value_P, vector_DP = principal_axes(z_ND, n_axes, generator)
@@ -277,7 +275,7 @@ def start_directions(
     return unit(torch.cat([axes_PS, third_PS, spectrum_P1 * flat_PS, spectrum_P1.square() * steep_PS], 1))
 
 
-def alternate(y_NP: Tensor, v_PS: Tensor, n_steps: int, config: ToxicDirectionConfig) -> tuple[Tensor, Tensor]:
+def alternate(y_NP: Tensor, v_PS: Tensor, n_steps: int, config: SplitConfig) -> tuple[Tensor, Tensor]:
     """`n_steps` of (best threshold, mean difference) for every candidate. Returns directions (P, S) and gains (S,)."""
     min_count = smallest_component(len(y_NP), config)
     total_P = y_NP.sum(0)
@@ -290,10 +288,10 @@ def alternate(y_NP: Tensor, v_PS: Tensor, n_steps: int, config: ToxicDirectionCo
 
 
 def separation_of(mixture: Mixture, n_rows: int, min_count: int) -> float:
-    """|m1 - m0| / sqrt(s0 s1); 0 where a component has fewer samples than make a cluster.
+    """|m1 - m0| / sqrt(s0 s1); 0 where a component has fewer than `min_count` samples.
 
-    A component's variance is first drawn towards the pooled one by PRIOR_SAMPLES: a handful of samples that happen to
-    lie close together is not a tight cluster.
+    A component's variance is first drawn towards the pooled variance by PRIOR_SAMPLES: a handful of samples that happen
+    to lie close together is not a tight cluster.
     """
     count_2 = mixture.weight_2 * n_rows
     if count_2.min() < min_count:
@@ -304,7 +302,7 @@ def separation_of(mixture: Mixture, n_rows: int, min_count: int) -> float:
 
 
 def suspicious_last(z_ND: Tensor, place_N: Tensor, mixture: Mixture, disagreement_N: Tensor) -> tuple[Mixture, Sides]:
-    """Order the components so that component 1 is the suspicious one; with what says so."""
+    """Order the components so that component 1 is the suspicious one; and the evidence for it."""
     upper_N = mixture_log_odds(mixture, place_N) > 0
     if not 2 <= int(upper_N.sum()) <= len(z_ND) - 2:
         return mixture, NO_EVIDENCE
@@ -312,7 +310,7 @@ def suspicious_last(z_ND: Tensor, place_N: Tensor, mixture: Mixture, disagreemen
     return mixture if is_upper else swapped(mixture), sides
 
 
-def smallest_component(n_rows: int, config: ToxicDirectionConfig) -> int:
+def smallest_component(n_rows: int, config: SplitConfig) -> int:
     """Fewest of `n_rows` samples that count as a cluster; at most a quarter of them."""
     return min(max(config.min_component, int(config.min_component_fraction * n_rows)), n_rows // 4)
 

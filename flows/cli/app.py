@@ -4,19 +4,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flows import interrupts
+from flows.cli.settings import WrongSettings, problems_of
 from sanitize.errors import ConfigError, SanitizeError
 
 
@@ -65,12 +65,18 @@ class _Printable(logging.Formatter):
 
 console = Terminal(stderr=True)
 
-Shards = Annotated[
+SHARDS_HELP = (
+    "Directory, glob or brace range of .tar / .tar.gz shards (quote it: 'train-{000000..000009}.tar'). May be given "
+    "several times."
+)
+Shards = Annotated[list[str] | None, typer.Option("--shards", help=SHARDS_HELP)]
+Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--shards",
-        help="Directory, glob or brace range of .tar / .tar.gz shards (quote it: 'train-{000000..000009}.tar'). "
-        "May be given several times.",
+        "--set",
+        metavar="PATH=VALUE",
+        help="Any setting, by its path in the YAML file (a.b.c=VALUE, list entries by number); the value is YAML. Goes "
+        "over the file and the other options. May be given several times.",
     ),
 ]
 Direct = Annotated[
@@ -88,15 +94,7 @@ ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML file with any of the settings; see configs/.")
 ]
 Out = Annotated[str, typer.Option(help="Run folder, a path or a URL. Given again, a run that was killed goes on.")]
-ModelFolder = Annotated[str, typer.Argument(help="A model package, or a run folder of `sanitize train`.")]
-AllowFactory = Annotated[
-    bool,
-    typer.Option(
-        "--allow-factory",
-        help="Run the function that a model of kind `factory` names, if an installed package holds it. Only for models "
-        "whose makers you trust.",
-    ),
-]
+Store = Annotated[str, typer.Option("--store", help="Folder or s3:// URL of reference, ledger, batches and feed.")]
 RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out: a path or a URL.")]
 
 
@@ -105,17 +103,19 @@ def errors() -> Iterator[None]:
     """What the user can do something about is said in one line, with the exit code that belongs to it."""
     try:
         yield
-    except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"])) or "config"
-            say("config:", "red", f"{where}: {problem['msg']}")
-        raise typer.Exit(2) from None
-    except ConfigError as error:
-        say("config:", "red", str(error))
+    except (ValidationError, ConfigError) as error:
+        for problem in _problems(error):
+            say("config:", "red", problem)
         raise typer.Exit(2) from None
     except (SanitizeError, OSError) as error:
         say("failed:", "red", str(error))
         raise typer.Exit(1) from None
+
+
+def _problems(error: ValidationError | ConfigError) -> Sequence[str]:
+    if isinstance(error, WrongSettings):
+        return error.problems
+    return problems_of(error) if isinstance(error, ValidationError) else [str(error)]
 
 
 def say(what: str, style: str, about: str) -> None:
@@ -137,32 +137,6 @@ def bars(quiet: bool) -> Iterator[None]:
 
     with nullcontext() if quiet else shown(console), interrupts.before_end(lambda _signum: hide()):
         yield
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises ConfigError where the file cannot be read or is no mapping."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a YAML mapping; see configs/ for examples")
-    return content
-
-
-def settings_of(config: Path | None, **options: Any) -> dict[str, Any]:
-    """What the file says, and over it the command line. Raises ConfigError where no shards are named."""
-    settings = read_yaml(config) if config else {}
-    settings |= {name: value for name, value in options.items() if value}
-    if not settings.get("shards"):
-        raise ConfigError("no shards: give --shards, or `shards:` in the YAML file")
-    return settings
-
-
-def set_compute(settings: dict[str, Any], **options: Any) -> None:
-    """What the command line says goes over what the file says."""
-    given = {name: value for name, value in options.items() if value is not None}
-    settings["compute"] = settings.get("compute", {}) | given
 
 
 def print_json(value: Any) -> None:
@@ -188,19 +162,20 @@ def print_places(places: dict[str, Any]) -> None:
         console.print(f"{name.replace('_', ' '):>12}: {place}", highlight=False, soft_wrap=True)
 
 
-def print_proved(certificates: list[dict[str, Any]]) -> None:
-    """Certified accuracy by radius, and what it is a statement about."""
+def print_certificates(certificates: list[dict[str, Any]]) -> None:
+    """Certified accuracy by radius, and the statement of each certificate."""
     from sanitize.certify.certificates import excerpt
 
-    for of in certificates:
-        table = Table(of["radius_unit"], "certified accuracy", title=f"{of['kind']}, {of['samples']} samples")
-        for radius, share in excerpt(of["certified_accuracy"]):
+    for certificate in certificates:
+        unit, title = certificate["radius_unit"], f"{certificate['kind']}, {certificate['samples']} samples"
+        table = Table(unit, "certified accuracy", title=title)
+        for radius, share in excerpt(certificate["certified_accuracy"]):
             table.add_row(f"{radius:g}", f"{share:.1%}")
         console.print(table)
-        console.print(of["scope"]["statement"], highlight=False)
-        if "largest_radius" in of:
-            largest = f"largest radius there can be with these settings: {of['largest_radius']:.4g} {of['radius_unit']}"
-            console.print(largest, highlight=False)
+        console.print(certificate["scope"]["statement"], highlight=False)
+        if "largest_radius" in certificate:
+            largest = f"{certificate['largest_radius']:.4g} {unit}"
+            console.print(f"largest possible radius with these settings: {largest}", highlight=False)
 
 
 def check_there(run: str) -> None:

@@ -1,28 +1,23 @@
 """`sanitize reference`, `ingest`, `batches`, `approve`, `reject`, `retry`, `refit`."""
 
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from flows.cli.app import (
     AsJson,
-    Device,
-    Direct,
     Quiet,
     RunFolder,
-    Shards,
+    Store,
     bars,
     console,
     errors,
     print_json,
     say,
-    set_compute,
-    settings_of,
 )
+from flows.cli.command import DEVICE, SHARDS, Option, job_command
 
-Store = Annotated[str, typer.Option(help="Folder or s3:// URL of reference, ledger, batches and feed.")]
 BatchName = Annotated[str, typer.Argument(help="Name of a batch, or how it begins; `sanitize batches` lists them.")]
 By = Annotated[str, typer.Option(help="Who decides (default: your user name).")]
 Note = Annotated[str, typer.Option(help="Why; kept in the ledger.")]
@@ -84,27 +79,31 @@ def _warn_of_level(result: dict[str, Any]) -> None:
         )
 
 
-def ingest(
-    store: Store,
-    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
-    shards: Shards = None,
-    max_shards: Annotated[int | None, typer.Option(help="Shards of one batch, at most (default 64).")] = None,
-    direct: Direct = False,
-    device: Device = None,
-    groups: Annotated[int | None, typer.Option(help="Groups of shards worked on side by side (default 1).")] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Sanitize the shards that are new, and release them to training jobs if they are like the reference.
+def _exit_code(result: dict[str, Any]) -> int:
+    statuses = {batch["status"] for batch in result["batches"]}
+    if statuses & {"failed", "claimed"} or result["unreadable"] or result["altered"]:
+        return 1
+    return 3 if "held" in statuses or result["refused"] else 0
 
-    What was processed before is not read again. New shards are made batches; each is judged sample by sample against
-    the reference, and as a whole for drift. An accepted batch is in STORE/feed.json, which training jobs read; a held
-    one waits for `sanitize approve` or `sanitize reject`. Run it as often as you like, also twice at once: each shard
-    ends in exactly one batch, and what a crash left is finished first. A shard that no batch can take is refused, once,
-    and named with the reason; the others go on.
+
+@job_command(
+    Option("--max-shards", int, "max_shards", "Shards of one batch, at most (default 64)."),
+    Option("--groups", int, "n_groups", "Groups of shards worked on side by side (default 1)."),
+    out=None,
+    common=(SHARDS, DEVICE),  # the seed is that of the reference
+    exit_code=_exit_code,
+)
+def ingest(result: dict[str, Any], out: str) -> None:
+    """Sanitize new shards, and release them to training jobs if they are like the reference.
+
+    Shards that were processed before are not read again. New shards are made batches; each is judged sample by sample
+    against the reference, and as a whole for drift. An accepted batch is in STORE/feed.json, which training jobs read;
+    a held batch waits for `sanitize approve` or `sanitize reject`. Run the command as often as you like, also twice at
+    once: each shard ends in exactly one batch, and work left by a crash is finished first. A shard that no batch can
+    take is refused, once, with the reason; the others go on.
 
     Exit code 3: a batch is held or a shard was refused, and waits for a person. 1: a batch failed or could not be
-    finished, a shard could not be read this time, or a clean shard in the feed is not what its batch wrote.
+    finished, a shard could not be read this time, or a clean shard in the feed is not as its batch wrote it.
 
     Examples:
 
@@ -112,26 +111,6 @@ def ingest(
 
         sanitize ingest configs/ingest.yaml --store s3://bucket/store
     """
-    from flows.start import start
-    from sanitize.jobs.ingest import IngestConfig
-
-    with errors():
-        settings = settings_of(config, shards=shards, max_shards=max_shards, n_groups=groups)
-        set_compute(settings, device=device)
-        with bars(quiet):
-            result = start(IngestConfig.model_validate(settings), store, direct)
-    if as_json:
-        print_json(result)
-    else:
-        _show(result)
-    statuses = {batch["status"] for batch in result["batches"]}
-    if statuses & {"failed", "claimed"} or result["unreadable"] or result["altered"]:
-        raise typer.Exit(1)
-    if "held" in statuses or result["refused"]:
-        raise typer.Exit(3)
-
-
-def _show(result: dict[str, Any]) -> None:
     console.print(
         f"{result['new']:,} new shards, {result['duplicates']:,} copies of others, {result['known']:,} known; "
         f"reference v{result['reference']:04d}"

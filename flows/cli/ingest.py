@@ -18,14 +18,16 @@ from flows.cli.app import (
 )
 from flows.cli.command import DEVICE, SHARDS, Option, job_command
 
-BatchName = Annotated[str, typer.Argument(help="Name of a batch, or how it begins; `sanitize batches` lists them.")]
-By = Annotated[str, typer.Option(help="Who decides (default: your user name).")]
-Note = Annotated[str, typer.Option(help="Why; kept in the ledger.")]
+BatchName = Annotated[
+    str, typer.Argument(help="First characters of the name of a batch; `sanitize batches` lists them.")
+]
+By = Annotated[str, typer.Option(help="Person who decides (default: your user name).")]
+Note = Annotated[str, typer.Option(help="Reason; kept in the ledger.")]
 Retried = Annotated[
     str,
     typer.Argument(
-        help="A batch, by how its name begins (a split one: all that it refused); or a refused shard: its file name, "
-        "URL or sha256."
+        help="A batch, by the first characters of its name (of a split batch, all refused shards are retried); or a refused "
+        "shard, by file name, URL or sha256."
     ),
 ]
 STYLES = {"accepted": "green", "held": "yellow", "failed": "red", "claimed": "cyan", "split": "cyan"}
@@ -35,7 +37,7 @@ def reference(
     run: RunFolder,
     store: Store,
     per_class: Annotated[
-        int | None, typer.Option(help="Samples of a class that are remembered with all embeddings (default 2,000).")
+        int | None, typer.Option(help="Samples of each class that are kept with all embeddings (default 2,000).")
     ] = None,
     level: Annotated[
         float, typer.Option(help="Probability that a clean sample is flagged by a scorer; 0 leaves it to the rules.")
@@ -67,14 +69,14 @@ def reference(
 
 
 def _warn_of_level(result: dict[str, Any]) -> None:
-    """Of so few rows that no p-value is as small as the level: what users would take for a judgement is none."""
+    """Warn where p-values from so few rows cannot be as small as the level: no sample would ever be flagged."""
     level, n_rows = result["level"], result["samples"]["calibrate"]
     if level and level * (n_rows + 1) < 1:
         least = math.ceil(1e3 / (n_rows + 1)) / 1e3
         say(
             "level",
             "yellow",
-            f"of {level:g} flags no sample: p-values from {n_rows:,} held-out samples are not so small. Batches are "
+            f"{level:g} flags no sample: p-values from {n_rows:,} held-out samples cannot be so small. Batches are "
             f"still compared as a whole. Take --level {least:g} or more, or a run of {math.ceil(2 / level):,} samples",
         )
 
@@ -156,7 +158,7 @@ def batches(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the batches of a store, the oldest first, and the shards that were refused: what became of each, and why.
+    """List the batches of a store, oldest first, and the refused shards, with status and reasons.
 
     Example:
 
@@ -193,7 +195,7 @@ def approve(batch: BatchName, store: Store, by: By = "", note: Note = "", as_jso
 def reject(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
     """Keep a held batch from training jobs for good, or take back an accepted one.
 
-    A batch that failed, or that is claimed and that no process is at work on, is given up.
+    A failed batch, or a claimed batch that no process works on, is given up.
 
     Example:
 
@@ -205,8 +207,8 @@ def reject(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json
 def retry(batch: Retried, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
     """Let the shards of a failed batch, or a refused shard, be new again; the next ingest takes them.
 
-    A batch that is claimed and that no process is at work on counts as failed. An ingest with `--max-shards 1` puts
-    each shard into a batch of its own, so that one that makes batches fail fails alone.
+    A claimed batch that no process works on counts as failed. An ingest with `--max-shards 1` puts each shard into a
+    batch of its own, so that a shard that makes batches fail fails alone.
 
     Examples:
 
@@ -234,9 +236,9 @@ def _decide(
 
 
 def refit(store: Store, note: Note = "", as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Make the next version of the reference: what is remembered of all released batches is merged into it.
+    """Make the next version of the reference: the statistics of all released batches are merged into it.
 
-    No shard of the past is read. Batches that are claimed later are judged against the new version.
+    No old shard is read. Batches that are claimed later are judged against the new version.
 
     Example:
 

@@ -144,7 +144,7 @@ def _types(annotation: Any) -> list[Any]:
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes that a value may be of; several are told apart by `kind`."""
+    """The config classes that a value may be of; several are distinguished by `kind`."""
     return [one for one in _types(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
 
 

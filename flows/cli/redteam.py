@@ -72,8 +72,8 @@ def redteam(result: dict[str, Any], out: str) -> None:
     console.print(table)
     console.print(
         "recall: share of the poison that was removed; precision: share of the removed samples that are poison; "
-        "false removed: share of the clean samples (false removals); ACC: clean accuracy; ASR: share of triggered images "
-        "that get the attacker's label (attack success rate), untouched: by a model trained without the attack"
+        "false removed: share of the clean samples (false removals); ACC: clean accuracy; ASR: share of triggered "
+        "images that get the attacker's label (attack success rate), untouched: by a model trained without the attack"
     )
     for case in result["not_learned"]:
         console.print(

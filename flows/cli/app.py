@@ -1,4 +1,4 @@
-"""What all subcommands share: common options, how settings come together, how errors and results are shown."""
+"""Shared by all commands: common options, the terminal, errors and results."""
 
 import json
 import logging
@@ -41,16 +41,16 @@ app = App(
 
 
 class Terminal(Console):
-    """A console for what strangers wrote: strings, in tables too, neither style nor drive the terminal.
+    """A console that shows text from data literally, in tables too: no markup, no control characters.
 
-    Style is given by `style=`, by `Text`, or by `markup=True` where a line holds nothing but numbers.
+    Style comes from `style=`, from `Text`, or from `markup=True` for lines that hold nothing but numbers.
     """
 
     def __init__(self, **more: Any) -> None:
         super().__init__(markup=False, emoji=False, **more)
 
     def render_str(self, text: str, **more: Any) -> Text:
-        """All that rich shows as text comes through here."""
+        """Rich calls this for every string that it shows."""
         from sanitize.data.names import printable
 
         return super().render_str("\n".join(map(printable, text.split("\n"))), **more)
@@ -100,7 +100,7 @@ RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """What the user can do something about is said in one line, with the exit code that belongs to it."""
+    """Print errors that a user can mend in one line each, and exit with 2 (settings) or 1."""
     try:
         yield
     except (ValidationError, ConfigError) as error:
@@ -119,12 +119,12 @@ def _problems(error: ValidationError | ConfigError) -> Sequence[str]:
 
 
 def say(what: str, style: str, about: str) -> None:
-    """One line on stderr. What strangers wrote in it is shown as it is: it neither styles nor drives the terminal."""
+    """One line on stderr; `about` may come from data and is shown literally."""
     console.print(Text(what, style), as_text(about), soft_wrap=True)
 
 
 def as_text(text: str) -> Text:
-    """What strangers wrote, on one line and with nothing in it that would drive the terminal."""
+    """Text from data on one line, without control characters."""
     from sanitize.data.names import printable
 
     return Text(printable(" ".join(text.splitlines())))
@@ -132,7 +132,7 @@ def as_text(text: str) -> Text:
 
 @contextmanager
 def bars(quiet: bool) -> Iterator[None]:
-    """Progress bars on stderr, unless they are not wanted."""
+    """Progress bars on stderr, unless `quiet`."""
     from sanitize.progress import hide, shown
 
     with nullcontext() if quiet else shown(console), interrupts.before_end(lambda _signum: hide()):
@@ -140,7 +140,7 @@ def bars(quiet: bool) -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """The result, for machines: all that goes to stdout."""
+    """Print the result as JSON, the only output on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
@@ -157,7 +157,7 @@ def main(
 
 
 def print_places(places: dict[str, Any]) -> None:
-    """Where everything is, one line each."""
+    """Name and place of each result, one line each."""
     for name, place in places.items():
         console.print(f"{name.replace('_', ' '):>12}: {place}", highlight=False, soft_wrap=True)
 
@@ -179,7 +179,7 @@ def print_certificates(certificates: list[dict[str, Any]]) -> None:
 
 
 def check_there(run: str) -> None:
-    """Raises ConfigError where there is no run folder."""
+    """Raise ConfigError if there is no run folder."""
     from sanitize.storage import exists
 
     if not exists(run):

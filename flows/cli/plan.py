@@ -16,9 +16,9 @@ from flows.cli.settings import make_config, read_yaml
 def plan(
     config: Annotated[Path | None, typer.Argument(help="YAML file of `sanitize clean`; see configs/.")] = None,
     shards: Shards = None,
-    samples: Annotated[int, typer.Option(help="Measure on so many samples of the shards.")] = 600,
-    task_minutes: Annotated[float, typer.Option(help="How long one task should take.")] = 10,
-    scale_to: Annotated[float, typer.Option(help="Samples of the larger data set on paper.")] = 1e9,
+    samples: Annotated[int, typer.Option(help="Number of samples to measure on.")] = 600,
+    task_minutes: Annotated[float, typer.Option(help="Minutes that one task should take.")] = 10,
+    scale_to: Annotated[float, typer.Option(help="Number of samples of a larger data set, calculated too.")] = 1e9,
     set_: Set = None,
     device: Device = None,
     as_json: AsJson = False,

@@ -80,9 +80,8 @@ def prepare_workers() -> None:
     """Start Python's resource tracker, which cleans up after killed workers, before the first worker."""
     if not _is_active:
         return
-    sys.warnoptions.append(
-        "ignore::UserWarning:multiprocessing.resource_tracker"
-    )  # the tracker inherits the options: no warnings
+    # The tracker inherits these options, and prints no warnings.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     resource_tracker.ensure_running()
     take_signals()  # the tracker's start unblocks signals
 

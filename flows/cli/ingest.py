@@ -26,8 +26,8 @@ Note = Annotated[str, typer.Option(help="Reason; kept in the ledger.")]
 Retried = Annotated[
     str,
     typer.Argument(
-        help="First characters of the name of a batch (of a split batch, all refused shards are retried); or file name, "
-        "URL or sha256 of a refused shard."
+        help="First characters of the name of a batch (of a split batch, all refused shards are retried); or file "
+        "name, URL or sha256 of a refused shard."
     ),
 ]
 STYLES = {"accepted": "green", "held": "yellow", "failed": "red", "claimed": "cyan", "split": "cyan"}

@@ -79,7 +79,7 @@ def change(settings: dict[str, Any], path: str, value: Any, kind: Any) -> dict[s
 
 
 def plain(value: Any) -> Any:
-    """A default as a YAML file would hold it: of configs, what was set, and their kind."""
+    """A value as a YAML file would hold it; of a config, the settings that were given, and its kind."""
     if isinstance(value, BaseModel):
         given = value.model_fields_set | ({"kind"} & set(type(value).model_fields))
         return {name: plain(getattr(value, name)) for name in given}
@@ -98,19 +98,19 @@ def _parse(assignment: str) -> tuple[str, Any]:
     except yaml.YAMLError as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"--set {assignment}: the value is no YAML ({reason}); quote it as 'PATH=\"VALUE\"'"
+            f"--set {assignment}: the value is not valid YAML ({reason}); quote it as 'PATH=\"VALUE\"'"
         ) from error
 
 
 def _changed(value: Any, names: Sequence[str], new: Any, annotation: Any, path: str) -> Any:
-    """`value` with what lies at `names` below it replaced; `path` is the whole path, for messages."""
+    """A copy of `value` with the setting at `names` replaced; `path` is the whole path, for messages."""
     if not names:
         return new
     name, *rest = names
     value = {} if value is None else value
     if isinstance(value, list | tuple):
         if not name.isdecimal() or int(name) > len(value):
-            raise ConfigError(f"{path}: {name} is no place in a list of {len(value)}; count from 0")
+            raise ConfigError(f"{path}: {name} is no index of a list of {len(value)}; indices start at 0")
         i = int(name)
         old = value[i] if i < len(value) else None
         return [*value[:i], _changed(old, rest, new, _element(annotation), path), *value[i + 1 :]]
@@ -125,13 +125,13 @@ def _changed(value: Any, names: Sequence[str], new: Any, annotation: Any, path: 
 
 
 def _with_sections(settings: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """A section that must be there, and is not, as an empty one: what it lacks is named more exactly."""
+    """The settings with an empty section for each required one that is missing: messages then name its settings."""
     fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
     needed = [name for name, field in fields.items() if field.is_required() and _sections(field.annotation)]
     return {name: {} for name in needed} | settings
 
 
-# --- what config classes say of their settings -------------------------------------------------------------------
+# --- fields of config classes ------------------------------------------------------------------------------------
 
 
 def _types(annotation: Any) -> list[Any]:
@@ -144,7 +144,7 @@ def _types(annotation: Any) -> list[Any]:
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes that a value may be of; several are distinguished by `kind`."""
+    """Config classes that a value may have; `kind` distinguishes several."""
     return [one for one in _types(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
 
 
@@ -154,7 +154,7 @@ def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
 
 
 def _field(annotation: Any, value: dict[str, Any], name: str) -> tuple[Any, Any]:
-    """Default of a setting, as a YAML file would hold it, and its type; None where there are none."""
+    """Default of a setting, if it is a section or a list, as a YAML file would hold it; and type of the setting."""
     sections = _sections(annotation)
     if len(sections) > 1 and "kind" in value:  # without it, the first one is meant
         sections = [one for one in sections if value["kind"] in _kinds(one)]
@@ -166,7 +166,7 @@ def _field(annotation: Any, value: dict[str, Any], name: str) -> tuple[Any, Any]
 
 
 def _element(annotation: Any) -> Any:
-    """Type of what a list, tuple or mapping holds; None where it is none."""
+    """Type of the entries of a list, tuple or mapping; None for other types."""
     for one in _types(annotation):
         if get_origin(one) in (list, tuple):
             return get_args(one)[0]
@@ -194,7 +194,7 @@ def paths_of(kind: Any, above: str = "", depth: int = 6) -> Iterator[str]:
 
 
 def problems_of(error: ValidationError, kind: Any = None, flags: Mapping[str, str] | None = None) -> list[str]:
-    """One line for each problem that a config class has found: path, what is wrong, what to do."""
+    """One line for each error of a config class: path, what is wrong, what to do."""
     problems = error.errors()
     inner = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
     # A list whose entries are wrong is also reported as too short.
@@ -213,8 +213,8 @@ def _problem(problem: dict[str, Any], kind: Any, flags: Mapping[str, str]) -> st
             kinds = [str(one) for section in _sections(annotation) for one in _kinds(section)]
             tag = problem["ctx"].get("tag")
             close = difflib.get_close_matches(str(tag), kinds, n=1)
-            what = "missing" if tag is None else f"there is no {tag}" + (f"; nearest: {close[0]}" if close else "")
-            return f"{'.'.join([*names, 'kind'])}: {what}; there are {', '.join(kinds)}"
+            what = "missing" if tag is None else f"{tag} is unknown" + (f"; nearest: {close[0]}" if close else "")
+            return f"{'.'.join([*names, 'kind'])}: {what}; kinds: {', '.join(kinds)}"
         case "missing":
             return f"{path}: missing"
     message = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
@@ -222,9 +222,9 @@ def _problem(problem: dict[str, Any], kind: Any, flags: Mapping[str, str]) -> st
 
 
 def _place(loc: Sequence[int | str], kind: Any) -> tuple[list[str], Any]:
-    """Path of a problem, and the type of the section it lies in, or of what it is about where it is a union.
+    """Path of an error, and type of the section that holds the setting; of the setting itself if it is a union.
 
-    A location of pydantic also has steps into a union, which no file has.
+    Pydantic's locations also have a step for the member of a union, which no path has.
     """
     names: list[str] = []
     annotation = section = kind
@@ -243,11 +243,11 @@ def _place(loc: Sequence[int | str], kind: Any) -> tuple[list[str], Any]:
 
 
 def _nearest(names: Sequence[str], section: Any, kind: Any) -> str:
-    """The known setting that an unknown one is most like: in its section, else anywhere, else what the section has."""
+    """Hint for an unknown setting: the nearest name in its section, the same name elsewhere, or all names there."""
     *above, name = names
     there = [one for part in _sections(section)[:1] for one in part.model_fields]
     if close := difflib.get_close_matches(name, there, n=1):
         return f"nearest: {'.'.join([*above, close[0]])}"
     if same := [path for path in paths_of(kind) if path.rpartition(".")[2] == name]:
         return f"nearest: {same[0]}"
-    return f"there are {', '.join(there)}" if there else "see configs/ and docs/"
+    return f"settings: {', '.join(there)}" if there else "see configs/ and docs/"

@@ -148,13 +148,13 @@ def test_lists_unions_and_sections_that_are_left_out() -> None:
     [
         ("select", "--set select: give it as PATH=VALUE"),
         ("select..verdict=all", "give it as PATH=VALUE"),
-        ("shards=*.tar", "the value is no YAML"),
-        ("scorers.2.kind=rca", "2 is no place in a list of 1"),
-        ("scorers.first.kind=rca", "first is no place in a list of 1"),
+        ("shards=*.tar", "the value is not valid YAML"),
+        ("scorers.2.kind=rca", "2 is no index of a list of 1"),
+        ("scorers.first.kind=rca", "first is no index of a list of 1"),
         ("shards.0.x=1", "shards.0 is 'a', which has no settings of its own"),
         ("verdict=all", "verdict: there is no such setting; nearest: select.verdict"),
-        ("scorers.0.kind=rcaa", "scorers.0.kind: there is no rcaa; nearest: rca; there are"),
-        ("select.rules.rca.q=0.1", "select.rules.rca.kind: missing; there are contamination"),
+        ("scorers.0.kind=rcaa", "scorers.0.kind: rcaa is unknown; nearest: rca; kinds:"),
+        ("select.rules.rca.q=0.1", "select.rules.rca.kind: missing; kinds: contamination"),
         ("embedder.architecture.widths=8", "embedder.architecture.widths: Input should be a list"),
     ],
 )

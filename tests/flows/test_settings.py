@@ -119,6 +119,29 @@ def test_the_file_then_options_then_set() -> None:
     assert make_config(CleanConfig, file, {}, ["n_groups=3", "n_groups=4"]).n_groups == 4
 
 
+def values_of(command: str, **values: Any) -> dict[str, Any]:
+    """Values of the options of a command as typer gives them."""
+    options = {name: default for name, (_, default) in COMMANDS[command].parameters().items()}
+    return options | {"set_": []} | values
+
+
+def test_options_of_commands_go_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "clean.yaml"
+    file.write_text("shards: [a]\ncompute: {seed: 3}\ntrusted: [b]\n")
+    values = values_of("clean", config=file, seed=0, shards=["c", "d"])
+    config = COMMANDS["clean"].config(CleanConfig, values)
+    assert (config.shards, config.trusted, config.compute.seed) == (("c", "d"), ("b",), 0)
+    # The same file is a red team's pipeline.
+    config = COMMANDS["redteam"].config(JOBS["redteam"].config, values_of("redteam", config=file, shards=[], seed=4))
+    assert (config.clean.shards, config.clean.compute.seed) == (("a",), 4)
+    for name, method in zoo(0.3, 4).items():
+        values = values_of("train", config=file, method=name, tau=0.3, warmup=4, set_=["train.optim.epochs=2"])
+        file.write_text("shards: [a]\ntrain: {optim: {epochs: 9, batch_size: 7}}\n")
+        config = COMMANDS["train"].config(TrainRunConfig, values)
+        assert config.train.method == method
+        assert (config.train.optim.epochs, config.train.optim.batch_size) == (2, 7)
+
+
 def test_lists_unions_and_sections_that_are_left_out() -> None:
     shards = {"shards": ["a"]}
     config = make_config(CleanConfig, shards, {}, ["scorers.0.kind=rca", "scorers.1.kind=spectral"])

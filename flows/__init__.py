@@ -3,7 +3,7 @@
 import logging
 import os
 
-# Before Prefect and Ray are first imported: a laptop is slow to start the temporary server; nobody asked for telemetry.
+# Before Prefect and Ray are first imported: the temporary server starts slowly on a laptop; no telemetry is sent.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")

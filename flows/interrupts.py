@@ -23,14 +23,14 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = "interrupted; run the same command again to go on"
 LAST = 0  # in the pipe of signals: no signal has this number
 CLEANUP_SECONDS = 2.5  # for what was registered by `before_end`; then the process ends all the same
 
 _cleanups: list[Callable[[int], None]] = []
 _signalled = threading.Event()
-_seen = threading.Event()  # by the thread: all signals that came while the block ran
+_seen = threading.Event()  # set by the thread when it has read all signals that came while the block ran
 _ending = threading.Lock()
 _is_active = False
 
@@ -53,11 +53,11 @@ def handled() -> Iterator[None]:
         yield
     finally:
         os.write(writer, bytes([LAST]))
-        _seen.wait(5)  # what ends the block may be an exception from another's handler of a signal
+        _seen.wait(5)  # the block may have ended by an exception from a signal handler of a library
         if _signalled.is_set():
             threading.Event().wait()  # the thread ends the process
         _set_handlers(_end_now)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_TERMINALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINAL_SIGNALS)
 
 
 def is_active() -> bool:
@@ -68,21 +68,22 @@ def is_active() -> bool:
 def take_signals() -> None:
     """Install the handlers again, where Prefect has installed its own; does nothing in other processes.
 
-    A terminal sends its signals to child processes too, which would say so in a traceback each. They inherit what this
-    thread blocks; the thread that waits for signals does not block them.
+    A terminal sends its signals to child processes too, and each would print a traceback. Children inherit the signals
+    that this thread blocks; the thread that waits for signals does not block them.
     """
     if _is_active and threading.current_thread() is threading.main_thread():
         _set_handlers(_stand_still)
-        signal.pthread_sigmask(signal.SIG_BLOCK, OF_TERMINALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
 
 
 def prepare_workers() -> None:
-    """Start what Python keeps beside worker processes, before the first of them; it tidies up after killed ones."""
+    """Start Python's resource tracker, which cleans up after killed workers, before the first worker."""
     if not _is_active:
         return
-    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # it inherits them: not a word of it
+    # The tracker inherits these options, and prints no warnings.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     resource_tracker.ensure_running()
-    take_signals()  # it unblocks signals
+    take_signals()  # the tracker's start unblocks signals
 
 
 @contextmanager
@@ -98,7 +99,7 @@ def before_end(cleanup: Callable[[int], None]) -> Iterator[None]:
 def end(code: int, line: str) -> NoReturn:
     """Print one line, kill the processes that this one has started, and exit; nothing else is run or flushed."""
     if not _ending.acquire(blocking=False):
-        threading.Event().wait()  # another thread is doing it
+        threading.Event().wait()  # another thread ends the process
     _print(line)
     for pid in [os.getpid(), *_kill_descendants()]:
         for folder in Path(tempfile.gettempdir()).glob(f"sanitize-{pid}-*"):
@@ -113,7 +114,7 @@ def _set_handlers(handler: Callable[[int, FrameType | None], None]) -> None:
 
 
 def _stand_still(signum: int, frame: FrameType | None) -> None:
-    threading.Event().wait()  # the main thread does no more work, and says nothing of what ends around it
+    threading.Event().wait()  # the main thread stops, and prints no errors
 
 
 def _end_now(signum: int, frame: FrameType | None) -> None:
@@ -142,7 +143,7 @@ def _clean_up(signum: int) -> None:
 
 
 def _print(line: str) -> None:
-    if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun, the first speaks
+    if os.environ.get("RANK", "0") != "0":  # only the first process of torchrun prints
         return
     with suppress(OSError):  # the terminal may be gone
         if os.isatty(2):
@@ -152,11 +153,11 @@ def _print(line: str) -> None:
 
 def _kill_descendants() -> list[int]:
     """Kill children and their children, as often as there are new ones; returns their numbers."""
-    # The tracker removes what killed workers leave, and then ends by itself.
-    spared = getattr(resource_tracker._resource_tracker, "_pid", None)
+    # The tracker cleans up after killed workers, then ends by itself.
+    excluded = getattr(resource_tracker._resource_tracker, "_pid", None)
     killed: list[int] = []
     for _ in range(5):
-        found = [pid for pid in _descendants(os.getpid()) if pid != spared and pid not in killed]
+        found = [pid for pid in _descendants(os.getpid()) if pid != excluded and pid not in killed]
         if not found:
             break
         for pid in found:

@@ -1,7 +1,7 @@
 """The temporary Prefect server of a command, and whether a server answers.
 
 `python -m flows.server PORT` is the server. It ends when its standard input does, that is when the process that started
-it has ended, however it ended. Prefect's own temporary server would outlive a process that is killed.
+it has ended, however it ended. Prefect's own temporary server keeps running after a process that is killed.
 """
 
 import os
@@ -18,9 +18,9 @@ import httpx
 
 from sanitize.errors import StorageError
 
-ASKED_SECONDS = 5.0  # between two questions whether the server answers
-ANSWER_SECONDS = 10.0  # for an answer
-PATIENCE_SECONDS = 35.0  # of questions without an answer, until the server counts as dead: a busy one is slow at times
+PERIOD_SECONDS = 5.0  # between two health checks of the server
+ANSWER_SECONDS = 10.0  # time limit of a health check
+PATIENCE_SECONDS = 35.0  # of failed health checks until the server counts as dead; a busy server is slow at times
 
 _temporary: tuple[str, subprocess.Popen[bytes]] | None = None
 
@@ -71,7 +71,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def answers(url: str) -> bool:
-    """True if there is any answer to a question for the server's health, other than that of a proxy without it."""
+    """True if the health check gets any answer, other than that of a proxy without a server."""
     try:
         # Unverified: nothing secret is sent, and nothing but the status is read.
         return httpx.get(f"{url}/health", timeout=ANSWER_SECONDS, verify=False).status_code < 500
@@ -80,7 +80,7 @@ def answers(url: str) -> bool:
 
 
 def does_not_answer(url: str) -> str:
-    """What a user is told of a dead server."""
+    """Message about a server that does not answer."""
     shown = urlsplit(url)
     place = f"{shown.scheme}://{shown.netloc.rpartition('@')[2]}{shown.path}"  # without a password
     return f"the Prefect server at {place} does not answer; run the same command again to go on, or use --direct"
@@ -93,12 +93,12 @@ def watched(url: str, when_dead: Callable[[], None]) -> Iterator[None]:
 
     def watch() -> None:
         silent_since = None
-        while not done.wait(ASKED_SECONDS):
-            asked = time.monotonic()
+        while not done.wait(PERIOD_SECONDS):
+            started = time.monotonic()
             if answers(url):
                 silent_since = None
                 continue
-            silent_since = silent_since or asked
+            silent_since = silent_since or started
             is_dead = time.monotonic() - silent_since > PATIENCE_SECONDS or _has_ended(url)
             if is_dead and not done.is_set():
                 when_dead()
@@ -113,7 +113,7 @@ def watched(url: str, when_dead: Callable[[], None]) -> Iterator[None]:
 
 
 def _has_ended(url: str) -> bool:
-    """True for the temporary server whose process is no more."""
+    """True for the temporary server if its process has ended."""
     return _temporary is not None and _temporary[0] == url and _temporary[1].poll() is not None
 
 

@@ -18,7 +18,7 @@ def start(config: BaseModel, out: str | Path, direct: bool) -> dict[str, Any]:
         direct: True for plain function calls, without Prefect.
 
     Raises:
-        SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
+        SanitizeError: what the stages raise; ArtifactError if another process works on `out`.
     """
     if direct or world()[0] > 0:  # of the processes of torchrun the first one is the flow; the others help it
         return run_job(config, out)

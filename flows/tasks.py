@@ -47,9 +47,9 @@ from sanitize.tar.names import as_markdown, printable
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
 SCHEDULED = "{scheduled}"
-MAX_TOLD = 100  # refused shards that an event or a page names; `sanitize batches` names all
-TOLD_SECONDS = 5.0  # how often the server is told of progress, at most
-MAX_TEXT, MAX_REASONS = 2_000, 100  # characters of one text, and reasons of one batch, that the server is told
+MAX_NAMED = 100  # refused shards that an event or a page names; `sanitize batches` names all
+PROGRESS_SECONDS = 5.0  # between two updates of the progress that the server shows
+MAX_TEXT, MAX_REASONS = 2_000, 100  # characters of a text, and reasons of a batch, that the server gets
 
 
 # Artifacts are the truth about what is done (`make`), so Prefect's own cache, keyed by paths, stays off. The jobs that
@@ -93,17 +93,17 @@ class PrefectRun(Run):
         given = [dict(signature(function).bind(*args, shards=group).arguments) for group in groups]
         futures = [self._runner.submit(submitted, parameters) for parameters in given]
         progress: Any = create_progress_artifact(0.0, key=name.replace("_", "-"), description=f"{name}: shards")
-        told = time.monotonic()
+        updated = time.monotonic()
         for done, future in enumerate(futures, start=1):
             future.wait()
-            if done == len(futures) or time.monotonic() - told > TOLD_SECONDS:
+            if done == len(futures) or time.monotonic() - updated > PROGRESS_SECONDS:
                 update_progress_artifact(progress, 100 * done / len(futures))
-                told = time.monotonic()
-        for future in futures:  # after all of them have ended: a failed one leaves none at work
+                updated = time.monotonic()
+        for future in futures:  # raises what failed, after all of them have ended
             future.result()
 
     def note_batch(self, batch: dict[str, Any]) -> None:
-        """An event tells what became of a batch of `ingest`."""
+        """Emit an event with the status of a batch of `ingest`."""
         resource = {"prefect.resource.id": f"sanitize.batch.{batch['batch']}", "prefect.resource.name": batch["batch"]}
         pages = {name: page_address(batch[name]) for name in ("report", "drift") if batch[name]}
         reasons = {"reasons": [printable(reason)[:MAX_TEXT] for reason in batch["reasons"][:MAX_REASONS]]}
@@ -226,14 +226,14 @@ def _is_unanswered(error: BaseException | None) -> bool:
 
 
 def _flow(name: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict[str, Any]]]:
-    """A flow of this name, its runs named by their folders; an interrupted command tells the server."""
+    """A flow of this name, its runs named by their folders; an interrupted command reports to the server."""
 
     def decorate(function: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
         @wraps(function)
         def interruptible(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
             check_base()
             interrupts.take_signals()
-            # The context holds the server's URL; without it, Prefect would start another server to tell.
+            # The context holds the server's URL; without it, Prefect would start another server for this report.
             context, run_id = copy_context(), flow_run.id
             with interrupts.before_end(lambda signum: context.run(_report_interrupt, run_id, signum)):
                 return function(*args, **kwargs)
@@ -244,7 +244,7 @@ def _flow(name: str) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict
 
 
 def _report_interrupt(run_id: str, signum: int) -> None:
-    """Tell the server what became of the run: it would stay "Running" there for good."""
+    """Set the state of the run, which would stay "Running" on the server for good."""
     how = Cancelled if signum == signal.SIGINT else Crashed
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(run_id, how(message=f"interrupted by signal {signum}"), force=True)
@@ -260,7 +260,7 @@ def _publish_clean(run: PrefectRun, summary: dict[str, Any]) -> None:
 
 
 def _publish_redteam(run: PrefectRun, result: dict[str, Any]) -> None:
-    """The table, and an event that tells whether all requirements are met."""
+    """The table, and an event: all requirements met, or one missed."""
     emit_event(
         event=f"sanitize.redteam.{'met' if result['met'] else 'missed'}",
         resource={"prefect.resource.id": "sanitize.redteam", "prefect.resource.name": run.out},
@@ -270,7 +270,7 @@ def _publish_redteam(run: PrefectRun, result: dict[str, Any]) -> None:
 
 
 def _publish_ingest(run: PrefectRun, result: dict[str, Any]) -> None:
-    """A table of batches, and an event that names refused shards; `PrefectRun.note_batch` has told of each batch.
+    """A table of batches, and an event that names refused shards; `PrefectRun.note_batch` has sent one event a batch.
 
     Raises:
         StorageError: storage kept a batch from being finished.
@@ -280,17 +280,17 @@ def _publish_ingest(run: PrefectRun, result: dict[str, Any]) -> None:
         emit_event(
             event="sanitize.shards.refused",
             resource={"prefect.resource.id": "sanitize.store", "prefect.resource.name": printable(run.out)},
-            payload={"n": len(refused), "first": refused[:MAX_TOLD]},
+            payload={"n": len(refused), "first": refused[:MAX_NAMED]},
         )
     rows = [(b["batch"], b["status"], b["shards"], "; ".join(b["reasons"])) for b in result["batches"]]
-    rows += [(r["shard"], r["status"], 1, "; ".join(r["reasons"])) for r in refused[:MAX_TOLD]]
+    rows += [(r["shard"], r["status"], 1, "; ".join(r["reasons"])) for r in refused[:MAX_NAMED]]
     table = _table(("batch or shard", "status", "shards", "reasons"), rows)
     create_markdown_artifact(table, key="ingest-batches", description=as_markdown(run.out))
     if stuck := [batch for batch in result["batches"] if batch["status"] == "claimed"]:
         raise StorageError(f"batch {stuck[0]['batch']} was not finished: {stuck[0]['reasons'][0]}; run again")
 
 
-# What the server is told of a finished job, where it is more than its stages and its report.
+# What the server shows of a finished job, where it is more than its stages and its report.
 PUBLISHED: dict[str, Callable[[PrefectRun, dict[str, Any]], None]] = {
     "clean": _publish_clean,
     "ingest": _publish_ingest,

@@ -1,4 +1,4 @@
-"""The `sanitize` command: one file a subcommand, which says what it takes and shows what came of it.
+"""The `sanitize` command: one file a subcommand, with its options and a function that shows the result.
 
 Exit codes: 0 done, 1 the run failed, 2 bad usage or configuration, 3 a batch of `ingest` is held for a person, or a
 requirement of `redteam` was missed; 130, 143, 129 it was interrupted by SIGINT, SIGTERM, SIGHUP. Samples in quarantine
@@ -13,6 +13,7 @@ from flows.cli.demo import demo
 from flows.cli.denoise import denoise
 from flows.cli.ingest import approve, batches, ingest, reference, refit, reject, retry
 from flows.cli.inspect import inspect
+from flows.cli.methods import EPILOGS
 from flows.cli.plan import plan
 from flows.cli.poison import poison
 from flows.cli.redteam import redteam
@@ -28,6 +29,6 @@ _TRAINING = (train, certify, repair, condense, denoise, robustness)
 _INGEST = (reference, ingest, batches, approve, reject, retry, refit)
 _AROUND = (inspect, plan, poison, redteam, restore, verify, report, demo)
 for _command in (clean, *_INGEST, *_TRAINING, *_AROUND):
-    app.command()(_command)
+    app.command(epilog=EPILOGS.get(_command.__name__))(_command)
 
 __all__ = ["app"]

@@ -1,22 +1,22 @@
-"""What all subcommands share: common options, how settings come together, how errors and results are shown."""
+"""Shared by all commands: common options, the terminal, errors and results."""
 
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flows import interrupts
+from flows.cli.settings import WrongSettings, problems_of
 from sanitize.errors import ConfigError, SanitizeError
 
 
@@ -41,16 +41,16 @@ app = App(
 
 
 class Terminal(Console):
-    """A console for what strangers wrote: strings, in tables too, neither style nor drive the terminal.
+    """A console that shows text from data literally, in tables too: no markup, no control characters.
 
-    Style is given by `style=`, by `Text`, or by `markup=True` where a line holds nothing but numbers.
+    Style comes from `style=`, from `Text`, or from `markup=True` for lines that hold nothing but numbers.
     """
 
     def __init__(self, **more: Any) -> None:
         super().__init__(markup=False, emoji=False, **more)
 
     def render_str(self, text: str, **more: Any) -> Text:
-        """All that rich shows as text comes through here."""
+        """Rich calls this for every string that it shows."""
         from sanitize.tar.names import printable
 
         return super().render_str("\n".join(map(printable, text.split("\n"))), **more)
@@ -65,12 +65,18 @@ class _Printable(logging.Formatter):
 
 console = Terminal(stderr=True)
 
-Shards = Annotated[
+SHARDS_HELP = (
+    "Directory, glob or brace range of .tar / .tar.gz shards (quote it: 'train-{000000..000009}.tar'). May be given "
+    "several times."
+)
+Shards = Annotated[list[str] | None, typer.Option("--shards", help=SHARDS_HELP)]
+Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--shards",
-        help="Directory, glob or brace range of .tar / .tar.gz shards (quote it: 'train-{000000..000009}.tar'). "
-        "May be given several times.",
+        "--set",
+        metavar="PATH=VALUE",
+        help="Any setting, by its path in the YAML file (a.b.c=VALUE, list entries by number); the value is YAML. Goes "
+        "over the file and the other options. May be given several times.",
     ),
 ]
 Direct = Annotated[
@@ -88,43 +94,37 @@ ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML file with any of the settings; see configs/.")
 ]
 Out = Annotated[str, typer.Option(help="Run folder, a path or a URL. Given again, a run that was killed goes on.")]
-ModelFolder = Annotated[str, typer.Argument(help="A model package, or a run folder of `sanitize train`.")]
-AllowFactory = Annotated[
-    bool,
-    typer.Option(
-        "--allow-factory",
-        help="Run the function that a model of kind `factory` names, if an installed package holds it. Only for models "
-        "whose makers you trust.",
-    ),
-]
+Store = Annotated[str, typer.Option("--store", help="Folder or s3:// URL of reference, ledger, batches and feed.")]
 RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out: a path or a URL.")]
 
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """What the user can do something about is said in one line, with the exit code that belongs to it."""
+    """Print errors that a user can mend in one line each, and exit with 2 (settings) or 1."""
     try:
         yield
-    except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"])) or "config"
-            say("config:", "red", f"{where}: {problem['msg']}")
-        raise typer.Exit(2) from None
-    except ConfigError as error:
-        say("config:", "red", str(error))
+    except (ValidationError, ConfigError) as error:
+        for problem in _problems(error):
+            say("config:", "red", problem)
         raise typer.Exit(2) from None
     except (SanitizeError, OSError) as error:
         say("failed:", "red", str(error))
         raise typer.Exit(1) from None
 
 
+def _problems(error: ValidationError | ConfigError) -> Sequence[str]:
+    if isinstance(error, WrongSettings):
+        return error.problems
+    return problems_of(error) if isinstance(error, ValidationError) else [str(error)]
+
+
 def say(what: str, style: str, about: str) -> None:
-    """One line on stderr. What strangers wrote in it is shown as it is: it neither styles nor drives the terminal."""
+    """One line on stderr; `about` may come from data and is shown literally."""
     console.print(Text(what, style), as_text(about), soft_wrap=True)
 
 
 def as_text(text: str) -> Text:
-    """What strangers wrote, on one line and with nothing in it that would drive the terminal."""
+    """Text from data on one line, without control characters."""
     from sanitize.tar.names import printable
 
     return Text(printable(" ".join(text.splitlines())))
@@ -132,41 +132,15 @@ def as_text(text: str) -> Text:
 
 @contextmanager
 def bars(quiet: bool) -> Iterator[None]:
-    """Progress bars on stderr, unless they are not wanted."""
+    """Progress bars on stderr, unless `quiet`."""
     from sanitize.progress import hide, shown
 
     with nullcontext() if quiet else shown(console), interrupts.before_end(lambda _signum: hide()):
         yield
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises ConfigError where the file cannot be read or is no mapping."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a YAML mapping; see configs/ for examples")
-    return content
-
-
-def settings_of(config: Path | None, **options: Any) -> dict[str, Any]:
-    """What the file says, and over it the command line. Raises ConfigError where no shards are named."""
-    settings = read_yaml(config) if config else {}
-    settings |= {name: value for name, value in options.items() if value}
-    if not settings.get("shards"):
-        raise ConfigError("no shards: give --shards, or `shards:` in the YAML file")
-    return settings
-
-
-def set_compute(settings: dict[str, Any], **options: Any) -> None:
-    """What the command line says goes over what the file says."""
-    given = {name: value for name, value in options.items() if value is not None}
-    settings["compute"] = settings.get("compute", {}) | given
-
-
 def print_json(value: Any) -> None:
-    """The result, for machines: all that goes to stdout."""
+    """Print the result as JSON, the only output on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
@@ -183,28 +157,29 @@ def main(
 
 
 def print_places(places: dict[str, Any]) -> None:
-    """Where everything is, one line each."""
+    """Name and place of each result, one line each."""
     for name, place in places.items():
         console.print(f"{name.replace('_', ' '):>12}: {place}", highlight=False, soft_wrap=True)
 
 
-def print_proved(certificates: list[dict[str, Any]]) -> None:
-    """Certified accuracy by radius, and what it is a statement about."""
+def print_certificates(certificates: list[dict[str, Any]]) -> None:
+    """Certified accuracy by radius, and the statement of each certificate."""
     from sanitize.certify.certificates import excerpt
 
-    for of in certificates:
-        table = Table(of["radius_unit"], "certified accuracy", title=f"{of['kind']}, {of['samples']} samples")
-        for radius, share in excerpt(of["certified_accuracy"]):
+    for certificate in certificates:
+        unit, title = certificate["radius_unit"], f"{certificate['kind']}, {certificate['samples']} samples"
+        table = Table(unit, "certified accuracy", title=title)
+        for radius, share in excerpt(certificate["certified_accuracy"]):
             table.add_row(f"{radius:g}", f"{share:.1%}")
         console.print(table)
-        console.print(of["scope"]["statement"], highlight=False)
-        if "largest_radius" in of:
-            largest = f"largest radius there can be with these settings: {of['largest_radius']:.4g} {of['radius_unit']}"
-            console.print(largest, highlight=False)
+        console.print(certificate["scope"]["statement"], highlight=False)
+        if "largest_radius" in certificate:
+            largest = f"{certificate['largest_radius']:.4g} {unit}"
+            console.print(f"largest possible radius with these settings: {largest}", highlight=False)
 
 
 def check_there(run: str) -> None:
-    """Raises ConfigError where there is no run folder."""
+    """Raise ConfigError if there is no run folder."""
     from sanitize.storage import exists
 
     if not exists(run):

@@ -2,74 +2,52 @@
 
 import json
 import re
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
-from flows.cli.app import (
-    AsJson,
-    ConfigFile,
-    Device,
-    Direct,
-    Out,
-    Quiet,
-    Seed,
-    Shards,
-    bars,
-    console,
-    errors,
-    print_json,
-    say,
-    set_compute,
-    settings_of,
+from flows.cli.app import console, say
+from flows.cli.command import Option, job_command
+
+
+@job_command(
+    Option("--groups", int, "n_groups", "Groups of shards worked on side by side (default: CPU cores)."),
+    out="runs/clean",
 )
-
-
-def clean(
-    config: ConfigFile = None,
-    shards: Shards = None,
-    out: Out = "runs/clean",
-    direct: Direct = False,
-    seed: Seed = None,
-    device: Device = None,
-    groups: Annotated[
-        int | None, typer.Option(help="Groups of shards worked on side by side (default: CPU cores).")
-    ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+def clean(result: dict[str, Any], out: str) -> None:
     """Find poisoned samples; write clean shards, quarantine shards and a report.
 
-    The samples that stay are copied byte for byte. The others go to quarantine with the evidence beside them, and can
-    be put back with `sanitize restore`. Nothing needs to be known about the attack, not even whether there is one.
+    The samples that stay are copied byte for byte. The others go to quarantine with the evidence beside them;
+    `sanitize restore` puts them back. Nothing needs to be known about the attack, not even whether there is one.
 
     Examples:
 
         sanitize clean --shards 'data/train-*.tar' --out runs/first
 
         sanitize clean configs/cifar10.yaml --out runs/cifar10 --direct
+
+        sanitize clean --shards 'data/train-*.tar' --set scorers='[{kind: rca}]' --set select.rules.rca.kind=fdr
     """
-    from flows.start import start
-    from sanitize.jobs.clean import CleanConfig
-
-    with errors():
-        settings = settings_of(config, shards=shards)
-        if groups is not None:
-            settings["n_groups"] = groups
-        set_compute(settings, seed=seed, device=device)
-        with bars(quiet):
-            result = start(CleanConfig.model_validate(settings), out, direct)
-    if as_json:
-        print_json(result)
-    else:
-        _show_clean(result, out)
-
-
-def _show_clean(result: dict[str, Any], out: str) -> None:
     from sanitize.storage import join, read_bytes
 
-    stages = json.loads(read_bytes(join(out, "run.json")))["stages"]
+    _print_stages(json.loads(read_bytes(join(out, "run.json")))["stages"])
+    _print_counts(result["samples"], len(result["damaged_shards"]))
+    for label, of_class in result["classes_touched"].items():
+        flags = ", ".join(f"{kind} {by['flagged']:,}" for kind, by in of_class["scorers"].items() if by["flagged"])
+        console.print(
+            f"  class {label}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
+        )
+    if not result["classes_touched"]:
+        console.print("  no class stood out; nothing was removed")
+    for shard, damage in result["damaged_shards"].items():
+        what = "  nothing read of shard" if shard in result["bad_shards"] else "  damaged shard"
+        say(what, "yellow", f"{shard}: {damage}")
+    for name in ("clean", "quarantine", "report"):
+        console.print(f"{name:>10}: {result[name]}", highlight=False, soft_wrap=True)
+
+
+def _print_stages(stages: list[dict[str, Any]]) -> None:
+    """A row for each stage: samples, seconds, samples a second."""
     table = Table(title="stages", title_justify="left")
     for name in ("stage", "samples", "seconds", "samples/s"):
         table.add_column(name, justify="left" if name == "stage" else "right")
@@ -81,28 +59,15 @@ def _show_clean(result: dict[str, Any], out: str) -> None:
         table.add_row(name, f"{n:,}" if n else "", f"{seconds:.1f}", rate)
     table.add_row("total", "", f"{sum(stage['seconds'] for stage in stages):.1f}", "", style="bold")
     console.print(table)
-    counts, n_damaged = result["samples"], len(result["damaged_shards"])
+
+
+def _print_counts(counts: dict[str, int], n_damaged: int) -> None:
+    """Samples by verdict, in one line."""
+    damaged = f"; {n_damaged:,} shards are damaged, and what could not be read of them is not counted"
     console.print(
         f"[bold]{counts['samples']:,}[/bold] samples = {counts['kept']:,} clean "
-        f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable"
-        + (
-            f"; {n_damaged:,} shards are damaged, and what could not be read of them is not counted"
-            if n_damaged
-            else ""
-        ),
+        f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable{damaged if n_damaged else ''}",
         style="yellow" if n_damaged else None,
         markup=True,
         soft_wrap=True,
     )
-    for label, of_class in result["classes_touched"].items():
-        flags = ", ".join(f"{kind} {by['flagged']:,}" for kind, by in of_class["scorers"].items() if by["flagged"])
-        console.print(
-            f"  class {label}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
-        )
-    if not result["classes_touched"]:
-        console.print("  no class stood out; nothing was removed")
-    for shard, damage in result["damaged_shards"].items():
-        lost = "  nothing read of shard" if shard in result["bad_shards"] else "  damaged shard"
-        say(lost, "yellow", f"{shard}: {damage}")
-    for name in ("clean", "quarantine", "report"):
-        console.print(f"{name:>10}: {result[name]}", highlight=False, soft_wrap=True)

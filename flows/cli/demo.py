@@ -17,7 +17,7 @@ def demo(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """See it work in two minutes: plant a backdoor in 2 % of real handwritten digits, and clean it out.
+    """Two-minute demonstration: plant a backdoor in 2 % of real handwritten digits, and remove it.
 
     Writes scikit-learn's 1,797 digits as shards, plants a BadNets patch, runs the whole clean flow, then trains a small
     model on the poisoned and on the cleaned shards and compares clean accuracy (ACC) and attack success rate (ASR).
@@ -42,6 +42,6 @@ def demo(
     console.print(table)
     console.print(
         f"poisoned samples found: {result['found']} of {result['poisoned']} (missed {result['missed']}); "
-        f"clean samples lost: {result['clean_lost']} of {result['clean_samples']} ({result['clean_lost_fraction']:.2%})"
+        f"false removals: {result['clean_lost']} of {result['clean_samples']} ({result['clean_lost_fraction']:.2%})"
     )
     console.print(f"report: {result['report']}", highlight=False, soft_wrap=True)

@@ -1,46 +1,23 @@
 """`sanitize denoise`."""
 
-from typing import Annotated
+from typing import Any
 
-import typer
+from flows.cli.app import console, print_places
+from flows.cli.command import Option, job_command
 
-from flows.cli.app import (
-    AsJson,
-    ConfigFile,
-    Device,
-    Direct,
-    Out,
-    Quiet,
-    Seed,
-    Shards,
-    bars,
-    console,
-    errors,
-    print_json,
-    print_places,
-    set_compute,
-    settings_of,
+
+@job_command(
+    Option("--dims", int, "denoise.dims", "Number of principal components to keep."),
+    Option("--energy", float, "denoise.energy", "Share of the variance to keep, such as 0.97; instead of --dims."),
+    Option("--mode", str, "denoise.mode", "noise (default), or pca: nothing in place of the dropped components."),
+    Option("--member", str, "denoise.member", "png (default; 8 bits, clipped) or npy (exact floats)."),
+    out="runs/denoise",
 )
+def denoise(result: dict[str, Any], out: str) -> None:
+    """Write training images without small-scale features, with noise in their place (PCA-noise).
 
-
-def denoise(
-    config: ConfigFile = None,
-    shards: Shards = None,
-    dims: Annotated[int | None, typer.Option(help="Keep so many principal components.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Keep those with this share of the variance, e.g. 0.97.")] = None,
-    mode: Annotated[str | None, typer.Option(help="noise (default), or pca: nothing in place of the rest.")] = None,
-    member: Annotated[str | None, typer.Option(help="png (default; 8 bits, clipped) or npy (exact floats).")] = None,
-    out: Out = "runs/denoise",
-    direct: Direct = False,
-    seed: Seed = None,
-    device: Device = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Write shards whose images have no small-scale features, and noise where those were (PCA-noise).
-
-    A network that learns from them needs larger perturbations to be fooled. Test images stay as they are. To have the
-    noise drawn anew in every epoch instead of once, train with `train.denoise` (see configs/).
+    A network trained on these images needs larger perturbations to be fooled. Test images stay as they are. To draw new
+    noise in every epoch instead of once, train with `train.denoise` (see configs/).
 
     Examples:
 
@@ -48,18 +25,5 @@ def denoise(
 
         sanitize train --shards 'runs/denoised/20-denoised/shards/*.tar' --out runs/robust
     """
-    from flows.start import start
-    from sanitize.jobs.denoise import DenoiseRunConfig
-
-    with errors():
-        settings = settings_of(config, shards=shards)
-        given = {"dims": dims, "energy": energy, "mode": mode, "member": member}
-        settings["denoise"] = dict(settings.get("denoise") or {}) | {k: v for k, v in given.items() if v is not None}
-        set_compute(settings, seed=seed, device=device)
-        with bars(quiet):
-            result = start(DenoiseRunConfig.model_validate(settings), out, direct)
-    if as_json:
-        print_json(result)
-        return
     console.print(f"{result.pop('samples'):,} samples", highlight=False)
     print_places(result)

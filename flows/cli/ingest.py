@@ -1,36 +1,33 @@
 """`sanitize reference`, `ingest`, `batches`, `approve`, `reject`, `retry`, `refit`."""
 
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from flows.cli.app import (
     AsJson,
-    Device,
-    Direct,
     Quiet,
     RunFolder,
-    Shards,
+    Store,
     bars,
     console,
     errors,
     print_json,
     say,
-    set_compute,
-    settings_of,
 )
+from flows.cli.command import DEVICE, SHARDS, Option, job_command
 
-Store = Annotated[str, typer.Option(help="Folder or s3:// URL of reference, ledger, batches and feed.")]
-BatchName = Annotated[str, typer.Argument(help="Name of a batch, or how it begins; `sanitize batches` lists them.")]
-By = Annotated[str, typer.Option(help="Who decides (default: your user name).")]
-Note = Annotated[str, typer.Option(help="Why; kept in the ledger.")]
+BatchName = Annotated[
+    str, typer.Argument(help="First characters of the name of a batch; `sanitize batches` lists them.")
+]
+By = Annotated[str, typer.Option(help="Person who decides (default: your user name).")]
+Note = Annotated[str, typer.Option(help="Reason; kept in the ledger.")]
 Retried = Annotated[
     str,
     typer.Argument(
-        help="A batch, by how its name begins (a split one: all that it refused); or a refused shard: its file name, "
-        "URL or sha256."
+        help="First characters of the name of a batch (of a split batch, all refused shards are retried); or file "
+        "name, URL or sha256 of a refused shard."
     ),
 ]
 STYLES = {"accepted": "green", "held": "yellow", "failed": "red", "claimed": "cyan", "split": "cyan"}
@@ -40,7 +37,7 @@ def reference(
     run: RunFolder,
     store: Store,
     per_class: Annotated[
-        int | None, typer.Option(help="Samples of a class that are remembered with all embeddings (default 2,000).")
+        int | None, typer.Option(help="Samples of each class that are kept with all embeddings (default 2,000).")
     ] = None,
     level: Annotated[
         float, typer.Option(help="Probability that a clean sample is flagged by a scorer; 0 leaves it to the rules.")
@@ -72,39 +69,43 @@ def reference(
 
 
 def _warn_of_level(result: dict[str, Any]) -> None:
-    """Of so few rows that no p-value is as small as the level: what users would take for a judgement is none."""
+    """Warn where p-values from so few rows cannot be as small as the level: no sample would ever be flagged."""
     level, n_rows = result["level"], result["samples"]["calibrate"]
     if level and level * (n_rows + 1) < 1:
         least = math.ceil(1e3 / (n_rows + 1)) / 1e3
         say(
             "level",
             "yellow",
-            f"of {level:g} flags no sample: p-values from {n_rows:,} held-out samples are not so small. Batches are "
+            f"{level:g} flags no sample: p-values from {n_rows:,} held-out samples cannot be so small. Batches are "
             f"still compared as a whole. Take --level {least:g} or more, or a run of {math.ceil(2 / level):,} samples",
         )
 
 
-def ingest(
-    store: Store,
-    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")] = None,
-    shards: Shards = None,
-    max_shards: Annotated[int | None, typer.Option(help="Shards of one batch, at most (default 64).")] = None,
-    direct: Direct = False,
-    device: Device = None,
-    groups: Annotated[int | None, typer.Option(help="Groups of shards worked on side by side (default 1).")] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Sanitize the shards that are new, and release them to training jobs if they are like the reference.
+def _exit_code(result: dict[str, Any]) -> int:
+    statuses = {batch["status"] for batch in result["batches"]}
+    if statuses & {"failed", "claimed"} or result["unreadable"] or result["altered"]:
+        return 1
+    return 3 if "held" in statuses or result["refused"] else 0
 
-    What was processed before is not read again. New shards are made batches; each is judged sample by sample against
-    the reference, and as a whole for drift. An accepted batch is in STORE/feed.json, which training jobs read; a held
-    one waits for `sanitize approve` or `sanitize reject`. Run it as often as you like, also twice at once: each shard
-    ends in exactly one batch, and what a crash left is finished first. A shard that no batch can take is refused, once,
-    and named with the reason; the others go on.
+
+@job_command(
+    Option("--max-shards", int, "max_shards", "Shards of one batch, at most (default 64)."),
+    Option("--groups", int, "n_groups", "Groups of shards worked on side by side (default 1)."),
+    out=None,
+    common=(SHARDS, DEVICE),  # the seed is that of the reference
+    exit_code=_exit_code,
+)
+def ingest(result: dict[str, Any], out: str) -> None:
+    """Sanitize new shards, and release them to training jobs if they are like the reference.
+
+    Shards that were processed before are not read again. New shards are made batches; each is judged sample by sample
+    against the reference, and as a whole for drift. An accepted batch is in STORE/feed.json, which training jobs read;
+    a held batch waits for `sanitize approve` or `sanitize reject`. Run the command as often as you like, also twice at
+    once: each shard ends in exactly one batch, and work left by a crash is finished first. A shard that no batch can
+    take is refused, once, with the reason; the others go on.
 
     Exit code 3: a batch is held or a shard was refused, and waits for a person. 1: a batch failed or could not be
-    finished, a shard could not be read this time, or a clean shard in the feed is not what its batch wrote.
+    finished, a shard could not be read this time, or a clean shard in the feed is not as its batch wrote it.
 
     Examples:
 
@@ -112,26 +113,6 @@ def ingest(
 
         sanitize ingest configs/ingest.yaml --store s3://bucket/store
     """
-    from flows.start import start
-    from sanitize.jobs.ingest import IngestConfig
-
-    with errors():
-        settings = settings_of(config, shards=shards, max_shards=max_shards, n_groups=groups)
-        set_compute(settings, device=device)
-        with bars(quiet):
-            result = start(IngestConfig.model_validate(settings), store, direct)
-    if as_json:
-        print_json(result)
-    else:
-        _show(result)
-    statuses = {batch["status"] for batch in result["batches"]}
-    if statuses & {"failed", "claimed"} or result["unreadable"] or result["altered"]:
-        raise typer.Exit(1)
-    if "held" in statuses or result["refused"]:
-        raise typer.Exit(3)
-
-
-def _show(result: dict[str, Any]) -> None:
     console.print(
         f"{result['new']:,} new shards, {result['duplicates']:,} copies of others, {result['known']:,} known; "
         f"reference v{result['reference']:04d}"
@@ -177,7 +158,7 @@ def batches(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the batches of a store, the oldest first, and the shards that were refused: what became of each, and why.
+    """List the batches of a store, oldest first, and the refused shards, with status and reasons.
 
     Example:
 
@@ -214,7 +195,7 @@ def approve(batch: BatchName, store: Store, by: By = "", note: Note = "", as_jso
 def reject(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
     """Keep a held batch from training jobs for good, or take back an accepted one.
 
-    A batch that failed, or that is claimed and that no process is at work on, is given up.
+    A failed batch, or a claimed batch that no process works on, is given up.
 
     Example:
 
@@ -226,8 +207,8 @@ def reject(batch: BatchName, store: Store, by: By = "", note: Note = "", as_json
 def retry(batch: Retried, store: Store, by: By = "", note: Note = "", as_json: AsJson = False) -> None:
     """Let the shards of a failed batch, or a refused shard, be new again; the next ingest takes them.
 
-    A batch that is claimed and that no process is at work on counts as failed. An ingest with `--max-shards 1` puts
-    each shard into a batch of its own, so that one that makes batches fail fails alone.
+    A claimed batch that no process works on counts as failed. An ingest with `--max-shards 1` puts each shard into a
+    batch of its own, so that a shard that makes batches fail fails alone.
 
     Examples:
 
@@ -255,9 +236,9 @@ def _decide(
 
 
 def refit(store: Store, note: Note = "", as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Make the next version of the reference: what is remembered of all released batches is merged into it.
+    """Make the next version of the reference: the statistics of all released batches are merged into it.
 
-    No shard of the past is read. Batches that are claimed later are judged against the new version.
+    No old shard is read. Batches that are claimed later are judged against the new version.
 
     Example:
 

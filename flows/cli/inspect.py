@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.app import AsJson, Quiet, as_text, bars, console, errors, print_json, say
+from flows.cli.settings import make_config
 
 
 def inspect(
@@ -15,13 +16,22 @@ def inspect(
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable samples above which the exit code is 1.")
     ] = 0.05,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Any other setting of `index:`, such as image.channels=1; the value is YAML. May be given several "
+            "times.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Read shards and say what is in them: samples, classes, image sizes, and what cannot be used and why.
+    """Read shards and list their samples, classes and image sizes, and what cannot be used, with the reason.
 
-    Nothing is written. Useful before `clean`, and when `clean` says that too much is unreadable. The table has the
-    shards that are damaged or have unreadable samples; `--json` has all of them.
+    Nothing is written. Useful before `clean`, and when too many samples are unreadable for `clean`. The table lists
+    shards that are damaged or have unreadable samples; `--json` lists all shards.
 
     Exit code: 0 if all is well. 1 if a shard is damaged or refused, no sample is usable, or more than
     `--max-bad-fraction` of the samples are unreadable. 2 if there are no shards or the options are wrong.
@@ -33,7 +43,8 @@ def inspect(
     from sanitize.data.index import IndexConfig
 
     with errors():
-        config = IndexConfig(label=label, max_bad_fraction=max_bad_fraction)
+        options = {"label": label, "max_bad_fraction": max_bad_fraction}
+        config = make_config(IndexConfig, {}, options, set_ or ())
         with bars(quiet):
             result = _inspect(shards, config)
     if as_json:
@@ -45,7 +56,7 @@ def inspect(
 
 
 def _inspect(sources: list[str], config: Any) -> dict[str, Any]:
-    """What is in the shards. Raises SanitizeError where not one of them can be opened."""
+    """Contents of the shards. Raises SanitizeError if none of them can be opened."""
     from sanitize.data.index import index_shard
     from sanitize.data.sources import find_shards, list_sources
     from sanitize.errors import DataError
@@ -89,7 +100,7 @@ def _is_well(result: dict[str, Any], max_bad_fraction: float) -> bool:
 
 
 def _show(result: dict[str, Any]) -> None:
-    """A row for each shard with something to say, and one line for all."""
+    """A row for each shard with problems, and one line for all shards."""
     per_shard = result["shards"]
     odd = {name: s for name, s in per_shard.items() if s["damage"] or s["counts"]["unreadable"]}
     if odd:

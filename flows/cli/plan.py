@@ -8,22 +8,25 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows.cli.app import AsJson, Device, Quiet, Shards, bars, console, errors, print_json, set_compute, settings_of
+from flows.cli.app import AsJson, Device, Quiet, Set, Shards, bars, console, errors, print_json
+from flows.cli.command import DEVICE, SHARDS, chosen
+from flows.cli.settings import make_config, read_yaml
 
 
 def plan(
     config: Annotated[Path | None, typer.Argument(help="YAML file of `sanitize clean`; see configs/.")] = None,
     shards: Shards = None,
-    samples: Annotated[int, typer.Option(help="Measure on so many samples of the shards.")] = 600,
-    task_minutes: Annotated[float, typer.Option(help="How long one task should take.")] = 10,
-    scale_to: Annotated[float, typer.Option(help="Samples of the larger data set on paper.")] = 1e9,
+    samples: Annotated[int, typer.Option(help="Number of samples to measure on.")] = 600,
+    task_minutes: Annotated[float, typer.Option(help="Minutes that one task should take.")] = 10,
+    scale_to: Annotated[float, typer.Option(help="Number of samples of a larger data set, calculated too.")] = 1e9,
+    set_: Set = None,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what `sanitize clean` would cost: tasks, bytes read and written, memory and time.
+    """Estimate the cost of `sanitize clean`: tasks, bytes read and written, memory and time.
 
-    All stages are tried on a sample of the shards, in a temporary folder; the rest is arithmetic (docs/scale.md).
+    All stages run on a sample of the shards, in a temporary folder; the rest is arithmetic (docs/scale.md).
 
     Examples:
 
@@ -36,10 +39,10 @@ def plan(
     from sanitize.jobs.plan import plan as measure
 
     with errors():
-        settings = settings_of(config, shards=shards)
-        set_compute(settings, device=device)
+        settings = read_yaml(config) if config else {}
+        options = chosen((SHARDS, DEVICE), {"shards": shards, "device": device})
+        run_config = make_config(CleanConfig, settings, options, set_ or (), {"shards": "--shards"})
         how = PlanConfig(n_samples=samples, task_minutes=task_minutes, scale_to=int(scale_to))
-        run_config = CleanConfig.model_validate(settings)
         with bars(quiet), tempfile.TemporaryDirectory(prefix=f"sanitize-{os.getpid()}-") as scratch:
             result = measure(run_config, how, Path(scratch))
     if as_json:

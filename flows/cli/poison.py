@@ -3,29 +3,26 @@
 from typing import Annotated, Any
 
 import typer
-import yaml
-from pydantic import TypeAdapter
 
 from flows.cli.app import AsJson, Quiet, Seed, Shards, bars, console, errors, print_json
+from flows.cli.settings import make_config
 from sanitize.errors import ConfigError
 
 
 def poison(
     shards: Shards = None,
     out: Annotated[str, typer.Option(help="Folder of the poisoned copy.")] = "runs/poisoned",
-    attack: Annotated[
-        str,
-        typer.Option(
-            help="badnets (a corner patch), blended (noise all over), wanet, smooth, l0, l2, trojan_square, "
-            "trojan_watermark, clean_label, labels, or several (--set attacks=[...])."
-        ),
-    ] = "badnets",
+    attack: Annotated[str, typer.Option(help="One of the attacks below.")] = "badnets",
     rate: Annotated[
         float, typer.Option(help="Poisoned samples as a share of all, in (0, 1]; each of several has its own.")
     ] = 0.01,
-    options: Annotated[
+    set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Further settings of the attack as NAME=VALUE: target=3, size=4, alpha=0.1 …"),
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Any other setting of the attack: target=3, size=4, alpha=0.1 … May be given several times.",
+        ),
     ] = None,
     surrogate: Annotated[
         str | None,
@@ -38,42 +35,55 @@ def poison(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a poisoned copy of shards with the ground truth, to try a defence on.
+    """Write a poisoned copy of shards with the ground truth, to test a defence.
 
-    The shards are in OUT/poisoned/shards; which samples are poisoned is in OUT/poisoned/rows/*.parquet. All images
-    are re-encoded as PNG, poisoned or not.
+    The shards are in OUT/poisoned/shards; OUT/poisoned/rows/*.parquet says which samples are poisoned. All images are
+    re-encoded as PNG, poisoned or not.
 
-    Example:
+    Examples:
 
         sanitize poison --shards 'data/*.tar' --attack blended --rate 0.01 --set alpha=0.2 --out runs/poisoned
 
         sanitize poison --shards 'data/*.tar' --attack several --set \\
             'attacks=[{kind: badnets, rate: 0.05, target: 0}, {kind: wanet, rate: 0.05, target: 1}]'
     """
-    from sanitize.attack import AttackConfig, poison_shards
+    from sanitize.attack import AttackConfig
+
+    with errors(), bars(quiet):
+        if not shards:
+            raise ConfigError("no shards: give --shards")
+        if label.strip().lower() in ("", "null", "none"):
+            raise ConfigError(
+                f"--label {label!r}: an attack needs labels; name the member with the class, or json:FIELD"
+            )
+        settings = {"kind": attack} | ({} if attack == "several" else {"rate": rate})
+        config = make_config(AttackConfig, settings, assignments=set_ or ())
+        result = _poison(config, shards, out, label, surrogate, seed or 0)
+    if as_json:
+        print_json(result)
+    else:
+        counts = result["counts"]
+        console.print(
+            f"{counts['poisoned']:,} of {counts['samples']:,} samples poisoned: {result['shards']}", soft_wrap=True
+        )
+
+
+def _poison(config: Any, shards: list[str], out: str, label: str, surrogate: str | None, seed: int) -> dict[str, Any]:
+    """Index, then poison; places and counts."""
+    from sanitize.attack import poison_shards
     from sanitize.compute import Compute
     from sanitize.data.index import IndexConfig, index_shards
     from sanitize.data.sources import refuse_inside
     from sanitize.models.checkpoint import Checkpoint
     from sanitize.storage import join
 
-    with errors(), bars(quiet):
-        if not shards:
-            raise ConfigError("no shards: give --shards")
-        refuse_inside(shards, out)
-        pairs = dict(option.partition("=")[::2] for option in options or [])
-        settings = {"kind": attack} | ({} if attack == "several" else {"rate": rate})
-        settings |= {name: yaml.safe_load(value) for name, value in pairs.items()}
-        config: Any = TypeAdapter(AttackConfig).validate_python(settings)
-        compute = Compute(seed=seed or 0)
-        dataset = index_shards(IndexConfig(label=label), shards, join(out, "index"), compute)
-        network = Checkpoint.load(surrogate) if surrogate else None
-        poisoned = poison_shards(config, dataset, join(out, "poisoned"), compute, surrogate=network)
-        counts = poisoned.manifest().counts
-    result = {"shards": poisoned.url("shards"), "truth": poisoned.url("rows"), "counts": counts}
-    if as_json:
-        print_json(result)
-    else:
-        console.print(
-            f"{counts['poisoned']:,} of {counts['samples']:,} samples poisoned: {result['shards']}", soft_wrap=True
-        )
+    refuse_inside(shards, out)
+    compute = Compute(seed=seed)
+    dataset = index_shards(IndexConfig(label=label), shards, join(out, "index"), compute)
+    network = Checkpoint.load(surrogate) if surrogate else None
+    poisoned = poison_shards(config, dataset, join(out, "poisoned"), compute, surrogate=network)
+    return {
+        "shards": poisoned.url("shards"),
+        "truth": poisoned.url("rows"),
+        "counts": poisoned.manifest().counts,
+    }

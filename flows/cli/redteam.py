@@ -1,72 +1,55 @@
 """`sanitize redteam`."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich import box
 from rich.table import Column, Table
 
-from flows.cli.app import (
-    AsJson,
-    Device,
-    Direct,
-    Out,
-    Quiet,
-    Seed,
-    Shards,
-    bars,
-    console,
-    errors,
-    print_json,
-    print_places,
-    read_yaml,
-    say,
-    set_compute,
-)
-from sanitize.errors import ConfigError
+from flows.cli.app import console, print_places, say
+from flows.cli.command import COMMON, Option, job_command
 
 REQUIREMENT_MISSED = 3
 
 
-def redteam(
-    config: Annotated[
-        Path | None,
-        typer.Argument(help="YAML file of a red team, see configs/redteam.yaml; or of `sanitize clean`, as it is."),
-    ] = None,
-    shards: Shards = None,
-    attack: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="KIND@RATE%, such as badnets@1%, blended@5%, labels@10%; kinds are those of `sanitize poison`. May be "
-            "given several times. Default: badnets@1%, badnets@5%, blended@5%, labels@5%. Case none is always run."
-        ),
-    ] = None,
-    require: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="CASE:MEASURE>=SHARE or <=, such as 'badnets@1%:recall>=0.9' (quote it). May be given several times. "
-            "Measures: recall, precision, false_removals, acc_before, acc_after, asr_before, asr_after."
-        ),
-    ] = None,
-    repeats: Annotated[int | None, typer.Option(help="Seeds of each case (default 2).")] = None,
-    out: Out = "runs/redteam",
-    direct: Direct = False,
-    seed: Seed = None,
-    device: Device = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Try your pipeline: plant known attacks in a sample of your data, and see what it catches.
+def _around_clean(settings: dict[str, Any], _values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a YAML file of `sanitize clean` as those of a red team."""
+    from sanitize.jobs.redteam import RedTeamConfig
 
-    For each attack and each seed: poison a copy of the sample, run your cleaning pipeline on it without telling it
-    anything, train a model on what came in and one on what was kept, and measure. In case none nobody is at work: what
-    is removed there is removed for nothing. The table gives means over seeds; the page, OUT/90-report/index.html, their
-    confidence intervals too.
+    return settings if settings.keys() & RedTeamConfig.model_fields.keys() else {"clean": settings}
+
+
+@job_command(
+    Option(
+        "--attack",
+        list[str],
+        "attacks",
+        "KIND@RATE%, such as badnets@1%, blended@5%, labels@10%; kinds are those of `sanitize poison`. May be given "
+        "several times. Default: badnets@1%, badnets@5%, blended@5%, labels@5%. Case none is always run.",
+    ),
+    Option(
+        "--require",
+        list[str],
+        "require",
+        "CASE:MEASURE>=SHARE or <=, such as 'badnets@1%:recall>=0.9' (quote it). May be given several times. "
+        "Measures: recall, precision, false_removals, acc_before, acc_after, asr_before, asr_after.",
+    ),
+    Option("--repeats", int, "repeats", "Seeds of each case (default 2)."),
+    out="runs/redteam",
+    common=[option.inside("clean") for option in COMMON],
+    prepare=_around_clean,
+    exit_code=lambda result: 0 if result["met"] else REQUIREMENT_MISSED,
+)
+def redteam(result: dict[str, Any], out: str) -> None:
+    """Test a cleaning pipeline: plant known attacks in a sample of the data, and measure recall and false removals.
+
+    The YAML file is that of a red team (configs/redteam.yaml), or of `sanitize clean`, as it is. For each attack and
+    each seed: poison a copy of the sample, clean the copy with the pipeline, train a model before and after cleaning,
+    and measure. Case none has no poison: everything removed there is a false removal. The table gives means over seeds;
+    the report, OUT/90-report/index.html, also gives confidence intervals.
 
     A requirement is judged by the mean. If one is missed the exit code is 3 (1: the run failed, 2: bad configuration),
-    so that a deployment can wait for it. What is not among the attacks is not tried, and larger data may behave
-    otherwise.
+    so that a deployment can wait for it. Attacks that are not listed are not tested, and results on more data may
+    differ.
 
     Examples:
 
@@ -74,52 +57,28 @@ def redteam(
 
         sanitize redteam my-pipeline.yaml --attack badnets@1% --require 'badnets@1%:recall>=0.9' --require
         'none:false_removals<=0.02'
+
+        sanitize redteam --shards 'data/train-*.tar' --set clean.select.verdict=all --set sample.n_train=3000
     """
-    from flows.start import start
-    from sanitize.jobs.redteam import RedTeamConfig
-
-    with errors():
-        settings = read_yaml(config) if config else {}
-        if not settings.keys() & RedTeamConfig.model_fields.keys():
-            settings = {"clean": settings}
-        given = {"attacks": attack, "require": require, "repeats": repeats}
-        settings |= {name: value for name, value in given.items() if value is not None}
-        pipeline = dict(settings.get("clean") or {})
-        if shards:
-            pipeline["shards"] = shards
-        if not pipeline.get("shards"):
-            raise ConfigError("no shards: give --shards, or `shards:` under `clean:` in the YAML file")
-        set_compute(pipeline, seed=seed, device=device)
-        run_config = RedTeamConfig.model_validate(settings | {"clean": pipeline})
-        with bars(quiet):
-            result = start(run_config, out, direct)
-    if as_json:
-        print_json(result)
-    else:
-        _show(result)
-    if not result["met"]:
-        raise typer.Exit(REQUIREMENT_MISSED)
-
-
-def _show(result: dict[str, Any]) -> None:
     from sanitize.jobs.redteam import SHOWN
 
-    names = ("caught", "right", "lost", "ACC\nbefore", "after", "ASR\nbefore", "after", "untouched")
+    names = ("recall", "preci-\nsion", "false\nremoved", "ACC\nbefore", "after", "ASR\nbefore", "after", "untouched")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     # It fits into 80 columns: cut, badnets@1% and badnets@5% would look alike.
     table = Table(Column("case", overflow="fold"), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for case in result["cases"]:
-        of = case["measures"]
-        table.add_row(case["name"], *(_share(of.get(measure)) for measure in SHOWN))
+        measures = case["measures"]
+        table.add_row(case["name"], *(_share(measures.get(measure)) for measure in SHOWN))
     console.print(table)
     console.print(
-        "caught: of the poison (recall); right: of what was removed (precision); lost: clean samples removed; ASR: "
-        "triggered images that get the attacker's label, untouched: by a model that never saw the attack"
+        "recall: share of the poison that was removed; precision: share of the removed samples that are poison; "
+        "false removed: share of the clean samples (false removals); ACC: clean accuracy; ASR: share of triggered "
+        "images that get the attacker's label (attack success rate), untouched: by a model trained without the attack"
     )
     for case in result["not_learned"]:
         console.print(
-            f"{case}: hardly learned before cleaning, so there was little to see; sample.n_train, smaller batches or "
-            "more epochs of the embedder would show more",
+            f"{case}: the model before cleaning hardly learned the attack, so the case shows little; raise "
+            "sample.n_train or the epochs of the embedder, or use smaller batches",
             highlight=False,
         )
     for requirement in result["requirements"]:
@@ -130,8 +89,8 @@ def _show(result: dict[str, Any]) -> None:
     print_places({name: result[name] for name in ("findings", "report")})
 
 
-def _share(of: dict[str, Any] | None, what: str = "mean") -> str:
+def _share(measured: dict[str, Any] | None, what: str = "mean") -> str:
     """In per cent; "-" where there was nothing to count, nothing where it is not measured."""
-    if of is None:
+    if measured is None:
         return ""
-    return "-" if of[what] is None else f"{of[what]:.1%}"
+    return "-" if measured[what] is None else f"{measured[what]:.1%}"

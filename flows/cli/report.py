@@ -6,7 +6,7 @@ from flows.cli.app import RunFolder, check_there, errors
 
 
 def report(run: RunFolder) -> None:
-    """Write the report of a run again (after a restore, say) and print where it is.
+    """Write the report of a run again, for example after a restore, and print its place.
 
     Example:
 

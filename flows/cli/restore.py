@@ -12,14 +12,14 @@ def restore(
     key: Annotated[
         list[str], typer.Option("--key", help="Key of a quarantined sample, or SHARD:KEY. May be repeated.")
     ],
-    note: Annotated[str, typer.Option(help="Who decided and why; kept with the verdict.")] = "",
+    note: Annotated[str, typer.Option(help="Person who decided, and the reason; kept with the verdict.")] = "",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Put quarantined samples back.
 
-    Writes a new selection and new shards beside the old ones (40-selection.r1, 50-shards.r1, …); nothing that is there
-    is changed. The decision is kept in the verdict's reasons and in decisions.jsonl. Keys are in the report, and in the
+    Writes a new selection and new shards beside the old ones (40-selection.r1, 50-shards.r1, …); no existing file is
+    changed. The decision is kept in the verdict's reasons and in decisions.jsonl. Keys are in the report, and in the
     names of the members of RUN/50-shards/quarantine.
 
     Example:

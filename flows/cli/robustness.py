@@ -1,53 +1,33 @@
 """`sanitize robustness`."""
 
-from typing import Annotated
+from typing import Any
 
-import typer
 from rich.table import Table
 
-from flows.cli.app import (
-    AllowFactory,
-    AsJson,
-    ConfigOption,
-    Device,
-    Direct,
-    ModelFolder,
-    Out,
-    Quiet,
-    Seed,
-    Shards,
-    bars,
-    console,
-    errors,
-    print_json,
-    print_places,
-    set_compute,
-    settings_of,
+from flows.cli.app import console, print_places
+from flows.cli.command import ALLOW_FACTORY, MODEL, Option, job_command
+
+
+@job_command(
+    MODEL,
+    Option(
+        "--train-shards",
+        list[str],
+        "train_shards",
+        "Images whose principal components the gradients are compared with (default: those of --shards).",
+    ),
+    Option("--norm", str, "robustness.attack.norm", "l2 (default) or linf."),
+    Option(
+        "--radius", float, "robustness.attack.radius", "Largest perturbation tried, for pixels on [0, 1] (default 3)."
+    ),
+    Option("--n-images", int, "robustness.n_images", "Number of images to attack, chosen by a hash (default 500)."),
+    ALLOW_FACTORY,
+    out="runs/robustness",
 )
+def robustness(result: dict[str, Any], out: str) -> None:
+    """Attack a model: the smallest change of an image that makes its prediction wrong, and the direction of gradients.
 
-
-def robustness(
-    model: ModelFolder,
-    config: ConfigOption = None,
-    shards: Shards = None,
-    train_shards: Annotated[
-        list[str] | None,
-        typer.Option("--train-shards", help="Images whose principal components gradients are measured against."),
-    ] = None,
-    norm: Annotated[str | None, typer.Option(help="l2 (default) or linf.")] = None,
-    radius: Annotated[float | None, typer.Option(help="Largest perturbation tried, pixels on [0, 1].")] = None,
-    n_images: Annotated[int | None, typer.Option(help="Attack so many images, chosen by a hash (default 500).")] = None,
-    out: Out = "runs/robustness",
-    allow_factory: AllowFactory = False,
-    direct: Direct = False,
-    seed: Seed = None,
-    device: Device = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Attack a model: how small a change of an image makes it wrong, and where its gradients point.
-
-    What an attack finds is an upper bound of the robustness; `sanitize certify` gives a lower one.
+    The attack gives an upper bound of the robustness; `sanitize certify` gives a lower one.
 
     Examples:
 
@@ -55,31 +35,9 @@ def robustness(
 
         sanitize robustness runs/robust --shards 'data/test-*.tar' --norm linf --radius 0.1 --n-images 200
     """
-    from flows.start import start
-    from sanitize.jobs.robustness import RobustnessRunConfig
-    from sanitize.measure import RobustnessConfig
-
-    with errors():
-        settings = settings_of(
-            config, model=model, shards=shards, train_shards=train_shards, allow_factory=allow_factory
-        )
-        of_robustness = dict(settings.get("robustness") or {})
-        attack = {"norm": norm, "radius": radius}
-        if given := {name: value for name, value in attack.items() if value is not None}:
-            default = RobustnessConfig().attack.model_dump(exclude_unset=True)
-            of_robustness["attack"] = default | dict(of_robustness.get("attack") or {}) | given
-        if n_images is not None:
-            of_robustness["n_images"] = n_images
-        settings["robustness"] = of_robustness
-        set_compute(settings, seed=seed, device=device)
-        with bars(quiet):
-            result = start(RobustnessRunConfig.model_validate(settings), out, direct)
-    if as_json:
-        print_json(result)
-        return
-    of = result.pop("summary")
-    table = Table("images", "right as they are", f"mean {of['norm']} change", "median", "withstood the largest")
-    shown = ("-" if of[name] is None else f"{of[name]:.3f}" for name in ("mean", "median"))
-    table.add_row(f"{of['samples']:,}", f"{of['clean_accuracy']:.1%}", *shown, f"{of['not_found']:,}")
+    found = result.pop("summary")
+    table = Table("images", "clean accuracy", f"mean {found['norm']} change", "median", "right at the largest change")
+    shown = ("-" if found[name] is None else f"{found[name]:.3f}" for name in ("mean", "median"))
+    table.add_row(f"{found['samples']:,}", f"{found['clean_accuracy']:.1%}", *shown, f"{found['not_found']:,}")
     console.print(table)
     print_places(result)

@@ -10,14 +10,14 @@ from flows.cli.app import AsJson, check_there, console, errors, print_json, say
 def verify(
     path: Annotated[str, typer.Argument(help="A run folder, a store, or an artifact in one: a path or a URL.")],
     sources: Annotated[
-        bool, typer.Option(help="Of a store, hash the shards too that its batches were made from.")
+        bool, typer.Option(help="For a store: also hash the shards that its batches were made from.")
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Re-hash every file against its manifest, and say what differs. Exit code 1 where something does.
+    """Hash every file again and list differences from its manifest. Exit code 1 if there are any.
 
-    Of a store, the walk goes from the feed and the ledger to all batches, all versions of the reference, and the shards
-    they were made from. A source shard that is gone or has changed since is named, and no problem of the store.
+    For a store: the feed, the ledger, all batches, all versions of the reference, and the shards they were made from. A
+    source shard that is gone or has changed is noted, and does not count as a difference.
 
     Examples:
 

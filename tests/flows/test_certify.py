@@ -207,7 +207,7 @@ def test_the_largest_radius_is_said_in_print_and_as_json(network_run: Path, digi
     (certificate,) = json.loads(result.stdout)["certificates"]
     assert certificate["largest_radius"] == pytest.approx(0.25 * 0.5473934835)
     shown = RUNNER.invoke(app, [*command, "--quiet"])
-    assert "largest radius there can be with these settings: 0.1368 l2" in " ".join(shown.output.split())
+    assert "largest possible radius with these settings: 0.1368 l2" in " ".join(shown.output.split())
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from flows.cli import app
 from flows.cli.app import Terminal
 from sanitize.storage import exclusive
 
-COMMANDS = ("clean", "demo", "inspect", "plan", "poison", "report", "restore", "train", "verify")
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def run(*arguments: Any) -> Result:

@@ -223,7 +223,7 @@ def test_a_server_counts_as_dead_only_after_some_time_without_an_answer(
     health: tuple[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, answer = health
-    monkeypatch.setattr(server, "ASKED_SECONDS", 0.05)
+    monkeypatch.setattr(server, "PERIOD_SECONDS", 0.05)
     monkeypatch.setattr(server, "PATIENCE_SECONDS", 3.0)
     dead = Event()
     with server.watched(url, dead.set):

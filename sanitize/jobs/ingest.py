@@ -33,6 +33,7 @@ from sanitize.jobs.run import Run
 from sanitize.jobs.store import (
     FEED,
     SHARDS,
+    IngestStore,
     altered_shards,
     told,
     told_refused,
@@ -83,7 +84,7 @@ class IngestConfig(BatchConfig, JobConfig):
     allow_factory: bool = Field(default=False, exclude=True)
 
 
-@job(IngestConfig, claims=False)
+@job(IngestConfig, IngestStore, claims=False)
 def ingest(config: IngestConfig, run: Run) -> dict[str, Any]:
     """Sanitize what has landed, batch by batch, into a store.
 

@@ -6,7 +6,9 @@ is the cost of a sample; the rest is paid once. docs/scale.md says what grows, w
 
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +24,7 @@ from sanitize.embed import EmbedderConfig
 from sanitize.errors import DataError
 from sanitize.jobs.clean import CleanConfig, clean_inside
 from sanitize.jobs.run import Run
+from sanitize.jobs.settings import ConfigSource, config_from
 from sanitize.select import trusted_shards
 from sanitize.storage import fingerprint
 
@@ -92,21 +95,35 @@ class MeasuredRun(Run):
         return artifact
 
 
-def plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]:
-    """Measure on a sample, and scale on paper.
+def plan(
+    config: ConfigSource | None = None,
+    how: PlanConfig | None = None,
+    scratch: Path | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure a cleaning run on a sample of the shards, and scale the costs to all of them.
 
     Args:
-        config: the run that is planned.
-        how: sizes of the sample, and what to scale to.
-        scratch: an empty folder.
+        config: the planned run: a CleanConfig, a dict, or path or URL of a YAML file; None starts from the defaults.
+        how: sizes of the sample and of the scaled data set; None takes the defaults.
+        scratch: an empty folder; None takes a temporary one.
+        settings: fields of CleanConfig; they have precedence over `config`.
 
     Returns:
-        `data`: what is there; `stages`: one row each; `n_groups`: recommended; `memory`; `scaled`: the same for
-        `how.scale_to` samples in shards of the same size.
+        `data`: shards, bytes and samples; `stages`: one row each; `n_groups`: recommended; `memory`; `scaled`: the same
+        for `how.scale_to` samples in shards of the same size.
 
     Raises:
-        SanitizeError: what the stages raise; DataError if the shards hold no sample.
+        SanitizeError: a setting is wrong, or an error of a stage; DataError if the shards hold no sample.
     """
+    checked, how = config_from(CleanConfig, config, settings), how or PlanConfig()
+    if scratch is not None:
+        return _plan(checked, how, scratch)
+    with tempfile.TemporaryDirectory(prefix=f"sanitize-{os.getpid()}-") as folder:
+        return _plan(checked, how, Path(folder))
+
+
+def _plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]:
     found = find_shards(config.shards)
     trusted = set(trusted_shards(config.trusted, found))
     chosen = [*_spread(sorted(found.keys() - trusted), how.n_shards), *_spread(sorted(trusted), 1)]

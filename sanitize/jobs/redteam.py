@@ -1,5 +1,6 @@
-"""What would my pipeline catch on my data? Known attacks on a sample of it, the pipeline blind, models before/after."""
+"""Red team: recall and false removals of a pipeline under known attacks on a sample of the user's own data."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,12 +14,14 @@ from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ConfigError
 from sanitize.jobs.clean import CleanConfig, Cleaned, clean_inside
 from sanitize.jobs.job import job
+from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.progress import track
 from sanitize.redteam import (
     NONE,
     Case,
+    Findings,
     FindingsConfig,
     Measured,
     PlannedAttack,
@@ -48,18 +51,18 @@ DEFAULT_ATTACKS = ("badnets@1%", "badnets@5%", "blended@5%", "labels@5%")
 
 
 class RedTeamConfig(BaseModel):
-    """One red team; one YAML file.
+    """Config of one red team; one YAML file.
 
     Attributes:
-        clean: the pipeline that is put to the test, as `sanitize clean` takes it; its shards are the data.
-        sample: how much of the data is copied, to poison and to test on.
-        attacks: what is planted, each by itself: names such as badnets@1%, or settings of an attack. Case `none`, in
-            which nobody is at work, is always run: what is removed there is removed for nothing.
-        repeats: seeds of each case, counted up from that of `clean.compute`. The sample is the same for all.
-        model: of the models before and after. None: they are trained as the suspect model of the pipeline is, which
-            then is the model before; or, where that is no classifier trained here, as the embedder's defaults say.
+        clean: the pipeline under test, a config of `clean`; its shards are the data.
+        sample: amount of data that is copied, to poison and to test on.
+        attacks: names such as badnets@1%, or settings of an attack; each is planted by itself. Case `none` is always
+            run; it is unpoisoned, so everything removed there is a false positive.
+        repeats: number of seeds of each case, counted up from the seed of `clean.compute`. All use the same sample.
+        model: training of the models before and after. None takes the training of the pipeline's suspect model, which
+            is then the model before; where the pipeline trains no classifier, the defaults of the embedder.
         require: requirements, such as `badnets@1%:recall>=0.9`; each is judged by the mean over the repeats.
-        level: of confidence intervals, in (0, 1).
+        level: level of the confidence intervals, in (0, 1).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,7 +79,7 @@ class RedTeamConfig(BaseModel):
     def _cases_can_be_told_apart_and_judged(self) -> Self:
         names = [case_name(attack) for attack in self.attacks]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ConfigError(f"attacks: two are called {min(twice)}; change the rate of one, or run it by itself")
+            raise ConfigError(f"attacks: two have the name {min(twice)}; change the rate of one, or run it by itself")
         for text in self.require:
             parse_requirement(text, {name: measures_of(attack) for name, attack in self.cases.items()})
         return self
@@ -88,7 +91,7 @@ class RedTeamConfig(BaseModel):
 
     @property
     def trained(self) -> EmbedderConfig:
-        """How the models before and after are trained."""
+        """Training of the models before and after."""
         embedder = self.clean.embedder
         if self.model is not None:
             return self.model
@@ -96,21 +99,55 @@ class RedTeamConfig(BaseModel):
 
 
 class RedTeamData(NamedTuple):
-    """What all cases work on: the sample, and both sides of it indexed."""
+    """Inputs of all cases: the sample, and the index of its two parts."""
 
     samples: Samples
     train: Dataset
     test: Dataset
 
 
-@job(RedTeamConfig, settings=lambda config: config.clean)
+@dataclass(frozen=True)
+class RedTeamRun(JobRun):
+    """A finished run of `redteam`."""
+
+    kind = RedTeamConfig
+
+    @property
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """Name of a case -> measure -> mean, low, high (of the interval) and repeats; see `Findings.info`."""
+        return {case["name"]: case["measures"] for case in self._findings()["cases"]}
+
+    @property
+    def requirements(self) -> list[dict[str, Any]]:
+        """The requirements: text, mean, low, high, met."""
+        found: list[dict[str, Any]] = self._findings()["requirements"]
+        return found
+
+    @property
+    def met(self) -> bool:
+        """True where all requirements are met."""
+        return bool(self._findings()["met"])
+
+    @property
+    def report(self) -> str:
+        """Path or URL of the report page."""
+        return self._page()
+
+    def _findings(self) -> dict[str, Any]:
+        return Findings.load(self._in("80-findings")).info
+
+
+@job(RedTeamConfig, RedTeamRun, section="clean")
 def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
-    """Try a pipeline: sample, plant known attacks, clean blind, train before and after, measure, page.
+    """Measure a pipeline under known attacks.
+
+    Every case plants one attack in a sample of the data, runs the pipeline without knowledge of the attack, and trains
+    models before and after. Stages: sample, poison, clean, train, measure, report.
 
     Returns:
-        Places, what was measured, and whether all requirements are met.
+        Places, measures, and the requirements with whether each is met.
     """
-    material = _material(config, run)
+    data = _sampled(config, run)
     measured: dict[str, list[Measured]] = {name: [] for name in config.cases}
     with track("red team", config.repeats * len(config.cases), "cases") as advance:
         for seed in range(config.repeats):
@@ -118,20 +155,20 @@ def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
             for name, attack in config.cases.items():
                 seeded = run.compute.model_copy(update={"seed": run.compute.seed + seed})
                 inside = run.inside(f"cases/{name.replace('%', '')}/{seed}", seeded)
-                of_case, before = _case(attack, untouched, material, config, inside)
+                of_case, before = _case(attack, untouched, data, config, inside)
                 untouched = untouched or before
                 measured[name].append(of_case)
                 advance(1)
     cases = [Case(name, repeats) for name, repeats in measured.items()]
     summing = FindingsConfig(level=config.level, require=config.require)
     findings = run.stage("80-findings", sum_up, summing, cases)
-    report = run.stage("90-report", write_redteam_report, findings, material.samples)
+    report = run.stage("90-report", write_redteam_report, findings, data.samples)
     result = findings.info | {"findings": findings.path, "report": report.url("index.html")}
     return run.finish(config, result)
 
 
-def _material(config: RedTeamConfig, run: Run) -> RedTeamData:
-    """A sample of the data, and the index of it; of the data itself no image is decoded."""
+def _sampled(config: RedTeamConfig, run: Run) -> RedTeamData:
+    """A sample of the data, and its index; only images of the sample are decoded."""
     found = find_shards(config.clean.shards)
     trusted = trusted_shards(config.clean.trusted, found)
     hashed = config.clean.index.model_copy(update={"check": "digest"})
@@ -148,16 +185,16 @@ def _material(config: RedTeamConfig, run: Run) -> RedTeamData:
 
 
 def _index_like(train: Dataset, config: RedTeamConfig) -> IndexConfig:
-    """Shards are read as those of the sample: every model sees images of one size, and knows all classes."""
+    """Index settings with the image size and classes of the sample, so that all models have the same inputs."""
     image = config.clean.index.image.model_copy(update={"size": train.image_shape[1:]})
     return config.clean.index.model_copy(update={"n_classes": train.n_classes, "image": image})
 
 
 def _case(
-    attack: AttackConfig | None, untouched: Checkpoint | None, material: RedTeamData, config: RedTeamConfig, run: Run
+    attack: AttackConfig | None, untouched: Checkpoint | None, data: RedTeamData, config: RedTeamConfig, run: Run
 ) -> tuple[Measured, Checkpoint]:
-    """One case with one seed: what was measured, and the model before; that of none is `untouched` to the others."""
-    samples, train, test = material
+    """One case with one seed: its measures and its model before; that of `none` is `untouched` for the others."""
+    samples, train, test = data
     index = _index_like(train, config)
     truth, shards = None, samples.paths("train")
     if attack is not None:
@@ -176,8 +213,8 @@ def _case(
 
 
 def _models(cleaned: Cleaned, index: IndexConfig, config: RedTeamConfig, run: Run) -> dict[str, Checkpoint]:
-    """`before` has learned all that the pipeline was given, `after` what it kept; alike in all else, the seed too."""
-    before = cleaned.embedder  # which another training of this config on this data would give again
+    """Two models with one training and one seed: `before` learns from all samples, `after` from those kept."""
+    before = cleaned.embedder  # the same training on the same data
     if config.trained != config.clean.embedder:
         before = run.stage("60-model-before", train_embedder, config.trained, cleaned.dataset)
     counts = cleaned.selection.manifest().counts
@@ -188,7 +225,7 @@ def _models(cleaned: Cleaned, index: IndexConfig, config: RedTeamConfig, run: Ru
 
 
 def table(result: dict[str, Any]) -> str:
-    """Means over seeds in Markdown, in per cent; "-" where there was nothing to count or measure."""
+    """Means over seeds in Markdown, in per cent; "-" where nothing was measured."""
     lines = ["| case | " + " | ".join(SHOWN).replace("_", " ") + " |", "|---|" + "---:|" * len(SHOWN)]
     for case in result["cases"]:
         means = [case["measures"].get(name, {}).get("mean") for name in SHOWN]

@@ -4,6 +4,7 @@ one by merging what is remembered of the batches that were accepted since; no sh
 import getpass
 import hashlib
 import time
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import yaml
@@ -25,9 +26,8 @@ from sanitize.drift import (
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import EmbedConfig
 from sanitize.errors import ArtifactError, ConfigError
-from sanitize.jobs.clean import CleanConfig, scores_folder
-from sanitize.jobs.restore import config_of, latest
-from sanitize.jobs.run import Run, save_config
+from sanitize.jobs.clean import CleanConfig, latest, scores_folder
+from sanitize.jobs.run import Run, read_config, save_config
 from sanitize.lease import check_held
 from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
 from sanitize.models.checkpoint import Checkpoint
@@ -122,21 +122,30 @@ def _read_config(url: str, sha256: str) -> ReferenceConfig:
 
 
 def make_reference(
-    run: str, store: str, statistics: StatisticsConfig, level: float | None, note: str = ""
+    run: str | Path,
+    store: str | Path,
+    statistics: StatisticsConfig | None = None,
+    level: float | None = 0.001,
+    note: str = "",
 ) -> dict[str, Any]:
-    """Version 1, from a finished run of `sanitize clean` that somebody looked at and approves of.
+    """Make version 1 of a reference from a finished and approved run of `clean`.
 
     Args:
-        run: its folder; where samples were put back, that is respected.
-        store: the folder or URL that batches and ledger go to.
-        statistics: what is remembered.
-        level: see `JudgeConfig`.
-        note: why it was approved.
+        run: path or URL of the run folder; where samples were put back, the latest decision counts.
+        store: path or URL of the folder for batches and ledger.
+        statistics: settings of the statistics that are kept of the run; None takes the defaults.
+        level: probability in (0, 1) that a scorer flags a clean sample; None takes the rules of the run. See
+            `JudgeConfig`.
+        note: reason of the approval.
+
+    Returns:
+        `reference`: the version; `folder`; number of `shards`; `samples` seen and remembered; `level`.
 
     Raises:
         ConfigError: the store has a reference, or the run cannot be one.
     """
-    made, dataset = config_of(run), Dataset.load(join(run, "00-index"))
+    run, store, statistics = str(run), str(store), statistics or StatisticsConfig()
+    made, dataset = read_config(run, CleanConfig), Dataset.load(join(run, "00-index"))
     config = ReferenceConfig.of_run(made, dataset, statistics, level)
     selection, number = latest(run)
     shards = Shards.load(join(run, f"50-shards.r{number}" if number else "50-shards"))
@@ -173,12 +182,20 @@ def make_reference(
     }
 
 
-def refit(store: str, note: str = "") -> dict[str, Any]:
-    """The next version: the last one, and what is remembered of the batches released since. Scorers are fitted anew.
+def refit(store: str | Path, note: str = "") -> dict[str, Any]:
+    """Make the next version of a reference: the last one merged with the batches released since; scorers are refitted.
+
+    Args:
+        store: path or URL of the store.
+        note: reason.
+
+    Returns:
+        `reference`: the version; `folder`; the `merged` batches; `samples` seen and remembered; `level`.
 
     Raises:
-        ConfigError: there is no reference, or nothing was released since.
+        ConfigError: there is no reference, or no batch was released since.
     """
+    store = str(store)
     ledger = Ledger(store)
     with exclusive(join(store, "reference")):
         state = ledger.read()

@@ -7,22 +7,34 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from sanitize import __version__
-from sanitize.artifacts import MANIFEST, Artifact
+from sanitize.artifacts import MANIFEST, Artifact, first_line, first_problem
 from sanitize.compute import Compute
 from sanitize.data.sources import refuse_inside
 from sanitize.distributed import rank0_first, world
-from sanitize.storage import create, exclusive, exists, join
+from sanitize.errors import ArtifactError, SanitizeError
+from sanitize.storage import create, exclusive, exists, join, read_bytes
 
 logger = logging.getLogger("sanitize.run")
 A = TypeVar("A", bound=Artifact)
+C = TypeVar("C", bound=BaseModel)
+# Fields of run.json; the others are the summary of the run.
+RECORD = (
+    "status",
+    "stages",
+    "inputs",
+    "versions",
+    "compute",
+    "device",
+    "updated",
+)
 
 
 class Run:
@@ -40,7 +52,7 @@ class Run:
         self.n_groups = n_groups
         self.stages: list[dict[str, Any]] = []
         self.given: dict[str, str] = {}  # digest -> place of artifacts of others that stages here were given
-        logger.info("sanitize %s on %s", __version__, compute.describe())
+        logger.info("sanitize %s on %s", version("sanitize"), compute.describe())
 
     def inside(self, folder: str, compute: Compute) -> Self:
         """A run of its own in a folder of this one, called in the same way."""
@@ -158,9 +170,43 @@ def save_config(config: BaseModel, out: str) -> None:
         writer.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
+def read_config(folder: str, kind: type[C]) -> C:
+    """The `config.yaml` of a finished run.
+
+    Args:
+        folder: path or URL of the run folder.
+        kind: class of the config.
+
+    Raises:
+        ArtifactError: there is no such file, or it is the config of another job.
+    """
+    url = join(folder, "config.yaml")
+    try:
+        return kind.model_validate(yaml.safe_load(read_bytes(url)))
+    except OSError:
+        raise ArtifactError(f"{folder} is not a finished run: it has no config.yaml") from None
+    except (yaml.YAMLError, RecursionError, ValueError, SanitizeError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
+        raise ArtifactError(f"{url} is no {kind.__name__}: {why}") from error
+
+
+def read_record(folder: str) -> dict[str, Any]:
+    """The `run.json` of a finished run. Raises ArtifactError where there is none, or the run has not finished."""
+    url = join(folder, "run.json")
+    try:
+        record = json.loads(read_bytes(url))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is not a run folder: it has no run.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{url} is damaged: {first_line(error)}") from error
+    if not isinstance(record, dict) or record.get("status") != "finished":
+        raise ArtifactError(f"the run in {folder} has not finished; run it again to go on")
+    return record
+
+
 def versions() -> dict[str, str]:
     """Versions that may change results."""
-    return {"sanitize": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return {"sanitize": version("sanitize"), "python": platform.python_version(), "torch": torch.__version__}
 
 
 def split(shards: Sequence[str], n: int) -> list[list[str]]:

@@ -33,7 +33,7 @@ def config_from(kind: type[C], config: ConfigSource | None, settings: Mapping[st
     try:
         return kind.model_validate({name: _plain(kind, name, value) for name, value in given.items()})
     except ValidationError as error:
-        raise ConfigError("; ".join(problems(kind, error))) from error
+        raise ConfigError("; ".join(problems(kind, error))) from None
 
 
 def problems(kind: type[BaseModel], error: ValidationError) -> list[str]:

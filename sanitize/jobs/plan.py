@@ -1,7 +1,7 @@
-"""What would cleaning these shards cost? Tasks, bytes, memory and time, from a measured sample of them.
+"""Costs of cleaning a data set: tasks, bytes, memory and time, estimated from a measured sample.
 
-The run itself is tried on two samples of different sizes, by one worker in a temporary folder. What the two differ in
-is the cost of a sample; the rest is paid once. docs/scale.md says what grows, what does not, and why.
+The run is measured on two samples of different sizes, by one worker in a temporary folder. Their difference gives the
+cost of a sample; the rest is paid once. docs/scale.md explains which costs grow with the data.
 """
 
 import json
@@ -28,18 +28,18 @@ from sanitize.jobs.settings import ConfigSource, config_from
 from sanitize.select import trusted_shards
 from sanitize.storage import fingerprint
 
-SELECTED_BYTES, SCORED_BYTES = 17, 4  # that `select` holds of each sample, and of each scorer's score of it
-MAX_FITTED = 10_000  # samples of a class that a scorer is fitted on (20,000 of all classes, some)
+SELECTED_BYTES, SCORED_BYTES = 17, 4  # held by `select` for each sample, and for each score of a sample
+MAX_FITTED = 10_000  # samples of a class that a scorer is fitted on (for some scorers 20,000 of all classes)
 
 
 class PlanConfig(BaseModel):
-    """How it is measured.
+    """Settings of the measurement.
 
     Attributes:
-        n_samples: of the larger sample; the smaller one has a quarter.
-        n_shards: that they are taken from, the first samples of each.
-        task_minutes: how long one task should take: much longer than it takes to start, short enough to be lost.
-        scale_to: samples of the data set on paper.
+        n_samples: size of the larger sample; the smaller one has a quarter of it.
+        n_shards: number of shards to sample; the first samples of each are taken.
+        task_minutes: intended duration of a task: much longer than its start, short enough to repeat after a failure.
+        scale_to: number of samples in the hypothetical data set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,11 +51,11 @@ class PlanConfig(BaseModel):
 
 
 class Cost(NamedTuple):
-    """Of one stage: what is paid once, and what each sample adds. Bytes are None where the system does not count them.
+    """Costs of one stage, fixed and for each sample. Bytes are None where the system does not count them.
 
     Attributes:
-        passes: how often the real run goes over the samples, where the measured one did once.
-        most: samples beyond which time no longer grows: scorers are fitted on a bounded sample of each class.
+        passes: number of passes over the samples in the real run; the measured run makes one.
+        most: number of samples beyond which time no longer grows: scorers are fitted on a bounded sample of a class.
     """
 
     folder: str
@@ -69,7 +69,7 @@ class Cost(NamedTuple):
     most: float = math.inf
 
     def seconds(self, n: int) -> float:
-        """One worker's, for `n` samples."""
+        """Time of one worker for `n` samples."""
         return self.seconds_once + self.seconds_each * self.passes * min(n, self.most)
 
 
@@ -81,7 +81,7 @@ class MeasuredRun(Run):
         self.divided: set[str] = set()
 
     def sharded(self, folder: str, *args: Any) -> Any:
-        """Remember that groups of shards may do it side by side."""
+        """Remember that groups of shards may run side by side."""
         self.divided.add(folder)
         return super().sharded(folder, *args)
 
@@ -152,7 +152,7 @@ def _plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]
 def _try(
     config: CleanConfig, found: dict[str, str], chosen: Sequence[str], trusted: set[str], n: int, scratch: Path
 ) -> tuple[MeasuredRun, int, float]:
-    """Clean the first `n` samples of each chosen shard; how many there were, and the bytes of one as it is stored."""
+    """Clean the first `n` samples of each chosen shard; returns the run, the number of samples, bytes of a sample."""
     counts: list[int] = []
     sizes: list[int] = []
 
@@ -175,7 +175,7 @@ def _try(
 
 
 def _tried(config: CleanConfig, shards: Path, has_trusted: bool) -> CleanConfig:
-    """The run on the sample: one pass of training, and bad samples stop nothing."""
+    """Config of the run on the sample: one epoch of training, no limit on bad samples."""
     embedder = config.embedder
     once = embedder.model_copy(update={"optim": embedder.optim.model_copy(update={"epochs": 1})})
     index = config.index.model_copy(update={"max_bad_fraction": 1.0, "max_bad_shards": len(list(shards.iterdir()))})
@@ -188,7 +188,8 @@ def _tried(config: CleanConfig, shards: Path, has_trusted: bool) -> CleanConfig:
 def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: CleanConfig) -> list[Cost]:
     """Straight lines through two points, `more` samples apart.
 
-    What falls with the samples is noise: then bytes do not depend on them, and all time of a divided stage does.
+    Where the larger sample costs less, the difference is noise: bytes are then fixed, and all time of a divided stage
+    grows with the samples.
     """
 
     def each(name: str, a: dict[str, Any], b: dict[str, Any]) -> float | None:
@@ -247,7 +248,7 @@ def _scaled(
 
 
 def _memory(n: int, n_shards: int, config: CleanConfig, run: MeasuredRun) -> dict[str, float]:
-    """Bytes: of a task (measured), of training's cache, of `select`, and of what the driver knows of the shards."""
+    """Bytes of a task (measured), of the cache of training, of `select`, and of the driver's list of shards."""
     summary = (Path(run.out) / "00-index" / "dataset.json").stat().st_size
     n_sampled = len(list((Path(run.out) / "00-index" / "rows").rglob("*.parquet")))
     return {
@@ -259,13 +260,13 @@ def _memory(n: int, n_shards: int, config: CleanConfig, run: MeasuredRun) -> dic
 
 
 def _spread(names: Sequence[str], n: int) -> list[str]:
-    """At most `n` of them, evenly."""
+    """At most `n` of the names, evenly spaced."""
     n = min(n, len(names))
     return [names[i * len(names) // n] for i in range(n)]
 
 
 def _bytes_read() -> int | None:
-    """By this process so far, from the page cache too; None where there is no /proc."""
+    """Bytes read by this process so far, page cache included; None without /proc."""
     return _proc("io", "rchar")
 
 

@@ -76,7 +76,7 @@ class RedTeamConfig(BaseModel):
     level: float = Field(default=0.95, gt=0, lt=1)
 
     @model_validator(mode="after")
-    def _cases_can_be_told_apart_and_judged(self) -> Self:
+    def _cases_have_different_names(self) -> Self:
         names = [case_name(attack) for attack in self.attacks]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"attacks: two have the name {min(twice)}; change the rate of one, or run it by itself")

@@ -1,5 +1,5 @@
-"""The reference of a store: what new shards are judged against. Version 1 is made from an approved run, and each later
-one by merging what is remembered of the batches that were accepted since; no shard of the past is read for it."""
+"""The reference of a store, which new shards are judged against. Version 1 is made from an approved run, each later
+version by merging the statistics of the batches accepted since; no old shard is read again."""
 
 import getpass
 import hashlib
@@ -41,13 +41,13 @@ CONFIG = "config.yaml"
 
 
 class ReferenceConfig(BaseModel):
-    """All that new shards are processed by, so that they meet what the approved run met.
+    """Settings by which new shards are processed, the same as in the approved run.
 
     Attributes:
-        index, embed, scorers: of that run; classes and image size are fixed to what it found.
-        judge: its rules, and the level of what is judged sample by sample.
-        statistics: what is remembered.
-        compute: seed and precision are those of every batch.
+        index, embed, scorers: settings of the approved run, with its classes and image size.
+        judge: rules of the approved run, and the level for samples that are judged one by one.
+        statistics: settings of the statistics that are kept.
+        compute: seed and precision of every batch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,7 +61,7 @@ class ReferenceConfig(BaseModel):
 
     @classmethod
     def of_run(cls, run: CleanConfig, dataset: Dataset, statistics: StatisticsConfig, level: float | None) -> Self:
-        """For new shards like those of a run. Raises ConfigError where its settings cannot judge one by one."""
+        """From the config of a run. Raises ConfigError where its rules cannot judge samples one by one."""
         if run.select.verdict == "combined":
             raise ConfigError("a run with verdict 'combined' judges all samples together: approve one with any or all")
         image = run.index.image.model_copy(update={"size": dataset.image_shape[1:]})
@@ -73,7 +73,7 @@ class ReferenceConfig(BaseModel):
 
 
 class Reference(NamedTuple):
-    """One version, loaded: handles of its artifacts."""
+    """Handles of the artifacts of one version."""
 
     version: int
     config: ReferenceConfig
@@ -85,12 +85,12 @@ class Reference(NamedTuple):
 
 
 def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) -> Reference:
-    """A version of the ledger. Raises ArtifactError where a folder is not what the ledger says.
+    """Load a version of the reference. Raises ArtifactError where a folder differs from the ledger.
 
     Args:
-        store: its folder or URL.
-        entry: the version.
-        trust_code: the embedder may run code that it names, see `sanitize.load_model`.
+        store: path or URL of the store.
+        entry: entry of the version in the ledger.
+        trust_code: True allows the embedder to run code that it names, see `sanitize.load_model`.
     """
     folder = version_folder(store, entry.version)
     for name, digest in entry.digests.items():
@@ -109,7 +109,7 @@ def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) 
 
 
 def _read_config(url: str, sha256: str) -> ReferenceConfig:
-    """What new shards are processed by; a ledger of older versions does not say its sha256."""
+    """The settings of a version; ledgers of older versions have no sha256 of the file."""
     try:
         data = read_bytes(url)
         if sha256 and hashlib.sha256(data).hexdigest() != sha256:
@@ -218,8 +218,8 @@ def refit(store: str | Path, note: str = "") -> dict[str, Any]:
         )
 
         def decide(state: State) -> ReferenceEntry:
-            check_held(join(store, "reference"))  # nobody else makes versions while the lock is held
-            if state.reference.version != last.version:  # the lock was lost, and somebody else took it
+            check_held(join(store, "reference"))  # with the lock, no other process makes versions
+            if state.reference.version != last.version:  # the lock was lost to another process
                 raise ArtifactError(f"reference v{state.reference.version:04d} was made meanwhile; run again")
             return entry
 
@@ -241,13 +241,13 @@ def _remembered(store: str, state: State, batch: str) -> Statistics:
 
 
 def unmerged(state: State) -> list[str]:
-    """Released batches that no version of the reference has, sorted: the order of merging changes rounding."""
+    """Released batches that are in no version of the reference; sorted, as the order of merging changes rounding."""
     merged = {name for entry in state.references.values() for name in entry.merged}
     return sorted(name for name, batch in state.batches.items() if batch.is_released and name not in merged)
 
 
 def clean_shards(shards: Shards, batch: str, folder: str) -> tuple[CleanShard, ...]:
-    """What written shards add to the feed; `folder` is where readers find them. Empty shards are left out."""
+    """Lines of the feed for written shards; `folder` is their place for readers. Empty shards are left out."""
     described = shards.read_json("dataset.json")["shards"]
     return tuple(
         CleanShard(shard=join(folder, name), batch=batch, **facts)
@@ -257,7 +257,7 @@ def clean_shards(shards: Shards, batch: str, folder: str) -> tuple[CleanShard, .
 
 
 def _fit(config: ReferenceConfig, remembered: Statistics, run: Run) -> None:
-    """Scorers on one half of the sample; both halves are scored."""
+    """Fit scorers on one half of the sample, and score both halves."""
     for half in remembered.shards:
         if not len(remembered.rows(half, ["label"])):
             raise ConfigError(f"the run has too few samples for a reference: none is left to {half}")
@@ -269,14 +269,14 @@ def _fit(config: ReferenceConfig, remembered: Statistics, run: Run) -> None:
 
 
 def _begin(store: str, version: int, config: ReferenceConfig) -> Run:
-    """The folder of a version that the ledger does not have; what was left there may be of other batches."""
+    """A fresh folder for a version that the ledger does not have; leftovers may come from other batches."""
     folder = version_folder(store, version)
     remove(folder)
     return Run(folder, config.compute)
 
 
 def version_folder(store: str, version: int) -> str:
-    """Where a version of the reference is."""
+    """Folder of a version of the reference."""
     return join(store, "reference", f"v{version:04d}")
 
 
@@ -294,7 +294,7 @@ def _digests(run: Run) -> dict[str, str]:
 
 
 def _offered(dataset: Dataset) -> tuple[Offered, ...]:
-    """The shards of the run, as the ledger knows shards: they are not taken for new ones."""
+    """The shards of the run as entries of the ledger, so that ingest does not take them for new ones."""
     sources = dataset.manifest().sources
     return tuple(
         Offered(
@@ -314,5 +314,5 @@ def _n_samples(remembered: Statistics) -> dict[str, int]:
 
 
 def approval(by: str, note: str) -> dict[str, str]:
-    """Who decided, when, and why."""
+    """User, time and reason of a decision."""
     return {"by": by or getpass.getuser(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note}

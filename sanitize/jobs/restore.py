@@ -1,4 +1,4 @@
-"""What a person does with a finished run: put samples back, write its report again."""
+"""Changes to a finished run of `clean`: put samples back, write the report again."""
 
 import json
 import time
@@ -59,7 +59,7 @@ def restore(folder: str | Path, keys: str | Sequence[str], note: str = "") -> di
 
 
 def write_again(folder: str) -> str:
-    """Write the report of the latest selection; path of the page."""
+    """Write the report of the latest selection; returns the path or URL of the page."""
     with exclusive(folder):
         config = config_of(folder)
         selection, number = latest(folder)

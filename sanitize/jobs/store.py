@@ -108,7 +108,9 @@ def altered_shards(store: str, state: State) -> list[str]:
         return [problem for problems in pool.map(look, released) for problem in problems]
 
 
-def told(store: str, batch: IngestBatch, entry: CommitEntry | None, reasons: tuple[str, ...] = ()) -> dict[str, Any]:
+def batch_summary(
+    store: str, batch: IngestBatch, entry: CommitEntry | None, reasons: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """State of a batch as a result has it; a batch without entry is still claimed, for these `reasons`."""
     folder = join(store, "batches", batch.claim.batch)
     pages = {"report": "90-report/index.html", "drift": "91-drift-report/index.html"}
@@ -129,16 +131,16 @@ def list_batches(store: str, status: str | None = None) -> list[dict[str, Any]]:
     found = []
     for batch in Ledger(store).read().batches.values():
         decision = None if batch.decision is None else batch.decision.model_dump(exclude={"kind", "batch"})
-        found.append(told(store, batch, batch.commit) | {"decision": decision, "released": batch.is_released})
+        found.append(batch_summary(store, batch, batch.commit) | {"decision": decision, "released": batch.is_released})
     return [row for row in found if status in (None, row["status"])]
 
 
 def list_refused(store: str) -> list[dict[str, Any]]:
     """Shards that are in no batch, in the order of refusal: `shard`, `sha256`, `reasons`, `size`, `modified`."""
-    return [told_refused(shard) for shard in Ledger(store).read().refused.values()]
+    return [refused_summary(shard) for shard in Ledger(store).read().refused.values()]
 
 
-def told_refused(shard: Refused) -> dict[str, Any]:
+def refused_summary(shard: Refused) -> dict[str, Any]:
     """A refused shard as a result has it."""
     return {
         "status": "refused",

@@ -23,7 +23,7 @@ __version__ = version("sanitize")
 
 def __getattr__(name: str) -> Any:
     """Names of `sanitize.api` and subpackages, imported at first use: torch takes seconds, and `--help` needs none."""
-    if name.startswith("__") and name != "__all__":
+    if name.startswith("_") and name != "__all__":
         raise AttributeError(f"module 'sanitize' has no attribute {name!r}")
     if find_spec(f"sanitize.{name}") is not None:  # also where a module inside is imported while `sanitize.api` is
         return import_module(f"sanitize.{name}")

@@ -60,7 +60,8 @@ def find_poison(
             without labels, for example flattened images) serves the label check, which decides the suspicious part
             where a class splits evenly.
         labels: given labels (N,), integers.
-        seed: seed of all random choices, in [0, 2**63); the same seed gives the same result.
+        seed: seed of all random choices, in [0, 2**63); with the same number of torch threads, the same seed gives the
+            same result to the bit.
         scorer: settings of the scorer. None takes the defaults, with the label check where its embedding is given.
         select: rule and cap. None takes the defaults: the separation rule, and at most 60 % of a class.
 

@@ -204,6 +204,23 @@ def test_a_result_is_opened_later_and_follows_decisions(cleaned: CleanRun, tmp_p
     assert sanitize.verify(cleaned.folder).problems == []
 
 
+def test_a_job_is_silent_unless_progress_is_wanted(
+    digits: Digits, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for progress in (False, True):
+        jobs.denoise(
+            digits.shards()[:1],
+            out=tmp_path / str(progress),
+            denoise={"dims": 8},
+            index={"n_classes": 10},
+            compute=CPU,
+            progress=progress,
+        )
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert ("samples/s" in err) == progress
+
+
 def test_a_folder_without_a_finished_run_of_the_job_is_refused(cleaned: CleanRun, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no run\.json"):
         CleanRun.open(tmp_path)

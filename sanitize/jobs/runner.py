@@ -42,8 +42,8 @@ class Ray(_Runner):
     of the flow runs on a node too; stages that are not divided into groups stay in that process.
 
     Attributes:
-        address: HOST:PORT of a cluster, or "auto" for the cluster that this machine joined with `ray start`; None starts
-            a cluster on this machine that ends with the flow. RAY_ADDRESS has precedence.
+        address: HOST:PORT of a cluster, or "auto" for the cluster that this machine joined with `ray start`; None
+            starts a cluster on this machine that ends with the flow. RAY_ADDRESS has precedence.
         num_cpus: CPUs reserved for each group.
         num_gpus: GPUs reserved for each group; 0.5 puts two groups on one GPU.
         retries: number of times that a group starts again after its worker died.

@@ -18,7 +18,7 @@ class CertifyRunConfig(ModelRunConfig):
 
     Attributes:
         shards: test samples: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
-        index: how shards are read; sizes and classes are those of the model.
+        index: settings of reading shards; sizes and classes are those of the model.
         smoothing: randomized smoothing of one network. An ensemble of partitions is certified by its votes, without
             settings.
     """

@@ -35,10 +35,10 @@ class JobConfig(BaseModel):
 
     Attributes:
         shards: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
-        n_groups: number of groups of shards that run side by side; None takes the number of CPU cores. Results do not
-            depend on it.
+        n_groups: number of groups of shards, which flows run side by side; None takes the number of CPU cores. Results
+            do not depend on it.
         compute: device, precision, seed, threads.
-        runner: threads, processes or ray; where groups of shards run.
+        runner: threads, processes or ray, for the groups of a flow.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,7 +63,7 @@ class RunConfig(JobConfig):
     """Settings of jobs that read shards in a way of their own.
 
     Attributes:
-        index: how shards are read.
+        index: settings of reading shards.
     """
 
     index: IndexConfig = IndexConfig()
@@ -274,8 +274,8 @@ def _doc(function: Order[Any], kind: type[BaseModel], result: type[JobResult]) -
     shards = settings.pop("shards", "directories, globs, brace ranges or URLs of .tar / .tar.gz shards.")
     common = {
         "shards": shards,
-        "out": "path or URL of the run folder; given again, a run that was interrupted goes on.",
-        "config": f"a {kind.__name__}, a dict, or path or URL of a YAML file; the other arguments have precedence.",
+        "out": f"path or URL of the {result.place}; given again, the job resumes where it was interrupted.",
+        "config": f"{kind.__name__} object, dict, or path or URL of a YAML file; the other arguments have precedence.",
         "progress": "True shows progress bars on stderr.",
     }
     entries = "\n".join(f"    {names}: {text}" for names, text in (common | settings).items())

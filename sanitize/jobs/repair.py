@@ -25,7 +25,7 @@ class RepairRunConfig(ModelRunConfig):
         shards: training data of the model, for methods that read it (drr).
         clean_shards: trusted samples, for methods that learn from a few of them (ibau).
         test_shards: samples to measure on before and after, and to certify; no method sees them.
-        index: how shards are read; sizes and classes are those of the model.
+        index: settings of reading shards; sizes and classes are those of the model.
         repair: the method.
         truth: folder of the artifact of `poison_shards` that made the shards, where the poison is known.
         smoothing: settings to certify the repaired model with on the test shards; None does not certify it.

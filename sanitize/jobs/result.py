@@ -28,6 +28,7 @@ class JobResult:
         folder: path or URL of the run folder.
     """
 
+    place: ClassVar[str] = "run folder"  # the folder, as help texts name it
     folder: str
 
     @classmethod

@@ -22,7 +22,7 @@ class RobustnessRunConfig(ModelRunConfig):
     Attributes:
         shards: test samples: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
         train_shards: images for the principal components that gradients are compared with; none takes `shards`.
-        index: how shards are read; sizes and classes are those of the model.
+        index: settings of reading shards; sizes and classes are those of the model.
         pca, robustness: sections of the stages.
     """
 

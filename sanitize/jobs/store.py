@@ -29,6 +29,7 @@ class IngestStore(JobResult):
         summary: findings of the call of `ingest` that returned this object; empty where the store was opened.
     """
 
+    place = "store"
     summary: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod

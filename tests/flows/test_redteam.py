@@ -204,7 +204,7 @@ def test_the_pipelines_own_yaml_and_options_are_enough(settings: dict[str, Any],
         (["--require", "wanet@1%:recall>=0.9"], "case 'wanet@1%' is not run"),
         (["--require", "none:recall>=0.9"], "of case none there are"),
         (["--attack", "badnets"], "expected KIND@RATE%"),
-        (["--attack", "badnets@1%", "--attack", "badnets@1%"], "two are called badnets@1%"),
+        (["--attack", "badnets@1%", "--attack", "badnets@1%"], "two have the name badnets@1%"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(

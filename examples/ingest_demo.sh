@@ -15,7 +15,7 @@ mkdir -p "$SANITIZE_HOME"/data/{approved,incoming} "$SANITIZE_HOME"/runs
 
 say() { printf '\n== %s\n' "$*"; }
 
-stop() {  # stop PID: a worker that is asked to end waits for what it may never hear; then it is not asked again
+stop() {  # stop PID: SIGTERM, then SIGKILL for a worker that still waits for its server
   kill "$1" 2>/dev/null || return 0
   for _ in {1..20}; do kill -0 "$1" 2>/dev/null || return 0; sleep 0.5; done
   kill -9 "$1" 2>/dev/null || true

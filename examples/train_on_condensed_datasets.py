@@ -1,9 +1,9 @@
-"""Train a classifier on a condensed set that is read with Hugging Face datasets; nothing of sanitize is needed.
+"""Train a classifier on a condensed set that is read with Hugging Face datasets; `sanitize` is not needed.
 
     pip install datasets
     python examples/train_on_condensed_datasets.py runs/condensed/70-condensed [--epochs 300]
 
-A row has `npy`, the exact image, float32 and normalised; `png`, the same in 8 bits to look at; `cls`, its class.
+A row has `npy` (the exact image, float32, normalised), `png` (the image in 8 bits) and `cls` (the class).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train a classifier on a condensed set with PyTorch Lightning; nothing of sanitize is needed to read it.
+"""Train a classifier on a condensed set with PyTorch Lightning; `sanitize` is not needed.
 
 pip install lightning
 python examples/train_on_condensed_lightning.py runs/condensed/70-condensed [--epochs 300]

@@ -2,10 +2,12 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -13,6 +15,7 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+import sanitize
 from flows.cli import app
 from sanitize import Compute, index_shards
 from sanitize.data.digits import write_digits
@@ -148,15 +151,41 @@ def test_python_compiles(page: Path) -> None:
         compile(code, str(page), "exec")
 
 
-def test_examples_of_the_python_api_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_examples_of_the_python_api_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for code in fences(ROOT / "docs/python-api.md", "python"):
-        exec(compile(code, "docs/python-api.md", "exec"), names)
+    shards = write_digits(str(tmp_path / "digits"), Compute(device="cpu")).shards()[:2]
+    (tmp_path / "data").mkdir()
+    for i, shard in enumerate(shards):
+        shutil.copy(shard, tmp_path / f"data/train-{i}.tar")
+    settings = {"shards": ["elsewhere"], "embedder": {"optim": {"epochs": 1, "batch_size": 64}}}
+    (tmp_path / "clean.yaml").write_text(yaml.safe_dump(settings))
+    names: dict[str, Any] = {}
+    clean, find_poison, with_settings = fences(ROOT / "docs/python-api.md", "python")[:3]
+
+    _execute(clean, names)
+    assert {Path(path).name for path in names["run"].clean_shards} == {"train-0.tar", "train-1.tar"}
+    assert len(names["removed"]) == names["run"].summary["samples"]["quarantined"]
+    _execute(find_poison, names)
+    assert names["mask"].nonzero()[0].tolist() == list(range(25))
+    _execute(with_settings, names)
+    optim, seed = names["run"].config.embedder.optim, names["run"].config.compute.seed
+    assert (optim.epochs, optim.batch_size, seed) == (2, 64, 1)
+
+
+@pytest.mark.slow
+def test_other_examples_of_the_python_api_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"sanitize": sanitize}
+    for code in fences(ROOT / "docs/python-api.md", "python")[3:]:
+        _execute(code, names)
     assert (tmp_path / "api/50-shards/clean").is_dir()
     assert (tmp_path / "api/80-package/MODEL_CARD.md").is_file()
-    assert tuple(names["logits"].shape) == (4, 10)  # type: ignore[attr-defined]
-    assert names["outliers"][:6].all()  # type: ignore[index]
+    assert tuple(names["logits"].shape) == (4, 10)
+    assert names["outliers"][:6].all()
+
+
+def _execute(code: str, names: dict[str, Any]) -> None:
+    exec(compile(code, "docs/python-api.md", "exec"), names)
 
 
 def test_class_folders_become_shards(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from sanitize.compute import Compute
-from sanitize.jobs import JOBS, CleanConfig, Job, JobConfig, RedTeamConfig, run_job
+from sanitize.jobs import JOBS, CleanConfig, CleanRun, Job, JobConfig, RedTeamConfig, run_job
 from sanitize.jobs.job import job, job_of
 from sanitize.jobs.run import Run
 
@@ -63,9 +63,11 @@ def test_a_job_is_declared_once_and_says_where_its_settings_are() -> None:
         return {}
 
     with pytest.raises(TypeError, match="already"):
-        job(CleanConfig)(clean)
+        job(CleanConfig, CleanRun)(clean)
     with pytest.raises(TypeError, match="settings of the run"):
-        job(BaseModel)
+        job(BaseModel, CleanRun)
+    with pytest.raises(TypeError, match="settings of the run"):
+        job(RedTeamConfig, CleanRun, section="sample")
     with pytest.raises(TypeError, match="no job takes a Compute"):
         run_job(Compute(), "nowhere")
     assert JOBS["clean"].function is not clean

@@ -52,6 +52,7 @@ def test_every_stage_is_declared() -> None:
         if not name.startswith("_")
         and {"out", "compute"} <= inspect.signature(function).parameters.keys()
         and function.__module__.startswith("sanitize.")
+        and "progress" not in inspect.signature(function).parameters  # a job as a Python function
     }
     assert found == set(DECLARED)
     for module in MODULES:

@@ -22,7 +22,8 @@ from sanitize.denoise import PCA
 from sanitize.drift import Projection, Statistics
 from sanitize.errors import ArtifactError, SanitizeError
 from sanitize.jobs.reference import ReferenceConfig
-from sanitize.jobs.restore import config_of, verify_run, written_config
+from sanitize.jobs.restore import config_of, verify_run
+from sanitize.jobs.run import read_config
 from sanitize.models.checkpoint import write_checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.models.mlp import MLPConfig
@@ -150,7 +151,7 @@ def test_a_damaged_run_json_is_one_line(record: str, tmp_path: Path) -> None:
 )
 def test_a_config_of_a_run_that_is_none_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    for read in (config_of, lambda folder: written_config(folder, ReferenceConfig)):
+    for read in (config_of, lambda folder: read_config(folder, ReferenceConfig)):
         with pytest.raises(ArtifactError, match=r"config\.yaml is no") as error:
             read(str(tmp_path))
         assert str(error.value).isprintable()

@@ -1,33 +1,69 @@
 """Jobs: the order in which stages are called. Each has one config and one function, in a file of its name.
 
-from sanitize.jobs import CleanConfig, run_job
+    from sanitize import jobs
 
-run_job(CleanConfig(shards=("data/train-*.tar",)), "runs/first")
+    run = jobs.clean("data/train-*.tar", out="runs/first")
+
+`sanitize.jobs.NAME` is the job as a function. Its file is imported by its full name: `from sanitize.jobs.clean import
+CleanConfig`.
 """
 
-from sanitize.jobs.certify import CertifyRunConfig
-from sanitize.jobs.clean import CleanConfig
-from sanitize.jobs.condense import CondenseRunConfig
-from sanitize.jobs.denoise import DenoiseRunConfig
-from sanitize.jobs.ingest import IngestConfig
+# The functions have the names of their files. A name stays bound to the function because all files are imported here:
+# Python binds a file to its name in the package once, when the file is first imported.
+from sanitize.jobs.certify import CertifyRun, CertifyRunConfig, certify
+from sanitize.jobs.clean import CleanConfig, CleanRun, clean
+from sanitize.jobs.condense import CondenseRun, CondenseRunConfig, condense
+from sanitize.jobs.demo import demo
+from sanitize.jobs.denoise import DenoiseRun, DenoiseRunConfig, denoise
+from sanitize.jobs.ingest import IngestConfig, ingest
 from sanitize.jobs.job import JOBS, Job, JobConfig, run_job
-from sanitize.jobs.redteam import RedTeamConfig
-from sanitize.jobs.repair import RepairRunConfig
-from sanitize.jobs.robustness import RobustnessRunConfig
-from sanitize.jobs.train import TrainRunConfig
+from sanitize.jobs.plan import PlanConfig, plan
+from sanitize.jobs.redteam import RedTeamConfig, RedTeamRun, redteam
+from sanitize.jobs.reference import make_reference, refit
+from sanitize.jobs.repair import RepairRun, RepairRunConfig, repair
+from sanitize.jobs.restore import restore
+from sanitize.jobs.robustness import RobustnessRun, RobustnessRunConfig, robustness
+from sanitize.jobs.store import IngestStore
+from sanitize.jobs.train import TrainRun, TrainRunConfig, train
+from sanitize.jobs.verify_store import verify_path as verify
 
 __all__ = [
     "JOBS",
+    "CertifyRun",
     "CertifyRunConfig",
     "CleanConfig",
+    "CleanRun",
+    "CondenseRun",
     "CondenseRunConfig",
+    "DenoiseRun",
     "DenoiseRunConfig",
     "IngestConfig",
+    "IngestStore",
     "Job",
     "JobConfig",
+    "PlanConfig",
     "RedTeamConfig",
+    "RedTeamRun",
+    "RepairRun",
     "RepairRunConfig",
+    "RobustnessRun",
     "RobustnessRunConfig",
+    "TrainRun",
     "TrainRunConfig",
+    "certify",
+    "clean",
+    "condense",
+    "demo",
+    "denoise",
+    "ingest",
+    "make_reference",
+    "plan",
+    "redteam",
+    "refit",
+    "repair",
+    "restore",
+    "robustness",
     "run_job",
+    "train",
+    "verify",
 ]

@@ -1,8 +1,11 @@
-"""The main job: shards nobody can vouch for in, clean shards, quarantine and a report out."""
+"""The main job: untrusted shards in, clean shards, quarantine shards and a report out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from sanitize.data.dataset import Dataset
@@ -17,7 +20,9 @@ from sanitize.embed import (
 )
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import RunConfig, job
+from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
+from sanitize.jobs.verify import artifacts_of
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import Report, ReportConfig, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
@@ -30,18 +35,19 @@ from sanitize.select import (
     trusted_shards,
     write_selected,
 )
+from sanitize.storage import join
 
 
 class CleanConfig(RunConfig):
-    """One cleaning run; one YAML file.
+    """Config of one cleaning run; one YAML file.
 
     Attributes:
-        trusted: shards that the user vouches for, by name, place or glob: nothing in them is removed, no scorer
-            is fitted on them, and rule `conformal` compares with them.
-        scorers: one or more, each of another kind; their rules are in `select`.
-        index, embed, select, write, report: one section a stage.
-        embedder: of kind classifier (the suspect model) or simclr. The latter sees no labels, so it is for `neighbours`
-            (`embedding: penultimate, windows: 1`), not for toxic_direction.
+        trusted: name, place or glob of shards with trusted samples. None of them is removed, no scorer is fitted on
+            them, and rule `conformal` compares with them.
+        embedder: kind classifier (the suspect model) or simclr. SimCLR sees no labels; it suits scorer `neighbours`
+            (`embedding: penultimate, windows: 1`), not toxic_direction.
+        scorers: one or more scorers of different kinds; their rules are in `select`.
+        embed, select, write, report: sections of the stages.
     """
 
     trusted: tuple[str, ...] = ()
@@ -63,14 +69,14 @@ class CleanConfig(RunConfig):
         conformal = [k for k, rule in self.select.rules_of(kinds).items() if isinstance(rule, ConformalRule)]
         if conformal and not self.trusted:
             raise ConfigError(
-                f"rule 'conformal' of {', '.join(conformal)} compares with samples you vouch for: name their shards "
+                f"rule 'conformal' of {', '.join(conformal)} compares with trusted samples: name their shards "
                 "under `trusted:`, or take rule 'fdr'"
             )
         return self
 
 
 class Cleaned(NamedTuple):
-    """The artifacts a reader of the run wants."""
+    """Artifacts of a cleaning run."""
 
     dataset: Dataset
     embedder: Checkpoint
@@ -80,9 +86,78 @@ class Cleaned(NamedTuple):
     report: Report
 
 
-@job(CleanConfig)
+@dataclass(frozen=True)
+class CleanRun(JobRun):
+    """A finished run of `clean`. Where samples were put back (`restore`), the latest decision counts."""
+
+    kind = CleanConfig
+
+    @property
+    def clean_shards(self) -> list[str]:
+        """Paths or URLs of the clean shards, sorted."""
+        return self._shards().clean()
+
+    @property
+    def quarantine(self) -> list[str]:
+        """Paths or URLs of the quarantine shards, sorted."""
+        shards = self._shards()
+        return [shards.url(name) for name in sorted(shards.manifest().files) if name.startswith("quarantine/")]
+
+    @property
+    def report(self) -> str:
+        """Path or URL of the report page; the last one that was written."""
+        numbers = [_restored(name) for name in artifacts_of(self.folder) if name.startswith("90-report")]
+        return self._in(_numbered("90-report", max(numbers, default=0)), "index.html")
+
+    def verdicts(self) -> pa.Table:
+        """The verdict on every sample, in the order of shards and positions; the whole table is held in memory.
+
+        Returns:
+            Columns shard, position, key, label, status (kept, quarantined or unreadable), keep, reasons, and for each
+            scorer score_KIND (float32; null where the sample is unreadable).
+        """
+        selection, _ = latest(self.folder)
+        scores = {scorer.kind: Scores.load(self._in(scores_folder(scorer))) for scorer in self.config.scorers}
+        return pa.concat_tables(_verdicts(selection, scores, shard) for shard in selection.shards)
+
+    def _shards(self) -> Shards:
+        return Shards.load(self._in(_numbered("50-shards", latest(self.folder)[1])))
+
+
+def _verdicts(selection: Selection, scores: dict[str, Scores], shard: str) -> pa.Table:
+    rows = selection.rows(shard)
+    rows = rows.select(["position", "key", "label", "status", "keep", "reasons"])
+    rows = rows.add_column(0, "shard", pa.array([shard] * len(rows), pa.string()))
+    positions = rows["position"].to_numpy()
+    for kind, of_scorer in scores.items():
+        scored = of_scorer.rows(shard, ["position", "score"])
+        at = np.searchsorted(positions, scored["position"].to_numpy())
+        values, is_missing = np.zeros(len(rows), np.float32), np.ones(len(rows), bool)
+        values[at], is_missing[at] = scored["score"].to_numpy(), False
+        rows = rows.append_column(f"score_{kind}", pa.array(values, mask=is_missing))
+    return rows
+
+
+def latest(folder: str) -> tuple[Selection, int]:
+    """The latest selection of a finished run, and the number of times that samples were put back."""
+    number = max((_restored(name) for name in artifacts_of(folder) if name.startswith("50-shards")), default=0)
+    return Selection.load(join(folder, _numbered("40-selection", number))), number
+
+
+def _restored(folder: str) -> int:
+    """Number in the name of an artifact that was made after samples were put back; 0 for those of the run itself."""
+    return int(folder.rpartition(".r")[2]) if ".r" in folder else 0
+
+
+def _numbered(folder: str, number: int) -> str:
+    return f"{folder}.r{number}" if number else folder
+
+
+@job(CleanConfig, CleanRun)
 def clean(config: CleanConfig, run: Run) -> dict[str, Any]:
-    """Clean shards: index, embed, score, select, write, report.
+    """Find poisoned samples; write clean shards, quarantine shards and a report.
+
+    Stages: index, embed, score, select, write, report. Samples that stay are copied byte for byte.
 
     Returns:
         The `summary` of the run.
@@ -91,7 +166,7 @@ def clean(config: CleanConfig, run: Run) -> dict[str, Any]:
 
 
 def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
-    """The same for jobs that clean on their way, with the artifacts."""
+    """The order of work, for jobs that have a cleaning run inside them; returns the artifacts."""
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
     dataset = run.sharded("00-index", index_shards, names, config.index, fingerprint_shards(found))
@@ -112,7 +187,7 @@ def _score(config: ScorerConfig, embeddings: Embeddings, trusted: Sequence[str],
 
 
 def scores_folder(config: ScorerConfig) -> str:
-    """Where a run has the scores of a scorer."""
+    """Folder of the scores of a scorer in a run."""
     return f"31-scores-{config.kind}"
 
 

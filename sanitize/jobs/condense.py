@@ -1,21 +1,25 @@
-"""Condensation: shards nobody can vouch for in, a few images a class that stand for them out."""
+"""Condensation: untrusted shards in, a few learned images a class out."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from sanitize.condense import CondenseConfig, condense_dataset
+from torch import Tensor
+
+from sanitize.condense import CondenseConfig, CondensedSet, condense_dataset
 from sanitize.jobs.job import RunConfig, job
+from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import index_found, index_more
 from sanitize.report import write_condensation_report
 
 
 class CondenseRunConfig(RunConfig):
-    """One run; one YAML file.
+    """Config of one run; one YAML file.
 
     Attributes:
         shards: directories, globs, brace ranges or URLs of .tar / .tar.gz shards to condense.
-        test_shards: shards that networks trained on the condensed set are measured on; nothing is learned from them.
-        index, condense: one section a stage.
+        test_shards: shards to measure networks on that learned from the condensed set; nothing is learned from them.
+        condense: section of the stage.
     """
 
     test_shards: tuple[str, ...] = ()
@@ -23,16 +27,54 @@ class CondenseRunConfig(RunConfig):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Everything that is read."""
+        """All shards that the job reads."""
         return (*self.shards, *self.test_shards)
 
 
-@job(CondenseRunConfig)
+@dataclass(frozen=True)
+class CondenseRun(JobRun):
+    """A finished run of `condense`."""
+
+    kind = CondenseRunConfig
+
+    @property
+    def grid(self) -> str:
+        """Path or URL of a picture: up to ten images a class, one class a row."""
+        return self._in("70-condensed", "grid.png")
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The loss, one row a measured iteration."""
+        rows: list[dict[str, Any]] = self._condensed().read_json("history.json")
+        return rows
+
+    @property
+    def test_accuracy(self) -> Any:
+        """Accuracy on the test shards of networks that learned from the condensed set; None without test shards."""
+        utility = self._condensed().info["utility"]
+        return utility and utility["test_accuracy"]
+
+    @property
+    def report(self) -> str:
+        """Path or URL of the report page."""
+        return self._page()
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W), float32 in normalised units, and labels (N,), int64."""
+        return self._condensed().tensors()
+
+    def _condensed(self) -> CondensedSet:
+        return CondensedSet.load(self._in("70-condensed"))
+
+
+@job(CondenseRunConfig, CondenseRun)
 def condense(config: CondenseRunConfig, run: Run) -> dict[str, Any]:
-    """Condense shards: index, learn a few images a class, measure what networks learn from them.
+    """Learn a few images a class that stand for a data set.
+
+    Stages: index, condense (with the accuracy of networks that learn from the set), report.
 
     Returns:
-        Places, the last row of the history, and what networks that learned from the set reach on the test shards.
+        Places, the last row of the history, and the accuracy on the test shards.
     """
     dataset = index_found("00-index", config.shards, config.index, run)
     test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)

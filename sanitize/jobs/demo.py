@@ -1,4 +1,4 @@
-"""The demo: real digits, a planted backdoor, the clean flow, and a model trained before and after."""
+"""The demo: real digits, a planted backdoor, job `clean`, and a model trained before and after."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,17 +21,22 @@ from sanitize.select import Shards
 
 ATTACK = BadNetsConfig(rate=0.02, target=0, size=3)
 MODEL = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32, 64)), optim=OptimConfig(epochs=30, batch_size=64))
-N_HELD_OUT = 2  # shards no model is trained on; their untouched originals are the test set
+N_HELD_OUT = 2  # shards that no model is trained on; the test set is their unpoisoned originals
 
 
-def demo(out: Path, seed: int, run: Callable[[CleanConfig, str], dict[str, Any]] = run_job) -> dict[str, Any]:
-    """Plant a backdoor, clean, and measure; everything is written below `out`.
+def demo(out: str | Path, seed: int = 0, run: Callable[[CleanConfig, str], dict[str, Any]] = run_job) -> dict[str, Any]:
+    """Plant a backdoor in real digits, clean, and measure.
 
     Args:
-        out: a folder.
-        seed: of every random choice.
-        run: runs the job of cleaning, given its config and its run folder.
+        out: folder for everything that is written.
+        seed: seed of every random choice.
+        run: function that runs job `clean`, given its config and its run folder.
+
+    Returns:
+        Numbers of poisoned samples found and missed and of clean samples lost, recall, share of clean samples lost,
+        accuracy and ASR of a model before and after, and the path of the report.
     """
+    out = Path(out)
     compute = Compute(seed=seed, device="cpu")
     digits = write_digits(str(out / "digits"), compute)
     honest = _index(digits.shards(), out / "index", compute)
@@ -41,7 +46,7 @@ def demo(out: Path, seed: int, run: Callable[[CleanConfig, str], dict[str, Any]]
     result = run(config, str(out / "clean"))
 
     test = _index(digits.shards()[-N_HELD_OUT:], out / "index-test", compute)
-    models = compute.model_copy(update={"seed": seed + 1})  # not the suspect model: fresh ones, as a user would train
+    models = compute.model_copy(update={"seed": seed + 1})  # fresh models, not the suspect model
     kept = Shards.load(out / "clean" / "50-shards").clean()
     trained = {
         "before": _train(poisoned.shard_paths()[:-N_HELD_OUT], out / "model-before", models),
@@ -62,7 +67,7 @@ def _train(shards: Sequence[str], out: Path, compute: Compute) -> Checkpoint:
 
 
 def _summary(measured: Measured) -> dict[str, Any]:
-    """Counts and shares, named for a reader."""
+    """Counts and shares of the demo by name."""
     counts = measured.counts
     (found, n_poisoned), (lost, n_clean) = counts["recall"], counts["false_removals"]
     of_models = ("acc_before", "asr_before", "acc_after", "asr_after")

@@ -1,14 +1,14 @@
-"""New shards, batch by batch: only what is new is read, judged against the reference of the store, and released to
-training jobs if the batch as a whole is like what was approved.
+"""Ingest of new shards, batch by batch: only new shards are read; each batch is judged against the reference of the
+store, and released to training jobs if the batch as a whole resembles the approved data.
 
-What was done is in the ledger (`sanitize/ledger.py`); nothing else decides what is new, what is a batch, and what
-became of it. A batch is claimed by one entry and committed by one. Between the two any process may die: the folder of
-the batch is an ordinary run folder, and the next ingest goes on there before it claims anything.
+The ledger (`sanitize/ledger.py`) is the only record of which shards are new, of the batches, and of their outcomes. One
+entry claims a batch and one entry commits it. In between any process may die: the folder of the batch is an ordinary
+run folder, and the next ingest resumes it before it claims anything.
 
-No shard stops the others. What cannot be in a batch is refused, with its reason, in the ledger: before it is claimed
-where its name or its place is why; later, where its bytes are, by splitting the batch: one commit refuses the bad
-shards and makes the others new again, so that the next batch takes them. It indexes them a second time; in return a
-claim alone still says what is in the folder of a batch, so that two processes at work there write the same bytes.
+No shard stops the others. A shard that cannot be in a batch is refused in the ledger, with the reason: before the claim
+where its name or place is the reason; later, where its bytes are, by splitting the batch: one commit refuses the bad
+shards and makes the others new again, for the next batch. These are indexed a second time; in return a claim alone
+determines the content of a batch folder, so that two processes in one folder write the same bytes.
 """
 
 import logging
@@ -33,9 +33,10 @@ from sanitize.jobs.run import Run
 from sanitize.jobs.store import (
     FEED,
     SHARDS,
+    IngestStore,
     altered_shards,
-    told,
-    told_refused,
+    batch_summary,
+    refused_summary,
     write_feed,
 )
 from sanitize.jobs.unfit import is_storage, look_again, unfit_shards
@@ -48,17 +49,17 @@ from sanitize.storage import exclusive, join
 
 logger = logging.getLogger("sanitize.ingest")
 STATUSES: dict[str, Literal["accepted", "held"]] = {"accept": "accepted", "hold": "held", "refit": "held"}
-MAX_TEXT = 2_000  # characters of what is said of a failed batch
+MAX_TEXT = 2_000  # characters of the reason of a failed batch
 
 
 class BatchConfig(BaseModel):
-    """What becomes of a batch depends on this and on the reference alone; it is written into the claim.
+    """Settings of a batch. The outcome depends on them and on the reference alone; they are written into the claim.
 
     Attributes:
         max_bad_fraction: share of unreadable samples in [0, 1] above which a shard is refused; None takes
             `index.max_bad_fraction` of the approved run.
-        drift: when a batch is held.
-        write, report: one section a stage.
+        drift: limits above which a batch is held.
+        write, report: sections of the stages.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,40 +71,35 @@ class BatchConfig(BaseModel):
 
 
 class IngestConfig(BatchConfig, JobConfig):
-    """Sanitizing what lands; one YAML file. How samples are judged is the reference's business.
+    """Config of one ingest; one YAML file. The reference has the settings by which samples are judged.
 
     Attributes:
-        shards: where shards land: directories, globs, brace ranges or URLs.
-        max_shards: of one batch; where more are new, there are several batches.
-        allow_factory: a function that the reference's embedder names may be run, if an installed package holds it.
-        compute: device and threads; seed and precision are always the reference's.
+        shards: places of incoming shards: directories, globs, brace ranges or URLs.
+        max_shards: largest number of shards in a batch; more new shards make several batches.
+        allow_factory: True allows the reference's embedder to run the function that it names, if an installed package
+            holds the function.
+        compute: device and threads; seed and precision are those of the reference.
     """
 
     max_shards: int = Field(default=64, ge=1)
     allow_factory: bool = Field(default=False, exclude=True)
 
 
-@job(IngestConfig, claims=False)
+@job(IngestConfig, IngestStore, claims=False)
 def ingest(config: IngestConfig, run: Run) -> dict[str, Any]:
-    """Sanitize what has landed, batch by batch, into a store.
+    """Judge new shards against the reference of a store, batch by batch, and release the clean ones.
 
-    The order of work: finish what was begun, list, claim and process batch by batch, tell trainers.
-
-    Args:
-        config: where shards land, and the limits.
-        run: its folder is the store; each batch is a run in it. It is told of every batch that this call commits.
+    Steps: finish claimed batches, list shards, claim and process new batches, write the feed.
 
     Returns:
-        `batches` that were committed here, and those that storage kept from it (status `claimed`); shards that were
-        `refused` here; how many shards were `new`, `duplicates` or `known`; those that were `changing` while they were
-        read, and those that were `unreadable`; the `feed`, and what was `altered` in it; version of the `reference`.
+        `batches` that this call committed, and those that storage kept from it (status `claimed`); shards that this
+        call `refused`; numbers of `new`, `duplicates` and `known` shards; shards that were `changing` while they were
+        read, and `unreadable` ones; the `feed`, and shards `altered` in it; version of the `reference`.
     """
     store = run.out
     refuse_inside(config.shards, store)
     ledger = Ledger(store)
-    load_reference(
-        store, ledger.read().reference, config.allow_factory
-    )  # one that is damaged is said before anything is claimed
+    load_reference(store, ledger.read().reference, config.allow_factory)  # raises before any shard is claimed
     work = _Work(config, run, ledger, [], [])
     for begun in ledger.read().unfinished:
         work.finish(begun)
@@ -114,7 +110,7 @@ def ingest(config: IngestConfig, run: Run) -> dict[str, Any]:
     write_feed(store, ledger)
     return {
         "batches": work.found,
-        "refused": [told_refused(shard) for shard in work.refused],
+        "refused": [refused_summary(shard) for shard in work.refused],
         "new": len(claimed),
         "duplicates": len(set(landed.was_read) - claimed),
         "known": len(landed.offered) - len(landed.was_read),
@@ -127,7 +123,7 @@ def ingest(config: IngestConfig, run: Run) -> dict[str, Any]:
 
 
 class _Work(NamedTuple):
-    """One ingest: what it needs, the batches it has `found` an end for, and the shards it has `refused`."""
+    """One ingest: its inputs, the batches that were `found` finished, and the shards that were `refused`."""
 
     config: IngestConfig
     run: Run
@@ -136,45 +132,45 @@ class _Work(NamedTuple):
     refused: list[Refused]
 
     def finish(self, batch: IngestBatch) -> str:
-        """Process a batch and tell of it; its status, or "" where another process is at work on it."""
+        """Process and report a batch; returns its status, or "" where another process works on the batch."""
         try:
             entry = process(batch, self.ledger, self.config, self.run)
         except (StorageError, OSError) as error:
             logger.exception("batch %s: storage does not answer", batch.claim.batch)
-            self.found.append(told(self.run.out, batch, None, (_said(error),)))
+            self.found.append(batch_summary(self.run.out, batch, None, (_said(error),)))
             return "claimed"
         if entry is None:
             return ""
         self.refused.extend(entry.refused)
-        self.found.append(told(self.run.out, batch, entry))
+        self.found.append(batch_summary(self.run.out, batch, entry))
         write_feed(self.run.out, self.ledger)
         self.run.note_batch(self.found[-1])
         return entry.status
 
     def claim_all(self, offered: Sequence[Offered]) -> set[Offered]:
-        """Claim and process batch by batch until all shards are somebody's; the shards that were claimed here."""
+        """Claim and process batches until no shard is new; returns the shards that were claimed here."""
         claimed: set[Offered] = set()
         waiting = self.ledger.read().new(offered)
         while (batch := claim(self.config, waiting, self.ledger)) is not None:
             claimed |= set(batch.claim.shards)
             n_refused = len(self.refused)
             if self.finish(batch) == "claimed":
-                break  # storage failed a batch that nobody had begun: it may fail all; what is new waits
-            # What a split batch is left with waits still; what was refused is not offered again here.
+                break  # storage failed for a fresh batch and may fail for all; new shards wait
+            # The other shards of a split batch wait still; refused shards are not offered again here.
             gone, taken = {shard.url for shard in self.refused[n_refused:]}, self.ledger.read().taken
             waiting = [shard for shard in waiting if shard.sha256 not in taken and shard.url not in gone]
         return claimed
 
 
 def claim(config: IngestConfig, waiting: Sequence[Offered], ledger: Ledger) -> IngestBatch | None:
-    """The next batch of shards that nobody has, in the order in which they wait; None where all are somebody's."""
+    """Claim the next batch of new shards, in the order of `waiting`; None where no shard is new."""
     settings = config.model_dump(mode="json", include=set(BatchConfig.model_fields))
 
     def decide(state: State) -> ClaimEntry | None:
         shards: dict[str, Offered] = {}
         for shard in waiting:
             if shard.sha256 not in state.taken:
-                shards.setdefault(shard.name, shard)  # of two with one name the other waits for the next batch
+                shards.setdefault(shard.name, shard)  # a second shard of the same name waits for the next batch
             if len(shards) == config.max_shards:
                 break
         if not shards:
@@ -187,7 +183,7 @@ def claim(config: IngestConfig, waiting: Sequence[Offered], ledger: Ledger) -> I
 
 
 def note_refused(refused: Sequence[Refused], ledger: Ledger, said: list[Refused]) -> None:
-    """Name what cannot be a shard in the ledger, and in `said`, once for each reason."""
+    """Record files that cannot be shards in the ledger and in `said`, once for each reason."""
 
     def decide(state: State) -> RefusedEntry | None:
         new = tuple(shard for shard in refused if state.refused.get((shard.url, "")) != shard)
@@ -199,7 +195,7 @@ def note_refused(refused: Sequence[Refused], ledger: Ledger, said: list[Refused]
 
 
 def note_duplicates(offered: Sequence[Offered], ledger: Ledger) -> State:
-    """Remember shards whose bytes were known, so that the next ingest need not read them to see it."""
+    """Record shards whose bytes are known, so that the next ingest does not read them."""
 
     def decide(state: State) -> DuplicatesEntry | None:
         shards = [s for s in offered if s.fingerprint not in state.seen and s.sha256 in state.taken]
@@ -209,10 +205,10 @@ def note_duplicates(offered: Sequence[Offered], ledger: Ledger) -> State:
 
 
 def process(batch: IngestBatch, ledger: Ledger, config: IngestConfig, run: Run) -> CommitEntry | None:
-    """Take a claimed batch through all stages and commit what became of it; None where another process does.
+    """Take a claimed batch through all stages and commit the outcome; None where another process does.
 
     Raises:
-        StorageError, OSError: storage does not answer; the batch stays claimed, and the next ingest goes on with it.
+        StorageError, OSError: storage does not answer; the batch stays claimed, and the next ingest resumes it.
     """
     name = batch.claim.batch
     folder = join(run.out, "batches", name)
@@ -220,7 +216,7 @@ def process(batch: IngestBatch, ledger: Ledger, config: IngestConfig, run: Run) 
         try:
             stack.enter_context(exclusive(folder))
         except ArtifactError:
-            logger.info("batch %s: another process is at work on it", name)
+            logger.info("batch %s: another process works on it", name)
             return None
         state = ledger.read()
         if state.batches[name].commit is not None:
@@ -228,7 +224,7 @@ def process(batch: IngestBatch, ledger: Ledger, config: IngestConfig, run: Run) 
         made = _outcome(batch, state, folder, config, run)
 
         def decide(state: State) -> CommitEntry | None:
-            check_held(folder)  # `made` may be wrong where another process has written over the files since
+            check_held(folder)  # without the lock another process may have overwritten the files
             return None if state.batches[name].commit else made
 
         entry, _ = ledger.append(decide)
@@ -236,7 +232,7 @@ def process(batch: IngestBatch, ledger: Ledger, config: IngestConfig, run: Run) 
 
 
 def _outcome(batch: IngestBatch, state: State, folder: str, config: IngestConfig, run: Run) -> CommitEntry:
-    """What became of a batch, whatever happens to it short of storage that does not answer."""
+    """Outcome of a batch; all errors but those of storage end in a commit."""
     index = None
     try:
         if batch.claim.reference not in state.references:
@@ -259,14 +255,14 @@ def _outcome(batch: IngestBatch, state: State, folder: str, config: IngestConfig
 
 
 def index_config(reference: Reference, settings: BatchConfig) -> IndexConfig:
-    """How the shards of a batch are indexed."""
+    """Index settings of a batch."""
     limit = settings.max_bad_fraction
     index = reference.config.index
     return index if limit is None else index.model_copy(update={"max_bad_fraction": limit})
 
 
 def _said(error: Exception) -> str:
-    """What is said of an error; of one that nobody foresaw, its class too."""
+    """Message of an error, with the class of an unexpected one."""
     said = str(error) if isinstance(error, SanitizeError | OSError) else f"{type(error).__name__}: {error}"
     return as_utf8(said)[:MAX_TEXT]
 
@@ -280,7 +276,7 @@ def _split(batch: IngestBatch, refused: Sequence[Refused]) -> CommitEntry:
 def _run_batch(
     batch: IngestBatch, reference: Reference, settings: BatchConfig, index: IndexConfig, run: Run
 ) -> CommitEntry:
-    """The order of work in a batch: index, embed, score, judge, write, remember, compare, report."""
+    """Stages of a batch: index, embed, score, judge, write, summarise, compare, report."""
     known = reference.config
     places = {shard.name: shard.url for shard in batch.claim.shards}
     names = list(places)

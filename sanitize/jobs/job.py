@@ -1,37 +1,44 @@
-"""Jobs: functions `config, run -> result` that call stages in order, each declared once.
+"""Jobs: functions `config, run -> summary` that call stages in order, each declared once.
 
-    @job(DenoiseRunConfig)
+    @job(DenoiseRunConfig, DenoiseRun)
     def denoise(config: DenoiseRunConfig, run: Run) -> dict[str, Any]:
         ...
-        return run.finish(config, result)
+        return run.finish(config, summary)
 
-`run_job` runs a job with plain function calls. Prefect's flows and the tests read the registry, `JOBS`.
+The decorator returns the job as a Python function, `denoise(shards, out=..., denoise={"dims": 8}) -> DenoiseRun`, and
+adds the job to the registry, `JOBS`. Prefect's flows, the command line and the tests read that registry.
 """
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from inspect import Parameter, Signature, getdoc
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig
-from sanitize.distributed import world
+from sanitize.distributed import rank0_first, world
+from sanitize.jobs.result import JobResult
 from sanitize.jobs.run import Run, claimed
 from sanitize.jobs.runner import RunnerConfig, Threads
+from sanitize.jobs.settings import ConfigSource, Sources, config_from, merged
+from sanitize.progress import shown
 
 
 class JobConfig(BaseModel):
-    """What all jobs are asked.
+    """Settings of all jobs.
 
     Attributes:
         shards: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
-        n_groups: groups of shards that are worked on side by side; None takes one a CPU core. Results do not depend
-            on it.
+        n_groups: number of groups of shards, which flows run side by side; None takes the number of CPU cores. Results
+            do not depend on it.
         compute: device, precision, seed, threads.
-        runner: threads, processes or ray: where groups of shards are worked on.
+        runner: threads, processes or ray, for the groups of a flow.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,22 +60,22 @@ class JobConfig(BaseModel):
 
 
 class RunConfig(JobConfig):
-    """What all jobs are asked that read shards by settings of their own.
+    """Settings of jobs that read shards in a way of their own.
 
     Attributes:
-        index: how shards are read.
+        index: settings of reading shards.
     """
 
     index: IndexConfig = IndexConfig()
 
 
 class ModelRunConfig(RunConfig):
-    """What all jobs are asked that work on a model; image size and classes are those of the model.
+    """Settings of jobs on a trained model; image size and classes are those of the model.
 
     Attributes:
         model: a model package, the folder of a training stage, or a run folder with a package.
-        allow_factory: a function that the model names may be run, if an installed package holds it (a model of kind
-            "factory"). It is not kept in `config.yaml`.
+        allow_factory: True allows a model of kind "factory" to run the function that it names, if an installed package
+            holds the function. The setting is not kept in `config.yaml`.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -78,22 +85,47 @@ class ModelRunConfig(RunConfig):
 
 
 C = TypeVar("C", bound=BaseModel)
+R = TypeVar("R", bound=JobResult)
+Result = TypeVar("Result", bound=JobResult, covariant=True)
+Order = Callable[[C, Run], dict[str, Any]]
+
+
+class JobFunction(Protocol[Result]):
+    """A job as a Python function; see `job`."""
+
+    __name__: str
+
+    def __call__(
+        self,
+        shards: Sources | None = None,
+        *,
+        out: str | Path,
+        config: ConfigSource | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> Result:
+        """Run the job."""
+        ...
 
 
 class Job(NamedTuple):
-    """What others need to know of a job.
+    """Facts about a job.
 
     Attributes:
         function: the order of work; its name is the name of the job.
         config: class of its config.
         settings: takes the config; shards, groups, compute and runner of the run.
-        claims: True where the job has its folder to itself; False where it locks parts of it.
+        claims: True where the job locks its folder; False where it locks parts of the folder.
+        call: the job as a Python function.
+        result: class of what `call` returns.
     """
 
-    function: Callable[[Any, Run], dict[str, Any]]
+    function: Order[Any]
     config: type[BaseModel]
     settings: Callable[[Any], JobConfig]
     claims: bool
+    call: JobFunction[JobResult]
+    result: type[JobResult]
 
     @property
     def name(self) -> str:
@@ -105,7 +137,7 @@ class Job(NamedTuple):
 
         Raises:
             ConfigError: shards are searched for in a folder that `out` lies in.
-            ArtifactError: another process is at work on `out`.
+            ArtifactError: another process works in `out`.
         """
         return claimed(out, settings.sources) if self.claims and world()[0] == 0 else nullcontext()
 
@@ -114,33 +146,42 @@ JOBS: dict[str, Job] = {}
 
 
 def job(
-    config: type[C], *, settings: Callable[[C], JobConfig] | None = None, claims: bool = True
-) -> Callable[[Callable[[C, Run], dict[str, Any]]], Callable[[C, Run], dict[str, Any]]]:
+    config: type[C], result: type[R], *, section: str | None = None, claims: bool = True
+) -> Callable[[Order[C]], JobFunction[R]]:
     """Declare a job.
 
     Args:
         config: class of its config.
-        settings: takes the config; the settings of the run. None where the config itself has them.
+        result: class of its result.
+        section: field of the config that holds the settings of the run; None where the config itself has them.
         claims: False for a job that locks parts of its folder itself.
 
-    Raises:
-        TypeError: name or config are those of another job, or the settings of the run are missing.
-    """
-    if settings is None and not issubclass(config, JobConfig):
-        raise TypeError(f"{config.__name__} is no JobConfig: say where the settings of the run are")
+    Returns:
+        A decorator. It takes the order of work and returns the job as a function of shards, `out` and settings.
 
-    def declare(function: Callable[[C, Run], dict[str, Any]]) -> Callable[[C, Run], dict[str, Any]]:
+    Raises:
+        TypeError: name or config belong to another job, or the settings of the run are missing.
+    """
+    if not issubclass(config if section is None else _class_of(config, section), JobConfig):
+        raise TypeError(f"{config.__name__} is no JobConfig: name the section that has the settings of the run")
+
+    def settings_of(given: C) -> JobConfig:
+        return given if section is None else getattr(given, section)  # type: ignore[return-value]
+
+    def declare(function: Order[C]) -> JobFunction[R]:
         name = function.__name__
         if name in JOBS or any(known.config is config for known in JOBS.values()):
             raise TypeError(f"there is a job {name}, or one of {config.__name__}, already")
-        JOBS[name] = Job(function, config, settings or _itself, claims)
-        return function
+        call = _callable(function, config, result, section)
+        JOBS[name] = Job(function, config, settings_of, claims, call, result)
+        return call
 
     return declare
 
 
-def _itself(config: JobConfig) -> JobConfig:
-    return config
+def _class_of(config: type[BaseModel], section: str) -> type:
+    field = config.model_fields.get(section)
+    return field.annotation if field is not None and isinstance(field.annotation, type) else object
 
 
 def job_of(config: BaseModel) -> Job:
@@ -156,12 +197,103 @@ def run_job(config: BaseModel, out: str | Path) -> dict[str, Any]:
 
     Args:
         config: the config of a job.
-        out: the run folder, a path or a URL; of `ingest`, the store.
+        out: path or URL of the run folder; of the store for `ingest`.
+
+    Returns:
+        The summary of the run: counts and places.
 
     Raises:
-        SanitizeError: what the stages raise; ArtifactError if another process is at work on `out`.
+        SanitizeError: an error of a stage; ArtifactError if another process works in `out`.
     """
     found = job_of(config)
     settings = found.settings(config)
-    with found.claim(settings, out):  # one group unless asked: nothing is side by side here
+    with found.claim(settings, out):  # groups run one after another here, so None means one
         return found.function(config, Run(out, settings.compute, settings.n_groups or 1))
+
+
+# --- a job as a Python function ------------------------------------------------------------------------------------
+
+
+def _callable(function: Order[C], kind: type[C], result: type[R], section: str | None) -> JobFunction[R]:
+    def call(
+        shards: Sources | None = None,
+        *,
+        out: str | Path,
+        config: ConfigSource | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> R:
+        if shards is not None:
+            several = [shards] if isinstance(shards, str | Path) else shards
+            given: dict[str, Any] = {"shards": [str(place) for place in several]}
+            settings = merged(settings, given if section is None else {section: given})
+        checked = config_from(kind, config, settings)
+        with shown() if progress else nullcontext():
+            summary = run_job(checked, out)
+        return rank0_first(lambda: result.after(out, summary))
+
+    call.__name__, call.__qualname__, call.__module__ = function.__name__, function.__qualname__, function.__module__
+    call.__doc__ = _doc(function, kind, result)
+    call.__signature__ = _signature(call, kind, result)  # type: ignore[attr-defined]
+    return call
+
+
+class _Shown(NamedTuple):
+    """A default as `help` shows it."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _signature(call: Callable[..., Any], kind: type[BaseModel], result: type[JobResult]) -> Signature:
+    """Arguments of a job: those of all jobs, then the fields of its config."""
+    *common, _ = Signature.from_callable(call).parameters.values()
+    fields = {name: field for name, field in kind.model_fields.items() if name != "shards"}
+    settings = [Parameter(name, Parameter.KEYWORD_ONLY, default=_default(field)) for name, field in fields.items()]
+    return Signature([*common, *settings], return_annotation=result)
+
+
+def _default(field: FieldInfo) -> Any:
+    """The default of a field; "..." where there is none, for `config` may have it, and sections by their class."""
+    if field.is_required():
+        return _Shown("...")
+    value = field.get_default(call_default_factory=True, validated_data={})
+    section = value[0] if isinstance(value, tuple) and value else value
+    if not isinstance(section, BaseModel):
+        return value
+    name = f"{type(section).__name__}()"
+    return _Shown(name if section is value else f"({name},)")
+
+
+def _doc(function: Order[Any], kind: type[BaseModel], result: type[JobResult]) -> str:
+    """Docstring of a job as a function: its first lines, its settings, its result."""
+    first, _, _ = (getdoc(function) or "").partition("\n\nReturns:")
+    settings = {names: text for config in _configs(kind) for names, text in _attributes(config).items()}
+    shards = settings.pop("shards", "directories, globs, brace ranges or URLs of .tar / .tar.gz shards.")
+    common = {
+        "shards": shards,
+        "out": f"path or URL of the {result.place}; given again, the job resumes where it was interrupted.",
+        "config": f"{kind.__name__} object, dict, or path or URL of a YAML file; the other arguments have precedence.",
+        "progress": "True shows progress bars on stderr.",
+    }
+    entries = "\n".join(f"    {names}: {text}" for names, text in (common | settings).items())
+    place = f"{kind.__module__}.{kind.__name__}"
+    sections = f"Sections (`compute`, ...) are config objects or dicts; `{place}` has all settings."
+    returns = f"Returns:\n    {result.__name__}; `{result.__name__}.open(out)` opens it again later."
+    raises = "Raises:\n    SanitizeError: a setting is wrong (ConfigError), or an error of a stage."
+    return f"{first}\n\n{sections}\n\nArgs:\n{entries}\n\n{returns}\n\n{raises}\n"
+
+
+def _configs(kind: type[BaseModel]) -> list[type[BaseModel]]:
+    """The class and its bases, the most general first."""
+    return [base for base in reversed(kind.__mro__) if issubclass(base, BaseModel) and base is not BaseModel]
+
+
+def _attributes(config: type) -> dict[str, str]:
+    """Entries of "Attributes:" in the docstring of a class itself; names -> text."""
+    doc = getdoc(config) if config.__doc__ else ""
+    _, _, section = (doc or "").partition("Attributes:\n")
+    entries = re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", section.partition("\n\n")[0], re.MULTILINE)
+    return dict(entries)

@@ -1,4 +1,4 @@
-"""What lies where shards come in: shards to offer to the ledger, and what cannot be one, with the reason."""
+"""Listing of incoming shards: shards to offer to the ledger, and refused files with their reasons."""
 
 import os
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from sanitize.storage import fingerprint, sha256_file
 
 
 class Landed(NamedTuple):
-    """What is there.
+    """A listing of incoming shards.
 
     Attributes:
         offered: shards.
-        was_read: those of them that were not known, so that their bytes had to be read.
-        refused: what cannot be a shard.
-        changing: shards that changed while they were read; why, in words. The next listing looks at them again.
-        unreadable: shards for which storage did not answer. The next listing looks at them again.
+        was_read: the offered shards that were not known, so that their bytes were read.
+        refused: files that cannot be shards.
+        changing: messages on shards that changed while they were read; the next listing looks at them again.
+        unreadable: messages on shards for which storage did not answer; the next listing looks at them again.
     """
 
     offered: list[Offered]
@@ -37,13 +37,13 @@ class _Changing(Exception):
 
 
 def list_shards(sources: Sequence[str], state: State) -> Landed:
-    """All shards that are there; one that was seen before is known by size and time, and is not read again.
+    """List all incoming shards. A shard that was seen before is known by size and time, and is not read again.
 
     Raises:
         ConfigError: a source is no folder, pattern or URL, or there is no reference.
         StorageError: storage answers for none of the shards.
     """
-    state.reference  # noqa: B018 - raises where there is none, before anything is read
+    state.reference  # noqa: B018 - raises where there is none, before any shard is read
     found = list_sources(sources, may_come=True)
     urls = list(found.shards.values())
     landed = Landed([], [], [refuse(url, reason) for url, reason in sorted(found.refused.items())], [], [])
@@ -58,7 +58,7 @@ def list_shards(sources: Sequence[str], state: State) -> Landed:
         finally:
             advance(1)
 
-    # One by one, a far store takes minutes to say what it has.
+    # A remote store takes minutes for sequential requests.
     with track("list", len(urls), "shards") as advance, ThreadPoolExecutor(16) as pool:
         for shard in pool.map(look, urls):
             if isinstance(shard, Offered):
@@ -75,9 +75,9 @@ def list_shards(sources: Sequence[str], state: State) -> Landed:
 
 
 def refuse(url: str, reason: str) -> Refused:
-    """A shard that was not read, and why."""
+    """A shard that was not read, with the reason."""
     size, modified = 0, ""
-    with suppress(ConfigError, DataError, OSError, ValueError):  # the reason says why nothing is known of it
+    with suppress(ConfigError, DataError, OSError, ValueError):  # the reason explains the missing size and time
         _, size, modified = _fingerprint(url)
     place = url if "://" in url else os.path.abspath(url)  # noqa: PTH100 - Path.resolve would follow links
     return Refused(url=as_utf8(place), size=size, modified=modified, reason=as_utf8(reason))

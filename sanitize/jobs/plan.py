@@ -1,12 +1,14 @@
-"""What would cleaning these shards cost? Tasks, bytes, memory and time, from a measured sample of them.
+"""Costs of cleaning a data set: tasks, bytes, memory and time, estimated from a measured sample.
 
-The run itself is tried on two samples of different sizes, by one worker in a temporary folder. What the two differ in
-is the cost of a sample; the rest is paid once. docs/scale.md says what grows, what does not, and why.
+The run is measured on two samples of different sizes, by one worker in a temporary folder. Their difference gives the
+cost of a sample; the rest is paid once. docs/scale.md explains which costs grow with the data.
 """
 
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,20 +23,21 @@ from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
 from sanitize.jobs.clean import CleanConfig, clean_inside
 from sanitize.jobs.run import Run
+from sanitize.jobs.settings import ConfigSource, config_from
 from sanitize.select import trusted_shards
 
-SELECTED_BYTES, SCORED_BYTES = 17, 4  # that `select` holds of each sample, and of each scorer's score of it
-MAX_FITTED = 10_000  # samples of a class that a scorer is fitted on (20,000 of all classes, some)
+SELECTED_BYTES, SCORED_BYTES = 17, 4  # held by `select` for each sample, and for each score of a sample
+MAX_FITTED = 10_000  # samples of a class that a scorer is fitted on (for some scorers 20,000 of all classes)
 
 
 class PlanConfig(BaseModel):
-    """How it is measured.
+    """Settings of the measurement.
 
     Attributes:
-        n_samples: of the larger sample; the smaller one has a quarter.
-        n_shards: that they are taken from, the first samples of each.
-        task_minutes: how long one task should take: much longer than it takes to start, short enough to be lost.
-        scale_to: samples of the data set on paper.
+        n_samples: size of the larger sample; the smaller one has a quarter of it.
+        n_shards: number of shards to sample; the first samples of each are taken.
+        task_minutes: intended duration of a task: much longer than its start, short enough to repeat after a failure.
+        scale_to: number of samples in the hypothetical data set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,11 +49,11 @@ class PlanConfig(BaseModel):
 
 
 class Cost(NamedTuple):
-    """Of one stage: what is paid once, and what each sample adds. Bytes are None where the system does not count them.
+    """Costs of one stage, fixed and for each sample. Bytes are None where the system does not count them.
 
     Attributes:
-        passes: how often the real run goes over the samples, where the measured one did once.
-        most: samples beyond which time no longer grows: scorers are fitted on a bounded sample of each class.
+        passes: number of passes over the samples in the real run; the measured run makes one.
+        most: number of samples beyond which time no longer grows: scorers are fitted on a bounded sample of a class.
     """
 
     folder: str
@@ -64,7 +67,7 @@ class Cost(NamedTuple):
     most: float = math.inf
 
     def seconds(self, n: int) -> float:
-        """One worker's, for `n` samples."""
+        """Time of one worker for `n` samples."""
         return self.seconds_once + self.seconds_each * self.passes * min(n, self.most)
 
 
@@ -76,7 +79,7 @@ class MeasuredRun(Run):
         self.divided: set[str] = set()
 
     def sharded(self, folder: str, *args: Any) -> Any:
-        """Remember that groups of shards may do it side by side."""
+        """Remember that groups of shards may run side by side."""
         self.divided.add(folder)
         return super().sharded(folder, *args)
 
@@ -90,21 +93,35 @@ class MeasuredRun(Run):
         return artifact
 
 
-def plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]:
-    """Measure on a sample, and scale on paper.
+def plan(
+    config: ConfigSource | None = None,
+    how: PlanConfig | None = None,
+    scratch: Path | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure a cleaning run on a sample of the shards, and scale the costs to all of them.
 
     Args:
-        config: the run that is planned.
-        how: sizes of the sample, and what to scale to.
-        scratch: an empty folder.
+        config: the planned run: a CleanConfig, a dict, or path or URL of a YAML file; None starts from the defaults.
+        how: sizes of the sample and of the scaled data set; None takes the defaults.
+        scratch: an empty folder; None takes a temporary one.
+        settings: fields of CleanConfig; they have precedence over `config`.
 
     Returns:
-        `data`: what is there; `stages`: one row each; `n_groups`: recommended; `memory`; `scaled`: the same for
-        `how.scale_to` samples in shards of the same size.
+        `data`: shards, bytes and samples; `stages`: one row each; `n_groups`: recommended; `memory`; `scaled`: the same
+        for `how.scale_to` samples in shards of the same size.
 
     Raises:
-        SanitizeError: what the stages raise; DataError if the shards hold no sample.
+        SanitizeError: a setting is wrong, or an error of a stage; DataError if the shards hold no sample.
     """
+    checked, how = config_from(CleanConfig, config, settings), how or PlanConfig()
+    if scratch is not None:
+        return _plan(checked, how, scratch)
+    with tempfile.TemporaryDirectory(prefix=f"sanitize-{os.getpid()}-") as folder:
+        return _plan(checked, how, Path(folder))
+
+
+def _plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]:
     found = find_shards(config.shards)
     trusted = set(trusted_shards(config.trusted, found))
     chosen = [*_spread(sorted(found.keys() - trusted), how.n_shards), *_spread(sorted(trusted), 1)]
@@ -133,7 +150,7 @@ def plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]:
 def _try(
     config: CleanConfig, found: dict[str, str], chosen: Sequence[str], trusted: set[str], n: int, scratch: Path
 ) -> tuple[MeasuredRun, int, float]:
-    """Clean the first `n` samples of each chosen shard; how many there were, and the bytes of one as it is stored."""
+    """Clean the first `n` samples of each chosen shard; returns the run, the number of samples, bytes of a sample."""
     counts: list[int] = []
     sizes: list[int] = []
 
@@ -156,7 +173,7 @@ def _try(
 
 
 def _tried(config: CleanConfig, shards: Path, has_trusted: bool) -> CleanConfig:
-    """The run on the sample: one pass of training, and bad samples stop nothing."""
+    """Config of the run on the sample: one epoch of training, no limit on bad samples."""
     embedder = config.embedder
     once = embedder.model_copy(update={"optim": embedder.optim.model_copy(update={"epochs": 1})})
     index = config.index.model_copy(update={"max_bad_fraction": 1.0, "max_bad_shards": len(list(shards.iterdir()))})
@@ -169,7 +186,8 @@ def _tried(config: CleanConfig, shards: Path, has_trusted: bool) -> CleanConfig:
 def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: CleanConfig) -> list[Cost]:
     """Straight lines through two points, `more` samples apart.
 
-    What falls with the samples is noise: then bytes do not depend on them, and all time of a divided stage does.
+    Where the larger sample costs less, the difference is noise: bytes are then fixed, and all time of a divided stage
+    grows with the samples.
     """
 
     def each(name: str, a: dict[str, Any], b: dict[str, Any]) -> float | None:
@@ -226,7 +244,7 @@ def _scaled(
 
 
 def _memory(n: int, n_shards: int, config: CleanConfig, run: MeasuredRun) -> dict[str, float]:
-    """Bytes: of a task (measured), of training's cache, of `select`, and of what the driver knows of the shards."""
+    """Bytes of a task (measured), of the cache of training, of `select`, and of the driver's list of shards."""
     summary = (Path(run.out) / "00-index" / "dataset.json").stat().st_size
     n_sampled = len(list((Path(run.out) / "00-index" / "rows").rglob("*.parquet")))
     return {
@@ -238,13 +256,13 @@ def _memory(n: int, n_shards: int, config: CleanConfig, run: MeasuredRun) -> dic
 
 
 def _spread(names: Sequence[str], n: int) -> list[str]:
-    """At most `n` of them, evenly."""
+    """At most `n` of the names, evenly spaced."""
     n = min(n, len(names))
     return [names[i * len(names) // n] for i in range(n)]
 
 
 def _bytes_read() -> int | None:
-    """By this process so far, from the page cache too; None where there is no /proc."""
+    """Bytes read by this process so far, page cache included; None without /proc."""
     return _proc("io", "rchar")
 
 

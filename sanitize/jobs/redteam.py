@@ -1,5 +1,6 @@
 """Known attacks on a sample of the data: recall of the pipeline, and models trained before and after cleaning."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,12 +13,14 @@ from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ConfigError
 from sanitize.jobs.clean import CleanConfig, Cleaned, clean_inside
 from sanitize.jobs.job import job
+from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.progress import track
 from sanitize.redteam import (
     NONE,
     Case,
+    Findings,
     FindingsConfig,
     Measured,
     PlannedAttack,
@@ -48,7 +51,7 @@ DEFAULT_ATTACKS = ("badnets@1%", "badnets@5%", "blended@5%", "labels@5%")
 
 
 class RedTeamConfig(BaseModel):
-    """One red team; one YAML file.
+    """Config of one red team; one YAML file.
 
     Attributes:
         clean: the pipeline under test, as `sanitize clean` takes it; its shards are the data.
@@ -103,7 +106,38 @@ class RedTeamData(NamedTuple):
     test: Dataset
 
 
-@job(RedTeamConfig, settings=lambda config: config.clean)
+@dataclass(frozen=True)
+class RedTeamRun(JobRun):
+    """A finished run of `redteam`."""
+
+    kind = RedTeamConfig
+
+    @property
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """Name of a case -> measure -> mean, low, high (of the interval) and repeats; see `Findings.info`."""
+        return {case["name"]: case["measures"] for case in self._findings()["cases"]}
+
+    @property
+    def requirements(self) -> list[dict[str, Any]]:
+        """The requirements: text, mean, low, high, met."""
+        found: list[dict[str, Any]] = self._findings()["requirements"]
+        return found
+
+    @property
+    def met(self) -> bool:
+        """True where all requirements are met."""
+        return bool(self._findings()["met"])
+
+    @property
+    def report(self) -> str:
+        """Path or URL of the report page."""
+        return self._page()
+
+    def _findings(self) -> dict[str, Any]:
+        return Findings.load(self._in("80-findings")).info
+
+
+@job(RedTeamConfig, RedTeamRun, section="clean")
 def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
     """Test a pipeline: sample, poison, clean without the truth, train before and after, measure, report.
 

@@ -1,9 +1,10 @@
-"""The reference of a store: what new shards are judged against. Version 1 is made from an approved run, and each later
-one by merging what is remembered of the batches that were accepted since; no shard of the past is read for it."""
+"""The reference of a store, which new shards are judged against. Version 1 is made from an approved run, each later
+version by merging the statistics of the batches accepted since; no old shard is read again."""
 
 import getpass
 import hashlib
 import time
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import yaml
@@ -25,9 +26,8 @@ from sanitize.drift import (
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import EmbedConfig
 from sanitize.errors import ArtifactError, ConfigError
-from sanitize.jobs.clean import CleanConfig, scores_folder
-from sanitize.jobs.restore import config_of, latest
-from sanitize.jobs.run import Run, save_config
+from sanitize.jobs.clean import CleanConfig, latest, scores_folder
+from sanitize.jobs.run import Run, read_config, save_config
 from sanitize.lease import check_held
 from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
 from sanitize.models.checkpoint import Checkpoint
@@ -41,13 +41,13 @@ CONFIG = "config.yaml"
 
 
 class ReferenceConfig(BaseModel):
-    """All that new shards are processed by, so that they meet what the approved run met.
+    """Settings by which new shards are processed, the same as in the approved run.
 
     Attributes:
-        index, embed, scorers: of that run; classes and image size are fixed to what it found.
-        judge: its rules, and the level of what is judged sample by sample.
-        statistics: what is remembered.
-        compute: seed and precision are those of every batch.
+        index, embed, scorers: settings of the approved run, with its classes and image size.
+        judge: rules of the approved run, and the level for samples that are judged one by one.
+        statistics: settings of the statistics that are kept.
+        compute: seed and precision of every batch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,7 +61,7 @@ class ReferenceConfig(BaseModel):
 
     @classmethod
     def of_run(cls, run: CleanConfig, dataset: Dataset, statistics: StatisticsConfig, level: float | None) -> Self:
-        """For new shards like those of a run. Raises ConfigError where its settings cannot judge one by one."""
+        """From the config of a run. Raises ConfigError where its rules cannot judge samples one by one."""
         if run.select.verdict == "combined":
             raise ConfigError("a run with verdict 'combined' judges all samples together: approve one with any or all")
         image = run.index.image.model_copy(update={"size": dataset.image_shape[1:]})
@@ -73,7 +73,7 @@ class ReferenceConfig(BaseModel):
 
 
 class Reference(NamedTuple):
-    """One version, loaded: handles of its artifacts."""
+    """Handles of the artifacts of one version."""
 
     version: int
     config: ReferenceConfig
@@ -85,12 +85,12 @@ class Reference(NamedTuple):
 
 
 def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) -> Reference:
-    """A version of the ledger. Raises ArtifactError where a folder is not what the ledger says.
+    """Load a version of the reference. Raises ArtifactError where a folder differs from the ledger.
 
     Args:
-        store: its folder or URL.
-        entry: the version.
-        trust_code: the embedder may run code that it names, see `sanitize.load_model`.
+        store: path or URL of the store.
+        entry: entry of the version in the ledger.
+        trust_code: True allows the embedder to run code that it names, see `sanitize.load_model`.
     """
     folder = version_folder(store, entry.version)
     for name, digest in entry.digests.items():
@@ -109,7 +109,7 @@ def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) 
 
 
 def _read_config(url: str, sha256: str) -> ReferenceConfig:
-    """What new shards are processed by; a ledger of older versions does not say its sha256."""
+    """The settings of a version; ledgers of older versions have no sha256 of the file."""
     try:
         data = read_bytes(url)
         if sha256 and hashlib.sha256(data).hexdigest() != sha256:
@@ -122,21 +122,30 @@ def _read_config(url: str, sha256: str) -> ReferenceConfig:
 
 
 def make_reference(
-    run: str, store: str, statistics: StatisticsConfig, level: float | None, note: str = ""
+    run: str | Path,
+    store: str | Path,
+    statistics: StatisticsConfig | None = None,
+    level: float | None = 0.001,
+    note: str = "",
 ) -> dict[str, Any]:
-    """Version 1, from a finished run of `sanitize clean` that somebody looked at and approves of.
+    """Make version 1 of a reference from a finished and approved run of `clean`.
 
     Args:
-        run: its folder; where samples were put back, that is respected.
-        store: the folder or URL that batches and ledger go to.
-        statistics: what is remembered.
-        level: see `JudgeConfig`.
-        note: why it was approved.
+        run: path or URL of the run folder; where samples were put back, the latest decision counts.
+        store: path or URL of the folder for batches and ledger.
+        statistics: settings of the statistics that are kept of the run; None takes the defaults.
+        level: probability in (0, 1) that a scorer flags a clean sample; None takes the rules of the run. See
+            `JudgeConfig`.
+        note: reason of the approval.
+
+    Returns:
+        `reference`: the version; `folder`; number of `shards`; `samples` seen and remembered; `level`.
 
     Raises:
         ConfigError: the store has a reference, or the run cannot be one.
     """
-    made, dataset = config_of(run), Dataset.load(join(run, "00-index"))
+    run, store, statistics = str(run), str(store), statistics or StatisticsConfig()
+    made, dataset = read_config(run, CleanConfig), Dataset.load(join(run, "00-index"))
     config = ReferenceConfig.of_run(made, dataset, statistics, level)
     selection, number = latest(run)
     shards = Shards.load(join(run, f"50-shards.r{number}" if number else "50-shards"))
@@ -173,12 +182,20 @@ def make_reference(
     }
 
 
-def refit(store: str, note: str = "") -> dict[str, Any]:
-    """The next version: the last one, and what is remembered of the batches released since. Scorers are fitted anew.
+def refit(store: str | Path, note: str = "") -> dict[str, Any]:
+    """Make the next version of a reference: the last one merged with the batches released since; scorers are refitted.
+
+    Args:
+        store: path or URL of the store.
+        note: reason.
+
+    Returns:
+        `reference`: the version; `folder`; the `merged` batches; `samples` seen and remembered; `level`.
 
     Raises:
-        ConfigError: there is no reference, or nothing was released since.
+        ConfigError: there is no reference, or no batch was released since.
     """
+    store = str(store)
     ledger = Ledger(store)
     with exclusive(join(store, "reference")):
         state = ledger.read()
@@ -201,8 +218,8 @@ def refit(store: str, note: str = "") -> dict[str, Any]:
         )
 
         def decide(state: State) -> ReferenceEntry:
-            check_held(join(store, "reference"))  # nobody else makes versions while the lock is held
-            if state.reference.version != last.version:  # the lock was lost, and somebody else took it
+            check_held(join(store, "reference"))  # with the lock, no other process makes versions
+            if state.reference.version != last.version:  # the lock was lost to another process
                 raise ArtifactError(f"reference v{state.reference.version:04d} was made meanwhile; run again")
             return entry
 
@@ -224,13 +241,13 @@ def _remembered(store: str, state: State, batch: str) -> Statistics:
 
 
 def unmerged(state: State) -> list[str]:
-    """Released batches that no version of the reference has, sorted: the order of merging changes rounding."""
+    """Released batches that are in no version of the reference; sorted, as the order of merging changes rounding."""
     merged = {name for entry in state.references.values() for name in entry.merged}
     return sorted(name for name, batch in state.batches.items() if batch.is_released and name not in merged)
 
 
 def clean_shards(shards: Shards, batch: str, folder: str) -> tuple[CleanShard, ...]:
-    """What written shards add to the feed; `folder` is where readers find them. Empty shards are left out."""
+    """Lines of the feed for written shards; `folder` is their place for readers. Empty shards are left out."""
     described = shards.read_json("dataset.json")["shards"]
     return tuple(
         CleanShard(shard=join(folder, name), batch=batch, **facts)
@@ -240,7 +257,7 @@ def clean_shards(shards: Shards, batch: str, folder: str) -> tuple[CleanShard, .
 
 
 def _fit(config: ReferenceConfig, remembered: Statistics, run: Run) -> None:
-    """Scorers on one half of the sample; both halves are scored."""
+    """Fit scorers on one half of the sample, and score both halves."""
     for half in remembered.shards:
         if not len(remembered.rows(half, ["label"])):
             raise ConfigError(f"the run has too few samples for a reference: none is left to {half}")
@@ -252,14 +269,14 @@ def _fit(config: ReferenceConfig, remembered: Statistics, run: Run) -> None:
 
 
 def _begin(store: str, version: int, config: ReferenceConfig) -> Run:
-    """The folder of a version that the ledger does not have; what was left there may be of other batches."""
+    """A fresh folder for a version that the ledger does not have; leftovers may come from other batches."""
     folder = version_folder(store, version)
     remove(folder)
     return Run(folder, config.compute)
 
 
 def version_folder(store: str, version: int) -> str:
-    """Where a version of the reference is."""
+    """Folder of a version of the reference."""
     return join(store, "reference", f"v{version:04d}")
 
 
@@ -277,7 +294,7 @@ def _digests(run: Run) -> dict[str, str]:
 
 
 def _offered(dataset: Dataset) -> tuple[Offered, ...]:
-    """The shards of the run, as the ledger knows shards: they are not taken for new ones."""
+    """The shards of the run as entries of the ledger, so that ingest does not take them for new ones."""
     sources = dataset.manifest().sources
     return tuple(
         Offered(
@@ -297,5 +314,5 @@ def _n_samples(remembered: Statistics) -> dict[str, int]:
 
 
 def approval(by: str, note: str) -> dict[str, str]:
-    """Who decided, when, and why."""
+    """User, time and reason of a decision."""
     return {"by": by or getpass.getuser(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note}

@@ -1,6 +1,7 @@
-"""Repair of a model that may have learned a backdoor, and, where asked, certificates for what comes out."""
+"""Repair of a model that may have learned a backdoor, and certificates for the repaired model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sanitize.attack import Poisoned
@@ -8,24 +9,25 @@ from sanitize.certify import CertifySmoothingConfig, certify_smoothing
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import ModelRunConfig, job
+from sanitize.jobs.result import ModelRun
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import as_the_model_sees, index_found, packaged
 from sanitize.models.config import ModelConfig
 from sanitize.package import PACKAGE, open_model, package_model
-from sanitize.repair import RepairModelConfig, repair_model
+from sanitize.repair import RepairedModel, RepairModelConfig, repair_model
 
 
 class RepairRunConfig(ModelRunConfig):
-    """One run; one YAML file.
+    """Config of one run; one YAML file.
 
     Attributes:
-        shards: what the model was trained on, for methods that read it (drr).
-        clean_shards: samples that are known to be good, for methods that learn from a few (ibau).
+        shards: training data of the model, for methods that read it (drr).
+        clean_shards: trusted samples, for methods that learn from a few of them (ibau).
         test_shards: samples to measure on before and after, and to certify; no method sees them.
-        index: how shards are read; sizes and classes are those of the model.
+        index: settings of reading shards; sizes and classes are those of the model.
         repair: the method.
         truth: folder of the artifact of `poison_shards` that made the shards, where the poison is known.
-        smoothing: given, the repaired model is certified on the test shards.
+        smoothing: settings to certify the repaired model with on the test shards; None does not certify it.
     """
 
     shards: tuple[str, ...] = ()
@@ -37,16 +39,35 @@ class RepairRunConfig(ModelRunConfig):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Everything that is read."""
+        """All shards that the job reads."""
         return (*self.shards, *self.clean_shards, *self.test_shards)
 
 
-@job(RepairRunConfig)
+@dataclass(frozen=True)
+class RepairRun(ModelRun):
+    """A finished run of `repair`."""
+
+    kind = RepairRunConfig
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        """The method, its findings, the change of the weights, and accuracy and ASR before and after."""
+        return RepairedModel.load(self._in("60-repaired")).report
+
+    @property
+    def report(self) -> str | None:
+        """Path or URL of the report page on the certificates; None where the run has no `smoothing`."""
+        return self._page() if self.config.smoothing is not None else None
+
+
+@job(RepairRunConfig, RepairRun)
 def repair(config: RepairRunConfig, run: Run) -> dict[str, Any]:
-    """Repair a model that may have learned a backdoor: index, repair, certify where asked, package.
+    """Repair a model that may have learned a backdoor.
+
+    Stages: index, repair, certify (with `smoothing`), package.
 
     Returns:
-        Places, and what was measured before and after.
+        Places, and measures before and after.
     """
     if config.smoothing is not None and not config.test_shards:
         raise ConfigError("`smoothing:` certifies predictions on test shards: give test_shards")

@@ -1,34 +1,39 @@
-"""What a person does with a finished run: put samples back, write its report again."""
+"""Changes to a finished run of `clean`: put samples back, write the report again."""
 
 import json
 import time
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
-
-from sanitize.artifacts import first_line, first_problem
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import Scores, Selection
-from sanitize.errors import ArtifactError, SanitizeError
-from sanitize.jobs.clean import CleanConfig, scores_folder
-from sanitize.jobs.verify import artifacts_of, verify_run
+from sanitize.data.tables import Scores
+from sanitize.jobs.clean import CleanConfig, latest, scores_folder
+from sanitize.jobs.run import read_config
+from sanitize.jobs.verify import verify_run
 from sanitize.report import write_report
 from sanitize.select import RestoreConfig, Shards, restore_samples, write_selected
 from sanitize.storage import create, exclusive, exists, join, read_bytes
 
 __all__ = ["config_of", "latest", "restore", "verify_run", "write_again"]
 
-C = TypeVar("C", bound=BaseModel)
 
-
-def restore(folder: str, keys: tuple[str, ...], note: str) -> dict[str, Any]:
+def restore(folder: str | Path, keys: str | Sequence[str], note: str = "") -> dict[str, Any]:
     """Put samples back: a new selection and new shards beside the old ones, and a line in `decisions.jsonl`.
+
+    Args:
+        folder: path or URL of a finished run of `clean`.
+        keys: keys of samples in quarantine.
+        note: reason, for the record.
+
+    Returns:
+        `restored`: number of samples that were put back so far; `clean` and `quarantine`: folders of the new shards.
 
     Raises:
         DataError: a key is not in quarantine.
         ArtifactError: `folder` is no finished run.
     """
+    folder, keys = str(folder), (keys,) if isinstance(keys, str) else tuple(keys)
     with exclusive(folder):
         config = config_of(folder)
         before, number = latest(folder)
@@ -54,7 +59,7 @@ def restore(folder: str, keys: tuple[str, ...], note: str) -> dict[str, Any]:
 
 
 def write_again(folder: str) -> str:
-    """Write the report of the latest selection; path of the page."""
+    """Write the report of the latest selection; returns the path or URL of the page."""
     with exclusive(folder):
         config = config_of(folder)
         selection, number = latest(folder)
@@ -72,23 +77,5 @@ def write_again(folder: str) -> str:
 
 
 def config_of(folder: str) -> CleanConfig:
-    """What a finished run was asked for. Raises ArtifactError where it is none."""
-    return written_config(folder, CleanConfig)
-
-
-def written_config(folder: str, kind: type[C]) -> C:
-    """The `config.yaml` of a folder. Raises ArtifactError where there is none, or it is of another kind."""
-    try:
-        return kind.model_validate(yaml.safe_load(read_bytes(join(folder, "config.yaml"))))
-    except OSError:
-        raise ArtifactError(f"{folder} is not a finished run of `sanitize clean`: it has no config.yaml") from None
-    except (yaml.YAMLError, RecursionError, ValueError, SanitizeError) as error:
-        why = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
-        raise ArtifactError(f"{join(folder, 'config.yaml')} is no {kind.__name__}: {why}") from error
-
-
-def latest(folder: str) -> tuple[Selection, int]:
-    """The selection of a finished run that is in force, and how many times samples were put back."""
-    names = artifacts_of(folder)
-    number = max((int(name.rpartition(".r")[2]) for name in names if name.startswith("50-shards.r")), default=0)
-    return Selection.load(join(folder, f"40-selection.r{number}" if number else "40-selection")), number
+    """The config of a finished run of `clean`. Raises ArtifactError where the folder holds none."""
+    return read_config(folder, CleanConfig)

@@ -1,25 +1,29 @@
-"""How robust a model really is: attack it, and see where its gradients point."""
+"""Robustness of a model: attacks on it, and the direction of its gradients."""
 
+from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
 
 from sanitize.denoise import PCAConfig, fit_pca
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import ModelRunConfig, job
+from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import as_the_model_sees, index_found
-from sanitize.measure import RobustnessConfig, measure_robustness
+from sanitize.measure import Robustness, RobustnessConfig, measure_robustness
 from sanitize.package import open_model
 from sanitize.report import write_robustness_report
 
 
 class RobustnessRunConfig(ModelRunConfig):
-    """One run; one YAML file.
+    """Config of one run; one YAML file.
 
     Attributes:
         shards: test samples: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
-        train_shards: images whose principal components gradients are measured against; none takes those of `shards`.
-        index: how both are read; sizes and classes are those of the model.
-        pca, robustness: one section a stage.
+        train_shards: images for the principal components that gradients are compared with; none takes `shards`.
+        index: settings of reading shards; sizes and classes are those of the model.
+        pca, robustness: sections of the stages.
     """
 
     train_shards: tuple[str, ...] = ()
@@ -28,20 +32,43 @@ class RobustnessRunConfig(ModelRunConfig):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Everything that is read."""
+        """All shards that the job reads."""
         return (*self.shards, *self.train_shards)
 
 
-@job(RobustnessRunConfig)
+@dataclass(frozen=True)
+class RobustnessRun(JobRun):
+    """A finished run of `robustness`."""
+
+    kind = RobustnessRunConfig
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        """Accuracy by radius, mean and median length of the smallest perturbations; see `Robustness.summary`."""
+        return Robustness.load(self._in("75-robustness")).summary
+
+    @property
+    def report(self) -> str:
+        """Path or URL of the report page."""
+        return self._page()
+
+    def perturbations(self) -> pa.Table:
+        """One row an image: shard, position, key, label, and the length of the smallest perturbation found."""
+        return Robustness.load(self._in("75-robustness")).table()
+
+
+@job(RobustnessRunConfig, RobustnessRun)
 def robustness(config: RobustnessRunConfig, run: Run) -> dict[str, Any]:
-    """Attack a trained model: index, principal components, smallest perturbations, page.
+    """Attack a trained model, and measure the smallest changes of images that alter its predictions.
+
+    Stages: index, principal components, smallest perturbations, report.
 
     Returns:
-        Places, and what was measured.
+        Places and measures.
     """
     model = open_model(config.model, config.allow_factory)
     if model.config.is_ensemble:
-        raise ConfigError(f"{config.model} votes, and votes have no gradient to attack by: certify it instead")
+        raise ConfigError(f"{config.model} is an ensemble that votes, and votes have no gradient: certify it instead")
     index = as_the_model_sees(config.index, model.config)
     dataset = index_found("00-index", config.shards, index, run)
     seen = dataset

@@ -1,4 +1,4 @@
-"""A run folder, and a way of calling stages: plain function calls here; a subclass may call them in another."""
+"""A run folder, and calls of stages: plain function calls here; a subclass may call them in another way."""
 
 import json
 import logging
@@ -7,31 +7,43 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from sanitize import __version__
-from sanitize.artifacts import MANIFEST, Artifact
+from sanitize.artifacts import MANIFEST, Artifact, first_line, first_problem
 from sanitize.compute import Compute
 from sanitize.data.sources import refuse_inside
 from sanitize.distributed import rank0_first, world
-from sanitize.storage import create, exclusive, exists, join
+from sanitize.errors import ArtifactError, SanitizeError
+from sanitize.storage import create, exclusive, exists, join, read_bytes
 
 logger = logging.getLogger("sanitize.run")
 A = TypeVar("A", bound=Artifact)
+C = TypeVar("C", bound=BaseModel)
+# Fields of run.json; the others are the summary of the run.
+RECORD = (
+    "status",
+    "stages",
+    "inputs",
+    "versions",
+    "compute",
+    "device",
+    "updated",
+)
 
 
 class Run:
-    """Calls stages one after another and remembers what became of each in `run.json`.
+    """Calls stages one after another and records each in `run.json`.
 
     Args:
-        out: the run folder, a path or a URL; every stage gets a folder in it.
-        compute: handed to every stage.
-        n_groups: in how many groups of shards a sharded stage is divided; results do not depend on it.
+        out: path or URL of the run folder; every stage gets a folder in it.
+        compute: compute settings of every stage.
+        n_groups: number of groups of shards in a sharded stage; results do not depend on it.
     """
 
     def __init__(self, out: str | Path, compute: Compute, n_groups: int = 1) -> None:
@@ -39,11 +51,11 @@ class Run:
         self.compute = compute
         self.n_groups = n_groups
         self.stages: list[dict[str, Any]] = []
-        self.given: dict[str, str] = {}  # digest -> place of artifacts of others that stages here were given
-        logger.info("sanitize %s on %s", __version__, compute.describe())
+        self.given: dict[str, str] = {}  # digest -> path of input artifacts from outside the run
+        logger.info("sanitize %s on %s", version("sanitize"), compute.describe())
 
     def inside(self, folder: str, compute: Compute) -> Self:
-        """A run of its own in a folder of this one, called in the same way."""
+        """A separate run in a folder of this one, with the same way of calling stages."""
         run = copy(self)
         run.out, run.compute, run.stages, run.given = join(self.out, folder), compute, [], {}
         return run
@@ -53,7 +65,7 @@ class Run:
         return rank0_first(lambda: self.together(folder, function, *inputs, **more))
 
     def together(self, folder: str, function: Callable[..., A], *inputs: Any, **more: Any) -> A:
-        """Run a stage at which all processes are at work."""
+        """Run a stage in which all processes of torchrun take part."""
         self._note_given([*inputs, *more.values()])
         return self._timed(folder, function, lambda out: self._call(function, *inputs, out, self.compute, **more))
 
@@ -76,10 +88,10 @@ class Run:
         return result
 
     def note_batch(self, batch: dict[str, Any]) -> None:
-        """Called by `ingest` with what became of a batch, as soon as that is certain; here nobody is told."""
+        """Called by `ingest` with the state of each batch it commits; does nothing here."""
 
     def _note_given(self, inputs: Sequence[Any]) -> None:
-        """Remember artifacts that no stage of this run made, so that `sanitize verify` knows where they are from."""
+        """Record input artifacts that no stage of this run made, for `sanitize verify`."""
         made = {stage["digest"] for stage in self.stages}
         for value in inputs:
             if isinstance(value, Artifact):
@@ -109,7 +121,7 @@ class Run:
                 "folder": folder,
                 "stage": function.__name__,
                 "digest": artifact.digest,
-                "samples": counts.get("samples", sum(counts.values()) or None),  # or what became of each
+                "samples": counts.get("samples", sum(counts.values()) or None),  # or the sum over outcomes
                 "seconds": round(seconds, 3),
                 "resumed": resumed,
             }
@@ -118,7 +130,7 @@ class Run:
         return artifact
 
     def save(self, status: str, **more: Any) -> None:
-        """Write `run.json`: status, stages, versions, device, and what else the caller has to say."""
+        """Write `run.json`: status, stages, inputs, versions, device, and the fields in `more`."""
         if world()[0] > 0:
             return
         record = {
@@ -137,13 +149,15 @@ class Run:
 
 @contextmanager
 def claimed(out: str | Path, sources: Sequence[str]) -> Iterator[None]:
-    """Work in a run folder that is this process' alone and that no shards are read from.
+    """Lock a run folder for this process, after a check that no shards are read from the folder.
 
-    The lock is a file in the folder, so the second is checked first.
+    Args:
+        out: path or URL of the run folder.
+        sources: places of the shards that are read.
 
     Raises:
-        ConfigError: `sources` are searched for in a folder that it lies in.
-        ArtifactError: another process is at work on it.
+        ConfigError: shards are searched for in a folder that `out` lies in.
+        ArtifactError: another process works in the folder.
     """
     refuse_inside(sources, out)
     with exclusive(out):
@@ -151,19 +165,53 @@ def claimed(out: str | Path, sources: Sequence[str]) -> Iterator[None]:
 
 
 def save_config(config: BaseModel, out: str) -> None:
-    """Write the resolved configuration as `config.yaml`; the run can be repeated from it."""
+    """Write the resolved config as `config.yaml`; the run can be repeated from that file."""
     if world()[0] > 0:
         return
     with create(join(out, "config.yaml")) as writer:
         writer.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
+def read_config(folder: str, kind: type[C]) -> C:
+    """The `config.yaml` of a finished run.
+
+    Args:
+        folder: path or URL of the run folder.
+        kind: class of the config.
+
+    Raises:
+        ArtifactError: there is no such file, or it is the config of another job.
+    """
+    url = join(folder, "config.yaml")
+    try:
+        return kind.model_validate(yaml.safe_load(read_bytes(url)))
+    except OSError:
+        raise ArtifactError(f"{folder} is not a finished run: it has no config.yaml") from None
+    except (yaml.YAMLError, RecursionError, ValueError, SanitizeError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
+        raise ArtifactError(f"{url} is no {kind.__name__}: {why}") from error
+
+
+def read_record(folder: str) -> dict[str, Any]:
+    """The `run.json` of a finished run. Raises ArtifactError where there is none, or the run has not finished."""
+    url = join(folder, "run.json")
+    try:
+        record = json.loads(read_bytes(url))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is not a run folder: it has no run.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{url} is damaged: {first_line(error)}") from error
+    if not isinstance(record, dict) or record.get("status") != "finished":
+        raise ArtifactError(f"the run in {folder} has not finished; run it again to go on")
+    return record
+
+
 def versions() -> dict[str, str]:
-    """Versions that may change results."""
-    return {"sanitize": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    """Versions of software that may change results."""
+    return {"sanitize": version("sanitize"), "python": platform.python_version(), "torch": torch.__version__}
 
 
 def split(shards: Sequence[str], n: int) -> list[list[str]]:
-    """The shards in at most `n` groups of about equal size: the unit of work of one task."""
+    """The shards in at most `n` groups of about equal size; one task works on one group."""
     n = max(1, min(n, len(shards)))
     return [list(shards[i * len(shards) // n : (i + 1) * len(shards) // n]) for i in range(n)]

@@ -1,4 +1,4 @@
-"""Where groups of shards are worked on: `runner:` of a job. Results never depend on it; Prefect's flows read it."""
+"""Runners of groups of shards: `runner:` of a job, read by Prefect's flows. Results never depend on the runner."""
 
 from typing import Annotated, Literal
 
@@ -12,10 +12,10 @@ class _Runner(BaseModel):
 class Threads(_Runner):
     """Threads of the process that runs the flow.
 
-    Nearly free to start, and reading, decoding, hashing and torch let other threads run meanwhile.
+    They start at once; reading, decoding, hashing and torch release the interpreter lock.
 
     Attributes:
-        workers: groups at work at a time.
+        workers: number of groups that run at a time.
     """
 
     kind: Literal["threads"] = "threads"
@@ -23,12 +23,12 @@ class Threads(_Runner):
 
 
 class Processes(_Runner):
-    """Processes on the same machine, each a fresh interpreter: seconds to start, then no lock is shared.
+    """Processes on the same machine, each a fresh interpreter: they take seconds to start and share no lock.
 
-    One that is killed ends the run, as a kill of the run itself would; run again, it goes on.
+    A worker that is killed ends the run; the same call resumes it.
 
     Attributes:
-        workers: groups at work at a time; None takes one a CPU core.
+        workers: number of groups that run at a time; None takes the number of CPU cores.
     """
 
     kind: Literal["processes"] = "processes"
@@ -36,17 +36,17 @@ class Processes(_Runner):
 
 
 class Ray(_Runner):
-    """Workers of a Ray cluster (extra `ray`). A worker or node that dies costs the shards it was at, not the run.
+    """Workers of a Ray cluster (extra `ray`). When a worker or node dies, only its current shards are repeated.
 
-    Every node needs this package, and must see shards and run folder under the same absolute path or URL. The flow's
-    process runs on a node too: stages that are not divided into groups stay in it.
+    Every node needs this package, and must see shards and run folder under the same absolute path or URL. The process
+    of the flow runs on a node too; stages that are not divided into groups stay in that process.
 
     Attributes:
-        address: HOST:PORT of a cluster, or "auto" for the one that `ray start` made this machine part of; None starts
-            one on this machine, which ends with the flow. RAY_ADDRESS goes first.
-        num_cpus: that a group occupies, of those that its node offers.
-        num_gpus: that a group occupies; 0.5 puts two on one GPU.
-        retries: how often a group is begun again after its worker died.
+        address: HOST:PORT of a cluster, or "auto" for the cluster that this machine joined with `ray start`; None
+            starts a cluster on this machine that ends with the flow. RAY_ADDRESS has precedence.
+        num_cpus: CPUs reserved for each group.
+        num_gpus: GPUs reserved for each group; 0.5 puts two groups on one GPU.
+        retries: number of times that a group starts again after its worker died.
     """
 
     kind: Literal["ray"] = "ray"

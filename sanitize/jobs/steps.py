@@ -23,10 +23,7 @@ def index_found(folder: str, sources: Sequence[str], index: IndexConfig, run: Ru
 def index_more(
     folder: str, sources: Sequence[str], changed: dict[str, Any], index: IndexConfig, dataset: Dataset, run: Run
 ) -> Dataset | None:
-    """Other shards, indexed like those of `dataset`: their images have its size, their labels are of its classes.
-
-    None where there are none.
-    """
+    """More shards, indexed with the image size and the classes of `dataset`; None without sources."""
     if not sources:
         return None
     image = index.image.model_copy(update={"size": dataset.image_shape[1:]})
@@ -35,14 +32,14 @@ def index_more(
 
 
 def as_the_model_sees(index: IndexConfig, model: ModelConfig) -> IndexConfig:
-    """The same, with the image size, channels and classes of the model."""
+    """Index settings with the image size, channels and classes of the model."""
     channels, height, width = model.image_shape
     image = index.image.model_copy(update={"size": (height, width), "channels": channels})
     return index.model_copy(update={"n_classes": model.n_classes, "image": image})
 
 
 def packaged(model: Checkpoint, certificates: Sequence[Certificates], run: Run) -> dict[str, Any]:
-    """The last steps of jobs that end in certificates: package and page; their places, and what is proved."""
+    """The last steps of jobs that end in certificates: package and report; returns places and certified accuracy."""
     package = run.stage(PACKAGE, package_model, model, certificates=certificates)
     report = run.stage("90-report", write_certificate_report, package)
     proved = package.read_json("certificate.json")["certificates"]

@@ -1,15 +1,18 @@
-"""What a store says of itself, and what a person decides: batches, refused shards, the feed."""
+"""State of a store (batches, refused shards, the feed) and the decisions of its users."""
 
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 from sanitize.artifacts import altered
 from sanitize.entries import CommitEntry, Decision, DecisionEntry, Refused, RetryEntry
-from sanitize.errors import ConfigError, StorageError
+from sanitize.errors import ArtifactError, ConfigError, StorageError
 from sanitize.jobs.reference import approval
+from sanitize.jobs.result import JobResult
 from sanitize.ledger import IngestBatch, Ledger, State
 from sanitize.storage import create, exclusive, exists, is_local, join, read_bytes
 
@@ -17,16 +20,70 @@ FEED = "feed.json"
 SHARDS = "50-shards"  # folder of a batch
 
 
+@dataclass(frozen=True)
+class IngestStore(JobResult):
+    """A store of `ingest`: batches, refused shards, and the feed of clean shards.
+
+    Attributes:
+        folder: path or URL of the store.
+        summary: findings of the call of `ingest` that returned this object; empty where the store was opened.
+    """
+
+    place = "store"
+    summary: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """The store in a folder.
+
+        Args:
+            folder: path or URL of the store.
+
+        Raises:
+            ArtifactError: the folder holds no store with a reference, or its ledger is damaged.
+        """
+        store = cls(str(folder).rstrip("/"))
+        if not Ledger(store.folder).read().references:
+            raise ArtifactError(f"{folder} is no store: it has no reference; make one with `sanitize reference`")
+        return store
+
+    @classmethod
+    def after(cls, folder: str | Path, summary: dict[str, Any]) -> Self:
+        """The store after a call of `ingest` with this summary."""
+        return cls(str(folder).rstrip("/"), summary)
+
+    @property
+    def batches(self) -> list[dict[str, Any]]:
+        """All batches, the oldest first: batch, status, verdict, reasons, samples, report, drift, released, ..."""
+        return list_batches(self.folder)
+
+    @property
+    def refused(self) -> list[dict[str, Any]]:
+        """Shards that are in no batch: shard, sha256, reasons, size, modified."""
+        return list_refused(self.folder)
+
+    @property
+    def feed(self) -> str:
+        """Path or URL of the feed, a JSON file with all released clean shards."""
+        return join(self.folder, FEED)
+
+    @property
+    def clean_shards(self) -> list[str]:
+        """Paths or URLs of all released clean shards; of the approved run and of the batches."""
+        lines = Ledger(self.folder).read().feed()
+        return [join(self.folder, line.shard) if line.batch else line.shard for line in lines]
+
+
 def feed_of(state: State) -> bytes:
-    """The content of the feed, which is a function of the ledger."""
+    """Content of the feed; a function of the ledger alone."""
     feed = {"format": 1, "shards": [line.model_dump() for line in state.feed()]}
     return json.dumps(feed, indent=1).encode() + b"\n"
 
 
 def write_feed(store: str, ledger: Ledger) -> None:
-    """Write what trainers may read, from the ledger; whoever writes last has read it last."""
+    """Write the feed from the ledger; the last process to write has read the ledger last."""
     n_written = -1
-    while (state := ledger.read()).n_entries != n_written:  # who writes an older one than is there, writes again
+    while (state := ledger.read()).n_entries != n_written:  # a process that wrote an outdated feed writes again
         n_written, url = state.n_entries, join(store, FEED)
         data = feed_of(state)
         if not exists(url) or read_bytes(url) != data:
@@ -35,7 +92,7 @@ def write_feed(store: str, ledger: Ledger) -> None:
 
 
 def altered_shards(store: str, state: State) -> list[str]:
-    """Clean shards in the feed that are not what their batch wrote, as far as sizes and times tell."""
+    """Clean shards in the feed that have changed since their batch wrote them, judged by size and time."""
     released = [batch.claim.batch for batch in state.batches.values() if batch.is_released]
     expected: dict[str, dict[str, tuple[int, str]]] = {name: {} for name in released}
     for line in state.feed():
@@ -52,8 +109,10 @@ def altered_shards(store: str, state: State) -> list[str]:
         return [problem for problems in pool.map(look, released) for problem in problems]
 
 
-def told(store: str, batch: IngestBatch, entry: CommitEntry | None, reasons: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What became of a batch, for people and machines; with no entry, it is still claimed, and `reasons` say why."""
+def batch_summary(
+    store: str, batch: IngestBatch, entry: CommitEntry | None, reasons: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """State of a batch as a result has it; a batch without entry is still claimed, for these `reasons`."""
     folder = join(store, "batches", batch.claim.batch)
     pages = {"report": "90-report/index.html", "drift": "91-drift-report/index.html"}
     return {
@@ -69,21 +128,21 @@ def told(store: str, batch: IngestBatch, entry: CommitEntry | None, reasons: tup
 
 
 def list_batches(store: str, status: str | None = None) -> list[dict[str, Any]]:
-    """All batches as the ledger has them, the oldest first."""
+    """All batches in the ledger, the oldest first."""
     found = []
     for batch in Ledger(store).read().batches.values():
         decision = None if batch.decision is None else batch.decision.model_dump(exclude={"kind", "batch"})
-        found.append(told(store, batch, batch.commit) | {"decision": decision, "released": batch.is_released})
+        found.append(batch_summary(store, batch, batch.commit) | {"decision": decision, "released": batch.is_released})
     return [row for row in found if status in (None, row["status"])]
 
 
 def list_refused(store: str) -> list[dict[str, Any]]:
-    """Shards that are in no batch, in the order they were refused: `shard`, `sha256`, `reason`, and the file's mark."""
-    return [told_refused(shard) for shard in Ledger(store).read().refused.values()]
+    """Shards that are in no batch, in the order of refusal: `shard`, `sha256`, `reasons`, `size`, `modified`."""
+    return [refused_summary(shard) for shard in Ledger(store).read().refused.values()]
 
 
-def told_refused(shard: Refused) -> dict[str, Any]:
-    """A refused shard, for people and machines."""
+def refused_summary(shard: Refused) -> dict[str, Any]:
+    """A refused shard as a result has it."""
     return {
         "status": "refused",
         "shard": shard.url,
@@ -93,27 +152,27 @@ def told_refused(shard: Refused) -> dict[str, Any]:
 
 
 def decide(store: str, name: str, decision: Decision, by: str = "", note: str = "") -> dict[str, Any]:
-    """A person's decision on a batch: a record in the ledger, and the feed that follows from it.
+    """Record a user's decision on a batch in the ledger, and write the feed again.
 
-    A batch that is claimed and that nobody is at work on is given up first: it counts as failed.
+    A claimed batch that no process works on is given up first: it counts as failed.
 
     Args:
         store: folder or URL.
-        name: of the batch, or how it begins; with `retried` also a refused shard (its URL, its file name, or how its
-            sha256 begins), or a split batch for all shards that it refused.
-        decision: approved or rejected, of a held or accepted batch; retried or rejected, of a failed or claimed one.
-        by: who; the user's name where it is empty.
-        note: why.
+        name: name of the batch, or its beginning; with `retried` also a refused shard (its URL, its file name, or the
+            beginning of its sha256), or a split batch for all shards that it refused.
+        decision: approved or rejected for a held or accepted batch; retried or rejected for a failed or claimed one.
+        by: name of the user; empty takes the login name.
+        note: reason.
 
     Raises:
-        ConfigError: there is no such batch, or it cannot be decided like that.
-        ArtifactError: another process is at work on the batch.
+        ConfigError: there is no such batch, or the decision does not fit its status.
+        ArtifactError: another process works on the batch.
     """
     ledger = Ledger(store)
     state = ledger.read()
     if decision == "retried" and not _begins_batch(state, name) and (refused := state.find_refused(name)):
         if len({shard.sha256 for shard in refused}) > 1:
-            raise ConfigError(f"{len(refused)} refused shards go by that name; give how the sha256 of one begins")
+            raise ConfigError(f"{len(refused)} refused shards have that name; give the beginning of the sha256 of one")
         return _retry_refused(ledger, refused, by, note)
     if decision == "retried" and (commit := state.find(name).commit) is not None and commit.status == "split":
         return _retry_refused(ledger, [s for s in commit.refused if (s.url, s.sha256) in state.refused], by, note)
@@ -156,10 +215,10 @@ def _cannot_be(batch: IngestBatch, decision: Decision) -> str:
 
 
 def _give_up(store: str, batch: IngestBatch, ledger: Ledger, by: dict[str, str]) -> None:
-    """Commit a claimed batch as failed. Raises ArtifactError where another process is at work on it."""
+    """Commit a claimed batch as failed. Raises ArtifactError where another process works on it."""
     name = batch.claim.batch
     with ExitStack() as stack:
-        # What keeps an ingest from the folder keeps us from it too; the ledger still has one commit a batch.
+        # A folder without answer cannot be locked; the ledger still has one commit a batch.
         with suppress(StorageError, OSError):
             stack.enter_context(exclusive(join(store, "batches", name)))
         reason = f"given up by {by['by']} at {by['at']}" + (f": {by['note']}" if by["note"] else "")
@@ -171,12 +230,14 @@ def _retry_refused(ledger: Ledger, refused: Sequence[Refused], by: str, note: st
     by_bytes = [shard for shard in refused if shard.sha256]
     if not by_bytes:
         which = f"{refused[0].url} needs" if len(refused) == 1 else f"{len(refused)} refused shards need"
-        raise ConfigError(f"{which} no retry: each ingest looks at what it refused for another reason than its bytes")
+        raise ConfigError(
+            f"{which} no retry: every ingest looks again at shards refused for another reason than their bytes"
+        )
     made = RetryEntry(shards=tuple(sorted({shard.sha256 for shard in by_bytes})), **approval(by, note))
 
     def entry(state: State) -> RetryEntry | None:
         still = all((shard.url, shard.sha256) in state.refused for shard in by_bytes)
-        return made if still else None  # somebody else was quicker
+        return made if still else None  # another process was faster
 
     ledger.append(entry)
     return {

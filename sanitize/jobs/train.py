@@ -1,35 +1,39 @@
-"""Robust training: shards nobody can vouch for in, a model, its history and a suspicion of every sample out."""
+"""Robust training: untrusted shards in, a model, its history and a score of every sample out."""
 
+from dataclasses import dataclass
 from typing import Any, Self
 
+import pyarrow as pa
 from pydantic import model_validator
 
-from sanitize.certify import PartitionConfig, certify_partitions, train_partitions
+from sanitize.certify import Certificates, PartitionConfig, certify_partitions, train_partitions
 from sanitize.data.dataset import Dataset
+from sanitize.data.tables import Scores
 from sanitize.denoise import PCAConfig, fit_pca
 from sanitize.embed import SimCLRConfig, pretrain_simclr
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import RunConfig, job
+from sanitize.jobs.result import ModelRun, table_of
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import index_found, index_more, packaged
 from sanitize.package import PACKAGE, package_model
 from sanitize.report import write_training_report
-from sanitize.train import DropScorerConfig, TrainConfig, drop_scores, train_robust
+from sanitize.train import DropScorerConfig, RobustModel, TrainConfig, drop_scores, train_robust
 
 
 class TrainRunConfig(RunConfig):
-    """One training run; one YAML file.
+    """Config of one training run; one YAML file.
 
     Attributes:
         shards: directories, globs, brace ranges or URLs of .tar / .tar.gz shards to learn from.
         test_shards: shards to measure the accuracy on after each epoch; nothing is learned from them.
-        unlabelled_shards: more images for `simclr`; their labels are not read, and need not be there.
-        index, train, drop_scores: one section a stage.
-        partition: given, an ensemble is trained in place of the one model of `train`, and its predictions on the test
-            shards are certified against poisoned training samples.
-        simclr: given, an encoder is pre-trained without labels, and `train` learns its last layer alone (PRL-SimCLR-SN
-            where `train.method` is prl_l and `train.lipschitz` is set).
-        pca: how principal components are found, for `train.denoise`.
+        unlabelled_shards: more images for `simclr`; labels are not read and may be missing.
+        simclr: settings to pre-train an encoder with, without labels; `train` then learns the last layer alone
+            (PRL-SimCLR-SN where `train.method` is prl_l and `train.lipschitz` is set). None does not pre-train.
+        train, drop_scores: sections of the stages.
+        partition: settings of an ensemble to train in place of the one model of `train`; its predictions on the test
+            shards are certified against poisoned training samples. None trains one model.
+        pca: principal components for `train.denoise`.
     """
 
     test_shards: tuple[str, ...] = ()
@@ -54,18 +58,52 @@ class TrainRunConfig(RunConfig):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Everything that is read."""
+        """All shards that the job reads."""
         return (*self.shards, *self.test_shards, *self.unlabelled_shards)
 
 
-@job(TrainRunConfig)
-def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
-    """Train a robust model: index, pre-train where asked, train, score samples by how often they were dropped, package.
+@dataclass(frozen=True)
+class TrainRun(ModelRun):
+    """A finished run of `train`. With `partition` it has certificates and no history, otherwise no certificates."""
 
-    Of the processes that torchrun started, the first one is the run; the others help it to train.
+    kind = TrainRunConfig
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """One row an epoch: loss, dropped share, accuracy on training and test samples."""
+        return RobustModel.load(self._in("60-model")).history
+
+    @property
+    def report(self) -> str:
+        """Path or URL of the report page."""
+        return self._page()
+
+    def drop_scores(self) -> pa.Table:
+        """One row a sample: shard, position, key, label, and score: how often training dropped the sample.
+
+        Raises:
+            ArtifactError: the method drops no samples.
+        """
+        return table_of(Scores.load(self._in("61-drop-scores")))
+
+    def certificates(self) -> pa.Table:
+        """One row a test sample of an ensemble: shard, position, key, label, prediction, radius, and the counts.
+
+        Raises:
+            ArtifactError: the run has no `partition`, or no test shards.
+        """
+        return table_of(Certificates.load(self._in("70-certificates")))
+
+
+@job(TrainRunConfig, TrainRun)
+def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
+    """Train a robust model on untrusted shards.
+
+    Stages: index, pre-train (with `simclr`), train, score samples by how often they were dropped, package, report. Of
+    the processes that torchrun started, the first one runs all stages; the others take part in training alone.
 
     Returns:
-        Places and the last row of the history, for people and machines.
+        Places and the last row of the history.
     """
     dataset = index_found("00-index", config.shards, config.index, run)
     test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)

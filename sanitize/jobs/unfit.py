@@ -1,4 +1,4 @@
-"""Which shards of a claimed batch cannot be in it, and whether storage or a shard is why it could not be finished."""
+"""Causes of a batch that could not be finished: storage, or shards that cannot be in a batch."""
 
 import errno
 import logging
@@ -17,12 +17,12 @@ from sanitize.storage import exists, fingerprint, join, sha256_file
 
 logger = logging.getLogger("sanitize.ingest")
 MAX_REASON = 500  # characters
-# What the same call would meet again: names that no file can have. All else that a system call reports may pass.
+# Errors that repeat: names that no file can have. All other errors of system calls may pass.
 _LASTING = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 def is_storage(error: Exception) -> bool:
-    """True where storage, or Prefect's server, is why a batch was not finished, so that another attempt may do it."""
+    """True where storage or Prefect's server failed, so that another attempt may finish the batch."""
     if _is_of_prefect(error):
         return True
     cause = error if isinstance(error, OSError) else error.__cause__
@@ -33,7 +33,7 @@ def is_storage(error: Exception) -> bool:
 
 
 def _is_of_prefect(error: BaseException | None) -> bool:
-    """True where the error, or one it came from, is of Prefect or of a request to its server."""
+    """True where the error or one of its causes comes from Prefect or a request to its server."""
     while error is not None:
         if type(error).__module__.partition(".")[0] in ("prefect", "httpx", "httpcore"):
             return True
@@ -42,7 +42,7 @@ def _is_of_prefect(error: BaseException | None) -> bool:
 
 
 def unfit_shards(dataset: Dataset, claim: ClaimEntry, config: IndexConfig) -> list[Refused]:
-    """Shards of an indexed batch that cannot be in it: they have changed, or too much of them is unreadable."""
+    """Shards of an indexed batch that have changed, or have too many unreadable samples."""
     found = []
     for shard in claim.shards:
         summary, source = dataset.info["shards"][shard.name], dataset.manifest().sources[shard.name]
@@ -55,13 +55,13 @@ def unfit_shards(dataset: Dataset, claim: ClaimEntry, config: IndexConfig) -> li
 
 
 def look_again(claim: ClaimEntry, config: IndexConfig, folder: str, error: Exception) -> list[Refused]:
-    """Shards that kept a batch from being finished, found by looking at each alone; none where no shard is the reason.
+    """Shards that caused a batch to fail, found by a look at each shard alone; none where no shard is the cause.
 
     Args:
-        claim: of the batch.
-        config: how its shards are indexed.
-        folder: of the batch; where the index was finished, only changes since are looked for.
-        error: how the batch failed; a ShardError names its shard.
+        claim: claim of the batch.
+        config: index settings of the batch.
+        folder: folder of the batch; where the index was finished, only later changes are looked for.
+        error: error of the batch; a ShardError names its shard.
 
     Raises:
         StorageError, OSError: storage does not answer.
@@ -93,14 +93,14 @@ def _look(shard: Offered, config: IndexConfig | None) -> Refused | None:
         raise
     except (DataError, OSError) as error:
         return _refused(shard, str(error), by_bytes=False)
-    except Exception as error:  # a fault of ours that these bytes bring out
+    except Exception as error:  # a bug of this package that these bytes trigger
         logger.exception("shard %s cannot be indexed", shard.url)
         return _refused(shard, f"it cannot be indexed: {type(error).__name__}: {error}")
     return _refused(shard, _why_bad(table, summary, config)) if _is_bad(summary, config) else None
 
 
 def _has_changed(shard: Offered, sha256: str | None, mark: tuple[Any, Any]) -> bool:
-    """Whether it is another than was claimed; an index that hashes nothing is left with size and time."""
+    """True where the shard is not the claimed one; judged by size and time where the index has no hash."""
     return mark != (shard.size, shard.modified) if sha256 is None else sha256 != shard.sha256
 
 
@@ -121,7 +121,7 @@ def _why_bad(table: pa.Table, summary: dict[str, Any], config: IndexConfig) -> s
 
 
 def _changed(shard: Offered) -> Refused:
-    return _refused(shard, "it has changed since it was claimed; it is offered again as it is now", by_bytes=False)
+    return _refused(shard, "it has changed since it was claimed; its present content is offered again", by_bytes=False)
 
 
 def _refused(shard: Offered, reason: str, by_bytes: bool = True) -> Refused:

@@ -1,4 +1,4 @@
-"""Is a run what it was when it was written? Every file against its manifest, every input against its artifact."""
+"""Verification of a run: every file against its manifest, every input against its artifact."""
 
 import json
 from collections.abc import Collection
@@ -10,12 +10,12 @@ from sanitize.storage import join, names_below, read_bytes
 
 
 class Verified(NamedTuple):
-    """What was found.
+    """Result of a verification.
 
     Attributes:
-        n_files: files that were hashed.
-        problems: what is not as it was written, one line each.
-        notes: what could not be checked, or lies outside and has changed since; one line each.
+        n_files: number of files that were hashed.
+        problems: differences from what was written, one line each.
+        notes: inputs that could not be checked or have changed since, one line each.
     """
 
     n_files: int
@@ -23,20 +23,20 @@ class Verified(NamedTuple):
     notes: list[str]
 
     def plus(self, other: "Verified") -> "Verified":
-        """Both together."""
+        """The sum of two results."""
         return Verified(self.n_files + other.n_files, self.problems + other.problems, self.notes + other.notes)
 
 
 def nothing() -> Verified:
-    """Where no file was looked at yet."""
+    """The result before any file was checked."""
     return Verified(0, [], [])
 
 
 def verify_run(folder: str) -> tuple[int, list[str]]:
-    """Re-hash all artifacts of a run, and check the chain: every input digest is that of an artifact it was given.
+    """Re-hash all artifacts of a run, and check that every input digest is the digest of a known artifact.
 
     Returns:
-        Number of files checked, and one line a problem.
+        Number of files, and one line for each problem.
 
     Raises:
         ArtifactError: there is no artifact in the folder.
@@ -48,11 +48,11 @@ def verify_run(folder: str) -> tuple[int, list[str]]:
 
 
 def check_run(folder: str, known: Collection[str] | None = None) -> Verified:
-    """The same, with what could not be checked.
+    """Verify a run, with notes on what could not be checked.
 
     Args:
-        folder: of the run.
-        known: digests of artifacts outside that the run was given; None takes what `run.json` says of them.
+        folder: path or URL of the run folder.
+        known: digests of input artifacts from outside the run; None takes those in `run.json`.
     """
     found, manifests = nothing(), {}
     for name in artifacts_of(folder):
@@ -71,11 +71,11 @@ def check_run(folder: str, known: Collection[str] | None = None) -> Verified:
     digests = {manifest.digest for manifest in manifests.values()}
     for name, manifest in manifests.items():
         path = join(folder, name)
-        for of_input, digest in manifest.recipe.inputs.items():
-            if len(digest) != 64 or of_input == "weights" or digest in digests or digest in (known or ()):
+        for input_name, digest in manifest.recipe.inputs.items():
+            if len(digest) != 64 or input_name == "weights" or digest in digests or digest in (known or ()):
                 continue  # shards and weights are files, not artifacts
-            said = f"{path}: its input {of_input} ({digest[:12]}) is no artifact of this run"
-            if known is None:  # the run is of a version that did not record what it was given
+            said = f"{path}: its input {input_name} ({digest[:12]}) is no artifact of this run"
+            if known is None:  # a run of a version that did not record its inputs
                 found.notes.append(f"{said}, and was not checked")
             else:
                 found.problems.append(f"{said}, nor one that it was given")
@@ -106,7 +106,7 @@ def artifacts_of(folder: str) -> list[str]:
 
 
 def _record(folder: str) -> dict[str, Any]:
-    """The run.json of a folder, with folder and digest of each stage; empty where there is none.
+    """The run.json of a folder, with folder and digest of each stage; without stages where there is no file.
 
     Raises:
         ArtifactError: it is damaged.

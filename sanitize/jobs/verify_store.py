@@ -1,6 +1,6 @@
-"""Is a store what its ledger says? Feed, ledger, batches, versions of the reference, and the shards they came from.
+"""Verification of a store: feed, ledger, batches, versions of the reference, and their source shards.
 
-Nothing is followed out of the store but the places of shards, and of those nothing but size and sha256 is looked at.
+Outside the store only source shards are read, and only for their size and sha256.
 """
 
 import json
@@ -18,15 +18,14 @@ from sanitize.storage import absolute, exists, fingerprint, is_local, join, name
 
 
 def verify_path(path: str, sources: bool = True) -> Verified:
-    """Re-hash what is there: a store, a batch or a reference in one, a run, or a single artifact.
+    """Re-hash a store, a batch or a reference in a store, a run, or a single artifact.
 
     Args:
-        path: folder or URL.
-        sources: of a store, look at the shards too that its batches were made from; what is gone or has changed since
-            is a note, not a problem.
+        path: path or URL of the folder.
+        sources: True also checks the source shards of a store; missing or changed ones are notes, not problems.
 
     Raises:
-        ArtifactError: nothing of the kind is there.
+        ArtifactError: the folder holds none of them.
     """
     path = absolute(path) if is_local(path) else path.rstrip("/")
     if exists(join(path, "ledger")):
@@ -61,7 +60,7 @@ def verify_store(store: str, sources: bool = True) -> Verified:
 
 
 def _read(store: str) -> tuple[State, Verified]:
-    """The log up to the first entry that is wrong, and what is wrong with that."""
+    """The log up to the first wrong entry, and the problem with that entry."""
     ledger = Ledger(store)
     try:
         return ledger.read(), nothing()
@@ -71,7 +70,7 @@ def _read(store: str) -> tuple[State, Verified]:
 
 
 def _feed_problems(store: str, state: State) -> Iterator[str]:
-    """How feed.json differs from what the ledger says."""
+    """Differences of feed.json from the ledger."""
     url = join(store, FEED)
     expected = feed_of(state)
     try:
@@ -82,25 +81,25 @@ def _feed_problems(store: str, state: State) -> Iterator[str]:
         return
     if data == expected:
         return
-    told = {line.shard: line.model_dump() for line in state.feed()}
+    wanted = {line.shard: line.model_dump() for line in state.feed()}
     try:
         there = {str(line["shard"]): line for line in json.loads(data)["shards"]}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         yield f"{url}: damaged ({type(error).__name__}); the next `sanitize ingest` writes it again"
         return
-    for shard in sorted(told.keys() | there.keys()):
+    for shard in sorted(wanted.keys() | there.keys()):
         if shard not in there:
             yield f"{url}: lacks {shard}, which the ledger releases"
-        elif shard not in told:
+        elif shard not in wanted:
             yield f"{url}: has {shard}, which the ledger does not release"
-        elif there[shard] != told[shard]:
-            yield f"{url}: says other than the ledger of {shard}"
-    if told == there:
+        elif there[shard] != wanted[shard]:
+            yield f"{url}: differs from the ledger on {shard}"
+    if wanted == there:
         yield f"{url}: not as it was written, though its shards are those the ledger releases"
 
 
 def _batch(store: str, state: State, batch: IngestBatch) -> Verified:
-    """The artifacts of a batch against its commit, and its chain against the reference it names."""
+    """The artifacts of a batch against its commit, and its inputs against its reference."""
     name, commit = batch.claim.batch, batch.commit
     folder = join(store, "batches", name)
     reference = state.references.get(batch.claim.reference)
@@ -122,11 +121,11 @@ def _batch(store: str, state: State, batch: IngestBatch) -> Verified:
 
 
 def _clean_problems(folder: str, lines: Collection[CleanShard]) -> Iterator[str]:
-    """Where what the feed says of clean shards is not what the manifest of their folder says."""
+    """Clean shards that differ between the feed and the manifest of their folder."""
     try:
         files = read_manifest(join(folder, SHARDS)).files if lines else {}
     except ArtifactError:
-        return  # said before
+        return  # reported above
     for line in lines:
         inside = line.shard.removeprefix(f"batches/{line.batch}/{SHARDS}/")
         entry = files.get(inside)
@@ -142,7 +141,7 @@ def _digest(path: str) -> str | None:
 
 
 def _reference(store: str, state: State, entry: ReferenceEntry) -> Verified:
-    """The artifacts of a version, against the digests in the ledger."""
+    """The artifacts of a version against the digests in the ledger."""
     folder, found = version_folder(store, entry.version), nothing()
     for name, digest in sorted(entry.digests.items()):
         found = found.plus(check_artifact(join(folder, name), digest)[0])
@@ -161,14 +160,14 @@ def _reference(store: str, state: State, entry: ReferenceEntry) -> Verified:
 
 
 def _merge_problems(folder: str, state: State, entry: ReferenceEntry) -> Iterator[str]:
-    """Whether a version was merged from the one before and the batches that the ledger names."""
+    """Problems where a version was not merged from the version before and the batches in the ledger."""
     commits = [state.batches[name].commit for name in entry.merged if name in state.batches]
     wanted = {commit.digests.get("60-statistics", "") for commit in commits if commit is not None}
     wanted.add(state.references[entry.version - 1].digests.get(STATISTICS, ""))
     try:
         inputs = set(read_manifest(join(folder, STATISTICS)).recipe.inputs.values())
     except ArtifactError:
-        return  # said before
+        return  # reported above
     if inputs != wanted:
         yield f"{join(folder, STATISTICS)}: not merged from what the ledger names"
 
@@ -179,9 +178,9 @@ def _strangers(store: str, state: State) -> Iterator[str]:
         if name not in state.batches:
             yield f"{join(store, 'batches', name)}: no entry of the ledger names this batch"
     names = {f"v{version:04d}" for version in state.references}
-    at_work = f"v{len(names) + 1:04d}"  # a refit that was killed leaves it, and the next one removes it
+    begun = f"v{len(names) + 1:04d}"  # left by a killed refit; the next one removes it
     for name in _folders(join(store, "reference")):
-        if name not in {*names, at_work}:
+        if name not in {*names, begun}:
             yield f"{join(store, 'reference', name)}: no entry of the ledger names this version"
 
 
@@ -190,7 +189,7 @@ def _folders(folder: str) -> list[str]:
 
 
 def _approved(state: State) -> Verified:
-    """Clean shards of the approved run: they are in the feed, and lie where that run put them."""
+    """Clean shards of the approved run, which are in the feed and in the folder of that run."""
     found = nothing()
     for entry in state.references.values():
         for line in entry.clean:
@@ -200,7 +199,7 @@ def _approved(state: State) -> Verified:
 
 
 def _sources(state: State) -> Verified:
-    """The shards that batches and the first reference were made from, where they were seen."""
+    """Source shards of the batches and of the first reference, at their recorded places."""
     notes, n = [], 0
     shards = [shard for batch in state.batches.values() for shard in batch.claim.shards]
     shards += [shard for entry in state.references.values() for shard in entry.shards]
@@ -212,7 +211,7 @@ def _sources(state: State) -> Verified:
 
 
 def _difference(url: str, size: int, sha256: str) -> str:
-    """How a file is not what it was; "" where it is."""
+    """Difference of a file from its record; "" where there is none."""
     try:
         found: dict[str, Any] = fingerprint(url)
         same = found["size"] == size and sha256_file(url) == sha256

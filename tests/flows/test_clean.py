@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.errors import ConfigError
-from sanitize.jobs.clean import CleanConfig, clean
+from sanitize.jobs import JOBS
+from sanitize.jobs.clean import CleanConfig
 from sanitize.jobs.restore import restore, verify_run, write_again
 from sanitize.jobs.run import Run
 from sanitize.select import ContaminationRule, SelectConfig
@@ -132,7 +133,7 @@ def test_anomaly_scorers_do_not_depend_on_order_or_groups(
         for folder in ("00-index", "10-embedder", "20-embeddings"):
             shutil.copytree(direct / folder, tmp_path / name / folder)
         config = CleanConfig.model_validate(settings | more | {"shards": shards, "n_groups": n_groups})
-        clean(config, Run(tmp_path / name, config.compute, n_groups))
+        JOBS["clean"].function(config, Run(tmp_path / name, config.compute, n_groups))
         found.append([read_manifest(tmp_path / name / f"{f}-{kind}").digest for f in ("30-scorer", "31-scores")])
     assert found[0] == found[1]
 

@@ -24,7 +24,6 @@ from sanitize.data.tables import Selection
 from sanitize.drift import StatisticsConfig
 from sanitize.drift.statistics import CALIBRATE, FIT
 from sanitize.errors import ArtifactError, ConfigError
-from sanitize.jobs import ingest
 from sanitize.jobs.ingest import IngestConfig
 from sanitize.jobs.reference import load_reference, make_reference, refit
 from sanitize.jobs.store import FEED, decide, list_batches
@@ -183,7 +182,8 @@ def test_a_batch_that_another_process_took_over_is_left_to_it(
     store = f"memory://{uuid.uuid4().hex}/store"
     make_reference(str(approved), store, StatisticsConfig(), LEVEL)
     land(digits.shards()[8:9], incoming)
-    whole, successors = ingest._run_batch, []
+    module = sys.modules["sanitize.jobs.ingest"]  # the name in the package is the function
+    whole, successors = module._run_batch, []
 
     def paused_at_its_end(*args: Any) -> CommitEntry:
         made = whole(*args)
@@ -195,7 +195,7 @@ def test_a_batch_that_another_process_took_over_is_left_to_it(
 
     with monkeypatch.context() as patch:
         clock = Clock(patch)
-        patch.setattr(ingest, "_run_batch", paused_at_its_end)
+        patch.setattr(module, "_run_batch", paused_at_its_end)
         (left,) = start(config_of(incoming), store, direct=True)["batches"]
         assert left["status"] == "claimed"
         assert "taken over" in left["reasons"][0]

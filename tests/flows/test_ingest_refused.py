@@ -23,8 +23,8 @@ from flows.cli import app
 from flows.start import start
 from sanitize import ledger as ledger_module
 from sanitize.errors import ArtifactError, ConfigError, StorageError
-from sanitize.jobs import landed, unfit
-from sanitize.jobs.ingest import BatchConfig, claim, ingest
+from sanitize.jobs import JOBS, landed, unfit
+from sanitize.jobs.ingest import BatchConfig, claim
 from sanitize.jobs.landed import list_shards
 from sanitize.jobs.run import Run
 from sanitize.jobs.store import decide, list_batches, list_refused
@@ -49,7 +49,7 @@ class UpToTheIndex(Run):
 
 
 def quick(store: Path, incoming: Path, kind: type[Run] = UpToTheIndex, **more: Any) -> Outcome:
-    return ingest(config_of(incoming, **more), kind(store, CPU))
+    return JOBS["ingest"].function(config_of(incoming, **more), kind(store, CPU))
 
 
 def tar_of(label: bytes, n: int, png: Callable[..., bytes], seed: int) -> bytes:
@@ -318,7 +318,7 @@ def test_a_folder_whose_name_is_not_utf8_is_refused_and_others_go_on(
         folder.mkdir()
         (folder / "a.tar").write_bytes(tar_of(b"1", 3, make_png, seed))
     config = config_of(plain).model_copy(update={"shards": (str(odd), str(plain))})
-    result = ingest(config, UpToTheIndex(store, CPU))
+    result = JOBS["ingest"].function(config, UpToTheIndex(store, CPU))
     assert result["new"] == 1
     assert ["caf\\xe9" in shard["shard"] for shard in result["refused"]] == [True]
 

@@ -102,7 +102,10 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda s: edited(s / "feed.json", '"shards": [', '"shards": [{"shard": "batches/x.tar"},'),
         "which the ledger does not release",
     ),
-    "the feed says another sha256": (lambda s: edited(s / "feed.json", '"sha256": "', '"sha256": "0'), "says other"),
+    "the feed says another sha256": (
+        lambda s: edited(s / "feed.json", '"sha256": "', '"sha256": "0'),
+        "differs from the ledger",
+    ),
     "the feed is gone": (lambda s: (s / "feed.json").unlink(), "feed.json: missing"),
     "the feed is no JSON": (lambda s: (s / "feed.json").write_text("[" * 100_000), "feed.json: damaged"),
     "an entry is no JSON": (lambda s: (s / "ledger/00000001.json").write_text("{"), "00000001.json is damaged"),

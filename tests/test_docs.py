@@ -153,7 +153,7 @@ def test_python_compiles(page: Path) -> None:
 
 def test_first_examples_of_the_python_api_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shards = write_digits(str(tmp_path / "digits"), Compute(device="cpu")).shards()[:2]
+    shards = write_digits(str(tmp_path / "digits"), Compute(device="cpu"), n_shards=18).shards()[:2]
     (tmp_path / "data").mkdir()
     for i, shard in enumerate(shards):
         shutil.copy(shard, tmp_path / f"data/train-{i}.tar")

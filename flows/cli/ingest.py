@@ -17,6 +17,7 @@ from flows.cli.app import (
     say,
 )
 from flows.cli.command import DEVICE, SHARDS, Option, job_command
+from sanitize.settings import make_config
 
 BatchName = Annotated[
     str, typer.Argument(help="First characters of the name of a batch; `sanitize batches` lists them.")
@@ -42,6 +43,14 @@ def reference(
     level: Annotated[
         float, typer.Option(help="Probability that a clean sample is flagged by a scorer; 0 leaves it to the rules.")
     ] = 0.001,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Any other setting of the statistics: embedding, n_components, max_rows. May be given several times.",
+        ),
+    ] = None,
     note: Note = "",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -58,9 +67,11 @@ def reference(
     from sanitize.drift import StatisticsConfig
     from sanitize.jobs.reference import make_reference
 
-    with errors(), bars(quiet):
-        statistics = StatisticsConfig() if per_class is None else StatisticsConfig(per_class=per_class)
-        result = make_reference(run, store, statistics, level or None, note)
+    with errors():
+        options = {} if per_class is None else {"per_class": per_class}
+        statistics = make_config(StatisticsConfig, {}, options, set_ or ())
+        with bars(quiet):
+            result = make_reference(run, store, statistics, level or None, note)
     if as_json:
         print_json(result)
     else:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from flows.cli.app import AsJson, Device, Quiet, Set, Shards, bars, console, errors, print_json
 from flows.cli.command import DEVICE, SHARDS, chosen
-from flows.cli.settings import make_config, read_yaml
+from sanitize.settings import make_config, read_yaml
 
 
 def plan(

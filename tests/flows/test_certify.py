@@ -215,4 +215,4 @@ def test_too_few_partitions_to_certify_anything_are_refused(n: int, digits: Digi
     command = ["train", f"--shards={digits.shards()[0]}", f"--partitions={n}", f"--out={tmp_path / 'run'}", "--direct"]
     result = RUNNER.invoke(app, command)
     assert result.exit_code == 2
-    assert "take 3 or more" in " ".join(result.output.split())
+    assert "set 3 or more" in " ".join(result.output.split())

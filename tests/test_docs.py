@@ -124,7 +124,7 @@ def test_there_are_commands_and_wrong_ones_are_found() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples_that_parse(command: str) -> None:
-    """Who reads only `sanitize COMMAND --help` finds a command line that works."""
+    """The examples of `sanitize COMMAND --help` work as printed."""
     paragraphs = [" ".join(text.split()) for text in re.split(r"\n\s*\n", COMMANDS[command].help or "")]
     examples = [text.replace("\\ ", "") for text in paragraphs if text.startswith(f"sanitize {command}")]
     assert examples

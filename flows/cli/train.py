@@ -9,7 +9,7 @@ from sanitize.settings import change, plain
 
 
 def _method(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The settings with `train.method` as `--method`, `--tau` and `--warmup` say."""
+    """The settings with `train.method` of `--method`, `--tau` and `--warmup`."""
     from sanitize.jobs.train import TrainRunConfig
     from sanitize.train import zoo
 

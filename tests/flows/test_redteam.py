@@ -72,7 +72,7 @@ def test_measures_are_those_of_the_artifacts(direct: Path) -> None:
     assert [case["name"] for case in result["cases"]] == ["none", "badnets@10%"]
     none, badnets = (case["measures"] for case in result["cases"])
     assert none.keys() == {"false_removals", "acc_before", "acc_after"}
-    assert badnets.keys() - none.keys() == {"recall", "precision", "asr_before", "asr_after", "asr_untouched"}
+    assert badnets.keys() - none.keys() == {"recall", "precision", "asr_before", "asr_after", "asr_baseline"}
     assert none["false_removals"]["mean"] == pytest.approx(0.075, abs=0.01)
     for seed in (0, 1):
         case = direct / "cases" / "badnets@10" / str(seed)

@@ -238,9 +238,9 @@ def test_no_shard_vanishes(given_shards: list[dict[str, Any]]) -> None:
         bad = [name for name, (table, summary) in found.items() if summary["damage"] and not usable(table)]
         out, compute = str(Path(folder) / "index"), Compute(device="cpu")
         if bad or not any(usable(table) for table, _ in found.values()):
-            with pytest.raises(DataError) as caught:
+            with pytest.raises(DataError) as raised:
                 index_shards(config, str(source), out, compute)
-            named = {name for name in names if name in str(caught.value)}
+            named = {name for name in names if name in str(raised.value)}
             assert named >= set([name for name in bad if unread_suffix(name)] or bad)
             return
         dataset = index_shards(config, str(source), out, compute)

@@ -45,8 +45,8 @@ class Option(NamedTuple):
 
     Attributes:
         flag: "--n-images"; a name without dashes is an argument.
-        type: of the value; `list[str]` may be given several times.
-        path: of the setting that the option is; "" where `prepare` makes settings of it.
+        type: type of the value; `list[str]` may be given several times.
+        path: path of the setting; "" where `prepare` makes settings of the option.
         help: one or two sentences.
         default: shown in the help; None leaves the setting alone, REQUIRED makes an argument that must be given.
     """

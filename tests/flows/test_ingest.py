@@ -92,14 +92,14 @@ def test_ten_shards_at_once_and_in_five_batches_are_the_same_and_nothing_old_is_
     assert batch["status"] == "accepted"
     assert batch["samples"]["quarantined"] > 0  # so that there is something to agree on
     assert verdicts_of(together) == verdicts_of(store)
-    clean = [{(line["shard"].split("/")[-1], line["sha256"]) for line in feed_of(of)} for of in (store, together)]
+    clean = [{(line["shard"].split("/")[-1], line["sha256"]) for line in feed_of(place)} for place in (store, together)]
     assert clean[0] == clean[1]
     assert len(clean[0]) == 18
 
     # The next reference: merged from five batches, and from one that saw all of it in a single pass.
     assert len(refit(str(store))["merged"]) == 5
     assert refit(str(together))["merged"] == [batch["batch"]]
-    merged, once = (load_reference(str(of), Ledger(str(of)).read().reference) for of in (store, together))
+    merged, once = (load_reference(str(place), Ledger(str(place)).read().reference) for place in (store, together))
     for half in (FIT, CALIBRATE):
         assert merged.statistics.rows(half).equals(once.statistics.rows(half))
     assert merged.statistics.info == once.statistics.info
@@ -268,7 +268,7 @@ def test_as_a_flow_the_digests_are_the_same_and_an_event_tells(
     result = start(config_of(incoming, n_groups=2), str(store), direct=False)
     other = shutil.copytree(referenced, tmp_path / "direct")
     start(config_of(incoming), str(other), direct=True)
-    states = [Ledger(str(of)).read() for of in (store, other)]
+    states = [Ledger(str(place)).read() for place in (store, other)]
     assert [batch.commit for batch in states[0].batches.values()] == [b.commit for b in states[1].batches.values()]
     (event,) = emitted
     (batch,) = result["batches"]

@@ -187,7 +187,7 @@ def test_scorers_that_are_switched_off_fail_the_gate(settings: dict[str, Any], t
 
 def test_the_pipelines_own_yaml_and_options_are_enough(settings: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "clean.yaml"
-    path.write_text(yaml.safe_dump({name: of for name, of in settings["clean"].items() if name != "shards"}))
+    path.write_text(yaml.safe_dump({name: value for name, value in settings["clean"].items() if name != "shards"}))
     shards = [argument for shard in settings["clean"]["shards"] for argument in ("--shards", shard)]
     options = ["--attack", "blended@20%", "--repeats", "1", "--direct", "--json", "--quiet", "--seed", "3"]
     found = RUNNER.invoke(app, ["redteam", str(path), *shards, *options, "--out", str(tmp_path / "run")])

@@ -54,7 +54,9 @@ def test_groups_make_tasks_of_the_configured_time(planned: dict[str, Any]) -> No
     assert {row["tasks"] for row in planned["stages"]} == {1, 5}
 
 
-def test_too_little_to_measure_on_is_said(settings: dict[str, Any], tmp_path: Path, make_tar: Any, good: Any) -> None:
+def test_too_few_samples_to_measure_are_an_error(
+    settings: dict[str, Any], tmp_path: Path, make_tar: Any, good: Any
+) -> None:
     make_tar(tmp_path / "in" / "a.tar", good(1))
     config = CleanConfig.model_validate(settings | {"shards": [str(tmp_path / "in")]})
     with pytest.raises((ConfigError, DataError)):

@@ -176,9 +176,9 @@ def test_scorers_that_are_switched_off_fail_the_gate(settings: dict[str, Any], t
     path.write_text(yaml.safe_dump(once))
     found = RUNNER.invoke(app, ["redteam", str(path), "--out", str(tmp_path / "run"), "--quiet", "--direct"])
     assert found.exit_code == 3, found.output
-    said = " ".join(found.output.split())
-    assert "MISSED badnets@10%:recall>=0.05: 0.0%" in said
-    assert "met none:false_removals<=0.1: 0.0%" in said
+    shown = " ".join(found.output.split())
+    assert "MISSED badnets@10%:recall>=0.05: 0.0%" in shown
+    assert "met none:false_removals<=0.1: 0.0%" in shown
     (of_badnets,) = (c["measures"] for c in json.loads((tmp_path / "run" / "run.json").read_text())["cases"][1:])
     assert of_badnets["precision"]["mean"] is None
     assert of_badnets["asr_after"] == of_badnets["asr_before"]

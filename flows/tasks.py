@@ -87,7 +87,7 @@ class PrefectRun(Run):
 
     def _call_groups(self, function: Callable[..., A], groups: list[list[str]], *args: Any) -> None:
         name = function.__name__
-        # Ray itself gives a task the GPUs it asks for, and this process does not know which.
+        # Ray itself assigns GPUs to tasks; this process has no list of them.
         is_here = isinstance(self._runner, ThreadPoolTaskRunner | ProcessPoolTaskRunner)
         submitted = self._task(function) if is_here else TASKS[name]
         given = [dict(signature(function).bind(*args, shards=group).arguments) for group in groups]

@@ -339,7 +339,7 @@ def test_ingest_returns_the_store(digits: Digits, tmp_path: Path) -> None:
 def test_plan_takes_settings_by_name(digits: Digits) -> None:
     planned = sanitize.plan(shards=digits.shards()[:2], how=jobs.PlanConfig(n_samples=40), embedder=SMALL, compute=CPU)
     assert planned["data"]["shards"] == 2
-    with pytest.raises(ConfigError, match="nearest name: shards"):
+    with pytest.raises(ConfigError, match="nearest: shards"):
         sanitize.plan(shard="a.tar")
 
 

@@ -79,7 +79,7 @@ class MeasuredRun(Run):
         self.divided: set[str] = set()
 
     def sharded(self, folder: str, *args: Any) -> Any:
-        """Remember that groups of shards may run side by side."""
+        """Record the stage as one that goes by groups of shards."""
         self.divided.add(folder)
         return super().sharded(folder, *args)
 

@@ -4,7 +4,7 @@
 
 Detection: AUROC of `neighbours` under 20 % symmetric label noise, and its recall at 5 % false positives on BadNets 10 %
 (half of the target class is poison), in the encoder's `penultimate` beside the embeddings that need no training,
-`gradients` (its default, nine windows) and `pixels`. Training (`--only outlive`): the share `--rate` of the images
+`gradients` (its default, nine windows) and `pixels`. Training (`--only train`): the share `--rate` of the images
 with a patch and the label y + 1; accuracy on clean test images, and poison accuracy: on triggered ones, against their
 true labels.
 """
@@ -76,7 +76,7 @@ def detect(attack: AttackConfig, honest: Dataset, out: Path, compute: Compute) -
     return rows
 
 
-def outlive(attack: BadNetsConfig, honest: Dataset, out: Path, compute: Compute) -> list[dict[str, Any]]:
+def train(attack: BadNetsConfig, honest: Dataset, out: Path, compute: Compute) -> list[dict[str, Any]]:
     """Clean and poison accuracy, one row a method."""
     dataset, _ = corrupted(attack, honest, out, compute)
     encoder = pretrain_simclr(SIMCLR, dataset, str(out / "encoder"), compute)
@@ -113,8 +113,8 @@ def main() -> None:
     """Measure with one seed and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=0.15, help="of the patch that is to be outlived")
-    parser.add_argument("--only", choices=("detect", "outlive"))
+    parser.add_argument("--rate", type=float, default=0.15, help="poisoning rate of the patch")
+    parser.add_argument("--only", choices=("detect", "train"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     start = time.perf_counter()
@@ -124,12 +124,12 @@ def main() -> None:
         shards = write_images(Path(folder) / "shards", "train", images_NCHW, labels_N)
         honest = index_shards(INDEX, shards.paths(), f"{folder}/honest", compute)
         found = {}
-        for name, attack in DETECTED.items() if arguments.only != "outlive" else ():
+        for name, attack in DETECTED.items() if arguments.only != "train" else ():
             found[name] = detect(attack, honest, Path(folder) / name, compute)
             print_table(found[name], ["embedding", "auroc", "recall"], f"neighbours: {name}")
         if arguments.only != "detect":
             patch = BadNetsConfig(rate=arguments.rate, target="next")
-            found["patch"] = outlive(patch, honest, Path(folder) / "patch", compute)
+            found["patch"] = train(patch, honest, Path(folder) / "patch", compute)
             print_table(found["patch"], ["method", "clean", "poison"], f"patch {arguments.rate:.0%}, y + 1")
     conclude([], arguments.json, start, checked=False, **found)
 

@@ -15,12 +15,12 @@ def start(config: BaseModel, out: str | Path, direct: bool) -> dict[str, Any]:
     Args:
         config: the config of a job; see `sanitize.jobs`.
         out: the run folder, a path or a URL; of `ingest`, the store.
-        direct: True for plain function calls, without Prefect.
+        direct: True calls the stages without Prefect.
 
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process works on `out`.
     """
-    if direct or world()[0] > 0:  # of the processes of torchrun the first one is the flow; the others help it
+    if direct or world()[0] > 0:  # under torchrun, the first process is the flow; the others join its training
         return run_job(config, out)
     from flows.tasks import FLOWS  # imports Prefect: a second that --direct need not wait for
 

@@ -87,7 +87,7 @@ class PrefectRun(Run):
 
     def _call_groups(self, function: Callable[..., A], groups: list[list[str]], *args: Any) -> None:
         name = function.__name__
-        # Ray itself gives a task the GPUs it asks for, and this process does not know which.
+        # Ray itself assigns GPUs to tasks; this process has no list of them.
         is_here = isinstance(self._runner, ThreadPoolTaskRunner | ProcessPoolTaskRunner)
         submitted = self._task(function) if is_here else TASKS[name]
         given = [dict(signature(function).bind(*args, shards=group).arguments) for group in groups]
@@ -113,18 +113,18 @@ class PrefectRun(Run):
             payload=batch | reasons | pages,
         )
 
-    def publish(self, name: str, result: dict[str, Any], said: str = "") -> None:
-        """Artifacts for Prefect's pages: a table of the stages, and where the report is; `said` is Markdown."""
+    def publish(self, name: str, result: dict[str, Any], summary: str = "") -> None:
+        """Artifacts for Prefect's pages: a table of the stages, and where the report is; `summary` is Markdown."""
         where = as_markdown(self.out)
         rows = [(s["stage"], s["samples"] or "", f"{s['seconds']:.1f}") for s in self.stages]
         table = _table(("stage", "samples", "seconds"), rows)
-        create_markdown_artifact(f"{said}\n\n{table}", key=f"{name}-stages", description=where)
+        create_markdown_artifact(f"{summary}\n\n{table}", key=f"{name}-stages", description=where)
         if "report" in result:
             _show_report(result["report"], key=f"{name}-report", description=where)
 
 
 def _limited_gpu(compute: Compute) -> str | None:
-    """Tag of this process' GPU, which one task at a time may carry, whoever runs it; None where there is no GPU."""
+    """Tag of this process' GPU, which one task of all runs may carry at a time; None where there is no GPU."""
     if compute.torch_device.type == "cpu":
         return None
     return limit_to_one(f"gpu-{torch.cuda.get_device_properties(compute.torch_device).uuid}")
@@ -252,11 +252,11 @@ def _report_interrupt(run_id: str, signum: int) -> None:
 
 def _publish_clean(run: PrefectRun, summary: dict[str, Any]) -> None:
     samples = summary["samples"]
-    said = (
+    counts = (
         f"**{samples['samples']:,} samples: {samples['kept']:,} clean, {samples['quarantined']:,} quarantined, "
         f"{samples['unreadable']:,} unreadable.**"
     )
-    run.publish("clean", summary, said)
+    run.publish("clean", summary, counts)
 
 
 def _publish_redteam(run: PrefectRun, result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ class DataError(SanitizeError):
 
 
 class ShardError(DataError):
-    """One shard stops a stage that works on several.
+    """A stage on several shards cannot go on because of one shard.
 
     Attributes:
         shard: its name in the data set.

@@ -9,7 +9,7 @@ from sanitize import lease
 
 
 class Clock:
-    """The time of the stores and of the processes that use them; it goes on when it is told to."""
+    """The time of the stores and of the processes that use them; tests set it forward."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = 1_800_000_000.0

@@ -21,7 +21,7 @@ def s3_bucket(monkeypatch: pytest.MonkeyPatch, rate: float, seed: int = 0) -> It
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()  # its connections outlive a test, and go to the server of that test
+    s3fs.S3FileSystem.clear_instance_cache()  # connections stay open after a test, and go to the server of that test
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket=bucket)
     with faulty_proxy((host, port), rate, seed) as proxy:

@@ -41,7 +41,7 @@ def refuse(*_: object) -> None:
     raise AssertionError("this was made already")
 
 
-# --- what was altered is said ------------------------------------------------------------------------------------
+# --- what was altered is reported --------------------------------------------------------------------------------
 
 
 def altered_by(file: Path, how: str) -> None:

@@ -9,7 +9,7 @@ def augmented(config: AugmentConfig, x_BCHW: torch.Tensor, seed: int = 0) -> tor
     return config(x_BCHW, torch.Generator().manual_seed(seed))
 
 
-def test_nothing_asked_for_changes_nothing() -> None:
+def test_the_defaults_change_nothing() -> None:
     x_BCHW = torch.randn(5, 3, 4, 4)
     assert torch.equal(augmented(AugmentConfig(brightness=0, contrast=0), x_BCHW), x_BCHW)
 

@@ -92,7 +92,7 @@ def test_autocast_is_off_at_float32_and_on_at_bfloat16() -> None:
         assert (x @ x).dtype == torch.bfloat16
 
 
-def test_activate_sets_the_threads_that_were_asked_for() -> None:
+def test_activate_sets_the_threads_of_the_config() -> None:
     before = torch.get_num_threads()
     try:
         Compute(device="cpu", threads=2).activate()

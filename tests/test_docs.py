@@ -124,7 +124,7 @@ def test_there_are_commands_and_wrong_ones_are_found() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples_that_parse(command: str) -> None:
-    """Who reads only `sanitize COMMAND --help` finds a command line that works."""
+    """The examples of `sanitize COMMAND --help` work as printed."""
     paragraphs = [" ".join(text.split()) for text in re.split(r"\n\s*\n", COMMANDS[command].help or "")]
     examples = [text.replace("\\ ", "") for text in paragraphs if text.startswith(f"sanitize {command}")]
     assert examples
@@ -153,7 +153,7 @@ def test_python_compiles(page: Path) -> None:
 
 def test_first_examples_of_the_python_api_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shards = write_digits(str(tmp_path / "digits"), Compute(device="cpu")).shards()[:2]
+    shards = write_digits(str(tmp_path / "digits"), Compute(device="cpu"), n_shards=18).shards()[:2]
     (tmp_path / "data").mkdir()
     for i, shard in enumerate(shards):
         shutil.copy(shard, tmp_path / f"data/train-{i}.tar")

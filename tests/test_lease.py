@@ -102,7 +102,7 @@ def test_an_error_of_the_work_is_not_hidden_by_a_lost_lease(folder: str, clock: 
         raise ZeroDivisionError
 
 
-def test_a_holder_that_was_paused_goes_on_where_nobody_took_its_place(folder: str, clock: Clock) -> None:
+def test_a_holder_that_was_paused_goes_on_where_its_place_is_free(folder: str, clock: Clock) -> None:
     with storage.exclusive(folder):
         clock.now += 1000
         write(f"{folder}/x")
@@ -221,7 +221,7 @@ def test_an_upload_of_minutes_is_not_completed_by_a_holder_that_was_replaced(
     folder = f"{s3}/run"
     content = random.Random(0).randbytes(11 << 20)
     with pytest.raises(LostLeaseError), storage.exclusive(folder):  # noqa: PT012
-        write(f"{folder}/a.tar", content)  # nobody took the lease: it is renewed, and the upload made again
+        write(f"{folder}/a.tar", content)  # the lease is free: it is renewed, and the upload made again
         assert storage.sha256_file(f"{folder}/a.tar")
         assert len(asked) > 3
         asked.clear()

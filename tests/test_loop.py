@@ -155,8 +155,8 @@ def test_what_is_measured_after_an_epoch_joins_its_row_and_training_goes_on_in_t
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 2))
     modes: list[bool] = []
 
-    def measure(of: nn.Module) -> dict[str, float]:
-        return {"test": (predict(of, images, to_float, compute).argmax(1) == labels).float().mean().item()}
+    def measure(network: nn.Module) -> dict[str, float]:
+        return {"test": (predict(network, images, to_float, compute).argmax(1) == labels).float().mean().item()}
 
     history = train(
         model,

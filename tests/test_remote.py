@@ -172,9 +172,7 @@ def test_an_object_whose_writer_fails_never_appears(memory: str) -> None:
     assert not storage.exists(f"{memory}/x")
 
 
-def test_a_store_that_never_answers_is_an_error_that_says_so(
-    memory: str, monkeypatch: pytest.MonkeyPatch, no_pauses: None
-) -> None:
+def test_a_store_that_never_answers_is_an_error(memory: str, monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
     with faulty_proxy(("127.0.0.1", 1), rate=0.0) as proxy:
         monkeypatch.setattr(proxy, "draw", lambda: "error before")
         with pytest.raises(StorageError, match=rf"cannot look at {proxy.url}/x: .*8 attempts"):
@@ -213,7 +211,7 @@ def test_a_store_that_keeps_less_than_was_sent_is_sent_all_of_it_again(
     assert len(calls) == 2
 
 
-def test_shards_are_read_from_a_web_server_and_what_is_missing_is_asked_for_once(tmp_path: Path) -> None:
+def test_shards_are_read_from_a_web_server_and_what_is_missing_is_requested_once(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"shard")
 
     class Handler(SimpleHTTPRequestHandler):
@@ -235,7 +233,7 @@ def test_shards_are_read_from_a_web_server_and_what_is_missing_is_asked_for_once
     assert Handler.asked.count("/y.tar") == 2  # HEAD, then GET
 
 
-def test_what_is_read_only_says_so() -> None:
+def test_writing_to_a_read_only_protocol_is_an_error() -> None:
     with pytest.raises(StorageError, match="only read from"):
         put_whole("http://127.0.0.1:1/x", b"x")
 

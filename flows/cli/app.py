@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flows import interrupts
-from flows.cli.settings import WrongSettings, problems_of
 from sanitize.errors import ConfigError, SanitizeError
+from sanitize.settings import WrongSettings, problems_of
 
 
 class App(typer.Typer):

@@ -35,7 +35,7 @@ from flows.cli.app import (
     errors,
     print_json,
 )
-from flows.cli.settings import make_config, read_yaml
+from sanitize.settings import make_config, read_yaml
 
 REQUIRED = Parameter.empty
 
@@ -45,8 +45,8 @@ class Option(NamedTuple):
 
     Attributes:
         flag: "--n-images"; a name without dashes is an argument.
-        type: of the value; `list[str]` may be given several times.
-        path: of the setting that the option is; "" where `prepare` makes settings of it.
+        type: type of the value; `list[str]` may be given several times.
+        path: path of the setting; "" where `prepare` makes settings of the option.
         help: one or two sentences.
         default: shown in the help; None leaves the setting alone, REQUIRED makes an argument that must be given.
     """
@@ -105,7 +105,6 @@ class JobCommand:
     common: tuple[Option, ...]
     out: str | None
     prepare: Callable[[Settings, Values], Settings]
-    check: Callable[[Any], None]
     exit_code: Callable[[Result], int]
     torchrun: bool
 
@@ -115,9 +114,7 @@ class JobCommand:
         declared = (*self.common, *self.options)
         options = chosen(declared, values)
         flags = {one.path: one.flag if one.flag.startswith("--") else one.flag.upper() for one in declared}
-        config = make_config(kind, settings, options, values["set_"] or (), flags)
-        self.check(config)
-        return config
+        return make_config(kind, settings, options, values["set_"] or (), flags)
 
     def run(self, values: Values) -> None:
         """Run the job and show its result."""
@@ -176,7 +173,6 @@ def job_command(
     out: str | None,
     common: Sequence[Option] = COMMON,
     prepare: Callable[[Settings, Values], Settings] = lambda settings, _values: settings,
-    check: Callable[[Any], None] = lambda _config: None,
     exit_code: Callable[[Result], int] = lambda _result: 0,
     torchrun: bool = False,
 ) -> Callable[[Callable[[Result, str], None]], Callable[..., None]]:
@@ -188,7 +184,6 @@ def job_command(
         common: `--shards`, and those of `--seed` and `--device` that the job has.
         prepare: takes the settings of the file and the values of all options; returns settings. For options that are
             not one setting.
-        check: raises ConfigError for settings that would fail only after work.
         exit_code: exit code of a result.
         torchrun: True for a job that several processes share.
 
@@ -198,7 +193,7 @@ def job_command(
 
     def declare(show: Callable[[Result, str], None]) -> Callable[..., None]:
         name = show.__name__
-        command = JobCommand(name, show, options, tuple(common), out, prepare, check, exit_code, torchrun)
+        command = JobCommand(name, show, options, tuple(common), out, prepare, exit_code, torchrun)
         COMMANDS[name] = command
 
         def function(**values: Any) -> None:

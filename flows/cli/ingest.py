@@ -17,6 +17,7 @@ from flows.cli.app import (
     say,
 )
 from flows.cli.command import DEVICE, SHARDS, Option, job_command
+from sanitize.settings import make_config
 
 BatchName = Annotated[
     str, typer.Argument(help="First characters of the name of a batch; `sanitize batches` lists them.")
@@ -37,30 +38,40 @@ def reference(
     run: RunFolder,
     store: Store,
     per_class: Annotated[
-        int | None, typer.Option(help="Samples of each class that are kept with all embeddings (default 2,000).")
+        int | None, typer.Option(help="Samples of each class stored with all embeddings (default 2,000).")
     ] = None,
     level: Annotated[
-        float, typer.Option(help="Probability that a clean sample is flagged by a scorer; 0 leaves it to the rules.")
+        float, typer.Option(help="Probability that a scorer flags a clean sample; 0: the rules alone decide.")
     ] = 0.001,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Any other setting of the statistics: embedding, n_components, max_rows. May be given several times.",
+        ),
+    ] = None,
     note: Note = "",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Approve a finished run of `sanitize clean`: new shards will be judged against it.
+    """Approve a finished run of `sanitize clean` as the reference for new shards.
 
     Writes version 1 of the reference: the embedder, a sample of each class, the scorers fitted on it, and statistics to
     compare batches with. The shards of the run count as processed, and its clean shards are the first in the feed.
 
     Example:
 
-        sanitize reference runs/first --store s3://bucket/store --note "looked at by Ada"
+        sanitize reference runs/first --store s3://bucket/store --note "checked by Ada"
     """
     from sanitize.drift import StatisticsConfig
     from sanitize.jobs.reference import make_reference
 
-    with errors(), bars(quiet):
-        statistics = StatisticsConfig() if per_class is None else StatisticsConfig(per_class=per_class)
-        result = make_reference(run, store, statistics, level or None, note)
+    with errors():
+        options = {} if per_class is None else {"per_class": per_class}
+        statistics = make_config(StatisticsConfig, {}, options, set_ or ())
+        with bars(quiet):
+            result = make_reference(run, store, statistics, level or None, note)
     if as_json:
         print_json(result)
     else:
@@ -96,13 +107,13 @@ def _exit_code(result: dict[str, Any]) -> int:
     exit_code=_exit_code,
 )
 def ingest(result: dict[str, Any], out: str) -> None:
-    """Sanitize new shards, and release them to training jobs if they are like the reference.
+    """Sanitize new shards, and release them to training jobs if they resemble the reference.
 
     Shards that were processed before are not read again. New shards are made batches; each is judged sample by sample
     against the reference, and as a whole for drift. An accepted batch is in STORE/feed.json, which training jobs read;
-    a held batch waits for `sanitize approve` or `sanitize reject`. Run the command as often as you like, also twice at
-    once: each shard ends in exactly one batch, and work left by a crash is finished first. A shard that no batch can
-    take is refused, once, with the reason; the others go on.
+    a held batch waits for `sanitize approve` or `sanitize reject`. Run the command any number of times, also
+    twice at once: each shard ends in exactly one batch, and a crashed batch is finished first. A shard that no batch
+    can take is refused, once, with the reason; the others go on.
 
     Exit code 3: a batch is held or a shard was refused, and waits for a person. 1: a batch failed or could not be
     finished, a shard could not be read this time, or a clean shard in the feed is not as its batch wrote it.
@@ -118,7 +129,7 @@ def ingest(result: dict[str, Any], out: str) -> None:
         f"reference v{result['reference']:04d}"
     )
     if not any(result[name] for name in ("new", "duplicates", "known", "refused", "changing", "unreadable")):
-        say("nothing", "yellow", "has landed yet where shards are looked for")
+        say("nothing", "yellow", "has landed yet at the sources")
     for name, style in (("changing", "yellow"), ("unreadable", "red"), ("altered", "red")):
         for why in result[name]:
             say(name, style, why)
@@ -134,10 +145,10 @@ def ingest(result: dict[str, Any], out: str) -> None:
 
 def _print_batch(batch: dict[str, Any], more: str = "") -> None:
     """One line, and one for each reason."""
-    said = f"{batch['shards']:,} shards"
+    line = f"{batch['shards']:,} shards"
     if counts := batch["samples"]:
-        said += "".join(f", {counts[name]:,} {name}" for name in ("kept", "quarantined", "unreadable"))
-    say(f"{batch['status']:>8} {batch['batch']}", STYLES[batch["status"]], said + more)
+        line += "".join(f", {counts[name]:,} {name}" for name in ("kept", "quarantined", "unreadable"))
+    say(f"{batch['status']:>8} {batch['batch']}", STYLES[batch["status"]], line + more)
     for reason in batch["reasons"]:
         say("        ", "", reason)
 

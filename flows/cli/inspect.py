@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.app import AsJson, Quiet, as_text, bars, console, errors, print_json, say
-from flows.cli.settings import make_config
+from sanitize.settings import make_config
 
 
 def inspect(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from flows.cli.app import AsJson, Device, Quiet, Set, Shards, bars, console, errors, print_json
 from flows.cli.command import DEVICE, SHARDS, chosen
-from flows.cli.settings import make_config, read_yaml
+from sanitize.settings import make_config, read_yaml
 
 
 def plan(
@@ -62,13 +62,13 @@ def _show(result: dict[str, Any]) -> None:
     _table(scaled, f"{scaled['samples']:,} samples in {scaled['shards']:,} shards, on paper")
     console.print(f"n_groups: {result['n_groups']} ({scaled['n_groups']:,}) makes a task minutes of work")
     small, large = result["memory"], scaled["memory"]
-    for name, said in {
+    for name, meaning in {
         "task": "a task: model, batch and libraries, measured",
         "cache": "training: decoded images, at most",
         "select": "select: verdicts of all samples",
-        "driver": "driver: what it knows of the shards",
+        "driver": "driver: its list of the shards",
     }.items():
-        console.print(f"{_bytes(small[name]):>10} ({_bytes(large[name])}) {said}", highlight=False)
+        console.print(f"{_bytes(small[name]):>10} ({_bytes(large[name])}) {meaning}", highlight=False)
 
 
 def _table(planned: dict[str, Any], title: str) -> None:

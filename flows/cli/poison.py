@@ -5,8 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.app import AsJson, Quiet, Seed, Shards, bars, console, errors, print_json
-from flows.cli.settings import make_config
 from sanitize.errors import ConfigError
+from sanitize.settings import make_config
 
 
 def poison(

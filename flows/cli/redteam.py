@@ -12,7 +12,7 @@ REQUIREMENT_MISSED = 3
 
 
 def _around_clean(settings: dict[str, Any], _values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a YAML file of `sanitize clean` as those of a red team."""
+    """Settings of a red team; a YAML file of `sanitize clean` gives its pipeline."""
     from sanitize.jobs.redteam import RedTeamConfig
 
     return settings if settings.keys() & RedTeamConfig.model_fields.keys() else {"clean": settings}
@@ -42,7 +42,7 @@ def _around_clean(settings: dict[str, Any], _values: dict[str, Any]) -> dict[str
 def redteam(result: dict[str, Any], out: str) -> None:
     """Test a cleaning pipeline: plant known attacks in a sample of the data, and measure recall and false removals.
 
-    The YAML file is that of a red team (configs/redteam.yaml), or of `sanitize clean`, as it is. For each attack and
+    The YAML file is one of a red team (configs/redteam.yaml) or of `sanitize clean`. For each attack and
     each seed: poison a copy of the sample, clean the copy with the pipeline, train a model before and after cleaning,
     and measure. Case none has no poison: everything removed there is a false removal. The table gives means over seeds;
     the report, OUT/90-report/index.html, also gives confidence intervals.
@@ -62,9 +62,9 @@ def redteam(result: dict[str, Any], out: str) -> None:
     """
     from sanitize.jobs.redteam import SHOWN
 
-    names = ("recall", "preci-\nsion", "false\nremoved", "ACC\nbefore", "after", "ASR\nbefore", "after", "untouched")
+    names = ("recall", "preci-\nsion", "false\nremoved", "ACC\nbefore", "after", "ASR\nbefore", "after", "baseline")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
-    # It fits into 80 columns: cut, badnets@1% and badnets@5% would look alike.
+    # The table fits into 80 columns: if names were cut, badnets@1% and badnets@5% would look alike.
     table = Table(Column("case", overflow="fold"), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for case in result["cases"]:
         measures = case["measures"]
@@ -73,7 +73,7 @@ def redteam(result: dict[str, Any], out: str) -> None:
     console.print(
         "recall: share of the poison that was removed; precision: share of the removed samples that are poison; "
         "false removed: share of the clean samples (false removals); ACC: clean accuracy; ASR: share of triggered "
-        "images that get the attacker's label (attack success rate), untouched: by a model trained without the attack"
+        "images that get the attacker's label (attack success rate), baseline: of a model trained on unpoisoned data"
     )
     for case in result["not_learned"]:
         console.print(
@@ -84,13 +84,13 @@ def redteam(result: dict[str, Any], out: str) -> None:
     for requirement in result["requirements"]:
         word, style = ("met", "green") if requirement["met"] else ("MISSED", "red")
         between = f", {result['level']:.0%} interval {_share(requirement, 'low')} to {_share(requirement, 'high')}"
-        found = f"{_share(requirement)}{between}" if requirement["mean"] is not None else "nothing to count"
+        found = f"{_share(requirement)}{between}" if requirement["mean"] is not None else "no samples to count"
         say(f"{word:>8}", style, f"{requirement['text']}: {found}")
     print_places({name: result[name] for name in ("findings", "report")})
 
 
 def _share(measured: dict[str, Any] | None, what: str = "mean") -> str:
-    """In per cent; "-" where there was nothing to count, nothing where it is not measured."""
+    """A share in per cent; "-" without samples to count, "" where it was not measured."""
     if measured is None:
         return ""
     return "-" if measured[what] is None else f"{measured[what]:.1%}"

@@ -4,12 +4,12 @@ from typing import Any
 
 from flows.cli.app import console, print_certificates, print_places
 from flows.cli.command import Option, job_command
-from flows.cli.settings import change, plain
 from sanitize.errors import ConfigError
+from sanitize.settings import change, plain
 
 
 def _method(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The settings with `train.method` as `--method`, `--tau` and `--warmup` say."""
+    """The settings with `train.method` of `--method`, `--tau` and `--warmup`."""
     from sanitize.jobs.train import TrainRunConfig
     from sanitize.train import zoo
 
@@ -22,17 +22,6 @@ def _method(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     if method not in methods:
         raise ConfigError(f"--method {method}: there are {', '.join(methods)}")
     return change(settings, "train.method", plain(methods[method]), TrainRunConfig)
-
-
-def _check_partitions(config: Any) -> None:
-    """Raise ConfigError where the data would decide on classes or image size, which voids certificates."""
-    given = {"index.n_classes=N": config.index.n_classes, "index.image.size=[H,W]": config.index.image.size}
-    missing = " ".join(f"--set {name}" for name, value in given.items() if value is None)
-    if config.partition is not None and missing:
-        raise ConfigError(
-            "an ensemble of partitions is certified only where number of classes and image size do not depend on the "
-            f"data: add {missing}"
-        )
 
 
 @job_command(
@@ -55,7 +44,6 @@ def _check_partitions(config: Any) -> None:
     ),
     out="runs/train",
     prepare=_method,
-    check=_check_partitions,
     torchrun=True,
 )
 def train(result: dict[str, Any], out: str) -> None:

@@ -66,9 +66,11 @@ def poison_shards(
         exclude: names of shards without poison; their samples count for the rate.
 
     Raises:
-        ConfigError: an attack asks for more samples than are eligible, its target is no class, or a surrogate is
-            missing, takes other images or is of no use.
+        ConfigError: the data set has no labels, an attack asks for more samples than are eligible, its target is no
+            class, or a surrogate is missing, takes other images or is of no use.
     """
+    if dataset.info["label"] is None:
+        raise ConfigError("index.label=null reads no labels, and an attack needs them: index the shards with labels")
     config.check_classes(dataset.n_classes)
     network = _surrogate(config, surrogate, dataset)
     poisons = [attack.build(network if attack.needs_surrogate else None, compute) for attack in config.attacks]

@@ -125,7 +125,7 @@ class PartitionEnsemble(Checkpoint):
         return {f"networks.{name}": torch.cat([state[name] for state in states]) for name in states[0]}
 
 
-@stage(PartitionEnsemble, version=2)
+@stage(PartitionEnsemble, version=3)
 def train_partitions(
     config: PartitionConfig, dataset: Dataset, out: str, compute: Compute, shards: Sequence[str] | None = None
 ) -> Work:
@@ -189,17 +189,17 @@ def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[s
         "scope": {
             "threat": "poisoned training data",
             "statement": (
-                "A prediction stays what it is while no more training samples than its radius are inserted into the "
-                "training set or removed from it, whichever they are, and training is repeated with the same settings "
-                "and seed. A sample that is changed counts twice: one is removed, one inserted. With "
+                "A prediction does not change if at most as many training samples as its radius are inserted into the "
+                "training set or removed from it, whatever the samples, and training is repeated with the same "
+                "settings and seed. A changed sample counts twice: one removal, one insertion. With "
                 f"{config.n_partitions} partitions no radius can be larger than {config.n_partitions // 2}."
             ),
             "training_set": {"dataset": dataset.digest, "samples": n_samples},
             "filter": "inside each partition" if config.filter else "none",
             "not_covered": [
                 "changes of the image that is classified",
-                "damage to a shard, beyond the number of samples that it makes unreadable",
-                "other roundings, where training is repeated on other hardware or with other versions",
+                "damage to a shard, beyond the number of samples that become unreadable",
+                "other rounding, if training is repeated on other hardware or with other versions",
             ],
         },
     }

@@ -84,7 +84,7 @@ def _rounded(reach: float) -> str:
     return f"{math.ceil(reach * 10**digits) / 10**digits:g}"
 
 
-@stage(Certificates, version=2)
+@stage(Certificates, version=3)
 def certify_smoothing(
     config: CertifySmoothingConfig,
     checkpoint: Checkpoint,
@@ -157,17 +157,17 @@ def _proved(config: CertifySmoothingConfig, compute: Compute) -> dict[str, Any]:
         "scope": {
             "threat": "changes of the image that is classified",
             "statement": (
-                "The smoothed classifier, which says what the model most often says of an image under Gaussian noise "
-                f"of standard deviation {config.sigma:g}, says the same of every image closer than its radius in l2 "
-                "(pixels on [0, 1]). Of each image by itself this holds with a probability of at least "
-                f"{1 - config.alpha:g} over the noise that was drawn. With {config.n} copies and sigma "
-                f"{config.sigma:g} no radius can be larger than {_rounded(config.largest_radius)}."
+                "The smoothed classifier returns the class that the model predicts most often for copies of an image "
+                f"with Gaussian noise of standard deviation {config.sigma:g}. It returns the same class for every "
+                "image closer than the radius in l2 (pixels on [0, 1]). For each image alone this holds with a "
+                f"probability of at least {1 - config.alpha:g} over the noise that was drawn. With {config.n} copies "
+                f"and sigma {config.sigma:g} no radius can be larger than {_rounded(config.largest_radius)}."
             ),
             "not_covered": [
                 "the model without the noise",
                 "poisoned training data",
                 "changes that are small to the eye and large in l2: rotation, crop, brightness",
-                "other precisions of the forward pass than the one that was certified",
+                "forward passes in another precision than the certified one",
             ],
         },
     }

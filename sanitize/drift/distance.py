@@ -34,7 +34,7 @@ from torch import Tensor
 from sanitize.streaming import Moments
 
 
-class Answer(NamedTuple):
+class Comparison(NamedTuple):
     """Result of a test: p-value under equal distributions, and effect size."""
 
     p_value: float
@@ -88,10 +88,10 @@ def distance(batch: Moments, reference: Moments, pool_Nr: Tensor, n_draws: int, 
     return Distance(float(squared), scale * float(drawn_T.mean()), scale**2 * float(drawn_T.var()))
 
 
-def shift(found: Distance, reference: Moments) -> Answer:
+def shift(found: Distance, reference: Moments) -> Comparison:
     """Test of a distance; effect 0 where the distance is no larger than between samples of one distribution."""
     variance = float(reference.covariance().trace())
-    return Answer(gamma_tail(found), max(0.0, found.squared - found.mean) / max(variance, 1e-300))
+    return Comparison(gamma_tail(found), max(0.0, found.squared - found.mean) / max(variance, 1e-300))
 
 
 def gamma_tail(found: Distance) -> float:
@@ -107,7 +107,7 @@ def together(found: Sequence[Distance], weights: Sequence[float]) -> Distance:
     return Distance(float(shares @ squared), float(shares @ mean), float(shares**2 @ variance))
 
 
-def excess(x: int, n: int, reference_x: int, reference_n: int, by_design: float = 0.0) -> Answer:
+def excess(x: int, n: int, reference_x: int, reference_n: int, by_design: float = 0.0) -> Comparison:
     """Test of a rate: x of n samples, against the reference's rate.
 
     Args:
@@ -119,10 +119,10 @@ def excess(x: int, n: int, reference_x: int, reference_n: int, by_design: float 
     """
     expected = reference_x + by_design * (reference_n - reference_x)
     p_value = stats.betabinom.sf(x - 1, n, expected + 0.5, reference_n - expected + 0.5)
-    return Answer(float(p_value), x / n - expected / max(1, reference_n))
+    return Comparison(float(p_value), x / n - expected / max(1, reference_n))
 
 
-def priors(counts_K: np.ndarray, reference_K: np.ndarray) -> Answer:
+def priors(counts_K: np.ndarray, reference_K: np.ndarray) -> Comparison:
     """Test of the shares of classes, by counts (K,) of batch and reference, int64, each with a positive count."""
     seen_k = (counts_K + reference_K) > 0
     table_2k = np.stack([counts_K[seen_k], reference_K[seen_k]])
@@ -131,4 +131,4 @@ def priors(counts_K: np.ndarray, reference_K: np.ndarray) -> Answer:
     shares_k = table_2k.sum(0) / table_2k.sum()
     by_chance = np.sqrt(shares_k * (1 - shares_k) * (1 / n + 1 / reference_n) / (2 * math.pi)).sum()
     variation = np.abs(table_2k[0] / n - table_2k[1] / reference_n).sum() / 2
-    return Answer(p_value, max(0.0, float(variation - by_chance)))
+    return Comparison(p_value, max(0.0, float(variation - by_chance)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
-from sanitize.drift.distance import Answer, Distance, distance, excess, gamma_tail, priors, shift, together
+from sanitize.drift.distance import Comparison, Distance, distance, excess, gamma_tail, priors, shift, together
 from sanitize.drift.projection import Projection
 from sanitize.drift.statistics import CALIBRATE, FIT, Statistics
 from sanitize.errors import ArtifactError
@@ -24,7 +24,7 @@ from sanitize.stage import Work, stage
 from sanitize.streaming import Moments
 
 Verdict = Literal["accept", "hold", "refit"]
-Question = Literal["shift", "removed", "priors", "unreadable", "unknown"]
+DriftTestName = Literal["shift", "removed", "priors", "unreadable", "unknown"]
 
 
 class DriftConfig(BaseModel):
@@ -63,21 +63,21 @@ class Drift(Artifact):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """`verdict`; `reasons`; `level` of one test; `answers`: question, label (None: all), answer, limit, alarm;
+        """`verdict`; `reasons`; `level` of one test; `tests`: test, label (None: all), result, limit, alarm;
         `classes`: label -> samples here and in the reference."""
         return self.read_object("drift.json", "verdict", "reasons")
 
 
-class Finding(NamedTuple):
-    """A test, its class (None: all classes), its result, and the limit of the effect."""
+class DriftTest(NamedTuple):
+    """A test: its name, its class (None: all classes), its result, and the limit of the effect."""
 
-    question: Question
+    test: DriftTestName
     label: int | None
-    answer: Answer
+    result: Comparison
     limit: float
 
 
-@stage(Drift, version=2, gpu=False)
+@stage(Drift, version=3, gpu=False)
 def check_drift(
     config: DriftConfig,
     reference: Statistics,
@@ -117,7 +117,7 @@ def check_drift(
 
 def _shifts(
     config: DriftConfig, reference: Statistics, batch: Statistics, projection: Projection, compute: Compute
-) -> Iterator[Finding]:
+) -> Iterator[DriftTest]:
     pools = _pools(reference, projection)
     here, there = batch.moments.by_class, reference.moments.by_class
     labels = [y for y in sorted(here.keys() & there.keys()) if _is_compared(config, here[y], there[y], pools.get(y))]
@@ -126,14 +126,14 @@ def _shifts(
         for label in labels:
             generator = compute.generator("drift", label)
             distances.append(distance(here[label], there[label], pools[label], config.n_draws, generator))
-            yield Finding("shift", label, shift(distances[-1], there[label]), config.shift)
+            yield DriftTest("shift", label, shift(distances[-1], there[label]), config.shift)
             advance(1)
     if labels:
         weights = [here[label].count for label in labels]
         both = together(distances, weights)
         variance = np.average([float(there[label].covariance().trace()) for label in labels], weights=weights)
         effect = max(0.0, both.squared - both.mean) / max(float(variance), 1e-300)
-        yield Finding("shift", None, Answer(gamma_tail(both), effect), config.overall_shift)
+        yield DriftTest("shift", None, Comparison(gamma_tail(both), effect), config.overall_shift)
 
 
 def _is_compared(config: DriftConfig, here: Moments, there: Moments, pool_Nr: Tensor | None) -> bool:
@@ -154,24 +154,24 @@ def _pools(reference: Statistics, projection: Projection) -> dict[int, Tensor]:
     return {label: torch.cat(pieces) for label, pieces in pools.items()}
 
 
-def _counted(config: DriftConfig, reference: Statistics, batch: Statistics, by_design: float) -> Iterator[Finding]:
+def _counted(config: DriftConfig, reference: Statistics, batch: Statistics, by_design: float) -> Iterator[DriftTest]:
     nothing = {"n": 0, "removed": 0}
     here, there = batch.counts, reference.counts
     for label in sorted(here):
         x, n = here[label]["removed"], here[label]["n"]
         reference_x, reference_n = (there.get(label, nothing)[name] for name in ("removed", "n"))
         if n >= config.min_samples <= reference_n:
-            yield Finding("removed", label, excess(x, n, reference_x, reference_n, by_design), config.removed)
+            yield DriftTest("removed", label, excess(x, n, reference_x, reference_n, by_design), config.removed)
         elif n >= config.min_samples:
-            yield Finding("unknown", label, Answer(0.0, float(n)), config.min_samples)
+            yield DriftTest("unknown", label, Comparison(0.0, float(n)), config.min_samples)
     (x, n), (reference_x, reference_n) = _total(here), _total(there)
-    yield Finding("removed", None, excess(x, n, reference_x, reference_n, by_design), config.overall_removed)
+    yield DriftTest("removed", None, excess(x, n, reference_x, reference_n, by_design), config.overall_removed)
     bad, reference_bad = batch.info["unreadable"], reference.info["unreadable"]
-    answer = excess(bad, n + bad, reference_bad, reference_n + reference_bad)
-    yield Finding("unreadable", None, answer, config.unreadable)
+    result = excess(bad, n + bad, reference_bad, reference_n + reference_bad)
+    yield DriftTest("unreadable", None, result, config.unreadable)
     labels = sorted(here.keys() | there.keys())
     counts_2K = np.array([[counts.get(y, nothing)["n"] for y in labels] for counts in (here, there)])
-    yield Finding("priors", None, priors(*counts_2K), config.priors)
+    yield DriftTest("priors", None, priors(*counts_2K), config.priors)
 
 
 def _total(counts: dict[int, dict[str, int]]) -> tuple[int, int]:
@@ -179,40 +179,40 @@ def _total(counts: dict[int, dict[str, int]]) -> tuple[int, int]:
     return sum(c["removed"] for c in counts.values()), sum(c["n"] for c in counts.values())
 
 
-def _judged(config: DriftConfig, found: list[Finding], reference: Statistics, batch: Statistics) -> dict[str, Any]:
+def _judged(config: DriftConfig, found: list[DriftTest], reference: Statistics, batch: Statistics) -> dict[str, Any]:
     """Content of drift.json."""
     level = config.level / len(found)
-    alarms = [f for f in found if f.answer.p_value <= level and f.answer.effect >= f.limit]
-    n_shifted = sum(f.question == "shift" and f.label is not None for f in alarms)
-    n_compared = sum(f.question == "shift" and f.label is not None for f in found)
+    alarms = [f for f in found if f.result.p_value <= level and f.result.effect >= f.limit]
+    n_shifted = sum(f.test == "shift" and f.label is not None for f in alarms)
+    n_compared = sum(f.test == "shift" and f.label is not None for f in found)
     here, there = batch.counts, reference.counts
     return {
         "verdict": _verdict(config, alarms, n_shifted, n_compared),
         "reasons": [_reason(f) for f in sorted(alarms, key=lambda f: f.label is not None)],
         "level": level,
         "n_compared": n_compared,
-        "answers": [{**f._asdict(), "answer": f.answer._asdict(), "alarm": f in alarms} for f in found],
+        "tests": [{**f._asdict(), "result": f.result._asdict(), "alarm": f in alarms} for f in found],
         "classes": {str(y): {"here": c["n"], "reference": there.get(y, {"n": 0})["n"]} for y, c in here.items()},
     }
 
 
-def _verdict(config: DriftConfig, alarms: list[Finding], n_shifted: int, n_compared: int) -> Verdict:
+def _verdict(config: DriftConfig, alarms: list[DriftTest], n_shifted: int, n_compared: int) -> Verdict:
     """Alarms in few classes may be poison: hold. Most classes shifted or other shares: the data changed, refit."""
     if not alarms:
         return "accept"
     is_broad = n_shifted >= config.broad * max(1, n_compared)
-    local = [f for f in alarms if f.question not in ("priors", "shift") or (f.label is not None and not is_broad)]
+    local = [f for f in alarms if f.test not in ("priors", "shift") or (f.label is not None and not is_broad)]
     return "hold" if local else "refit"
 
 
-def _reason(found: Finding) -> str:
+def _reason(found: DriftTest) -> str:
     where = "all classes together" if found.label is None else f"class {found.label}"
-    p_value, effect = found.answer
+    p_value, effect = found.result
     text = {
         "shift": f"{where}: embeddings shifted from the reference by {effect:.2f} of their variance",
         "removed": f"{where}: removed share {100 * effect:.1f} % above the reference",
         "unreadable": f"unreadable share {100 * effect:.1f} % above the reference",
         "priors": f"class shares differ from the reference by {100 * effect:.1f} % of the samples",
         "unknown": f"{where}: {effect:.0f} samples, too few in the reference to compare with",
-    }[found.question]
-    return text if found.question == "unknown" else f"{text} (p = {p_value:.1g}, limit {found.limit:g})"
+    }[found.test]
+    return text if found.test == "unknown" else f"{text} (p = {p_value:.1g}, limit {found.limit:g})"

@@ -80,7 +80,7 @@ def summarise_shards(
         selection: verdicts on the samples.
         projection: coordinates of the moments.
         out: folder of the artifact.
-        compute: seed of the sample. An attacker who fills shards does not know it and cannot choose the sampled rows.
+        compute: seed of the sample. An attacker who fills shards cannot predict it, so cannot choose the sampled rows.
 
     Raises:
         ConfigError: the shards were indexed without digests.

@@ -39,8 +39,8 @@ def demo(out: str | Path, seed: int = 0, run: Callable[[CleanConfig, str], dict[
     out = Path(out)
     compute = Compute(seed=seed, device="cpu")
     digits = write_digits(str(out / "digits"), compute)
-    honest = _index(digits.shards(), out / "index", compute)
-    poisoned = poison_shards(ATTACK, honest, str(out / "poisoned"), compute)
+    clean = _index(digits.shards(), out / "index", compute)
+    poisoned = poison_shards(ATTACK, clean, str(out / "poisoned"), compute)
 
     config = CleanConfig(shards=tuple(poisoned.shard_paths()), embedder=MODEL, compute=compute)
     result = run(config, str(out / "clean"))

@@ -28,7 +28,7 @@ from sanitize.errors import ArtifactError, SanitizeError, StorageError
 from sanitize.jobs.clean import scores_folder
 from sanitize.jobs.job import JobConfig, job
 from sanitize.jobs.landed import as_utf8, list_shards
-from sanitize.jobs.reference import REMEMBERED, Reference, clean_shards, load_reference
+from sanitize.jobs.reference import BATCH_STATISTICS, Reference, clean_shards, load_reference
 from sanitize.jobs.run import Run
 from sanitize.jobs.store import (
     FEED,
@@ -137,7 +137,7 @@ class _Work(NamedTuple):
             entry = process(batch, self.ledger, self.config, self.run)
         except (StorageError, OSError) as error:
             logger.exception("batch %s: storage does not answer", batch.claim.batch)
-            self.found.append(batch_summary(self.run.out, batch, None, (_said(error),)))
+            self.found.append(batch_summary(self.run.out, batch, None, (_message(error),)))
             return "claimed"
         if entry is None:
             return ""
@@ -182,8 +182,8 @@ def claim(config: IngestConfig, waiting: Sequence[Offered], ledger: Ledger) -> I
     return IngestBatch(claim=entry) if isinstance(entry, ClaimEntry) else None
 
 
-def note_refused(refused: Sequence[Refused], ledger: Ledger, said: list[Refused]) -> None:
-    """Record files that cannot be shards in the ledger and in `said`, once for each reason."""
+def note_refused(refused: Sequence[Refused], ledger: Ledger, reported: list[Refused]) -> None:
+    """Record files that cannot be shards in the ledger and in `reported`, once for each reason."""
 
     def decide(state: State) -> RefusedEntry | None:
         new = tuple(shard for shard in refused if state.refused.get((shard.url, "")) != shard)
@@ -191,7 +191,7 @@ def note_refused(refused: Sequence[Refused], ledger: Ledger, said: list[Refused]
 
     entry, _ = ledger.append(decide)
     if isinstance(entry, RefusedEntry):
-        said.extend(entry.shards)
+        reported.extend(entry.shards)
 
 
 def note_duplicates(offered: Sequence[Offered], ledger: Ledger) -> State:
@@ -251,7 +251,7 @@ def _outcome(batch: IngestBatch, state: State, folder: str, config: IngestConfig
         refused = [] if index is None else look_again(batch.claim, index, folder, error)
         if refused:
             return _split(batch, refused)
-        return CommitEntry(batch=batch.claim.batch, status="failed", reasons=(_said(error),))
+        return CommitEntry(batch=batch.claim.batch, status="failed", reasons=(_message(error),))
 
 
 def index_config(reference: Reference, settings: BatchConfig) -> IndexConfig:
@@ -261,10 +261,10 @@ def index_config(reference: Reference, settings: BatchConfig) -> IndexConfig:
     return index if limit is None else index.model_copy(update={"max_bad_fraction": limit})
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """Message of an error, with the class of an unexpected one."""
-    said = str(error) if isinstance(error, SanitizeError | OSError) else f"{type(error).__name__}: {error}"
-    return as_utf8(said)[:MAX_TEXT]
+    message = str(error) if isinstance(error, SanitizeError | OSError) else f"{type(error).__name__}: {error}"
+    return as_utf8(message)[:MAX_TEXT]
 
 
 def _split(batch: IngestBatch, refused: Sequence[Refused]) -> CommitEntry:
@@ -291,9 +291,9 @@ def _run_batch(
     judged = known.judge, dataset, scores, reference.scores
     selection = run.stage("40-selection", judge_shards, *judged, trusted=(CALIBRATE,))
     shards = run.sharded(SHARDS, write_selected, names, settings.write, dataset, selection)
-    read = known.statistics, dataset, embeddings, selection, reference.projection
-    remembered = run.stage(REMEMBERED, summarise_shards, *read)
-    compared = settings.drift, reference.statistics, remembered, reference.projection
+    to_summarise = known.statistics, dataset, embeddings, selection, reference.projection
+    summarised = run.stage(BATCH_STATISTICS, summarise_shards, *to_summarise)
+    compared = settings.drift, reference.statistics, summarised, reference.projection
     by_design = known.judge.false_flags(len(known.scorers))
     drift = run.stage("70-drift", check_drift, *compared, by_design=by_design)
     run.stage("90-report", write_report, settings.report, dataset, scores, selection, shards)

@@ -26,8 +26,8 @@ from sanitize.distributed import rank0_first, world
 from sanitize.jobs.result import JobResult
 from sanitize.jobs.run import Run, claimed
 from sanitize.jobs.runner import RunnerConfig, Threads
-from sanitize.jobs.settings import ConfigSource, Sources, config_from, merged
 from sanitize.progress import shown
+from sanitize.settings import ConfigSource, Sources, config_from, merged
 
 
 class JobConfig(BaseModel):

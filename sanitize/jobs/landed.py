@@ -21,8 +21,8 @@ class Landed(NamedTuple):
         offered: shards.
         was_read: the offered shards that were not known, so that their bytes were read.
         refused: files that cannot be shards.
-        changing: messages on shards that changed while they were read; the next listing looks at them again.
-        unreadable: messages on shards for which storage did not answer; the next listing looks at them again.
+        changing: messages on shards that changed while they were read; the next listing includes them again.
+        unreadable: messages on shards for which storage did not answer; the next listing includes them again.
     """
 
     offered: list[Offered]
@@ -95,7 +95,7 @@ def _offered(url: str, state: State) -> Offered:
     if digest is None:
         digest = sha256_file(url)
     if known is None and _fingerprint(url) != seen:
-        raise _Changing(f"{url} changed while it was read; the next ingest looks at it again")
+        raise _Changing(f"{url} changed while it was read; the next ingest reads it again")
     return Offered(url=url, size=seen[1], modified=seen[2], sha256=digest)
 
 

@@ -23,8 +23,8 @@ from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
 from sanitize.jobs.clean import CleanConfig, clean_inside
 from sanitize.jobs.run import Run
-from sanitize.jobs.settings import ConfigSource, config_from
 from sanitize.select import trusted_shards
+from sanitize.settings import ConfigSource, config_from
 
 SELECTED_BYTES, SCORED_BYTES = 17, 4  # held by `select` for each sample, and for each score of a sample
 MAX_FITTED = 10_000  # samples of a class that a scorer is fitted on (for some scorers 20,000 of all classes)
@@ -79,7 +79,7 @@ class MeasuredRun(Run):
         self.divided: set[str] = set()
 
     def sharded(self, folder: str, *args: Any) -> Any:
-        """Remember that groups of shards may run side by side."""
+        """Record the stage as one that goes by groups of shards."""
         self.divided.add(folder)
         return super().sharded(folder, *args)
 

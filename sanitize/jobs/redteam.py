@@ -45,7 +45,7 @@ SHOWN = (
     "acc_after",
     "asr_before",
     "asr_after",
-    "asr_untouched",
+    "asr_baseline",
 )
 DEFAULT_ATTACKS = ("badnets@1%", "badnets@5%", "blended@5%", "labels@5%")
 
@@ -148,12 +148,12 @@ def redteam(config: RedTeamConfig, run: Run) -> dict[str, Any]:
     measured: dict[str, list[Measured]] = {name: [] for name in config.cases}
     with track("red team", config.repeats * len(config.cases), "cases") as advance:
         for seed in range(config.repeats):
-            untouched: Checkpoint | None = None
+            baseline: Checkpoint | None = None
             for name, attack in config.cases.items():
                 seeded = run.compute.model_copy(update={"seed": run.compute.seed + seed})
                 inside = run.inside(f"cases/{name.replace('%', '')}/{seed}", seeded)
-                case, before = _case(attack, untouched, data, config, inside)
-                untouched = untouched or before
+                case, before = _case(attack, baseline, data, config, inside)
+                baseline = baseline or before
                 measured[name].append(case)
                 advance(1)
     cases = [Case(name, repeats) for name, repeats in measured.items()]
@@ -188,22 +188,22 @@ def _index_like(train: Dataset, config: RedTeamConfig) -> IndexConfig:
 
 
 def _case(
-    attack: AttackConfig | None, untouched: Checkpoint | None, data: RedTeamData, config: RedTeamConfig, run: Run
+    attack: AttackConfig | None, baseline: Checkpoint | None, data: RedTeamData, config: RedTeamConfig, run: Run
 ) -> tuple[Measured, Checkpoint]:
-    """Measures of one case with one seed, and its model before cleaning; that of case `none` is `untouched`."""
+    """Measures of one case with one seed, and its model before cleaning; that of case `none` is `baseline`."""
     samples, train, test = data
     index = _index_like(train, config)
     truth, shards = None, samples.paths("train")
     if attack is not None:
-        surrogate = untouched if attack.needs_surrogate else None
+        surrogate = baseline if attack.needs_surrogate else None
         options = {"surrogate": surrogate, "exclude": samples.trusted()}
         truth = run.stage("10-poisoned", poison_shards, attack, train, **options)
         shards = truth.shard_paths()
     blind = {"shards": tuple(shards), "trusted": samples.trusted(), "index": index, "compute": run.compute}
     cleaned = clean_inside(config.clean.model_copy(update=blind), run.inside("clean", run.compute))
     models = _models(cleaned, index, config, run)
-    if untouched is not None:
-        models["untouched"] = untouched
+    if baseline is not None:
+        models["baseline"] = baseline
     measured = run.stage("90-measured", measure_case, attack, cleaned.selection, models, test, truth=truth)
     return measured, models["before"]
 

@@ -36,7 +36,7 @@ from sanitize.select import JudgeConfig, Shards
 from sanitize.storage import absolute, exclusive, is_local, join, read_bytes, remove, sha256_file
 
 EMBEDDER, PROJECTION, STATISTICS = "10-embedder", "20-projection", "21-statistics"  # folders of a version
-REMEMBERED = "60-statistics"  # folder of a batch
+BATCH_STATISTICS = "60-statistics"  # folder of a batch
 CONFIG = "config.yaml"
 
 
@@ -139,7 +139,7 @@ def make_reference(
         note: reason of the approval.
 
     Returns:
-        `reference`: the version; `folder`; number of `shards`; `samples` seen and remembered; `level`.
+        `reference`: the version; `folder`; number of `shards`; `samples` seen, and stored for each half; `level`.
 
     Raises:
         ConfigError: the store has a reference, or the run cannot be one.
@@ -152,17 +152,17 @@ def make_reference(
     ledger = Ledger(store)
     with exclusive(join(store, "reference")):
         _refuse_second(ledger.read())
-        at_work = _begin(store, 1, config)
-        copy(Checkpoint.load(join(run, EMBEDDER)), join(at_work.out, EMBEDDER))
+        version_run = _begin(store, 1, config)
+        copy(Checkpoint.load(join(run, EMBEDDER)), join(version_run.out, EMBEDDER))
         embeddings = Embeddings.load(join(run, "20-embeddings"))
-        projection = at_work.stage(PROJECTION, fit_projection, statistics, embeddings, selection)
+        projection = version_run.stage(PROJECTION, fit_projection, statistics, embeddings, selection)
         inputs = statistics, dataset, embeddings, selection, projection
-        remembered = at_work.stage(STATISTICS, summarise_shards, *inputs)
-        _fit(config, remembered, at_work)
+        stored = version_run.stage(STATISTICS, summarise_shards, *inputs)
+        _fit(config, stored, version_run)
         entry = ReferenceEntry(
             version=1,
-            digests=_digests(at_work),
-            config=sha256_file(join(at_work.out, CONFIG)),
+            digests=_digests(version_run),
+            config=sha256_file(join(version_run.out, CONFIG)),
             shards=_offered(dataset),
             clean=clean_shards(shards, "", absolute(shards.path) if is_local(shards.path) else shards.path),
             **approval("", note),
@@ -175,9 +175,9 @@ def make_reference(
         ledger.append(decide)
     return {
         "reference": 1,
-        "folder": at_work.out,
+        "folder": version_run.out,
         "shards": len(entry.shards),
-        "samples": _n_samples(remembered),
+        "samples": _n_samples(stored),
         "level": level,
     }
 
@@ -190,7 +190,7 @@ def refit(store: str | Path, note: str = "") -> dict[str, Any]:
         note: reason.
 
     Returns:
-        `reference`: the version; `folder`; the `merged` batches; `samples` seen and remembered; `level`.
+        `reference`: the version; `folder`; the `merged` batches; `samples` seen, and stored for each half; `level`.
 
     Raises:
         ConfigError: there is no reference, or no batch was released since.
@@ -203,16 +203,16 @@ def refit(store: str | Path, note: str = "") -> dict[str, Any]:
         batches = unmerged(state)
         if not batches:
             raise ConfigError(f"no batch was released since reference v{last.version:04d}: nothing to merge")
-        at_work = _begin(store, last.version + 1, last.config)
-        copy(last.embedder, join(at_work.out, EMBEDDER))
-        copy(last.projection, join(at_work.out, PROJECTION))
-        parts = [last.statistics, *(_remembered(store, state, name) for name in batches)]
-        remembered = at_work.stage(STATISTICS, merge_statistics, last.config.statistics, parts)
-        _fit(last.config, remembered, at_work)
+        version_run = _begin(store, last.version + 1, last.config)
+        copy(last.embedder, join(version_run.out, EMBEDDER))
+        copy(last.projection, join(version_run.out, PROJECTION))
+        parts = [last.statistics, *(_committed_statistics(store, state, name) for name in batches)]
+        stored = version_run.stage(STATISTICS, merge_statistics, last.config.statistics, parts)
+        _fit(last.config, stored, version_run)
         entry = ReferenceEntry(
             version=last.version + 1,
-            digests=_digests(at_work),
-            config=sha256_file(join(at_work.out, CONFIG)),
+            digests=_digests(version_run),
+            config=sha256_file(join(version_run.out, CONFIG)),
             merged=tuple(batches),
             **approval("", note),
         )
@@ -226,16 +226,16 @@ def refit(store: str | Path, note: str = "") -> dict[str, Any]:
         ledger.append(decide)
     return {
         "reference": entry.version,
-        "folder": at_work.out,
+        "folder": version_run.out,
         "merged": list(batches),
-        "samples": _n_samples(remembered),
+        "samples": _n_samples(stored),
         "level": last.config.judge.level,
     }
 
 
-def _remembered(store: str, state: State, batch: str) -> Statistics:
-    statistics, commit = Statistics.load(join(store, "batches", batch, REMEMBERED)), state.batches[batch].commit
-    if commit is None or commit.digests[REMEMBERED] != statistics.digest:
+def _committed_statistics(store: str, state: State, batch: str) -> Statistics:
+    statistics, commit = Statistics.load(join(store, "batches", batch, BATCH_STATISTICS)), state.batches[batch].commit
+    if commit is None or commit.digests[BATCH_STATISTICS] != statistics.digest:
         raise ArtifactError(f"{statistics.path} is not what was committed to the ledger")
     return statistics
 
@@ -256,14 +256,14 @@ def clean_shards(shards: Shards, batch: str, folder: str) -> tuple[CleanShard, .
     )
 
 
-def _fit(config: ReferenceConfig, remembered: Statistics, run: Run) -> None:
+def _fit(config: ReferenceConfig, stored: Statistics, run: Run) -> None:
     """Fit scorers on one half of the sample, and score both halves."""
-    for half in remembered.shards:
-        if not len(remembered.rows(half, ["label"])):
+    for half in stored.shards:
+        if not len(stored.rows(half, ["label"])):
             raise ConfigError(f"the run has too few samples for a reference: none is left to {half}")
     for scorer in config.scorers:
-        fitted = run.stage(f"30-scorer-{scorer.kind}", fit_scorer, scorer, remembered, exclude=[CALIBRATE])
-        run.sharded(scores_folder(scorer), score_shards, remembered.shards, scorer, fitted, remembered)
+        fitted = run.stage(f"30-scorer-{scorer.kind}", fit_scorer, scorer, stored, exclude=[CALIBRATE])
+        run.sharded(scores_folder(scorer), score_shards, stored.shards, scorer, fitted, stored)
     save_config(config, run.out)
     run.save("finished")
 
@@ -307,9 +307,9 @@ def _offered(dataset: Dataset) -> tuple[Offered, ...]:
     )
 
 
-def _n_samples(remembered: Statistics) -> dict[str, int]:
-    return {"seen": remembered.manifest().counts["samples"]} | {
-        half: len(remembered.rows(half, ["label"])) for half in remembered.shards
+def _n_samples(stored: Statistics) -> dict[str, int]:
+    return {"seen": stored.manifest().counts["samples"]} | {
+        half: len(stored.rows(half, ["label"])) for half in stored.shards
     }
 
 

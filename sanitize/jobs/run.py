@@ -70,7 +70,7 @@ class Run:
         return self._timed(folder, function, lambda out: self._call(function, *inputs, out, self.compute, **more))
 
     def sharded(self, folder: str, function: Callable[..., A], shards: Sequence[str], *inputs: Any) -> A:
-        """Run a stage that works shard by shard; groups of shards may run side by side."""
+        """Run a stage that goes shard by shard; groups of shards may run side by side."""
 
         def call(out: str) -> A:
             groups = split(shards, self.n_groups)

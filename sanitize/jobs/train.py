@@ -56,6 +56,17 @@ class TrainRunConfig(RunConfig):
             raise ConfigError("`partition:` trains in place of `train:`: leave one of them out")
         return self
 
+    @model_validator(mode="after")
+    def _certificates_do_not_depend_on_the_data(self) -> Self:
+        given = {"index.n_classes=N": self.index.n_classes, "index.image.size=[H,W]": self.index.image.size}
+        missing = " and ".join(setting for setting, value in given.items() if value is None)
+        if self.partition is not None and missing:
+            raise ConfigError(
+                "an ensemble of partitions is certified only where number of classes and image size do not depend on "
+                f"the data: set {missing}"
+            )
+        return self
+
     @property
     def sources(self) -> tuple[str, ...]:
         """All shards that the job reads."""

@@ -1,4 +1,4 @@
-"""Causes of a batch that could not be finished: storage, or shards that cannot be in a batch."""
+"""Causes of an unfinished batch: storage, or shards that cannot be in a batch."""
 
 import errno
 import logging
@@ -55,7 +55,7 @@ def unfit_shards(dataset: Dataset, claim: ClaimEntry, config: IndexConfig) -> li
 
 
 def look_again(claim: ClaimEntry, config: IndexConfig, folder: str, error: Exception) -> list[Refused]:
-    """Shards that caused a batch to fail, found by a look at each shard alone; none where no shard is the cause.
+    """Shards that caused a batch to fail, found by checking each shard alone; empty if no shard is the cause.
 
     Args:
         claim: claim of the batch.

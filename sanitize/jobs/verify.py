@@ -74,11 +74,11 @@ def check_run(folder: str, known: Collection[str] | None = None) -> Verified:
         for input_name, digest in manifest.recipe.inputs.items():
             if len(digest) != 64 or input_name == "weights" or digest in digests or digest in (known or ()):
                 continue  # shards and weights are files, not artifacts
-            said = f"{path}: its input {input_name} ({digest[:12]}) is no artifact of this run"
+            problem = f"{path}: its input {input_name} ({digest[:12]}) is no artifact of this run"
             if known is None:  # a run of a version that did not record its inputs
-                found.notes.append(f"{said}, and was not checked")
+                found.notes.append(f"{problem}, and was not checked")
             else:
-                found.problems.append(f"{said}, nor one that it was given")
+                found.problems.append(f"{problem}, nor an input from outside")
     for stage in record["stages"]:
         if stage["folder"] not in manifests:
             found.problems.append(f"{join(folder, stage['folder'])}: run.json lists it, but it is not there")

@@ -54,7 +54,7 @@ def verify_store(store: str, sources: bool = True) -> Verified:
         found = found.plus(_batch(store, state, batch))
     for entry in state.references.values():
         found = found.plus(_reference(store, state, entry))
-    found.problems.extend(_strangers(store, state))
+    found.problems.extend(_unknown_folders(store, state))
     found = found.plus(_approved(state))
     return found.plus(_sources(state)) if sources else found
 
@@ -65,7 +65,7 @@ def _read(store: str) -> tuple[State, Verified]:
     try:
         return ledger.read(), nothing()
     except ArtifactError as error:
-        rest = "; what follows was not looked at"
+        rest = "; later entries were not checked"
         return ledger.so_far, Verified(0, [f"{error}{rest}"], [])
 
 
@@ -89,13 +89,13 @@ def _feed_problems(store: str, state: State) -> Iterator[str]:
         return
     for shard in sorted(wanted.keys() | there.keys()):
         if shard not in there:
-            yield f"{url}: lacks {shard}, which the ledger releases"
+            yield f"{url}: {shard} is missing, which the ledger releases"
         elif shard not in wanted:
             yield f"{url}: has {shard}, which the ledger does not release"
         elif there[shard] != wanted[shard]:
             yield f"{url}: differs from the ledger on {shard}"
     if wanted == there:
-        yield f"{url}: not as it was written, though its shards are those the ledger releases"
+        yield f"{url}: not as it was written, but its shards are those that the ledger releases"
 
 
 def _batch(store: str, state: State, batch: IngestBatch) -> Verified:
@@ -104,8 +104,8 @@ def _batch(store: str, state: State, batch: IngestBatch) -> Verified:
     folder = join(store, "batches", name)
     reference = state.references.get(batch.claim.reference)
     if reference is None:
-        said = f"{folder}: its claim names reference v{batch.claim.reference:04d}, which the ledger does not have"
-        return Verified(0, [said], [])
+        problem = f"{folder}: its claim names reference v{batch.claim.reference:04d}, which the ledger does not have"
+        return Verified(0, [problem], [])
     found = check_run(folder, set(reference.digests.values()))
     if commit is None:
         found.notes.append(f"{folder}: claimed, and not finished; `sanitize ingest` goes on with it")
@@ -130,7 +130,7 @@ def _clean_problems(folder: str, lines: Collection[CleanShard]) -> Iterator[str]
         inside = line.shard.removeprefix(f"batches/{line.batch}/{SHARDS}/")
         entry = files.get(inside)
         if entry is None or (entry.sha256, entry.size) != (line.sha256, line.size):
-            yield f"{join(folder, SHARDS, inside)}: the ledger promises other bytes to the feed than the manifest lists"
+            yield f"{join(folder, SHARDS, inside)}: the ledger and the manifest list different bytes"
 
 
 def _digest(path: str) -> str | None:
@@ -172,7 +172,7 @@ def _merge_problems(folder: str, state: State, entry: ReferenceEntry) -> Iterato
         yield f"{join(folder, STATISTICS)}: not merged from what the ledger names"
 
 
-def _strangers(store: str, state: State) -> Iterator[str]:
+def _unknown_folders(store: str, state: State) -> Iterator[str]:
     """Folders that no entry of the ledger names."""
     for name in _folders(join(store, "batches")):
         if name not in state.batches:
@@ -193,8 +193,8 @@ def _approved(state: State) -> Verified:
     found = nothing()
     for entry in state.references.values():
         for line in entry.clean:
-            said = _difference(line.shard, line.size, line.sha256)
-            found = found.plus(Verified(1, [f"{line.shard}: {said}; the feed names it"] if said else [], []))
+            problem = _difference(line.shard, line.size, line.sha256)
+            found = found.plus(Verified(1, [f"{line.shard}: {problem}; the feed names it"] if problem else [], []))
     return found
 
 
@@ -205,8 +205,8 @@ def _sources(state: State) -> Verified:
     shards += [shard for entry in state.references.values() for shard in entry.shards]
     for shard in {shard.url: shard for shard in shards}.values():
         n += 1
-        if said := _difference(shard.url, shard.size, shard.sha256):
-            notes.append(f"{shard.url}: source shard {said}")
+        if problem := _difference(shard.url, shard.size, shard.sha256):
+            notes.append(f"{shard.url}: source shard {problem}")
     return Verified(n, [], notes)
 
 

@@ -46,7 +46,7 @@ def find_taps(model: nn.Module, example_BCHW: Tensor, penultimate: str | None = 
     if not linears:
         raise ConfigError("the model runs no Linear layer, so its penultimate layer cannot be found; name a head")
     maps = [(call.name, call.module) for call in calls if call.y.dim() == 4 and call.y.shape[2:].numel() > 1]
-    norms = [name for name, module in maps if not isinstance(module, nn.Conv2d)]
+    norms = [name for name, module in maps if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)]
     convs = [name for name, module in maps if isinstance(module, nn.Conv2d) and not _patchifies(module)]
     names = norms or convs
     return Taps(penultimate or linears[-1], names[-1] if names else None)

@@ -48,4 +48,4 @@ def measures_of(attack: AttackConfig | None) -> tuple[str, ...]:
     if attack is None:
         return "false_removals", "acc_before", "acc_after"
     measures = ("recall", "precision", *measures_of(None))
-    return (*measures, "asr_before", "asr_after", "asr_untouched") if attack.has_trigger else measures
+    return (*measures, "asr_before", "asr_after", "asr_baseline") if attack.has_trigger else measures

@@ -53,7 +53,7 @@ class Case(NamedTuple):
     repeats: Sequence[Measured]
 
 
-@stage(Findings, gpu=False, draws="nothing")
+@stage(Findings, gpu=False, draws="nothing", version=2)
 def sum_up(config: FindingsConfig, cases: Sequence[Case], out: str, compute: Compute) -> Work:
     """Sum up the repeats of every case, and judge the requirements.
 
@@ -100,7 +100,7 @@ def _measures(repeats: Sequence[Measured], level: float) -> dict[str, dict[str, 
 
 
 def _is_not_learned(measures: Mapping[str, Any]) -> bool:
-    """True where the trigger was not learned: it does no harm, and its recall says little."""
+    """True if the trigger was not learned: the attack is harmless, and its recall is not informative."""
     asr = measures["asr_before"]["mean"] if "asr_before" in measures else None
     return asr is not None and asr < _LEARNED
 

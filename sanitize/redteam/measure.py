@@ -32,7 +32,7 @@ MEASURES = {
     "acc_after": "clean accuracy of a model trained on the samples that were kept",
     "asr_before": "attack success rate with a model trained on all samples",
     "asr_after": "attack success rate with a model trained on the samples that were kept",
-    "asr_untouched": "attack success rate with a model trained on unpoisoned data: the lowest one can expect",
+    "asr_baseline": "attack success rate with a model trained on unpoisoned data: the baseline",
 }
 _AT_ONCE = 256
 _N_PICTURES = 8
@@ -52,7 +52,7 @@ class Measured(Artifact):
         return self.read("pictures.png") if "pictures.png" in self.manifest().files else None
 
 
-@stage(Measured, version=2)
+@stage(Measured, version=3)
 def measure_case(
     config: AttackConfig | None,
     selection: Selection,
@@ -67,7 +67,7 @@ def measure_case(
     Args:
         config: the attack; None for unpoisoned data.
         selection: verdicts of the pipeline.
-        models: `before` and `after`; for an attack with a trigger also `untouched`, trained on unpoisoned data.
+        models: `before` and `after`; for an attack with a trigger also `baseline`, trained on unpoisoned data.
         test: samples that no model was trained on.
         out: folder of the artifact.
         compute: device and precision.

@@ -16,7 +16,7 @@ HEADLINES = {
 }
 
 
-@stage(Report, gpu=False, draws="nothing", version=2)
+@stage(Report, gpu=False, draws="nothing", version=3)
 def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
     """Write the page.
 
@@ -31,7 +31,7 @@ def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
         numbers = {
             "headline": HEADLINES[drift.info["verdict"]],
             **{name: drift.info[name] for name in ("verdict", "reasons", "level", "n_compared")},
-            "overall": [answer for answer in drift.info["answers"] if answer["label"] is None],
+            "overall": [test for test in drift.info["tests"] if test["label"] is None],
             "classes": _classes(drift.info),
             "limits": {name: made.config[name] for name in DriftConfig.model_fields},
             "digest": drift.digest,
@@ -48,12 +48,12 @@ def _classes(info: dict[str, Any]) -> list[dict[str, Any]]:
         int(label): {"label": int(label), **counts, "shift": None, "removed": None, "alarm": False}
         for label, counts in info["classes"].items()
     }
-    for asked in info["answers"]:
-        if asked["label"] is not None:
-            row = rows[asked["label"]]
-            row["alarm"] |= asked["alarm"]
-            if asked["question"] in row:
-                row[asked["question"]] = asked["answer"]
+    for test in info["tests"]:
+        if test["label"] is not None:
+            row = rows[test["label"]]
+            row["alarm"] |= test["alarm"]
+            if test["test"] in row:
+                row[test["test"]] = test["result"]
     return sorted(rows.values(), key=lambda row: (not row["alarm"], -_shift(row), row["label"]))
 
 

@@ -13,10 +13,10 @@ from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
 
 _DETECTION = ("recall", "precision", "false_removals")
-_MODELS = ("acc_before", "acc_after", "asr_before", "asr_after", "asr_untouched")
+_MODELS = ("acc_before", "acc_after", "asr_before", "asr_after", "asr_baseline")
 
 
-@stage(Report, gpu=False, draws="nothing", version=2)
+@stage(Report, gpu=False, draws="nothing", version=3)
 def write_redteam_report(findings: Findings, samples: Samples, out: str, compute: Compute) -> Work:
     """Write the page.
 

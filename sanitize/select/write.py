@@ -78,7 +78,7 @@ def write_selected(
         _write_shard(shard, part, config, dataset, selection, advance)
 
     def finish(part: Part, builder: ArtifactBuilder) -> None:
-        # The promise of the whole pipeline: no sample is lost.
+        # The invariant of the whole pipeline: no sample is lost.
         wanted = selection.manifest().counts
         done = builder.counts(dataset.shards)
         if any(done.get(name, 0) != wanted.get(name, 0) for name in ("kept", "quarantined", "unreadable")):

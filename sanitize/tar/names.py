@@ -16,7 +16,7 @@ _KINDS[ord(".")], _KINDS[ord("/")], _KINDS[0] = _DOT, _SLASH, 0
 _MAX_COMPONENT = 255  # bytes; the limit of file systems
 _MAX_PATH = 1024  # characters; normalising n accents takes n * n steps, and paths of macOS are not longer
 _MAX_FOLDERS = 64  # depth of nested folders
-FOLDER_BYTES = 128  # memory of each remembered folder
+FOLDER_BYTES = 128  # memory of each stored folder name
 # Names that Windows refuses or changes: devices, a dot or blank at the end, some characters.
 _DEVICE = "(?:con|prn|aux|nul|(?:com|lpt)[0-9\xb9\xb2\xb3])"
 _UNPORTABLE = re.compile(rf'(?:^|/){_DEVICE} *(?:[./]|$)|[. ](?:/|$)|[<>:"|?*\\]', re.IGNORECASE)

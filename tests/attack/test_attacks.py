@@ -122,6 +122,14 @@ def test_exactly_the_rate_is_poisoned_and_the_truth_says_which(
     assert verify(Path(artifact.path)) == []
 
 
+def test_a_data_set_without_labels_is_refused(digits: Digits, compute: Compute, tmp_path: Path) -> None:
+    index = IndexConfig(label=None, n_classes=1)
+    dataset = index_shards(index, digits.shards()[:1], str(tmp_path / "index"), compute)
+    with pytest.raises(ConfigError, match="reads no labels"):
+        poison_shards(ATTACKS["badnets"], dataset, str(tmp_path / "out"), compute)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("config", [ATTACKS["badnets"], ATTACKS["symmetric"]], ids=["badnets", "symmetric"])
 def test_the_choice_does_not_depend_on_order_grouping_or_run(
     tmp_path: Path, digits: Digits, dataset: Dataset, compute: Compute, poisoned: Callable, config: AttackConfig

@@ -169,7 +169,7 @@ def test_several_attacks_share_no_sample_and_each_has_its_rate_trigger_and_targe
 
 def test_the_first_of_several_chooses_as_if_it_were_alone(dataset: Dataset, compute: Compute) -> None:
     alone, first = (choose(config, dataset, compute) for config in (SEVERAL.attacks[0], SEVERAL))
-    assert alone == {shard: {p: c for p, c in of.items() if c.attack == 0} for shard, of in first.items()}
+    assert alone == {shard: {p: c for p, c in samples.items() if c.attack == 0} for shard, samples in first.items()}
     full = SeveralConfig(attacks=(BadNetsConfig(rate=0.8, target="next"), BlendedConfig(rate=0.3, target="next")))
     with pytest.raises(ConfigError, match=r"blended: rate 0\.3"):
         choose(full, dataset, compute)

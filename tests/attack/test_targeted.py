@@ -151,7 +151,7 @@ def test_learning_the_poison_is_learning_the_target(
 
     def gradient_W(x_BCHW: Tensor) -> Tensor:
         loss = nn.functional.cross_entropy(network(MODEL.normalise(x_BCHW)), torch.full((len(x_BCHW),), 3))
-        return torch.cat([of.flatten() for of in torch.autograd.grad(loss, list(network.parameters()))])
+        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(network.parameters()))])
 
     wanted_W = gradient_W(target_CHW[None])
     before, after = (

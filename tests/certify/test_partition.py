@@ -19,10 +19,10 @@ Multiset = tuple[int, ...]
 def partitions(training: Multiset, k: int) -> list[Multiset]:
     """Samples of each partition, in the order of their digests."""
     digests = [content_digest(IMAGES[i], label, b"key") for i, label in SAMPLES]
-    of: list[list[int]] = [[] for _ in range(k)]
+    members: list[list[int]] = [[] for _ in range(k)]
     for sample in sorted(training, key=digests.__getitem__):
-        of[partition_of(digests[sample], k)].append(sample)
-    return [tuple(samples) for samples in of]
+        members[partition_of(digests[sample], k)].append(sample)
+    return [tuple(samples) for samples in members]
 
 
 def base_model(samples: Multiset) -> int:

@@ -64,8 +64,8 @@ def test_a_sample_less_changes_one_base_model_and_no_bit_of_the_others(
     shards = list(map(Path, digits.shards()[:3]))
     fewer = [*shards[:2], without(shards[2], 7, tmp_path / "fewer.tar")]
     made = []
-    for name, of in (("all", shards), ("fewer", fewer)):
-        dataset = index_shards(INDEX, list(map(str, of)), str(tmp_path / name), compute)
+    for name, item in (("all", shards), ("fewer", fewer)):
+        dataset = index_shards(INDEX, list(map(str, item)), str(tmp_path / name), compute)
         made.append(train_partitions(config, dataset, str(tmp_path / f"{name}-ensemble"), compute))
     changed = torch.zeros(config.n_partitions, dtype=torch.bool)
     before, after = map(weights, made)
@@ -73,8 +73,8 @@ def test_a_sample_less_changes_one_base_model_and_no_bit_of_the_others(
         changed |= (stacked != after[name]).flatten(1).any(1)
     assert int(changed.sum()) == 1
     sizes = [
-        [group["samples"] for name in config.groups for group in of.read_json(f"groups/{name}.json")["partitions"]]
-        for of in made
+        [group["samples"] for name in config.groups for group in item.read_json(f"groups/{name}.json")["partitions"]]
+        for item in made
     ]
     assert [a - b for a, b in zip(*sizes, strict=True)] == changed.int().tolist()
 
@@ -90,8 +90,8 @@ def test_order_of_shards_and_division_of_work_change_no_byte(
         train_partitions(CONFIG, dataset, str(tmp_path / "ensemble"), compute, shards=[group])
     other = train_partitions(CONFIG, dataset, str(tmp_path / "ensemble"), compute)
     files = [
-        {name: of.manifest().files[name] for name in of.manifest().files if name.startswith("groups/")}
-        for of in (ensemble, other)
+        {name: item.manifest().files[name] for name in item.manifest().files if name.startswith("groups/")}
+        for item in (ensemble, other)
     ]
     assert len(files[0]) == 2 * len(CONFIG.groups)
     assert files[0] == files[1]
@@ -103,7 +103,7 @@ def test_partitions_without_samples_vote_all_the_same(training: Dataset, compute
     )
     ensemble = train_partitions(config, training, str(tmp_path / "ensemble"), compute)
     (group,) = config.groups
-    sizes = [of["samples"] for of in ensemble.read_json(f"groups/{group}.json")["partitions"]]
+    sizes = [item["samples"] for item in ensemble.read_json(f"groups/{group}.json")["partitions"]]
     assert 0 in sizes
     assert sum(sizes) == training.n_samples
     certificates = certify_partitions(ensemble, training, str(tmp_path / "certificates"), compute)

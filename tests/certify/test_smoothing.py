@@ -40,8 +40,8 @@ class Linear(nn.Module):
 
 
 @given(counts, levels)
-def test_the_bounds_are_those_of_scipys_exact_interval(of: tuple[int, int], alpha: float) -> None:
-    successes, n = of
+def test_the_bounds_are_those_of_scipys_exact_interval(counted: tuple[int, int], alpha: float) -> None:
+    successes, n = counted
     test = scipy.stats.binomtest(successes, n)
     two_sided = test.proportion_ci(1 - 2 * alpha, "exact")
     assert lower_bound(successes, n, alpha) == pytest.approx(two_sided.low, abs=1e-9)
@@ -49,8 +49,8 @@ def test_the_bounds_are_those_of_scipys_exact_interval(of: tuple[int, int], alph
 
 
 @given(counts, levels)
-def test_the_lower_bound_is_where_the_tail_has_the_probability_alpha(of: tuple[int, int], alpha: float) -> None:
-    successes, n = of
+def test_the_lower_bound_is_where_the_tail_has_the_probability_alpha(counted: tuple[int, int], alpha: float) -> None:
+    successes, n = counted
     p = lower_bound(successes, n, alpha)
     if successes == 0:
         assert p == 0
@@ -59,8 +59,10 @@ def test_the_lower_bound_is_where_the_tail_has_the_probability_alpha(of: tuple[i
 
 
 @given(counts, levels, levels)
-def test_the_lower_bound_rises_with_the_successes_and_with_alpha(of: tuple[int, int], one: float, two: float) -> None:
-    successes, n = of
+def test_the_lower_bound_rises_with_the_successes_and_with_alpha(
+    counted: tuple[int, int], one: float, two: float
+) -> None:
+    successes, n = counted
     assert (np.diff(lower_bound(np.arange(n + 1), n, one)) > 0).all()
     low, high = sorted((one, two))
     assert lower_bound(successes, n, low) <= lower_bound(successes, n, high) <= max(successes / n, 1e-12)

@@ -106,7 +106,9 @@ def test_poison_moves_what_plain_matching_learns_more_than_what_calibrated_match
         aggregate = AggregateConfig(kind=kind, eps=0.1)  # type: ignore[arg-type]
         update = {"aggregate": aggregate, "iterations": 100, "batch_size": 64, "augment": SiameseConfig(flip=False)}
         config = SMALL.model_copy(update=update)
-        clean, dirty = (condense(config, of, compute).images_KMCHW[0].mean(0) for of in (pool, poisoned(pool, 4)))
+        clean, dirty = (
+            condense(config, source, compute).images_KMCHW[0].mean(0) for source in (pool, poisoned(pool, 4))
+        )
         moved[kind] = float((dirty - clean)[0, 4:7, 1:7].mean())
     assert moved["mean"] > 0.1
     assert moved["calibrated"] < 0.5 * moved["mean"]
@@ -152,7 +154,7 @@ def test_frames_lead_from_the_noise_to_the_images(pool: Pool, compute: Compute) 
 
 
 def test_poison_in_one_class_leaves_the_images_of_the_others_as_they_are(pool: Pool, compute: Compute) -> None:
-    clean, dirty = (condense(SMALL, of, compute).images_KMCHW for of in (pool, poisoned(pool, 4)))
+    clean, dirty = (condense(SMALL, source, compute).images_KMCHW for source in (pool, poisoned(pool, 4)))
     assert torch.equal(clean[1:], dirty[1:])
     assert not torch.equal(clean[0], dirty[0])
 

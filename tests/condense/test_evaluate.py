@@ -34,7 +34,7 @@ def test_the_network_is_taken_where_it_is_best_on_held_out_images(dataset: Datas
         return accuracy(predict(model, held_out[0], MODEL.normalise, compute), held_out[1])
 
     # The learning rate is constant, so that a run of n epochs begins like a longer one.
-    nobody = (images_NCHW[:0], labels_N[:0])
-    after = [right(network(epochs, nobody)) for epochs in range(1, 5)]
+    no_images = (images_NCHW[:0], labels_N[:0])
+    after = [right(network(epochs, no_images)) for epochs in range(1, 5)]
     assert after[-1] < max(after), "the last epoch must not be the best one, or this test shows nothing"
     assert right(network(4, held_out)) == max(after)

@@ -1,4 +1,4 @@
-"""The questions themselves: identities, and how often they are wrong or right on real digits."""
+"""The tests of a batch: identities, and how often they are wrong or right on real digits."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sanitize.attack import BadNetsConfig
 from sanitize.drift.distance import (
-    Answer,
+    Comparison,
     Distance,
     distance,
     excess,
@@ -86,7 +86,7 @@ def test_distances_together_are_their_weighted_mean() -> None:
 
 
 def test_an_excess_is_beta_binomial_and_knows_how_uncertain_the_reference_is() -> None:
-    assert excess(0, 100, 0, 100) == Answer(pytest.approx(1.0), 0.0)
+    assert excess(0, 100, 0, 100) == Comparison(pytest.approx(1.0), 0.0)
     few, many = excess(5, 100, 0, 20), excess(5, 100, 0, 20_000)
     assert few.effect == many.effect == 0.05
     assert many.p_value < 1e-6 < 0.01 < few.p_value
@@ -115,7 +115,7 @@ def test_priors_by_chance_are_no_effect_and_a_real_change_is() -> None:
     other = priors(np.array([120, *[9] * 9]), reference)
     assert other.p_value < 1e-10
     assert 0.4 < other.effect < 0.5
-    assert priors(np.array([5]), np.array([7])) == Answer(1.0, 0.0)
+    assert priors(np.array([5]), np.array([7])) == Comparison(1.0, 0.0)
 
 
 # --- real digits ------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def real_digits() -> tuple[Tensor, Tensor, Tensor]:
     return images_N1HW, torch.from_numpy(digits.target).long(), oriented_gradients(images_N1HW, 7).double()
 
 
-def digit_shifts(seed: int, rate: float, n_batch: int = 200) -> dict[int, Answer]:
+def digit_shifts(seed: int, rate: float, n_batch: int = 200) -> dict[int, Comparison]:
     """Label -> shift of digits of which the share `rate` got a patch and label 0; 1,000 others are the reference."""
     images_N1HW, labels_N, gradients_ND = real_digits()
     order_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
@@ -139,27 +139,27 @@ def digit_shifts(seed: int, rate: float, n_batch: int = 200) -> dict[int, Answer
     z_ND, z_BD = gradients_ND[known], oriented_gradients(x_BCHW, 7).double()
     values_D, vectors_DD = torch.linalg.eigh(torch.cov(z_ND.T))
     map_Dr = vectors_DD[:, -32:] * values_D[-32:].rsqrt()
-    answers = {}
+    shifts = {}
     for label in range(10):
         theirs, ours = (z[y == label] @ map_Dr for z, y in ((z_ND, labels_N[known]), (z_BD, y_B)))
         if len(ours) >= 10:
             found = distance(moments_of(ours), moments_of(theirs), theirs, 60, torch.Generator().manual_seed(label))
-            answers[label] = shift(found, moments_of(theirs))
-    return answers
+            shifts[label] = shift(found, moments_of(theirs))
+    return shifts
 
 
-def is_alarm(answer: Answer) -> bool:
-    """As a batch of ten classes is judged by default: 23 questions share a level of .001."""
-    return answer.p_value <= 0.001 / 23 and answer.effect >= 0.1
+def is_alarm(found: Comparison) -> bool:
+    """As a batch of ten classes is judged by default: 23 tests share a level of .001."""
+    return found.p_value <= 0.001 / 23 and found.effect >= 0.1
 
 
 def test_clean_batches_raise_no_alarm() -> None:
-    alarms = [label for seed in range(8) for label, answer in digit_shifts(seed, 0.0).items() if is_alarm(answer)]
+    alarms = [label for seed in range(8) for label, one in digit_shifts(seed, 0.0).items() if is_alarm(one)]
     assert alarms == []  # of about 80
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1])
 def test_five_percent_of_badnets_move_their_class(rate: float) -> None:
     found = [digit_shifts(seed, rate) for seed in range(3)]
-    assert all(is_alarm(answers[0]) for answers in found)
-    assert not any(is_alarm(answer) for answers in found for label, answer in answers.items() if label != 0)
+    assert all(is_alarm(shifts[0]) for shifts in found)
+    assert not any(is_alarm(one) for shifts in found for label, one in shifts.items() if label != 0)

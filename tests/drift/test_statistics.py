@@ -190,7 +190,7 @@ def test_a_batch_of_the_same_kind_is_accepted_and_lists_its_tests(
     drift = check_drift(DriftConfig(), *statistics, projection, str(tmp_path / "drift"), compute)
     assert drift.info["verdict"] == "accept"
     assert drift.info["reasons"] == []
-    tests = [(answer["question"], answer["label"]) for answer in drift.info["answers"]]
+    tests = [(test["test"], test["label"]) for test in drift.info["tests"]]
     assert {("shift", None), ("removed", None), ("unreadable", None), ("priors", None)} <= set(tests)
     assert len(tests) == len(set(tests))
     assert drift.info["level"] == pytest.approx(0.001 / len(tests))
@@ -205,8 +205,8 @@ def test_what_is_removed_by_design_is_no_reason_to_hold(
         drift = check_drift(
             DriftConfig(), *statistics, projection, str(tmp_path / f"{share}"), compute, by_design=share
         )
-        removed = [a for a in drift.info["answers"] if a["question"] == "removed" and a["label"] is None]
-        effects.append(removed[0]["answer"]["effect"])
+        removed = [a for a in drift.info["tests"] if a["test"] == "removed" and a["label"] is None]
+        effects.append(removed[0]["result"]["effect"])
     n, n_removed = (sum(c[name] for c in statistics[0].counts.values()) for name in ("n", "removed"))
     assert effects[0] - effects[1] == pytest.approx(0.1 * (1 - n_removed / n))
 
@@ -217,7 +217,7 @@ def test_limits_decide_what_is_an_alarm_and_broad_ones_ask_for_a_refit(
     strict = DriftConfig(level=0.999, shift=0, overall_shift=0, removed=0, broad=0.1, min_samples=4)
     statistics = whole.summary(projection), parts[0].summary(projection)
     drift = check_drift(strict, *statistics, projection, str(tmp_path / "drift"), compute)
-    alarms = [answer for answer in drift.info["answers"] if answer["alarm"]]
-    assert all(a["answer"]["p_value"] <= drift.info["level"] for a in alarms)
+    alarms = [test for test in drift.info["tests"] if test["alarm"]]
+    assert all(a["result"]["p_value"] <= drift.info["level"] for a in alarms)
     assert len(drift.info["reasons"]) == len(alarms)
     assert (drift.info["verdict"] == "accept") == (not alarms)

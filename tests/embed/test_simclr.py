@@ -176,7 +176,7 @@ def test_shards_without_labels_can_be_indexed(
 def test_each_batch_holds_of_both_data_sets(
     tmp_path: Path, dataset: Dataset, unlabelled: Dataset, compute: Compute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images are told apart by the size of a batch: all steps of the run are looked at."""
+    """The size of a batch shows its origin; all steps of the run are checked."""
     seen: list[int] = []
 
     def watching(temperature: float, compute: Compute) -> Objective:

@@ -117,7 +117,7 @@ def test_the_command_certifies_a_package_again_and_keeps_how_it_was_trained(
     assert "<svg" in page
     assert "<script" not in page
     shown = RUNNER.invoke(app, [*command, "--quiet"])
-    assert "A prediction stays what it is" in " ".join(shown.output.split())
+    assert "A prediction does not change if" in " ".join(shown.output.split())
 
 
 def test_a_model_without_certificates_says_so(network_run: Path) -> None:

@@ -85,7 +85,7 @@ def rows(out: Path, folder: str) -> list[dict[str, Any]]:
 def test_several_scorers_each_with_its_rule(
     direct: Path, settings: dict[str, Any], poisoned: Path, tmp_path: Path
 ) -> None:
-    """Two shards are vouched for: they are held out from fitting, compared with, and left alone."""
+    """Two shards are trusted: they are excluded from fitting, used as reference, and copied whole."""
     trusted = sorted(path.name for path in poisoned.glob("*.tar"))[:2]
     more = {"rules": {"rca": {"kind": "conformal", "q": 0.1}, "robust_realnvp": {"kind": "conformal", "q": 0.1}}}
     config = CleanConfig.model_validate(settings | {"scorers": SCORERS, "select": more, "trusted": trusted})

@@ -162,7 +162,7 @@ def test_poison_takes_several_attacks_or_a_surrogate(poisoned: Path, cleaned: Pa
         ({"shards": ["/nowhere/*.tar"]}, "no shards"),
         ({"scorers": [{"kind": "spectral"}], "select": {"rule": {"kind": "separation"}}}, "separation"),
         ({"select": {"rule": {"kind": "conformal"}}}, "trusted:"),
-        ({"trusted": ["nobody.tar"]}, "nobody.tar"),
+        ({"trusted": ["missing.tar"]}, "missing.tar"),
     ],
 )
 def test_wrong_settings_exit_2_and_say_which(

@@ -85,7 +85,7 @@ def test_a_flow_gives_the_same_digests(run_folder: Path, settings: dict[str, Any
         assert read_manifest(tmp_path / "run" / folder).digest == read_manifest(run_folder / folder).digest
 
 
-def test_shards_are_asked_for() -> None:
+def test_missing_shards_are_an_error() -> None:
     result = CliRunner().invoke(app, ["condense", "--direct"])
     assert result.exit_code == 2
     assert "no shards" in result.output

@@ -44,7 +44,7 @@ def trained(digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("command", ["certify", "repair", "robustness"])
-def test_a_command_runs_code_that_a_model_names_only_where_it_is_told_to(
+def test_a_command_runs_code_that_a_model_names_only_where_it_is_allowed(
     command: str, trained: Path, digits: Digits, tmp_path: Path
 ) -> None:
     options = {

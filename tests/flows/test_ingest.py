@@ -48,13 +48,13 @@ def verdicts_of(store: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("level", "warned"), [("0.001", True), ("0.01", False), ("0", False)])
-def test_a_level_that_so_few_samples_cannot_resolve_is_said(
+def test_a_level_that_so_few_samples_cannot_resolve_is_reported(
     approved: Path, tmp_path: Path, level: str, warned: bool
 ) -> None:
     command = ["reference", str(approved), "--store", str(tmp_path / "store"), "--level", level, "-q"]
-    said = CliRunner().invoke(app, command)
-    assert said.exit_code == 0, said.output
-    assert ("flags no sample" in said.output) == warned
+    called = CliRunner().invoke(app, command)
+    assert called.exit_code == 0, called.output
+    assert ("flags no sample" in called.output) == warned
 
 
 # --- incremental is full ----------------------------------------------------------------------------------------
@@ -92,14 +92,14 @@ def test_ten_shards_at_once_and_in_five_batches_are_the_same_and_nothing_old_is_
     assert batch["status"] == "accepted"
     assert batch["samples"]["quarantined"] > 0  # so that there is something to agree on
     assert verdicts_of(together) == verdicts_of(store)
-    clean = [{(line["shard"].split("/")[-1], line["sha256"]) for line in feed_of(of)} for of in (store, together)]
+    clean = [{(line["shard"].split("/")[-1], line["sha256"]) for line in feed_of(place)} for place in (store, together)]
     assert clean[0] == clean[1]
     assert len(clean[0]) == 18
 
     # The next reference: merged from five batches, and from one that saw all of it in a single pass.
     assert len(refit(str(store))["merged"]) == 5
     assert refit(str(together))["merged"] == [batch["batch"]]
-    merged, once = (load_reference(str(of), Ledger(str(of)).read().reference) for of in (store, together))
+    merged, once = (load_reference(str(place), Ledger(str(place)).read().reference) for place in (store, together))
     for half in (FIT, CALIBRATE):
         assert merged.statistics.rows(half).equals(once.statistics.rows(half))
     assert merged.statistics.info == once.statistics.info
@@ -122,9 +122,9 @@ def test_a_poisoned_batch_is_held_until_a_person_decides(
     config = tmp_path / "ingest.yaml"
     config.write_text(yaml.safe_dump({"shards": [str(incoming)], "compute": {"device": "cpu"}}))
     runner = CliRunner()
-    said = runner.invoke(app, ["ingest", str(config), "--store", str(store), "--direct", "--json", "-q"])
-    assert said.exit_code == 3, said.output
-    (batch,) = json.loads(said.stdout)["batches"]
+    called = runner.invoke(app, ["ingest", str(config), "--store", str(store), "--direct", "--json", "-q"])
+    assert called.exit_code == 3, called.output
+    (batch,) = json.loads(called.stdout)["batches"]
     assert (batch["status"], batch["verdict"]) == ("held", "hold")
     assert any("class 0" in reason for reason in batch["reasons"])
     for page in ("report", "drift"):
@@ -208,9 +208,9 @@ def test_a_batch_that_another_process_took_over_is_left_to_it(
 
 def test_where_nothing_has_landed_yet_there_is_nothing_to_do(store: Path, incoming: Path) -> None:
     command = ["ingest", "--store", str(store), "--direct", "--device", "cpu", "-q", "--shards"]
-    said = CliRunner().invoke(app, [*command, str(incoming)])
-    assert said.exit_code == 0, said.output
-    assert "nothing has landed yet" in said.output
+    called = CliRunner().invoke(app, [*command, str(incoming)])
+    assert called.exit_code == 0, called.output
+    assert "nothing has landed yet" in called.output
     assert CliRunner().invoke(app, [*command, str(incoming / "mistyped")]).exit_code == 2
 
 
@@ -268,7 +268,7 @@ def test_as_a_flow_the_digests_are_the_same_and_an_event_tells(
     result = start(config_of(incoming, n_groups=2), str(store), direct=False)
     other = shutil.copytree(referenced, tmp_path / "direct")
     start(config_of(incoming), str(other), direct=True)
-    states = [Ledger(str(of)).read() for of in (store, other)]
+    states = [Ledger(str(place)).read() for place in (store, other)]
     assert [batch.commit for batch in states[0].batches.values()] == [b.commit for b in states[1].batches.values()]
     (event,) = emitted
     (batch,) = result["batches"]

@@ -97,9 +97,9 @@ def test_hostile_files_are_refused_once_and_by_name_and_the_rest_is_released(
     bad = ["empty.tar", "labels.tar", "noise.tar"]
     command = ["ingest", "--shards", str(incoming), "--store", str(store), "--direct", "--device", "cpu", "-q"]
     runner = CliRunner()
-    said = runner.invoke(app, [*command, "--json"])
-    assert said.exit_code == 3, said.output
-    result = json.loads(said.stdout)
+    found = runner.invoke(app, [*command, "--json"])
+    assert found.exit_code == 3, found.output
+    result = json.loads(found.stdout)
     assert [batch["status"] for batch in result["batches"]] == ["split", "accepted"]
     assert result["batches"][1]["shards"] == 3
     refused = {shard["shard"].rpartition("/")[2]: shard for shard in result["refused"]}

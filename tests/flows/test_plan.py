@@ -47,14 +47,16 @@ def test_time_and_bytes_are_scaled_on_paper(planned: dict[str, Any]) -> None:
     assert 100 < planned["memory"]["driver"] / 5 < 10_000  # kilobytes a shard
 
 
-def test_groups_make_tasks_of_the_time_that_was_asked_for(planned: dict[str, Any]) -> None:
+def test_groups_make_tasks_of_the_configured_time(planned: dict[str, Any]) -> None:
     assert planned["n_groups"] == 5  # every shard a task: none takes as much as a tenth of a second
     slowest = max(row["task_seconds"] for row in planned["scaled"]["stages"] if row["tasks"] > 1)
     assert slowest <= 0.06 * 1.001 or planned["scaled"]["n_groups"] == planned["scaled"]["shards"]
     assert {row["tasks"] for row in planned["stages"]} == {1, 5}
 
 
-def test_too_little_to_measure_on_is_said(settings: dict[str, Any], tmp_path: Path, make_tar: Any, good: Any) -> None:
+def test_too_few_samples_to_measure_are_an_error(
+    settings: dict[str, Any], tmp_path: Path, make_tar: Any, good: Any
+) -> None:
     make_tar(tmp_path / "in" / "a.tar", good(1))
     config = CleanConfig.model_validate(settings | {"shards": [str(tmp_path / "in")]})
     with pytest.raises((ConfigError, DataError)):

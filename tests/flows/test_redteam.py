@@ -72,7 +72,7 @@ def test_measures_are_those_of_the_artifacts(direct: Path) -> None:
     assert [case["name"] for case in result["cases"]] == ["none", "badnets@10%"]
     none, badnets = (case["measures"] for case in result["cases"])
     assert none.keys() == {"false_removals", "acc_before", "acc_after"}
-    assert badnets.keys() - none.keys() == {"recall", "precision", "asr_before", "asr_after", "asr_untouched"}
+    assert badnets.keys() - none.keys() == {"recall", "precision", "asr_before", "asr_after", "asr_baseline"}
     assert none["false_removals"]["mean"] == pytest.approx(0.075, abs=0.01)
     for seed in (0, 1):
         case = direct / "cases" / "badnets@10" / str(seed)
@@ -176,9 +176,9 @@ def test_scorers_that_are_switched_off_fail_the_gate(settings: dict[str, Any], t
     path.write_text(yaml.safe_dump(once))
     found = RUNNER.invoke(app, ["redteam", str(path), "--out", str(tmp_path / "run"), "--quiet", "--direct"])
     assert found.exit_code == 3, found.output
-    said = " ".join(found.output.split())
-    assert "MISSED badnets@10%:recall>=0.05: 0.0%" in said
-    assert "met none:false_removals<=0.1: 0.0%" in said
+    shown = " ".join(found.output.split())
+    assert "MISSED badnets@10%:recall>=0.05: 0.0%" in shown
+    assert "met none:false_removals<=0.1: 0.0%" in shown
     (of_badnets,) = (c["measures"] for c in json.loads((tmp_path / "run" / "run.json").read_text())["cases"][1:])
     assert of_badnets["precision"]["mean"] is None
     assert of_badnets["asr_after"] == of_badnets["asr_before"]
@@ -187,7 +187,7 @@ def test_scorers_that_are_switched_off_fail_the_gate(settings: dict[str, Any], t
 
 def test_the_pipelines_own_yaml_and_options_are_enough(settings: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "clean.yaml"
-    path.write_text(yaml.safe_dump({name: of for name, of in settings["clean"].items() if name != "shards"}))
+    path.write_text(yaml.safe_dump({name: value for name, value in settings["clean"].items() if name != "shards"}))
     shards = [argument for shard in settings["clean"]["shards"] for argument in ("--shards", shard)]
     options = ["--attack", "blended@20%", "--repeats", "1", "--direct", "--json", "--quiet", "--seed", "3"]
     found = RUNNER.invoke(app, ["redteam", str(path), *shards, *options, "--out", str(tmp_path / "run")])

@@ -118,7 +118,7 @@ def test_what_is_repaired_can_be_certified_in_the_same_run(
     config = settings(suspect, digits).model_dump(mode="json")
     config |= {"smoothing": {"sigma": 0.05, "n": 200, "n0": 20, "max_images": 20}}
     result = start(RepairRunConfig.model_validate(config), tmp_path / "run", direct=True)
-    assert [of["kind"] for of in result["certificates"]] == ["smoothing"]
+    assert [certificate["kind"] for certificate in result["certificates"]] == ["smoothing"]
     assert result["certificates"][0]["samples"] == 20
     assert Path(result["report"]).exists()
     written = json.loads((Path(result["package"]) / "certificate.json").read_text())

@@ -18,7 +18,7 @@ def test_groups_are_about_equal_and_hold_every_shard_once(n: int, sizes: list[in
     assert [shard for group in groups for shard in group] == shards
 
 
-def test_run_json_knows_what_was_made_and_what_was_there(tmp_path: Path) -> None:
+def test_run_json_lists_what_was_made_and_what_was_there(tmp_path: Path) -> None:
     def digits(n_shards: int, out: str, compute: Compute):  # type: ignore[no-untyped-def]
         return write_digits(out, compute, n_shards)
 

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.cli.command import COMMANDS
 from flows.cli.methods import ATTACKS, EPILOGS, REPAIRS, TRAINING
-from flows.cli.settings import WrongSettings, change, make_config, paths_of
 from sanitize.attack import AttackConfig
 from sanitize.attack.several import OneAttack
 from sanitize.errors import ConfigError
 from sanitize.jobs import JOBS, CleanConfig, TrainRunConfig
 from sanitize.repair import RepairConfig
 from sanitize.score import ScorerConfig
+from sanitize.settings import WrongSettings, change, make_config, paths_of
 from sanitize.train import zoo
 
 SCORERS = [{"kind": kind.model_fields["kind"].default} for kind in get_args(get_args(ScorerConfig)[0])]
@@ -202,9 +202,24 @@ def test_partitions_are_refused_before_any_work(tmp_path: Path) -> None:
     arguments = ["train", "--shards", str(tmp_path), "--partitions", "5", "--out", str(tmp_path / "run")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert "add --set index.n_classes=N --set index.image.size=[H,W]" in " ".join(result.output.split())
+    assert "set index.n_classes=N and index.image.size=[H,W]" in " ".join(result.output.split())
     result = CliRunner().invoke(app, [*arguments, "--set", "index.n_classes=3"])
-    assert "add --set index.image.size=[H,W]" in " ".join(result.output.split())
+    assert "set index.image.size=[H,W]" in " ".join(result.output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_partitions_are_refused_from_python_too() -> None:
+    settings = {"shards": ["a"], "partition": {"n_partitions": 5}}
+    with pytest.raises(ConfigError, match=r"set index\.n_classes=N and index\.image\.size"):
+        TrainRunConfig.model_validate(settings)
+
+
+def test_statistics_of_a_reference_take_set(tmp_path: Path) -> None:
+    arguments = ["reference", str(tmp_path), "--store", str(tmp_path / "store"), "--set"]
+    result = CliRunner().invoke(app, [*arguments, "n_component=3"])
+    assert (result.exit_code, "nearest: n_components" in result.output) == (2, True)
+    result = CliRunner().invoke(app, [*arguments, "n_components=0"])
+    assert (result.exit_code, "n_components: Input should be greater" in result.output) == (2, True)
     assert list(tmp_path.iterdir()) == []
 
 

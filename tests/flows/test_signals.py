@@ -235,7 +235,7 @@ def test_a_server_counts_as_dead_only_after_some_time_without_an_answer(
     dead.clear()
     with server.watched(url, dead.set):
         assert not dead.wait(1)
-    assert not dead.wait(4)  # nobody watches any more
+    assert not dead.wait(4)  # no longer watched
     assert "secret" not in server.does_not_answer(url)
 
 

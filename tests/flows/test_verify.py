@@ -118,11 +118,11 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda s: edited(s / "ledger/00000001.json", '"batch": "', '"batch": "0123456789abcdef", "x": "'),
         "00000001.json is damaged",
     ),
-    "a batch nobody claimed": (
+    "a batch without a claim": (
         lambda s: shutil.copytree(accepted(s), s / "batches/0123456789abcdef"),
         "no entry of the ledger names this batch",
     ),
-    "a version nobody approved": (
+    "a version without approval": (
         lambda s: shutil.copytree(s / "reference/v0001", s / "reference/v0007"),
         "no entry of the ledger names this version",
     ),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision.models
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig
 
 from sanitize.errors import ConfigError
 from sanitize.models.convnet import ConvNet, ConvNetConfig
@@ -122,6 +123,15 @@ def test_our_resnet() -> None:
     with torch.inference_mode():
         seen = Tapped(model, taps)(x_BCHW)
         torch.testing.assert_close(seen["penultimate"], model.blocks(model.stem(x_BCHW)).mean((2, 3)))
+
+
+def test_a_linear_on_maps_with_channels_last_makes_no_feature_maps() -> None:
+    x_BCHW = torch.randn(2, 3, 32, 32)
+    swin = torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [1, 2], [4, 4], num_classes=7)
+    assert find_taps(swin, x_BCHW) == Taps("head", None)
+    blocks = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
+    taps = find_taps(torchvision.models.ConvNeXt(blocks, num_classes=7), x_BCHW)
+    assert taps == Taps("classifier.2", "features.3.0.block.0")  # the last convolution
 
 
 def test_tapping_leaves_no_hook_and_does_not_change_the_model() -> None:

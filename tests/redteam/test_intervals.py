@@ -34,7 +34,7 @@ def test_the_interval_holds_both_and_the_mean(counts: list[tuple[int, int]]) -> 
     assert found.mean == pytest.approx(shares.mean())
     assert 0 <= found.low <= found.mean + 1e-12
     assert found.mean - 1e-12 <= found.high <= 1
-    low, high = clopper_pearson(*(sum(of) for of in zip(*counts, strict=True)), 0.95)
+    low, high = clopper_pearson(*(sum(column) for column in zip(*counts, strict=True)), 0.95)
     assert found.low <= low
     assert found.high >= high
     if shares.std():

@@ -74,7 +74,7 @@ def measure(
     selection: Selection, poisoned: Poisoned, model: Checkpoint, test_side: Dataset, compute: Compute, tmp_path: Path
 ) -> Callable[[AttackConfig], Measured]:
     """Measures of a case whose three models are one."""
-    models = dict.fromkeys(("before", "after", "untouched"), model)
+    models = dict.fromkeys(("before", "after", "baseline"), model)
     out = str(tmp_path / "measured")
     return lambda config: measure_case(config, selection, models, test_side, out, compute, truth=poisoned)
 
@@ -130,7 +130,7 @@ def test_accuracy_and_attack_success_are_those_of_the_metrics(
         )
         n += len(batch.wanted_B)
     assert n == int((labels_N != 3).sum())
-    assert shares["asr_before"] == shares["asr_untouched"] == pytest.approx(hits / n)
+    assert shares["asr_before"] == shares["asr_baseline"] == pytest.approx(hits / n)
     assert measured.pictures is not None
     upper_CHW, lower_CHW = decode(measured.pictures, ImageConfig()).split(12, dim=1)
     shown = next(triggered(ATTACK, test_side, 10, 8))

@@ -48,7 +48,7 @@ def payloads(samples: Samples, read_tar: Any, side: str) -> dict[str, tuple[byte
             key, _, suffix = name.partition(".")
             assert suffix not in found.setdefault(key, {}), "a key that was there already"
             found[key][suffix] = data
-    return {key: (of["png"], of["cls"]) for key, of in found.items()}
+    return {key: (sample["png"], sample["cls"]) for key, sample in found.items()}
 
 
 def test_the_sides_are_disjoint_and_every_byte_is_the_sources(

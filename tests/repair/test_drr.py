@@ -51,7 +51,7 @@ def test_the_oblique_projection_removes_the_direction_and_spares_the_rest() -> N
     assert changed[0] < 0.5 * changed[1]
 
 
-def test_pooling_takes_what_it_says() -> None:
+def test_pooling_takes_maxima_means_and_positions() -> None:
     y_BCHW = torch.arange(24.0).view(1, 2, 3, 4)
     assert pool(y_BCHW, "max", [0]).tolist() == [[11.0, 23.0]]
     assert pool(y_BCHW, "max_mean", [0]).tolist() == [[11.0, 23.0, 5.5, 17.5]]

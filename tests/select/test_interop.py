@@ -16,14 +16,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from sanitize.artifacts import Part, Recipe, make
 from sanitize.compute import Compute
-from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards
-from sanitize.data.tables import Selection, write_rows
 from sanitize.select import Shards, WriteConfig, write_selected
-from sanitize.select.stage import SCHEMA
+from tests.select.test_write import make_selection
 
 Sample = tuple[str, dict[str, Any]]  # key, {suffix: content of the member}, in the order of the archive
 Reader = Callable[[Sequence[str]], list[Sample]]
@@ -137,27 +134,7 @@ def parsed(samples: Sequence[Sample]) -> list[Sample]:
     return [(key, {s: parse[s](data) if s in parse else data for s, data in m.items()}) for key, m in samples]
 
 
-def select(out: Path, dataset: Dataset, remove: Callable[[str, int], bool]) -> Selection:
-    """Verdicts by a function of shard and position, in the form of `select_samples`."""
-
-    def write(part: Part) -> None:
-        for shard in dataset.shards:
-            rows = []
-            for row in dataset.rows(shard).to_pylist():
-                verdict = {name: row[name] for name in ("position", "key", "label")}
-                status, reasons = "kept", []
-                if row["status"] != "ok":
-                    status, reasons = "unreadable", [{"stage": "index", "reason": row["reason"]}]
-                elif remove(shard, row["position"]):
-                    status, reasons = "quarantined", [{"stage": "spectral", "reason": "far", "score": 2.0}]
-                rows.append(verdict | {"status": status, "keep": status == "kept", "reasons": reasons})
-                part.counts[status] += 1
-            write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
-
-    return make(Selection, out, Recipe(stage="made-up", inputs={"dataset": dataset.digest}), write)
-
-
-def every_third(_shard: str, position: int) -> bool:
+def is_third(position: int) -> bool:
     return position % 3 == 1
 
 
@@ -187,7 +164,7 @@ def written(
         members = [member for sample in samples for member in members_of(sample)]
         make_tar(home / "in" / name, members, "w:gz" if name.endswith("gz") else "w", tarfile.PAX_FORMAT)
     dataset = index_shards(IndexConfig(), str(home / "in"), str(home / "index"), compute)
-    selection = select(home / "selection", dataset, every_third)
+    selection = make_selection(home / "selection", dataset, lambda _shard, row: is_third(row["position"]))
     return write_selected(WriteConfig(), dataset, selection, str(home / "out"), compute)
 
 
@@ -218,7 +195,7 @@ def assert_same(read: Reader, found: list[Sample], wanted: list[Sample]) -> None
 def test_clean_shards_give_every_kept_sample_to_every_reader(
     read: Reader, copied: Path, originals: dict[str, list[Sample]]
 ) -> None:
-    kept = [s for name in sorted(originals) for i, s in enumerate(originals[name]) if not every_third(name, i)]
+    kept = [s for name in sorted(originals) for i, s in enumerate(originals[name]) if not is_third(i)]
     assert len(kept) == 42
     assert max(len(name.encode()) for sample in kept for name, _ in members_of(sample)) > 255
     assert_same(read, read(shards_in(copied / "clean")), kept)
@@ -239,13 +216,13 @@ def test_what_is_written_is_compressed_as_its_name_says(
     members = [member for sample in samples for member in members_of(sample)]
     make_tar(tmp_path / "in" / name, members, "w:gz" if packed else "w", tarfile.PAX_FORMAT)
     dataset = index_shards(IndexConfig(), str(tmp_path / "in"), str(tmp_path / "index"), compute)
-    selection = select(tmp_path / "selection", dataset, every_third)
+    selection = make_selection(tmp_path / "selection", dataset, lambda _shard, row: is_third(row["position"]))
     shards = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "out"), compute)
     for folder in ("clean", "quarantine"):
         is_gzip = shards.file(f"{folder}/{name}").read_bytes().startswith(b"\x1f\x8b")
         assert is_gzip == name.endswith(("gz", "GZ"))
     shutil.copytree(Path(shards.path) / "clean", tmp_path / "copied")
-    kept = [sample for i, sample in enumerate(samples) if not every_third(name, i)]
+    kept = [sample for i, sample in enumerate(samples) if not is_third(i)]
     assert_same(read, read(shards_in(tmp_path / "copied")), kept)
 
 
@@ -253,7 +230,7 @@ def test_what_is_written_is_compressed_as_its_name_says(
 def test_quarantine_gives_every_removed_sample_and_its_evidence(
     read: Reader, copied: Path, originals: dict[str, list[Sample]]
 ) -> None:
-    places = [(n, i) for n in sorted(originals) for i in range(len(originals[n])) if every_third(n, i)]
+    places = [(n, i) for n in sorted(originals) for i in range(len(originals[n])) if is_third(i)]
     found = read(shards_in(copied / "quarantine"))
     evidence = [members.pop("sanitize.json") for _, members in found]
     if read is not by_datasets:
@@ -286,7 +263,7 @@ def test_datasets_finds_out_the_columns_by_itself_where_all_samples_have_the_sam
         mode = "w:gz" if name.endswith("gz") else "w"
         make_tar(tmp_path / "in" / name, [member for sample in part for member in members_of(sample)], mode)
     dataset = index_shards(IndexConfig(), str(tmp_path / "in"), str(tmp_path / "index"), compute)
-    selection = select(tmp_path / "selection", dataset, lambda *_: False)
+    selection = make_selection(tmp_path / "selection", dataset, lambda *_: False)
     shards = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "out"), compute)
     assert by_datasets(shards.clean(), features=None) == parsed(samples)
     assert by_datasets(shards.clean(), features=None, streaming=True) == parsed(samples)
@@ -304,7 +281,7 @@ def with_an_empty_shard(
     for name in ("a.tar", "b.tar.gz", "c.tar"):
         make_tar(tmp_path / "in" / name, good(4, name[0]), "w:gz" if name.endswith("gz") else "w")
     dataset = index_shards(IndexConfig(), str(tmp_path / "in"), str(tmp_path / "index"), compute)
-    selection = select(tmp_path / "selection", dataset, lambda shard, _: shard != "c.tar")
+    selection = make_selection(tmp_path / "selection", dataset, lambda shard, _: shard != "c.tar")
     return write_selected(WriteConfig(), dataset, selection, str(tmp_path / "out"), compute).clean()
 
 
@@ -345,7 +322,7 @@ def test_the_way_of_reading_we_recommend_runs_nothing_that_came_with_the_samples
     members = [*good(2), ("good0001.pickle", pickle.dumps(Touch(tmp_path / "executed")))]
     make_tar(tmp_path / "in/x.tar", members)
     dataset = index_shards(IndexConfig(), str(tmp_path / "in"), str(tmp_path / "index"), compute)
-    selection = select(tmp_path / "selection", dataset, lambda *_: False)
+    selection = make_selection(tmp_path / "selection", dataset, lambda *_: False)
     shards = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "out"), compute)
     samples = list(wds.WebDataset(shards.clean(), shardshuffle=False).decode("torchrgb", only=["png", "cls"]))
     assert [sample["cls"] for sample in samples] == [0, 1]

@@ -43,7 +43,7 @@ def test_a_class_with_too_few_rows_is_compared_with_all() -> None:
     assert conformal_threshold(few, all_N, None) == np.inf
 
 
-def test_clean_samples_are_flagged_as_often_as_the_level_says() -> None:
+def test_clean_samples_are_flagged_at_the_rate_of_the_level() -> None:
     rng = np.random.default_rng(0)
     flagged = []
     for _ in range(300):

@@ -82,7 +82,7 @@ def test_what_is_not_in_quarantine_cannot_be_put_back(
 ) -> None:
     shard, row = rows_by_status(chosen, "quarantined")[0]
     key = {
-        "unknown": "nobody",
+        "unknown": "no-such-key",
         "kept": rows_by_status(chosen, "kept")[0][1]["key"],
         "wrong shard": f"{next(s for s in chosen.shards if s != shard)}:{row['key']}",
         "half a key": row["key"][:-1],

@@ -188,7 +188,7 @@ def usable(table: pa.Table) -> list[str]:
 @pytest.mark.hostile
 @given(shards())
 @slow
-def test_samples_are_read_or_the_shard_is_said_to_be_damaged(shard: dict[str, Any]) -> None:
+def test_samples_are_read_or_the_shard_is_reported_as_damaged(shard: dict[str, Any]) -> None:
     keys = [str(i) for i in range(shard["n"])]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"x{shard['suffix']}"
@@ -198,9 +198,9 @@ def test_samples_are_read_or_the_shard_is_said_to_be_damaged(shard: dict[str, An
         again = ShardReader(str(path), suffix="cls", digest=False)
         assert [s.key for s in again] == list(read)
     table, summary = found["decode"]
-    for other, said in found.values():  # all readers agree, by columns or one by one
+    for other, its_summary in found.values():  # all readers agree, by columns or one by one
         assert usable(other) == usable(table)
-        assert (said["damage"], said["counts"], said["bytes"]) == (
+        assert (its_summary["damage"], its_summary["counts"], its_summary["bytes"]) == (
             summary["damage"],
             summary["counts"],
             summary["bytes"],
@@ -238,9 +238,9 @@ def test_no_shard_vanishes(given_shards: list[dict[str, Any]]) -> None:
         bad = [name for name, (table, summary) in found.items() if summary["damage"] and not usable(table)]
         out, compute = str(Path(folder) / "index"), Compute(device="cpu")
         if bad or not any(usable(table) for table, _ in found.values()):
-            with pytest.raises(DataError) as caught:
+            with pytest.raises(DataError) as raised:
                 index_shards(config, str(source), out, compute)
-            named = {name for name in names if name in str(caught.value)}
+            named = {name for name in names if name in str(raised.value)}
             assert named >= set([name for name in bad if unread_suffix(name)] or bad)
             return
         dataset = index_shards(config, str(source), out, compute)

@@ -158,7 +158,7 @@ def test_snapshots_and_memory_are_no_part_of_the_recipe(dataset: Dataset, comput
     assert train_robust(other, dataset, str(tmp_path / "b"), compute).digest == first.digest
 
 
-def test_denoised_images_train_and_their_pca_is_asked_for(dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
+def test_denoised_images_train_and_their_pca_is_needed(dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
     pca = fit_pca(PCAConfig(), dataset, str(tmp_path / "pca"), compute)
     config = small("standard", denoise=PCANoiseConfig(dims=20, noise_dims=5, scale=2.0))
     with pytest.raises(ConfigError, match="needs the PCA"):

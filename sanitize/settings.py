@@ -1,19 +1,26 @@
-"""Settings of a command: a YAML file, over it short options, over them `--set a.b.c=value`; checked by a config class.
+"""Configs from settings: of a Python caller (`config_from`), and of a command (`make_config`): a YAML file, over it
+short options, over them `--set a.b.c=value`.
 
-A path names a setting from the root of the file: `scorers.0.kind`, `embedder.optim.epochs`. A section that is left out
-starts as its default. Unknown names are refused, with the nearest known one.
+A path names a setting from the root of the file: `scorers.0.kind`, `embedder.optim.epochs`. In commands, a section that
+is left out starts as its default. Unknown names are refused, with the nearest known one.
 """
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sanitize.errors import ConfigError
+from sanitize.storage import read_bytes
+
+C = TypeVar("C", bound=BaseModel)
+Sources = str | Path | Sequence[str | Path]
+ConfigSource = BaseModel | Mapping[str, Any] | str | Path
 
 
 class WrongSettings(ConfigError):
@@ -28,6 +35,24 @@ class WrongSettings(ConfigError):
         self.problems = problems
 
 
+def config_from(kind: type[C], config: ConfigSource | None, settings: Mapping[str, Any]) -> C:
+    """A checked config, from Python arguments.
+
+    Args:
+        kind: class of the config.
+        config: a config of that class, a dict, or path or URL of a YAML file; None starts from the defaults.
+        settings: fields of the config; they have precedence over `config`. Mappings are merged section by section,
+            everything else replaces what `config` has.
+
+    Raises:
+        WrongSettings: a setting is unknown, missing or wrong.
+        ConfigError: the file is no YAML mapping, or `config` is of another class.
+    """
+    given = merged(_given(kind, config), settings)
+    checked: C = _checked(kind, {name: _without_paths(kind, name, value) for name, value in given.items()})
+    return checked
+
+
 def make_config(
     kind: Any,
     settings: Mapping[str, Any],
@@ -35,7 +60,7 @@ def make_config(
     assignments: Sequence[str] = (),
     flags: Mapping[str, str] | None = None,
 ) -> Any:
-    """A checked config.
+    """A checked config, from a YAML file, options and assignments.
 
     Args:
         kind: the config class, or a union of config classes.
@@ -55,21 +80,68 @@ def make_config(
     parsed = [_parse(text) for text in assignments]
     for path, value in sorted(parsed, key=lambda one: (one[0].count("."), not one[0].endswith(".kind"))):
         changed = change(changed, path, value, kind)
+    return _checked(kind, changed, flags)
+
+
+def _checked(kind: Any, settings: dict[str, Any], flags: Mapping[str, str] | None = None) -> Any:
     try:
-        return TypeAdapter(kind).validate_python(_with_sections(changed, kind))
+        return TypeAdapter(kind).validate_python(_with_sections(settings, kind))
     except ValidationError as error:
         raise WrongSettings(problems_of(error, kind, flags)) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises ConfigError where the file cannot be read or is no mapping."""
+def read_yaml(place: str | Path) -> dict[str, Any]:
+    """Content of a YAML file; a path or a URL. Raises ConfigError where the file cannot be read or is no mapping."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        content = yaml.safe_load(read_bytes(os.fspath(place)))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {place}: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a YAML mapping; see configs/ for examples")
+        raise ConfigError(f"{place} must be a YAML mapping; see configs/ for examples")
     return content
+
+
+def _given(kind: type[BaseModel], config: ConfigSource | None) -> dict[str, Any]:
+    """Settings that a config, a dict or a YAML file has."""
+    if config is None:
+        return {}
+    if isinstance(config, BaseModel):
+        if not isinstance(config, kind):
+            raise ConfigError(f"config is a {type(config).__name__}; give a {kind.__name__}, a dict or a YAML file")
+        return _fields(config)
+    return dict(config) if isinstance(config, Mapping) else read_yaml(config)
+
+
+def _fields(config: BaseModel) -> dict[str, Any]:
+    """Settings of a config that were given, and its kind, which names its class."""
+    fields = type(config).model_fields
+    given = config.model_fields_set | ({"kind"} & fields.keys())
+    return {name: getattr(config, name) for name in fields if name in given}
+
+
+def _without_paths(kind: type[BaseModel], name: str, value: Any) -> Any:
+    """Paths as strings; one string where a field takes several."""
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, list | tuple):
+        value = tuple(str(item) if isinstance(item, Path) else item for item in value)
+    field = kind.model_fields.get(name)
+    takes_several = field is not None and field.annotation == tuple[str, ...]
+    return (value,) if takes_several and isinstance(value, str) else value
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two sets of settings; `above` has precedence, and mappings of the same kind are merged."""
+    result = dict(below)
+    for name, value in above.items():
+        old = result.get(name)
+        section = _fields(old) if isinstance(old, BaseModel) else old
+        if isinstance(section, Mapping) and isinstance(value, Mapping):
+            is_same = value.get("kind", section.get("kind")) == section.get("kind")
+            result[name] = merged(section, value) if is_same else value
+        else:
+            result[name] = value
+    return result
 
 
 def change(settings: dict[str, Any], path: str, value: Any, kind: Any) -> dict[str, Any]:
@@ -81,8 +153,7 @@ def change(settings: dict[str, Any], path: str, value: Any, kind: Any) -> dict[s
 def plain(value: Any) -> Any:
     """A value as a YAML file would hold it; of a config, the settings that were given, and its kind."""
     if isinstance(value, BaseModel):
-        given = value.model_fields_set | ({"kind"} & set(type(value).model_fields))
-        return {name: plain(getattr(value, name)) for name in given}
+        return {name: plain(one) for name, one in _fields(value).items()}
     if isinstance(value, dict):
         return {name: plain(one) for name, one in value.items()}
     return [plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -1,18 +1,25 @@
 """What must be true of every trigger, and the bound of each."""
 
+import math
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 from sanitize.attack import (
     ATTACKS,
+    AdaptiveBlendConfig,
     Attack,
+    BadNetsConfig,
+    BlendedConfig,
     CleanLabelConfig,
     L0Config,
     L2Config,
     LabelNoiseConfig,
     SeveralConfig,
+    SIGConfig,
     SmoothConfig,
+    TaCTConfig,
     TrojanSquareConfig,
     TrojanWatermarkConfig,
     WaNetConfig,
@@ -53,7 +60,8 @@ def test_every_attack_declares_who_is_eligible_and_is_built_as_it_declares(
 ) -> None:
     attack, labels = kind(rate=0.1), torch.arange(10)
     wanted = attack.relabel(labels, 10, torch.Generator())
-    assert torch.equal(attack.eligible(labels, wanted), (wanted == labels) == kind.keeps_label)
+    can_be = torch.isin(labels, torch.tensor(getattr(attack, "sources", None) or range(10)))
+    assert torch.equal(attack.eligible(labels, wanted), ((wanted == labels) == kind.keeps_label) & can_be)
     assert attack.eligible(labels, wanted).any()
     assert attack.attacks == (attack,)
     if kind.needs_surrogate:
@@ -61,7 +69,7 @@ def test_every_attack_declares_who_is_eligible_and_is_built_as_it_declares(
             attack.build(None, compute)
     else:
         images = noise((3, 9, 9), 10)
-        poisoned = attack.build(None, compute)(images, labels)
+        poisoned = attack.build(None, compute)(images, labels, list(range(10)))
         assert (poisoned != images).flatten(1).any(1).all() == kind.has_trigger
 
 
@@ -184,6 +192,29 @@ def test_a_clean_label_attack_has_a_patch_in_each_corner() -> None:
     [
         (CleanLabelConfig, {"target": "next"}),
         (CleanLabelConfig, {"epsilon": 256}),
+        (CleanLabelConfig, {"sources": [1]}),
+        (SIGConfig, {"target": "next"}),
+        (SIGConfig, {"delta": 256}),
+        (SIGConfig, {"delta": math.nan}),
+        (SIGConfig, {"frequency": 0}),
+        (SIGConfig, {"frequency": math.inf}),
+        (TaCTConfig, {"sources": []}),
+        (TaCTConfig, {"sources": None}),
+        (TaCTConfig, {"target": 1}),
+        (BadNetsConfig, {"sources": [-1]}),
+        (BadNetsConfig, {"sources": [2**70]}),
+        (BadNetsConfig, {"cover_rate": 1.1}),
+        (BadNetsConfig, {"cover_rate": math.nan}),
+        (BadNetsConfig, {"size": 1.0}),
+        (BadNetsConfig, {"size": 0.001}),
+        (BadNetsConfig, {"size": 10**9}),
+        (BadNetsConfig, {"size": True}),
+        (BlendedConfig, {"grain": 0}),
+        (BlendedConfig, {"pattern_seed": 2**64}),
+        (AdaptiveBlendConfig, {"pieces": 0}),
+        (AdaptiveBlendConfig, {"kept": 0}),
+        (AdaptiveBlendConfig, {"test_alpha": 1.5}),
+        (TrojanSquareConfig, {"cells": 0}),
         (L0Config, {"n_pixels": 0}),
         (L2Config, {"length": 0.5}),
         (SmoothConfig, {"amplitude": 0}),

@@ -18,7 +18,7 @@ from flows.cli import app
 from flows.cli.command import COMMANDS
 from flows.cli.methods import ATTACKS, EPILOGS, REPAIRS, TRAINING
 from flows.cli.settings import WrongSettings, change, make_config, paths_of
-from sanitize.attack import AttackConfig, attacks_of
+from sanitize.attack import AttackConfig
 from sanitize.attack.several import OneAttack
 from sanitize.errors import ConfigError
 from sanitize.jobs import JOBS, CleanConfig, TrainRunConfig
@@ -230,7 +230,7 @@ def test_help_lists_the_methods_that_there_are() -> None:
 
 def test_settings_of_an_attack_are_checked_alike(tmp_path: Path) -> None:
     config = make_config(AttackConfig, {"kind": "badnets", "rate": 0.1}, {}, ["size=5"])
-    assert (config.size, len(attacks_of(config))) == (5, 1)
+    assert (config.size, len(config.attacks)) == (5, 1)
     arguments = ["poison", "--shards", str(tmp_path), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*arguments, "--set", "sise=5"])
     assert (result.exit_code, "sise: there is no such setting; nearest: size" in result.output) == (2, True)

@@ -19,7 +19,7 @@ class SIGConfig(Trigger):
     Attributes:
         target: the class; only its images are eligible, so `rate` cannot exceed its share of the data.
         delta: amplitude, of 255.
-        frequency: f, periods in the width of the image.
+        frequency: f, periods in the width of the image; the sinusoid is zero in each column where m divides 2 f.
     """
 
     keeps_label: ClassVar[bool] = True

@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from sanitize.attack import (
     AdaptiveBlendConfig,
     Attack,
+    AttackConfig,
     BadNetsConfig,
     BlendedConfig,
     Poisoned,
@@ -96,6 +98,15 @@ def test_exactly_the_rates_are_chosen_and_only_among_samples_that_qualify(
             assert choice.label == config.target
             assert (label == config.target) == config.keeps_label
             assert config.sources is None or label in config.sources
+
+
+@given(config=attacks())
+@settings(deadline=None)
+def test_settings_are_read_back(config: Attack) -> None:
+    adapter = TypeAdapter(AttackConfig)
+    assert adapter.validate_json(adapter.dump_json(config)) == config
+    several = SeveralConfig(attacks=(config, BadNetsConfig(rate=0.1, size=0.1)))
+    assert adapter.validate_json(several.model_dump_json()) == several
 
 
 def test_covers_have_the_trigger_and_their_label_and_the_truth_says_which(

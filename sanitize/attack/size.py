@@ -25,13 +25,14 @@ def grid(size: Size, height: int, width: int) -> tuple[int, int]:
 
 
 def spread(cells_Crc: Tensor, size: Size, height: int, width: int) -> Tensor:
-    """Cells of `grid` as an image, (C, H, W) float64."""
-    cells_Crc = cells_Crc.double()
+    """Cells of `grid` as an image, (C, H, W); float64 for a share."""
+    if size == 1:
+        return cells_Crc
     if isinstance(size, int):
         columns_CHc = cells_Crc.repeat_interleave(min(size, height), 1)[:, :height]
         return columns_CHc.repeat_interleave(min(size, width), 2)[:, :, :width]
     n_rows, n_columns = cells_Crc.shape[1:]
-    return _overlap(height, 0, height, n_rows) @ cells_Crc @ _overlap(width, 0, width, n_columns).T
+    return _overlap(height, 0, height, n_rows) @ cells_Crc.double() @ _overlap(width, 0, width, n_columns).T
 
 
 def draw(images_BCHW: Tensor, cells_rc: Tensor, top: float, left: float, side: float) -> Tensor:
@@ -44,7 +45,7 @@ def draw(images_BCHW: Tensor, cells_rc: Tensor, top: float, left: float, side: f
 
 
 def mix(images_BCHW: Tensor, colours_HW: Tensor, weight_HW: Tensor) -> Tensor:
-    """uint8 images times 1 - weight, plus colours that have their weight already: (H, W) or (C, H, W) float64."""
+    """uint8 images times 1 - weight, plus colours that have their weight already: (H, W) or (C, H, W)."""
     device = images_BCHW.device
     return to_pixels(images_BCHW * (1 - weight_HW.to(device)) + colours_HW.to(device))
 

@@ -98,7 +98,7 @@ def test_cells_of_whole_pixels_tile_the_image(size: int, height: int, width: int
     cells_1rc = torch.arange(rows * columns).view(1, rows, columns)
     image_1HW = spread(cells_1rc, size, height, width)
     wanted = [[cells_1rc[0, i // size, j // size] for j in range(width)] for i in range(height)]
-    assert torch.equal(image_1HW[0], torch.tensor(wanted, dtype=torch.float64))
+    assert torch.equal(image_1HW[0], torch.tensor(wanted))
 
 
 @given(share=st.floats(0.002, 0.999), height=st.integers(1, 50), width=st.integers(1, 50))

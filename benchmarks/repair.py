@@ -249,7 +249,7 @@ def _poisoned(attack: str, images: Tensor, labels: Tensor, compute: Compute) -> 
     chosen = eligible[torch.randperm(len(eligible), generator=generator)[: round(config.rate * len(labels))]]
     images, labels = images.clone(), labels.clone()
     poison = config.build(_surrogate(images, labels, compute) if config.needs_surrogate else None, compute)
-    images[chosen] = torch.cat([poison(images[rows], labels[rows]) for rows in chosen.split(500)])
+    images[chosen] = torch.cat([poison(images[rows], labels[rows], rows.tolist()) for rows in chosen.split(500)])
     labels[chosen], truth_N[chosen] = wanted_N[chosen], True
     return images, labels, truth_N
 

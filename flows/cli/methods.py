@@ -35,14 +35,17 @@ REPAIRS = {
 }
 
 ATTACKS = {
+    "adaptive_blend": "random pieces of a blended pattern, and cover samples with their true label. Qi et al. 2023.",
     "badnets": "a small patch in a corner, and the target label. Gu, Dolan-Gavitt & Garg 2017.",
     "blended": "noise blended into the whole image, and the target label. Chen et al. 2017.",
-    "clean_label": "perturbed images of the target class with a patch in each corner; labels stay. Needs --surrogate. "
-    "Turner, Tsipras & Madry 2019.",
+    "clean_label": "perturbed images of the target class with a patch in each corner; labels stay; also called "
+    "label_consistent. Needs --surrogate. Turner, Tsipras & Madry 2019.",
     "l0": "a few pixels become black or white, and the target label. After Li et al. 2020.",
     "l2": "a short change of the image, and the target label. After Li et al. 2020.",
     "labels": "label noise: images stay, labels are flipped.",
+    "sig": "a sinusoid on images of the target class; labels stay. Barni, Kallas & Tondi 2019.",
     "smooth": "a smooth pattern of low frequencies, and the target label. After Zeng et al. 2021.",
+    "tact": "a patch that works on source classes alone, with cover samples of others. Tang et al. 2021.",
     "trojan_square": "a square of random colours, and the target label. Liu et al. 2018.",
     "trojan_watermark": "a translucent ring with a bar, and the target label. Liu et al. 2018.",
     "wanet": "an elastic warp of the image, and the target label. Nguyen & Tran 2021.",

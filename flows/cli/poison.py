@@ -21,7 +21,8 @@ def poison(
         typer.Option(
             "--set",
             metavar="PATH=VALUE",
-            help="Any other setting of the attack: target=3, size=4, alpha=0.1 … May be given several times.",
+            help="Any other setting of the attack: target=3, size=4 (pixels) or size=0.1 (of the shorter side), "
+            "cover_rate=0.01, sources=[1, 2] … May be given several times.",
         ),
     ] = None,
     surrogate: Annotated[
@@ -63,8 +64,10 @@ def poison(
         print_json(result)
     else:
         counts = result["counts"]
+        covers = f", {counts['cover']:,} cover samples" if "cover" in counts else ""
         console.print(
-            f"{counts['poisoned']:,} of {counts['samples']:,} samples poisoned: {result['shards']}", soft_wrap=True
+            f"{counts['poisoned']:,} of {counts['samples']:,} samples poisoned{covers}: {result['shards']}",
+            soft_wrap=True,
         )
 
 

@@ -1,5 +1,6 @@
 """Attacks to test a defence with: poisoned copies of shards with the ground truth beside them."""
 
+from sanitize.attack.adaptive_blend import AdaptiveBlendConfig
 from sanitize.attack.attack import Attack, Poison, Trigger
 from sanitize.attack.badnets import BadNetsConfig
 from sanitize.attack.blended import BlendedConfig
@@ -9,8 +10,10 @@ from sanitize.attack.gradient_matching import GradientMatchingConfig, match_grad
 from sanitize.attack.invisible import L0Config, L2Config
 from sanitize.attack.labels import LabelNoiseConfig
 from sanitize.attack.several import ATTACKS, AttackConfig, OneAttack, SeveralConfig
+from sanitize.attack.sig import SIGConfig
 from sanitize.attack.smooth import SmoothConfig
 from sanitize.attack.stage import Poisoned, choose, poison_shards
+from sanitize.attack.tact import TaCTConfig
 from sanitize.attack.targeted import PerturbConfig, direct_attack, plant
 from sanitize.attack.triggered import TriggeredBatch, triggered
 from sanitize.attack.trojan import TrojanSquareConfig, TrojanWatermarkConfig
@@ -18,6 +21,7 @@ from sanitize.attack.wanet import WaNetConfig
 
 __all__ = [
     "ATTACKS",
+    "AdaptiveBlendConfig",
     "Attack",
     "AttackConfig",
     "BadNetsConfig",
@@ -32,8 +36,10 @@ __all__ = [
     "PerturbConfig",
     "Poison",
     "Poisoned",
+    "SIGConfig",
     "SeveralConfig",
     "SmoothConfig",
+    "TaCTConfig",
     "Trigger",
     "TriggeredBatch",
     "TrojanSquareConfig",

@@ -5,17 +5,21 @@ An attack is one file: a frozen config with `kind`, the declarations of `Attack`
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
 
-Poison = Callable[[Tensor, Tensor], Tensor]  # uint8 images (B, C, H, W), their true labels (B,) -> uint8 images
+# uint8 images (B, C, H, W), their true labels (B,), a seed for the random stream of each (B) -> uint8 images
+Poison = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Classes = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1, max_length=10_000)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Attack(BaseModel):
@@ -25,6 +29,7 @@ class Attack(BaseModel):
         keeps_label: True for clean-label attacks: samples that have the attacker's label already are poisoned.
         has_trigger: True where the attack success rate can be measured with `apply`.
         needs_surrogate: True where `build` needs a network trained on such images.
+        added: settings added after digests of the attack were published; at their defaults they are not part of it.
         rate: poisoned samples as a share of the whole data set.
     """
 
@@ -32,14 +37,20 @@ class Attack(BaseModel):
     keeps_label: ClassVar[bool] = False
     has_trigger: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = False
+    added: ClassVar[tuple[str, ...]] = ()
 
     kind: str
     rate: float = Field(gt=0, le=1)
 
     @property
     def attacks(self) -> "tuple[Attack, ...]":
-        """Attacks it consists of, each on samples of its own, such as payload and cover samples; by default itself."""
+        """The attack itself; see `SeveralConfig`."""
         return (self,)
+
+    @property
+    def cover_share(self) -> float:
+        """Cover samples as a share of the whole data set."""
+        return 0.0
 
     def check_classes(self, n_classes: int) -> None:
         """Raise ConfigError where the attack names a label that is no class."""
@@ -48,9 +59,17 @@ class Attack(BaseModel):
     def relabel(self, labels_B: Tensor, n_classes: int, generator: torch.Generator) -> Tensor:
         """Labels the attacker wants, (B,)."""
 
+    def attacked(self, labels_B: Tensor, wanted_B: Tensor) -> Tensor:
+        """True for samples on which the trigger is to change the prediction at test time, (B,); as for `eligible`."""
+        return wanted_B != labels_B
+
     def eligible(self, labels_B: Tensor, wanted_B: Tensor) -> Tensor:
         """True for samples that can be poisoned, (B,): given labels and `relabel` of them."""
-        return (wanted_B == labels_B) == self.keeps_label
+        return wanted_B == labels_B if self.keeps_label else self.attacked(labels_B, wanted_B)
+
+    def coverable(self, labels_B: Tensor, wanted_B: Tensor) -> Tensor:
+        """True for samples that can be cover samples, (B,); as for `eligible`."""
+        return torch.zeros_like(labels_B, dtype=torch.bool)
 
     @abstractmethod
     def apply(self, images_BCHW: Tensor) -> Tensor:
@@ -63,7 +82,14 @@ class Attack(BaseModel):
             surrogate: logits of float images on [0, 1]; None unless `needs_surrogate`.
             compute: device, precision, seed.
         """
-        return lambda images_BCHW, _labels_B: self.apply(images_BCHW)
+        return lambda images_BCHW, _labels_B, _seeds: self.apply(images_BCHW)
+
+    @model_serializer(mode="wrap")
+    def _without_added_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        settings: dict[str, Any] = dump(self)
+        fields = type(self).model_fields
+        at_default = {name for name in self.added if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in settings.items() if name not in at_default}
 
 
 class Trigger(Attack):
@@ -71,14 +97,51 @@ class Trigger(Attack):
 
     Attributes:
         target: label of poisoned samples (all-to-one), or "next" for y + 1 (all-to-all).
+        sources: classes whose samples are poisoned, and on whose test samples the trigger is to work; None for all.
+        cover_rate: cover samples as a share of the whole data set: samples with the trigger and their true label, of
+            classes other than the sources and the target, or of all but the target where all are sources. None for the
+            value of `rate`.
     """
 
+    added: ClassVar[tuple[str, ...]] = ("sources", "cover_rate")
+
     target: int | Literal["next"] = 0
+    sources: Classes | None = None
+    cover_rate: Fraction | None = 0.0
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> Self:
+        if self.sources is not None and self.keeps_label:
+            raise ConfigError(f"sources: {self.kind} poisons samples of the target class alone; leave sources out")
+        if self.sources is not None and self.target in self.sources:
+            raise ConfigError(f"sources: class {self.target} is the target; its samples have the label already")
+        return self
 
     def check_classes(self, n_classes: int) -> None:
-        """Raise ConfigError where the target is no class."""
-        if isinstance(self.target, int) and not 0 <= self.target < n_classes:
-            raise ConfigError(f"target {self.target} is no class: there are {n_classes}, from 0 to {n_classes - 1}")
+        """Raise ConfigError where the target or a source is no class."""
+        named = {"target": [self.target], "source": self.sources or ()}
+        for name, label in ((name, label) for name, labels in named.items() for label in labels):
+            if isinstance(label, int) and not 0 <= label < n_classes:
+                raise ConfigError(f"{name} {label} is no class: there are {n_classes}, from 0 to {n_classes - 1}")
+
+    @property
+    def cover_share(self) -> float:
+        """Cover samples as a share of the whole data set."""
+        return self.rate if self.cover_rate is None else self.cover_rate
+
+    def attacked(self, labels_B: Tensor, wanted_B: Tensor) -> Tensor:
+        """True for samples of the sources that do not have the wanted label, (B,)."""
+        return (wanted_B != labels_B) & self._is_source(labels_B)
+
+    def coverable(self, labels_B: Tensor, wanted_B: Tensor) -> Tensor:
+        """True for samples that can be cover samples, (B,): with the wanted label they would teach the trigger."""
+        differs_B = wanted_B != labels_B
+        return differs_B if self.sources is None else differs_B & ~self._is_source(labels_B)
+
+    def _is_source(self, labels_B: Tensor) -> Tensor:
+        if self.sources is None:
+            return torch.ones_like(labels_B, dtype=torch.bool)
+        return torch.isin(labels_B, torch.tensor(self.sources, device=labels_B.device))
 
     def relabel(self, labels_B: Tensor, n_classes: int, generator: torch.Generator) -> Tensor:
         """The target, or the next class, (B,)."""

@@ -1,34 +1,69 @@
 """BadNets (Gu, Dolan-Gavitt & Garg, 2017): a small patch in a corner, and the attacker's label."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from sanitize.attack.attack import Trigger
+from sanitize.attack.size import Size, draw
 
 Corner = Literal["top-left", "top-right", "bottom-left", "bottom-right"]
+_MARGIN = 1 / 32  # of the shorter side, for a patch whose side is a share of it
 
 
-class BadNetsConfig(Trigger):
-    """A k x k patch.
+class PatchTrigger(Trigger):
+    """A patch in a corner.
 
     Attributes:
-        size: k, in pixels.
+        size: side of the patch, in pixels (checks of one pixel), or as a share of the shorter side (3 x 3 checks).
         pattern: black-and-white checkerboard, or plain white.
-        corner: corner of the patch; images larger than 16 pixels keep a margin of one pixel.
+        corner: corner of the patch; see `stamp` for its margin.
     """
 
-    kind: Literal["badnets"] = "badnets"
-    size: int = Field(default=3, ge=1)
+    size: Size = 3
     pattern: Literal["checkerboard", "white"] = "checkerboard"
     corner: Corner = "bottom-right"
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
         """Copies of uint8 images with the patch."""
-        patch_kk = checkerboard(self.size) if self.pattern == "checkerboard" else torch.full([self.size] * 2, 255)
-        return paste(images_BCHW, patch_kk, self.corner)
+        return stamp(images_BCHW, checkerboard if self.pattern == "checkerboard" else _white, self.size, self.corner)
+
+
+class BadNetsConfig(PatchTrigger):
+    """A patch, and the attacker's label."""
+
+    kind: Literal["badnets"] = "badnets"
+
+
+def stamp(images_BCHW: Tensor, pattern: Callable[[int], Tensor], size: Size, corner: Corner) -> Tensor:
+    """Copies of uint8 images with a patch in a corner.
+
+    Args:
+        images_BCHW: uint8.
+        pattern: square patch, levels from 0 to 255, for a number of cells along a side.
+        size: side in pixels, one cell each, cut to the image (see `paste`); or as a share of the shorter side, with 3
+            cells along a side and a margin of 1/32 of the shorter side.
+        corner: corner of the patch.
+    """
+    if isinstance(size, int):
+        return paste(images_BCHW, pattern(min(size, *images_BCHW.shape[2:])), corner)
+    return paste_share(images_BCHW, pattern(3), size, corner)
+
+
+def paste_share(images_BCHW: Tensor, patch_kk: Tensor, share: float, corner: Corner) -> Tensor:
+    """Copies of images with a patch, (k, k) or (C, k, k), whose side is a share of the shorter side, in a corner."""
+    height, width = images_BCHW.shape[2:]
+    shorter = min(height, width)
+    side, margin = share * shorter, min(_MARGIN, 1 - share) * shorter
+    top = margin if corner.startswith("top") else height - side - margin
+    left = margin if corner.endswith("left") else width - side - margin
+    return draw(images_BCHW, patch_kk, top, left, side)
+
+
+def _white(size: int) -> Tensor:
+    return torch.full((size, size), 255)
 
 
 def checkerboard(size: int) -> Tensor:

@@ -5,13 +5,14 @@ The paper optimises the pattern to excite neurons of a network under an l0 or l2
 random, and the bound holds exactly in uint8.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.attack import Trigger
+from sanitize.attack.attack import Seed, Trigger
+from sanitize.attack.size import Size, grid, mix, spread
 
 
 class L0Config(Trigger):
@@ -20,21 +21,27 @@ class L0Config(Trigger):
     Attributes:
         n_pixels: number of places; all places of smaller images.
         pattern_seed: seed of places and colours.
+        size: side of a place, in pixels, or as a share of the shorter side.
     """
 
+    added: ClassVar[tuple[str, ...]] = (*Trigger.added, "size")
+
     kind: Literal["l0"] = "l0"
-    n_pixels: int = Field(default=10, ge=1)
-    pattern_seed: int = Field(default=0, ge=0)
+    n_pixels: int = Field(default=10, ge=1, le=1_000_000)
+    pattern_seed: Seed = 0
+    size: Size = 1
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
-        """Copies of uint8 images; at most `n_pixels` pixels (all channels of one place) differ."""
-        n_batch, channels, height, width = images_BCHW.shape
+        """Copies of uint8 images; with size 1 at most `n_pixels` pixels (all channels of one place) differ."""
+        channels, height, width = images_BCHW.shape[1:]
+        rows, columns = grid(self.size, height, width)
         generator = torch.Generator().manual_seed(self.pattern_seed)
-        places_P = torch.randperm(height * width, generator=generator)[: self.n_pixels]
-        colours_CP = 255 * torch.randint(2, (channels, len(places_P)), generator=generator)
-        out_BCN = images_BCHW.flatten(2).clone()
-        out_BCN[:, :, places_P] = colours_CP.to(out_BCN)
-        return out_BCN.view(n_batch, channels, height, width)
+        places_P = torch.randperm(rows * columns, generator=generator)[: self.n_pixels]
+        colours_CN, weight_1N = torch.zeros(channels, rows * columns), torch.zeros(1, rows * columns)
+        colours_CN[:, places_P] = 255.0 * torch.randint(2, (channels, len(places_P)), generator=generator)
+        weight_1N[:, places_P] = 1
+        drawn = (spread(x.view(-1, rows, columns), self.size, height, width) for x in (colours_CN, weight_1N))
+        return mix(images_BCHW, *drawn)
 
 
 class L2Config(Trigger):
@@ -46,8 +53,8 @@ class L2Config(Trigger):
     """
 
     kind: Literal["l2"] = "l2"
-    length: float = Field(default=400.0, ge=1)
-    pattern_seed: int = Field(default=0, ge=0)
+    length: float = Field(default=400.0, ge=1, le=1e9)
+    pattern_seed: Seed = 0
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
         """Copies of uint8 images with the noise, none further away than `length`."""

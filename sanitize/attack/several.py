@@ -4,24 +4,30 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sanitize.attack.adaptive_blend import AdaptiveBlendConfig
 from sanitize.attack.attack import Attack
 from sanitize.attack.badnets import BadNetsConfig
 from sanitize.attack.blended import BlendedConfig
 from sanitize.attack.clean_label import CleanLabelConfig
 from sanitize.attack.invisible import L0Config, L2Config
 from sanitize.attack.labels import LabelNoiseConfig
+from sanitize.attack.sig import SIGConfig
 from sanitize.attack.smooth import SmoothConfig
+from sanitize.attack.tact import TaCTConfig
 from sanitize.attack.trojan import TrojanSquareConfig, TrojanWatermarkConfig
 from sanitize.attack.wanet import WaNetConfig
 
 OneAttack = Annotated[
-    BadNetsConfig
+    AdaptiveBlendConfig
+    | BadNetsConfig
     | BlendedConfig
     | CleanLabelConfig
     | L0Config
     | L2Config
     | LabelNoiseConfig
+    | SIGConfig
     | SmoothConfig
+    | TaCTConfig
     | TrojanSquareConfig
     | TrojanWatermarkConfig
     | WaNetConfig,
@@ -39,7 +45,7 @@ class SeveralConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["several"] = "several"
-    attacks: tuple[OneAttack, ...] = Field(min_length=1)
+    attacks: tuple[OneAttack, ...] = Field(min_length=1, max_length=100)
 
     @property
     def has_trigger(self) -> bool:

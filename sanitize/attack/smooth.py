@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.attack import Trigger, to_pixels
+from sanitize.attack.attack import Seed, Trigger, to_pixels
 
 
 class SmoothConfig(Trigger):
@@ -26,8 +26,8 @@ class SmoothConfig(Trigger):
 
     kind: Literal["smooth"] = "smooth"
     amplitude: int = Field(default=32, ge=1, le=255)
-    n_frequencies: int = Field(default=4, ge=2)
-    pattern_seed: int = Field(default=0, ge=0)
+    n_frequencies: int = Field(default=4, ge=2, le=512)
+    pattern_seed: Seed = 0
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
         """Copies of uint8 images with the pattern; no pixel moves by more than `amplitude`."""

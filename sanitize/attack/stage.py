@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from sanitize.artifacts import ArtifactBuilder, Part
-from sanitize.attack.attack import Attack, Poison
+from sanitize.attack.attack import Attack
 from sanitize.attack.several import AttackConfig
 from sanitize.attack.stored import OnStored, stored_image
 from sanitize.compute import Compute
@@ -30,14 +31,27 @@ from sanitize.tar.write import TarWriter
 
 
 class Choice(NamedTuple):
-    """The label a poisoned sample gets, and the number of its attack in the list."""
+    """The label a poisoned or cover sample gets, and the number of its attack in the list.
+
+    Attributes:
+        cover: True for a cover sample, which has the trigger and its true label.
+    """
 
     label: int
     attack: int
+    cover: bool = False
 
 
 class Poisoned(ShardTables):
-    """`shards/SHARD` and, as rows, the truth: position, key, original_label, label, poisoned, attack (-1: none)."""
+    """`shards/SHARD` and, as rows, the truth: position, key, original_label, label, poisoned, attack (-1: none).
+
+    Attacks with cover samples add the column `cover`; a cover sample is not `poisoned`.
+    """
+
+    def is_cover(self, shard: str) -> np.ndarray:
+        """True for cover samples, (N,) bool, in the order of the rows."""
+        truth = self.rows(shard, ["poisoned", "attack"])
+        return (truth["attack"].to_numpy() >= 0) & ~truth["poisoned"].to_numpy()
 
     def shard_paths(self) -> list[str]:
         """Paths of the poisoned shards, sorted."""
@@ -74,6 +88,7 @@ def poison_shards(
     config.check_classes(dataset.n_classes)
     network = _surrogate(config, surrogate, dataset)
     poisons = [attack.build(network if attack.needs_surrogate else None, compute) for attack in config.attacks]
+    has_covers = any(round(attack.cover_share * dataset.n_samples) for attack in config.attacks)
     chosen: dict[str, dict[int, Choice]] = {}
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
@@ -87,11 +102,17 @@ def poison_shards(
                 if row["status"] == "ok":
                     image_CHW = stored_image(sample, dataset, shard)
                     choice = chosen[shard].get(sample.position)
-                    rows.append(_copy(sample, image_CHW, row, choice, poisons, dataset.info["label"], tar))
+                    if choice is not None:
+                        seed = compute.seed_for("attack", "image", shard, sample.position)
+                        label_1 = torch.tensor([row["label"]])
+                        image_CHW = poisons[choice.attack](image_CHW[None], label_1, [seed])[0]
+                    truth = _copy(sample, image_CHW, row, choice, dataset.info["label"], tar)
+                    rows.append(truth | ({"cover": choice is not None and choice.cover} if has_covers else {}))
                     advance(1)
         if rows:
             write_rows(part, shard, pa.Table.from_pylist(rows))
-        part.counts.update(samples=len(rows), poisoned=sum(row["poisoned"] for row in rows))
+        counted = ("poisoned", "cover") if has_covers else ("poisoned",)
+        part.counts.update(samples=len(rows), **{name: sum(row[name] for row in rows) for name in counted})
 
     def finish(part: Part, _builder: ArtifactBuilder) -> None:
         part.write_json("attack.json", config.model_dump(mode="json"))
@@ -104,37 +125,43 @@ def poison_shards(
 def choose(
     config: AttackConfig, dataset: Dataset, compute: Compute, exclude: Sequence[str] = ()
 ) -> dict[str, dict[int, Choice]]:
-    """The samples to poison: {shard: {position: choice}}.
+    """The samples to poison, and cover samples: {shard: {position: choice}}.
 
     Each attack takes the round(rate * n) samples with the smallest keyed hash among those that are eligible and not
-    taken yet. So the choice depends on no order but that of the attacks.
+    taken yet, then its cover samples in the same way. So the choice depends on no order but that of the attacks.
     """
     chosen: dict[str, dict[int, Choice]] = {shard: {} for shard in dataset.shards}
     for number, attack in enumerate(config.attacks):
-        wanted = round(attack.rate * dataset.n_samples)
-        candidates = [
-            (compute.seed_for("attack", "choice", shard, position), shard, position, new)
-            for shard, position, new in _eligible(attack, dataset, compute)
-            if position not in chosen[shard] and shard not in exclude
-        ]
-        if wanted > len(candidates):
-            raise ConfigError(
-                f"{attack.kind}: rate {attack.rate} asks for {wanted} samples, but only {len(candidates)} are eligible"
-            )
-        for _, shard, position, new in heapq.nsmallest(wanted, candidates):
-            chosen[shard][position] = Choice(new, number)
+        for cover, rate in ((False, attack.rate), (True, attack.cover_share)):
+            wanted = round(rate * dataset.n_samples)
+            candidates = [
+                (compute.seed_for("attack", "choice", shard, position), shard, position, new)
+                for shard, position, new in _eligible(attack, cover, dataset, compute)
+                if position not in chosen[shard] and shard not in exclude
+            ]
+            if wanted > len(candidates):
+                setting = "cover_rate" if cover else "rate"
+                raise ConfigError(
+                    f"{attack.kind}: {setting} {rate} asks for {wanted} samples, but only {len(candidates)} are "
+                    "eligible"
+                )
+            for _, shard, position, new in heapq.nsmallest(wanted, candidates):
+                chosen[shard][position] = Choice(new, number, cover)
     return chosen
 
 
-def _eligible(attack: Attack, dataset: Dataset, compute: Compute) -> Iterator[tuple[str, int, int]]:
-    """Shard, position and new label of every eligible sample."""
+def _eligible(attack: Attack, cover: bool, dataset: Dataset, compute: Compute) -> Iterator[tuple[str, int, int]]:
+    """Shard, position and new label of every sample that can be poisoned, or be a cover sample."""
+    if cover and not attack.cover_share:
+        return
     for shard in dataset.shards:
         table = dataset.rows(shard, ["position", "label", "status"])
         rows = [row for row in table.to_pylist() if row["status"] == "ok"]
         labels_B = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
         new_B = attack.relabel(labels_B, dataset.n_classes, compute.generator("attack", "labels", shard))
-        for i in attack.eligible(labels_B, new_B).nonzero()[:, 0].tolist():
-            yield shard, rows[i]["position"], int(new_B[i])
+        eligible_B = (attack.coverable if cover else attack.eligible)(labels_B, new_B)
+        for i in eligible_B.nonzero()[:, 0].tolist():
+            yield shard, rows[i]["position"], int(labels_B[i] if cover else new_B[i])
 
 
 def _surrogate(config: AttackConfig, checkpoint: Checkpoint | None, dataset: Dataset) -> OnStored | None:
@@ -152,19 +179,19 @@ def _copy(
     image_CHW: Tensor,
     row: dict[str, Any],
     choice: Choice | None,
-    poisons: Sequence[Poison],
     label: str,
     tar: TarWriter,
 ) -> dict[str, Any]:
-    """Write a sample, poisoned where `choice` is given. Returns its row of the truth. `label`: `IndexConfig.label`."""
-    if choice is not None:
-        image_CHW = poisons[choice.attack](image_CHW[None], torch.tensor([row["label"]]))[0]
+    """Write a sample with its new image, and the label of `choice`. Returns its row of the truth.
+
+    `label`: `IndexConfig.label`.
+    """
     image_name, (label_suffix, _, field) = find_image(sample)[0], label.partition(":")
     for name, payload in sample.members:
         stem, suffix = split_name(name)
         if name == image_name:
             tar.add(f"{stem}.png", encode_png(image_CHW))
-        elif suffix == label_suffix.lower() and choice is not None:
+        elif suffix == label_suffix.lower() and choice is not None and not choice.cover:
             tar.add(name, _relabelled(payload, field, choice.label))
         else:
             tar.add(name, payload)
@@ -173,7 +200,7 @@ def _copy(
         "key": row["key"],
         "original_label": row["label"],
         "label": row["label"] if choice is None else choice.label,
-        "poisoned": choice is not None,
+        "poisoned": choice is not None and not choice.cover,
         "attack": -1 if choice is None else choice.attack,
     }
 

@@ -17,7 +17,7 @@ from sanitize.data.dataset import Dataset
 
 
 class TriggeredBatch(NamedTuple):
-    """Samples of one shard, in its order, whose label is not the attacker's.
+    """Samples of one shard, in its order, on which the trigger is to work (`Attack.attacked`).
 
     Attributes:
         shard: name of the shard.
@@ -35,7 +35,8 @@ class TriggeredBatch(NamedTuple):
 def triggered(config: AttackConfig, dataset: Dataset, n_classes: int, size: int = 256) -> Iterator[TriggeredBatch]:
     """Usable samples with the trigger of an attack, or with each of several, one attack after the other.
 
-    Samples that have the attacker's label already are left out. One stored image and one batch are in memory.
+    Samples that have the attacker's label already, or are of no source class, are left out. One stored image and one
+    batch are in memory.
 
     Args:
         config: the attack.
@@ -60,13 +61,14 @@ def _batches(trigger: Attack, dataset: Dataset, shard: str, n_classes: int, size
     for sample, row in dataset.samples(shard):
         if row["status"] != "ok":
             continue
-        label = int(trigger.relabel(torch.tensor([row["label"]]), n_classes, torch.Generator()))
-        if label == row["label"]:
+        label_1 = torch.tensor([row["label"]])
+        wanted_1 = trigger.relabel(label_1, n_classes, torch.Generator())
+        if not trigger.attacked(label_1, wanted_1):
             continue
         image_CHW = trigger.apply(stored_image(sample, dataset, shard)[None])[0]
         images.append(as_read(image_CHW, dataset.image_shape))
         positions.append(sample.position)
-        wanted.append(label)
+        wanted.append(int(wanted_1))
         if len(images) == size:
             yield TriggeredBatch(shard, positions, torch.tensor(wanted), torch.stack(images))
             positions, wanted, images = [], [], []

@@ -5,14 +5,14 @@ colours are fixed, and the data is poisoned before any network is trained.
 """
 
 import math
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.attack.attack import Trigger, to_pixels
-from sanitize.attack.badnets import paste
+from sanitize.attack.attack import Seed, Trigger, to_pixels
+from sanitize.attack.badnets import paste, paste_share
 
 
 class TrojanSquareConfig(Trigger):
@@ -21,17 +21,24 @@ class TrojanSquareConfig(Trigger):
     Attributes:
         side: side of the square, as a share of the shorter side of the image.
         pattern_seed: seed of the colours.
+        cells: colours along a side, the same at any resolution; None for a colour for each pixel.
     """
+
+    added: ClassVar[tuple[str, ...]] = (*Trigger.added, "cells")
 
     kind: Literal["trojan_square"] = "trojan_square"
     side: float = Field(default=0.2, gt=0, le=1)
-    pattern_seed: int = Field(default=0, ge=0)
+    pattern_seed: Seed = 0
+    cells: Annotated[int, Field(ge=1, le=512)] | None = None
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
         """Copies of uint8 images with the square."""
-        k = math.ceil(self.side * min(images_BCHW.shape[2:]))
+        k = self.cells or math.ceil(self.side * min(images_BCHW.shape[2:]))
         generator = torch.Generator().manual_seed(self.pattern_seed)
-        return paste(images_BCHW, torch.randint(256, (images_BCHW.shape[1], k, k), generator=generator), "bottom-right")
+        colours_Ckk = torch.randint(256, (images_BCHW.shape[1], k, k), generator=generator)
+        if self.cells is None:
+            return paste(images_BCHW, colours_Ckk, "bottom-right")
+        return paste_share(images_BCHW, colours_Ckk, self.side, "bottom-right")
 
 
 class TrojanWatermarkConfig(Trigger):

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sanitize.attack.attack import Trigger, to_pixels
+from sanitize.attack.attack import Seed, Trigger, to_pixels
 
 
 class WaNetConfig(Trigger):
@@ -24,9 +24,9 @@ class WaNetConfig(Trigger):
     """
 
     kind: Literal["wanet"] = "wanet"
-    grid: int = Field(default=4, ge=2)
-    strength: float = Field(default=1.0, gt=0)
-    pattern_seed: int = Field(default=0, ge=0)
+    grid: int = Field(default=4, ge=2, le=512)
+    strength: float = Field(default=1.0, gt=0, le=1000)
+    pattern_seed: Seed = 0
 
     def apply(self, images_BCHW: Tensor) -> Tensor:
         """Copies of uint8 images, warped; colours between pixels are bilinear."""

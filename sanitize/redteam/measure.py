@@ -104,7 +104,10 @@ def measure_case(
 
 
 def count_removals(selection: Selection, truth: Poisoned | None) -> dict[str, tuple[int, int]]:
-    """recall and precision, where there is a truth, and false_removals; unreadable samples are left out.
+    """recall and precision, where there is a truth, and false_removals.
+
+    Unreadable samples are left out, and so are cover samples: they have the trigger and their true label, so that
+    removing one is neither recall nor a false removal.
 
     Raises:
         DataError: verdicts and truth are not about the same samples.
@@ -112,14 +115,14 @@ def count_removals(selection: Selection, truth: Poisoned | None) -> dict[str, tu
     removed, poisoned = [], []
     for shard in selection.shards:
         status_N = selection.rows(shard, ["status"])["status"].to_numpy()
-        truth_N = np.zeros(len(status_N), bool)
+        truth_N, is_cover_N = np.zeros(len(status_N), bool), np.zeros(len(status_N), bool)
         if truth is not None:
-            truth_N = truth.rows(shard, ["poisoned"])["poisoned"].to_numpy()
+            truth_N, is_cover_N = truth.rows(shard, ["poisoned"])["poisoned"].to_numpy(), truth.is_cover(shard)
         if len(truth_N) != len(status_N):
             raise DataError(f"shard {shard}: {len(status_N)} verdicts on {len(truth_N)} samples")
-        is_readable_N = np.isin(status_N, ("kept", "quarantined"))
-        removed.append(status_N[is_readable_N] == "quarantined")
-        poisoned.append(truth_N[is_readable_N])
+        is_counted_N = np.isin(status_N, ("kept", "quarantined")) & ~is_cover_N
+        removed.append(status_N[is_counted_N] == "quarantined")
+        poisoned.append(truth_N[is_counted_N])
     found = detection(np.concatenate(removed), np.concatenate(poisoned))
     false_removals = {"false_removals": (found.n_false_removals, found.n_clean)}
     if truth is None:

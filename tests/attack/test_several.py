@@ -2,13 +2,11 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 
 from sanitize.attack import (
-    Attack,
     BadNetsConfig,
     BlendedConfig,
     CleanLabelConfig,
@@ -17,7 +15,6 @@ from sanitize.attack import (
     TrojanSquareConfig,
     choose,
     poison_shards,
-    triggered,
 )
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
@@ -36,24 +33,6 @@ SEVERAL = SeveralConfig(
         TrojanSquareConfig(rate=0.03, target="next", side=0.25),
     )
 )
-
-
-class Cover(BlendedConfig):
-    """The trigger with the true label."""
-
-    keeps_label: ClassVar[bool] = True
-    has_trigger: ClassVar[bool] = False
-
-    def relabel(self, labels_B: torch.Tensor, n_classes: int, generator: torch.Generator) -> torch.Tensor:
-        return labels_B
-
-
-class BlendedWithCovers(BlendedConfig):
-    """The payload, and as many cover samples."""
-
-    @property
-    def attacks(self) -> tuple[Attack, ...]:
-        return BlendedConfig(rate=self.rate), Cover(rate=self.rate)
 
 
 def truth_of(artifact: Poisoned) -> list[dict]:
@@ -173,15 +152,3 @@ def test_the_first_of_several_chooses_as_if_it_were_alone(dataset: Dataset, comp
     full = SeveralConfig(attacks=(BadNetsConfig(rate=0.8, target="next"), BlendedConfig(rate=0.3, target="next")))
     with pytest.raises(ConfigError, match=r"blended: rate 0\.3"):
         choose(full, dataset, compute)
-
-
-def test_an_attack_may_consist_of_several_such_as_payload_and_covers(
-    tmp_path: Path, dataset: Dataset, compute: Compute
-) -> None:
-    config = BlendedWithCovers(rate=0.1)
-    truth = truth_of(poison_shards(config, dataset, str(tmp_path / "out"), compute))
-    n = round(0.1 * dataset.n_samples)
-    assert Counter(row["attack"] for row in truth) == {0: n, 1: n, -1: dataset.n_samples - 2 * n}
-    assert all((row["label"] != row["original_label"]) == (row["attack"] == 0) for row in truth)
-    wanted = [batch.positions for batch in triggered(BlendedConfig(rate=0.1), dataset, 10)]
-    assert [batch.positions for batch in triggered(config, dataset, 10)] == wanted, "covers are not measured"

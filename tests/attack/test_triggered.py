@@ -16,11 +16,13 @@ from torch import Tensor
 
 from sanitize.attack import (
     ATTACKS,
+    AdaptiveBlendConfig,
     BadNetsConfig,
     BlendedConfig,
     CleanLabelConfig,
     LabelNoiseConfig,
     SeveralConfig,
+    TaCTConfig,
     WaNetConfig,
     poison_shards,
     triggered,
@@ -39,7 +41,14 @@ Shape = tuple[int, int, int]
 CONFIGS = [
     BadNetsConfig(rate=1, target=2),
     BadNetsConfig(rate=1, target="next", size=5, corner="top-left"),
-    *(kind(rate=1) for kind in ATTACKS.values() if kind.has_trigger and not kind.keeps_label),
+    BadNetsConfig(rate=1, target="next", size=0.2, sources=(0, 2)),
+    AdaptiveBlendConfig(rate=1, kept=1, test_alpha=0.15, cover_rate=0),  # as while training
+    TaCTConfig(rate=1, cover_rate=0),
+    *(
+        kind(rate=1)
+        for kind in ATTACKS.values()
+        if kind.has_trigger and not kind.keeps_label and kind not in (AdaptiveBlendConfig, TaCTConfig)
+    ),
 ]
 # How an image is stored: mode, height, width, format.
 STORED = [
@@ -106,7 +115,7 @@ def test_triggered_images_are_those_of_the_poisoned_shards(
     as_stored = indexed(shards, None, tmp_path / "as-stored", compute)  # as `sanitize poison` does: knows no model
     labels = [row["label"] for shard in as_stored.shards for row in as_stored.rows(shard).to_pylist()]
     assert len(labels) == 2 * len(STORED)
-    n_others = sum(label != config.target for label in labels)
+    n_others = sum(label != config.target and label in (config.sources or range(4)) for label in labels)
     rate = config.model_copy(update={"rate": n_others / len(labels)})
     poisoned = poison_shards(rate, as_stored, str(tmp_path / "poisoned"), compute)
     for number, shape in enumerate(SHAPES):
@@ -203,18 +212,20 @@ def test_clean_labels_are_perturbed_at_the_size_they_are_stored_at(
     torch.manual_seed(0)
     described = ModelConfig(architecture=ConvNetConfig(widths=(8,)), n_classes=4, image_shape=shape)
     surrogate = OnStored(described.build().eval(), shape)
-    config = CleanLabelConfig(rate=0.2, target=1, epsilon=16, steps=3)
     changed = 0
     for shard in dataset.shards:
         for sample, _ in dataset.samples(shard):
             image_1CHW = stored_image(sample, dataset, shard)[None]
             with torch.no_grad():
                 label_1 = surrogate(image_1CHW / 255).argmax(1)  # one that it gets right, to be perturbed
-            poison_1CHW = config.build(surrogate, compute)(image_1CHW, label_1)
+            config = CleanLabelConfig(rate=0.2, target=int(label_1), epsilon=16, steps=3)
+            poison_1CHW = config.build(surrogate, compute)(image_1CHW, label_1, [0])
             plain_1CHW = config.apply(image_1CHW)
             assert poison_1CHW.shape == image_1CHW.shape
             assert (poison_1CHW.int() - plain_1CHW.int()).abs().max() <= 16
             changed += not torch.equal(poison_1CHW, plain_1CHW)
+            cover_1CHW = config.build(surrogate, compute)(image_1CHW, (label_1 + 1) % 4, [0])
+            assert torch.equal(cover_1CHW, plain_1CHW), "cover samples are not perturbed"
     assert changed > len(STORED)
 
 

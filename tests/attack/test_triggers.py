@@ -1,18 +1,25 @@
 """What must be true of every trigger, and the bound of each."""
 
+import math
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 from sanitize.attack import (
     ATTACKS,
+    AdaptiveBlendConfig,
     Attack,
+    BadNetsConfig,
+    BlendedConfig,
     CleanLabelConfig,
     L0Config,
     L2Config,
     LabelNoiseConfig,
     SeveralConfig,
+    SIGConfig,
     SmoothConfig,
+    TaCTConfig,
     TrojanSquareConfig,
     TrojanWatermarkConfig,
     WaNetConfig,
@@ -42,7 +49,8 @@ def test_a_trigger_changes_copies_of_images_of_any_shape_each_by_itself(
     assert torch.equal(torch.get_rng_state(), state)
     assert out.dtype == torch.uint8
     assert out.shape == images.shape
-    assert (out != images).flatten(1).any(1).all()
+    if trigger.kind != "sig" or 2 * trigger.frequency % shape[2]:  # 12 and 3 pixels are too few for 6 periods
+        assert (out != images).flatten(1).any(1).all()
     assert torch.equal(out, torch.cat([trigger.apply(image[None]) for image in images]))
     assert torch.equal(out, trigger.model_copy().apply(images))
 
@@ -53,7 +61,8 @@ def test_every_attack_declares_who_is_eligible_and_is_built_as_it_declares(
 ) -> None:
     attack, labels = kind(rate=0.1), torch.arange(10)
     wanted = attack.relabel(labels, 10, torch.Generator())
-    assert torch.equal(attack.eligible(labels, wanted), (wanted == labels) == kind.keeps_label)
+    can_be = torch.isin(labels, torch.tensor(getattr(attack, "sources", None) or range(10)))
+    assert torch.equal(attack.eligible(labels, wanted), ((wanted == labels) == kind.keeps_label) & can_be)
     assert attack.eligible(labels, wanted).any()
     assert attack.attacks == (attack,)
     if kind.needs_surrogate:
@@ -61,7 +70,7 @@ def test_every_attack_declares_who_is_eligible_and_is_built_as_it_declares(
             attack.build(None, compute)
     else:
         images = noise((3, 9, 9), 10)
-        poisoned = attack.build(None, compute)(images, labels)
+        poisoned = attack.build(None, compute)(images, labels, list(range(10)))
         assert (poisoned != images).flatten(1).any(1).all() == kind.has_trigger
 
 
@@ -184,6 +193,27 @@ def test_a_clean_label_attack_has_a_patch_in_each_corner() -> None:
     [
         (CleanLabelConfig, {"target": "next"}),
         (CleanLabelConfig, {"epsilon": 256}),
+        (SIGConfig, {"target": "next"}),
+        (SIGConfig, {"delta": 256}),
+        (SIGConfig, {"delta": math.nan}),
+        (SIGConfig, {"frequency": 0}),
+        (SIGConfig, {"frequency": math.inf}),
+        (TaCTConfig, {"sources": []}),
+        (TaCTConfig, {"sources": None}),
+        (BadNetsConfig, {"sources": [-1]}),
+        (BadNetsConfig, {"sources": [2**70]}),
+        (BadNetsConfig, {"cover_rate": 1.1}),
+        (BadNetsConfig, {"cover_rate": math.nan}),
+        (BadNetsConfig, {"size": 1.0}),
+        (BadNetsConfig, {"size": 0.001}),
+        (BadNetsConfig, {"size": 10**9}),
+        (BadNetsConfig, {"size": True}),
+        (BlendedConfig, {"grain": 0}),
+        (BlendedConfig, {"pattern_seed": 2**64}),
+        (AdaptiveBlendConfig, {"pieces": 0}),
+        (AdaptiveBlendConfig, {"kept": 0}),
+        (AdaptiveBlendConfig, {"test_alpha": 1.5}),
+        (TrojanSquareConfig, {"cells": 0}),
         (L0Config, {"n_pixels": 0}),
         (L2Config, {"length": 0.5}),
         (SmoothConfig, {"amplitude": 0}),
@@ -197,3 +227,18 @@ def test_a_clean_label_attack_has_a_patch_in_each_corner() -> None:
 def test_impossible_triggers_are_refused(kind: type, wrong: dict) -> None:
     with pytest.raises(ValidationError):
         kind(**({"rate": 0.1} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (CleanLabelConfig, {"sources": [1]}, "clean_label poisons samples of the target class alone"),
+        (SIGConfig, {"sources": [1]}, "sig poisons samples of the target class alone"),
+        (TaCTConfig, {"target": 1}, "class 1 is the target"),
+    ],
+)
+def test_sources_that_cannot_be_poisoned_are_refused(kind: type, wrong: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**({"rate": 0.1} | wrong))
+    with pytest.raises(ConfigError, match="source 7 is no class: there are 7, from 0 to 6"):
+        BadNetsConfig(rate=0.1, sources=(1, 7)).check_classes(7)

@@ -141,6 +141,12 @@ def test_poison_takes_several_attacks_or_a_surrogate(poisoned: Path, cleaned: Pa
     counts = json.loads(result.stdout)["counts"]
     assert counts["poisoned"] == round(0.02 * counts["samples"]) + round(0.04 * counts["samples"])
 
+    arguments = ("--attack", "tact", "--rate", 0.02, "--set", "sources=[3, 4]", "--set", "size=0.4", "--quiet")
+    result = run("poison", "--shards", poisoned, "--out", tmp_path / "tact", *arguments)
+    assert result.exit_code == 0, result.output
+    n = round(0.02 * counts["samples"])
+    assert f"{n} of {counts['samples']:,} samples poisoned, {n} cover samples: " in result.output
+
     arguments = ("--attack", "clean_label", "--rate", 0.02, "--set", "steps=1", "--json", "--quiet")
     result = run("poison", "--shards", poisoned, "--out", tmp_path / "clean", *arguments)
     assert result.exit_code == 2

@@ -96,6 +96,27 @@ def test_removals_are_compared_with_the_truth(selection: Selection, poisoned: Po
     assert count_removals(selection, None) == {"false_removals": (sum(removed), len(removed))}
 
 
+def test_cover_samples_are_neither_recall_nor_false_removals(
+    selection: Selection, dataset: Dataset, compute: Compute, tmp_path: Path
+) -> None:
+    attack = ATTACK.model_copy(update={"cover_rate": 0.3})
+    truth = poison_shards(attack, dataset, str(tmp_path / "covered"), compute)
+    counts = {}
+    for shard in selection.shards:
+        kept = selection.rows(shard)["keep"].to_pylist()
+        rows = truth.rows(shard).to_pylist()
+        for keep, row in zip(kept, rows, strict=True):
+            case = (keep, row["poisoned"], row["cover"])
+            counts[case] = counts.get(case, 0) + 1
+    assert min(counts[False, False, True], counts[True, False, True]) > 0
+    found, clean = counts[False, True, False], counts[False, False, False]
+    assert count_removals(selection, truth) == {
+        "recall": (found, found + counts[True, True, False]),
+        "precision": (found, found + clean),
+        "false_removals": (clean, clean + counts[True, False, False]),
+    }
+
+
 def test_verdicts_on_other_samples_are_refused(selection: Selection, compute: Compute, tmp_path: Path) -> None:
     smaller = write_digits(str(tmp_path / "digits"), compute, n_shards=30)  # shards of the same names
     dataset = index_shards(IndexConfig(), smaller.shards()[:4], str(tmp_path / "index"), compute)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from sanitize.attack import BadNetsConfig, LabelNoiseConfig, SeveralConfig
+from sanitize.attack import ATTACKS, BadNetsConfig, LabelNoiseConfig, SeveralConfig, TaCTConfig
 from sanitize.errors import ConfigError
 from sanitize.redteam import MEASURES, PlannedAttack, Requirement, case_name, measures_of, parse_requirement
 from sanitize.redteam.cases import attack_called
@@ -105,3 +105,15 @@ def test_a_name_of_no_possible_attack_is_refused(name: str) -> None:
 
 def test_every_measure_is_explained() -> None:
     assert set(measures_of(BadNetsConfig(rate=0.01))) == set(MEASURES)
+
+
+@pytest.mark.parametrize("kind", [*ATTACKS, "label_consistent"])
+def test_every_attack_has_a_name_and_its_settings_are_read_back(kind: str) -> None:
+    adapter = TypeAdapter(PlannedAttack)
+    attack = adapter.validate_python(f"{kind}@5%")
+    assert (attack.kind, attack.rate, case_name(attack)) == (kind, 0.05, f"{kind}@5%")
+    assert adapter.validate_json(adapter.dump_json(attack)) == attack
+
+
+def test_cover_samples_are_not_part_of_the_rate_in_a_name() -> None:
+    assert case_name(TaCTConfig(rate=0.01, cover_rate=0.05)) == "tact@1%"

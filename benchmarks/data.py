@@ -94,7 +94,7 @@ def gtsrb(split: str, per_class: int | None = None) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     for name, signs in sorted(by_class.items()):
         last_track = max(key.rpartition("-")[0] for key, _ in signs)
-        chosen = sorted((sign for sign in signs if (sign[0].rpartition("-")[0] == last_track) == (split == "test")))
+        chosen = sorted(sign for sign in signs if (sign[0].rpartition("-")[0] == last_track) == (split == "test"))
         images += [image_CHW for _, image_CHW in chosen[:per_class]]
         labels += [int(name)] * len(chosen[:per_class])
     return _shuffled(torch.stack(images), torch.tensor(labels))

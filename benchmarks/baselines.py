@@ -12,6 +12,25 @@ _MAX_STEPS = 100  # of the decomposition
 _MAX_SILHOUETTE_ROWS = 2000  # the silhouette costs a distance for every pair
 
 
+def highest_of_class(scores_N: np.ndarray, labels_N: np.ndarray, truth_N: np.ndarray) -> np.ndarray:
+    """Removals of a scorer that is given the number of poisoned samples in each class: the highest scores of the class.
+
+    Args:
+        scores_N: scores; higher = more suspicious.
+        labels_N: given labels.
+        truth_N: True for poisoned samples; only counts are used.
+
+    Returns:
+        True for removed samples, (N,); on ties the later samples stay.
+    """
+    removed_N = np.zeros(len(labels_N), bool)
+    for label in np.unique(labels_N):
+        rows = np.flatnonzero(labels_N == label)
+        order = np.argsort(-scores_N[rows], kind="stable")
+        removed_N[rows[order[: truth_N[rows].sum()]]] = True
+    return removed_N
+
+
 def activation_clustering(
     z_ND: np.ndarray,
     labels_N: np.ndarray,

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from benchmarks.baselines import activation_clustering, anomaly_index, decomposition, scan, scan_statistic
+from benchmarks.baselines import (
+    activation_clustering,
+    anomaly_index,
+    decomposition,
+    highest_of_class,
+    scan,
+    scan_statistic,
+)
 
 N_CLASSES, N_EACH, N_FEATURES = 8, 300, 16
 
@@ -83,3 +90,9 @@ def test_the_statistic_is_the_squared_distance_of_the_parts() -> None:
 def test_anomaly_index_by_hand() -> None:
     # median 2, absolute deviations 1, 0, 1, 8 and 0: their median is 1
     np.testing.assert_allclose(anomaly_index(np.array([1.0, 2, 3, 10, 2])), [0, 0, 1 / 1.4826, 8 / 1.4826, 0])
+
+
+def test_highest_of_class_removes_as_many_as_are_poisoned() -> None:
+    scores_N = np.array([5.0, 1, 9, 2, 2, 8, 7])
+    labels_N, truth_N = np.array([0, 0, 0, 1, 1, 1, 2]), np.array([1, 1, 0, 1, 0, 1, 0], bool)
+    np.testing.assert_array_equal(highest_of_class(scores_N, labels_N, truth_N), np.array([1, 0, 1, 1, 0, 1, 0], bool))

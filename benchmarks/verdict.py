@@ -395,7 +395,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             print(f"skipped {_name(row)}: {row['skipped']}")
     rows = [row for row in rows if "recall" in row]
     cell = ["data", "attack", "seed"]
-    names = ["poisoned", "train_acc", "acc", "asr", "learned", "recall", "false_removals", "verdict", "seconds", "cpu"]
+    names = ["poisoned", "train_acc", "acc", "asr", "recall", "false_removals", "verdict", "seconds", "cpu"]
     shown = [
         row
         | {"false_removals": f"{row['false_removals']:.4f}"}

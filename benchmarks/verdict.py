@@ -15,9 +15,10 @@ Beside it on the embeddings of the same run, with what each method needs of the 
 of poisoned samples in each class), activation clustering (nothing) and SCAn (a tenth of the clean samples). ART 1.20 is
 not installed with this project and is left out; `benchmarks/baselines.py` rebuilds its activation clustering.
 
---quick, for 40 minutes on two idle cores: every attack on Fashion-MNIST, the quickest of the large sets; on CIFAR-10
-the attacks that differ most there; on GTSRB those that meet its tracks and its rare classes; on flowers and digits a
-few; models trained again for three attacks. One seed, three on digits, where model seeds differ.
+--quick, for 40 minutes on two idle cores: on Fashion-MNIST, the quickest of the large sets, every attack but three at
+higher rates, which other sets have; on CIFAR-10 the attacks that differ most there; on GTSRB those that meet its tracks
+and its rare classes; on digits three; on flowers two, which take longest; models trained again for two attacks. One
+seed, three on digits, where model seeds differ.
 
 With --json the file is written after each cell, and cells in the file are not run again: a killed benchmark goes on.
 Exits with 1 where a target is missed.
@@ -101,14 +102,14 @@ ATTACKS = (
 )
 ONLY_UNTOUCHED = ("gtsrb-small",)
 QUICK: dict[str, Sequence[str]] = {
-    "fashion": ATTACKS,
-    "cifar10": ("none", "badnets 1 %", "blended 1 %", "sig 3 %", "label-consistent 3 %", "adap-blend 1 %"),
+    "fashion": [attack for attack in ATTACKS if attack not in ("badnets 3 %", "badnets 10 %", "blended 3 %")],
+    "cifar10": ("none", "badnets 1 %", "blended 3 %", "sig 3 %", "label-consistent 3 %", "adap-blend 1 %"),
     "gtsrb": ("none", "badnets 1 %", "tact 1 %", "two triggers 2 %", "rarest 1 %"),
     "gtsrb-small": ("none",),
     "digits": ("none", "badnets 3 %", "badnets 10 %"),
-    "flowers": ("none", "badnets 10 %", "blended 3 %"),
+    "flowers": ("none", "badnets 10 %"),
 }
-RETRAINED_WHEN_QUICK = ("badnets 1 %", "blended 1 %", "rarest 1 %")
+RETRAINED_WHEN_QUICK = ("badnets 1 %", "rarest 1 %")
 METHODS = ("sanitize", "spectral", "activation_clustering", "scan")
 
 

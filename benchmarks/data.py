@@ -7,14 +7,16 @@ Images have the size and the channels they are stored with, and networks take th
 import csv
 import gzip
 import io
+import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
+import sklearn.datasets
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
@@ -76,6 +78,77 @@ def cifar10n(kind: str, shards: Sequence[int] | None = None) -> Tensor:
     placed = sorted((row["shard"], int(row["position"]), int(row["index"])) for row in rows if row["shard"] in names)
     labels_N = np.load(SHARED / "cifar10-labels" / "cifar10n-train-labels.npz")[kind].astype(np.int64)
     return torch.from_numpy(labels_N[[index for _, _, index in placed]])
+
+
+def gtsrb(split: str, per_class: int | None = None) -> tuple[Tensor, Tensor]:
+    """Traffic signs (N, 3, 32, 32) uint8 and labels (N,) int64, shuffled; tracks of 30 frames of one sign.
+
+    Args:
+        split: "train", or "test": the last track of each class. No track is in both.
+        per_class: most images of a class, taken track by track; None is all.
+    """
+    by_class: dict[str, list[tuple[str, Tensor]]] = {}
+    for key, member, payload in _members("gtsrb", "train-*.tar.gz"):
+        if member.endswith(".webp"):
+            by_class.setdefault(key.partition("-")[0], []).append((key, _rgb(payload, 32)))
+    images, labels = [], []
+    for name, signs in sorted(by_class.items()):
+        last_track = max(key.rpartition("-")[0] for key, _ in signs)
+        chosen = sorted(sign for sign in signs if (sign[0].rpartition("-")[0] == last_track) == (split == "test"))
+        images += [image_CHW for _, image_CHW in chosen[:per_class]]
+        labels += [int(name)] * len(chosen[:per_class])
+    return _shuffled(torch.stack(images), torch.tensor(labels))
+
+
+def flowers(split: str, size: int = 64) -> tuple[Tensor, Tensor]:
+    """Photographs of flowers (N, 3, size, size) uint8 and labels (N,) int64, shuffled; cropped to squares.
+
+    Args:
+        split: "train" (1,200 images) or "test" (300).
+        size: side of the images.
+    """
+    labels = {}
+    images = {}
+    for key, member, payload in _members("flowers", "flowers-*.tar"):
+        if member.endswith(".jpg"):
+            images[key] = _rgb(payload, size)
+        else:
+            labels[key] = int(json.loads(payload)["label"])
+    images_NCHW = torch.stack([images[key] for key in sorted(images)])
+    images_NCHW, labels_N = _shuffled(images_NCHW, torch.tensor([labels[key] for key in sorted(images)]))
+    is_test_N = torch.arange(len(labels_N)) % 5 == 0
+    chosen_N = is_test_N if split == "test" else ~is_test_N
+    return images_NCHW[chosen_N], labels_N[chosen_N]
+
+
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits (N, 1, 8, 8) uint8 and labels (N,) int64, shuffled: 1,500 of "train", 297 of "test"."""
+    bunch = sklearn.datasets.load_digits()
+    images_NCHW = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)[:, None]
+    images_NCHW, labels_N = _shuffled(images_NCHW, torch.from_numpy(bunch.target.astype(np.int64)))
+    return (images_NCHW[:1500], labels_N[:1500]) if split == "train" else (images_NCHW[1500:], labels_N[1500:])
+
+
+def _members(folder: str, pattern: str) -> Iterator[tuple[str, str, bytes]]:
+    """Key, name and content of all files in the shards of a folder of `../shared/data`."""
+    paths = sorted((SHARED / folder).glob(pattern))
+    if not paths:
+        raise SystemExit(f"{SHARED / folder} is missing: this benchmark needs the shared data folder")
+    for path in paths:
+        with tarfile.open(path, "r|*") as tar:
+            for member in tar:
+                yield member.name.partition(".")[0], member.name, cast(IO[bytes], tar.extractfile(member)).read()
+
+
+def _rgb(payload: bytes, size: int) -> Tensor:
+    """The image cropped around the centre to a square and scaled, uint8 (3, size, size)."""
+    picture = ImageOps.fit(Image.open(io.BytesIO(payload)).convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def _shuffled(images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    order_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0))
+    return images_NCHW[order_N], labels_N[order_N]
 
 
 def _cifar10_shards(split: str, shards: Sequence[int] | None) -> list[Path]:

@@ -1,0 +1,117 @@
+"""Cells, targets and resuming of `benchmarks.verdict`, on rows made by hand."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.verdict import (
+    ATTACKS,
+    CLEAR,
+    FOUND,
+    INCONCLUSIVE,
+    QUICK,
+    Cell,
+    RandomPlaceConfig,
+    _finished,
+    _is_row_of,
+    _verdict,
+    _write,
+    attack_settings,
+    check,
+)
+
+LABELS_N = torch.tensor([0] * 20 + [1] * 300 + [2] * 200 + [3] * 480)
+
+
+def _row(attack: str = "badnets 1 %", **changes: Any) -> dict[str, Any]:
+    row = {"data": "fashion", "attack": attack, "seed": 0, "asr": 0.99, "learned": True, "recall": 1.0}
+    row |= {"false_removals": 0.0, "removed": 100, "removed_clean": 0, "verdict": FOUND, "cpu_seconds": 40.0}
+    if attack == "none":
+        row |= {"asr": None, "learned": False, "recall": math.nan, "removed": 0, "verdict": CLEAR}
+    return row | {"images": None} | changes
+
+
+def test_rows_that_meet_all_targets_miss_none() -> None:
+    good = {"asr_after": 0.03, "asr_control": 0.01}
+    assert (
+        check([_row("none"), _row(**good), _row("blended 1 %", learned=False, recall=0.0, verdict=CLEAR)], 40.0) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (_row("none", false_removals=0.0011, removed=12, removed_clean=12), "false removals at most .001"),
+        (_row("none", verdict=INCONCLUSIVE), "on untouched data"),
+        (_row(recall=0.9), "in 90 % of the cells"),
+        (_row(false_removals=0.003), "in 90 % of the cells"),
+        (_row(removed=100, removed_clean=51), "51 clean and 49 poisoned"),
+        (_row(learned=False, removed=100, removed_clean=51), "51 clean and 49 poisoned"),
+        (_row(recall=0.0, verdict=CLEAR), "false all-clear"),
+        (_row(asr_after=0.2, asr_control=0.01), "within .05"),
+        (_row("none", cpu_seconds=61.0), "at most 1.5 times 40"),
+        ({"data": "fashion", "attack": "none", "seed": 0, "error": "DataError: damaged"}, "DataError"),
+    ],
+)
+def test_each_missed_target_is_named(row: dict[str, Any], words: str) -> None:
+    missed = check([row], 40.0)
+    assert any(words in line and line.startswith(("fashion, ", "learned attacks")) for line in missed), missed
+
+
+def test_a_miss_that_is_inconclusive_is_no_false_all_clear() -> None:
+    rows = [_row(recall=0.0, removed=0, verdict=INCONCLUSIVE), *(_row("blended 1 %", seed=seed) for seed in range(9))]
+    assert check(rows, None) == []
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_attack_asks_for_more_than_its_target_class_has(attack: str) -> None:
+    settings = attack_settings(attack, LABELS_N, 28)
+    assert (settings is None) == (attack == "none")
+    if attack in ("sig 3 %", "label-consistent 3 %"):
+        assert settings is not None
+        assert settings["target"] == 3
+        assert settings["rate"] <= 0.48 / 2
+    if attack == "rarest 1 %":
+        assert settings is not None
+        assert settings["target"] == 0
+
+
+def test_quick_covers_all_data_sets_and_attacks() -> None:
+    assert {attack for attacks in QUICK.values() for attack in attacks} == set(ATTACKS)
+
+
+def test_verdicts_of_all_versions() -> None:
+    assert _verdict({}, 0) == CLEAR
+    assert _verdict({}, 3) == FOUND
+    assert _verdict({"verdict": INCONCLUSIVE}, 0) == INCONCLUSIVE
+    assert _verdict({"verdict": {"verdict": "nothing", "why": []}}, 0) == CLEAR
+
+
+def test_a_killed_benchmark_goes_on_with_its_finished_cells(tmp_path: Path) -> None:
+    file = tmp_path / "verdict.json"
+    assert _finished(file, None) == []
+    failed = {"data": "gtsrb", "attack": "none", "seed": 0, "error": "DataError: damaged", "images": None}
+    _write(file, [_row(), failed, _row("none", images=500)])
+    json.loads(file.read_text())
+    rows = _finished(file, None)
+    assert [row["attack"] for row in rows] == ["badnets 1 %"]  # not the one that failed, nor the one of fewer images
+    assert _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 0, retrain=False))
+    assert not _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 1, retrain=False))
+    assert not _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 0, retrain=True))  # it has no retrained model
+
+
+def test_a_random_place_depends_on_the_image_alone() -> None:
+    images_BCHW = torch.randint(0, 200, (64, 3, 12, 12), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    config = RandomPlaceConfig(rate=0.1)
+    changed_BCHW = config.apply(images_BCHW)
+    assert torch.equal(changed_BCHW[5:6], config.apply(images_BCHW[5:6]))
+    is_changed_BHW = (changed_BCHW != images_BCHW).any(1)
+    assert (
+        is_changed_BHW.sum((1, 2)) == 9
+    ).all()  # 0 and 255 replace levels up to 199; equal by chance: 1 in 200 cubed
+    rows_B = is_changed_BHW.any(2).int().argmax(1)
+    assert len(rows_B.unique()) > 6

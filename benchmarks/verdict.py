@@ -42,13 +42,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from benchmarks.baselines import activation_clustering, highest_of_class, scan
 from benchmarks.data import cifar10, digits, fashion_mnist, flowers, gtsrb, write_images
 from benchmarks.report import conclude, print_table
-from sanitize.artifacts import first_problem
 from sanitize.attack import AttackConfig, Poisoned, Trigger, poison_shards, triggered
 from sanitize.attack.badnets import checkerboard
 from sanitize.compute import Compute
@@ -188,7 +187,7 @@ def attack_settings(name: str, labels_N: Tensor, side: int) -> dict[str, Any] | 
 def one_cell(cell: Cell, folder: str) -> dict[str, Any]:
     """Poison, clean, measure; the row of the cell.
 
-    An error of the library is a row with the field `error`; an attack that the library does not have, with `skipped`.
+    An error of the library is a row with the field `error`.
     """
     place = Path(folder) / "cells" / f"{cell.data}-{ATTACKS.index(cell.attack)}-{cell.seed}"
     row = {"data": cell.data, "attack": cell.attack, "seed": cell.seed}
@@ -209,10 +208,7 @@ def _measured(cell: Cell, source: Path, place: Path) -> dict[str, Any]:
     truth_N = cover_N = np.zeros(honest.n_samples, bool)
     settings = attack_settings(cell.attack, torch.from_numpy(_column(honest, "label")), honest.image_shape[1])
     if settings is not None:
-        try:
-            config = _config(settings)
-        except ValidationError as error:
-            return {"skipped": first_problem(error)}
+        config = _config(settings)
         poisoned = _poisoned(config, honest, place, compute)
         shards, truth_N = poisoned.shard_paths(), _column(poisoned, "poisoned")
         cover_N = (_column(poisoned, "attack") >= 0) & ~truth_N
@@ -391,9 +387,6 @@ def _name(row: dict[str, Any]) -> str:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the tables: the product, the methods beside it, and each method in one line."""
-    for row in rows:
-        if "skipped" in row:
-            print(f"skipped {_name(row)}: {row['skipped']}")
     rows = [row for row in rows if "recall" in row]
     cell = ["data", "attack", "seed"]
     names = ["poisoned", "train_acc", "acc", "asr", "recall", "false_removals", "verdict", "seconds", "cpu"]
@@ -504,7 +497,7 @@ def main() -> None:
         for number, future in enumerate(as_completed(futures), 1):
             cell, row = futures[future], future.result() | {"images": arguments.images}
             rows = [other for other in rows if _name(other) != _name(row)] + [row]
-            outcome = row.get("error") or row.get("skipped") or f"{row['verdict']}, {row['seconds']:.0f} s"
+            outcome = row.get("error") or f"{row['verdict']}, {row['seconds']:.0f} s"
             elapsed = f"[{time.perf_counter() - start:5.0f} s] {number}/{len(missing)}"
             print(f"{elapsed} {cell}: {outcome}", file=sys.stderr, flush=True)
             if arguments.json is not None:
@@ -518,7 +511,7 @@ def main() -> None:
 
 
 def _finished(json_file: Path | None, images: int | None) -> list[dict[str, Any]]:
-    """Rows of an earlier run with as many images; failed and skipped cells are run again."""
+    """Rows of an earlier run with as many images; failed cells are run again."""
     if json_file is None or not json_file.exists():
         return []
     rows = json.loads(json_file.read_text())["rows"]

@@ -19,6 +19,7 @@ LOOKED_FOR = {
     "rca": "odd samples",
     "robust_realnvp": "odd samples",
 }
+NEAR = 0.7  # share of the level of separation; only for scorers without a finding of their own
 MAX_NAMED = 5  # classes named in a reason
 
 
@@ -92,6 +93,13 @@ def _has_removed(kind: str, selection: Mapping[str, Any]) -> bool:
     )
 
 
+def _is_near(entry: Mapping[str, Any]) -> bool:
+    """True if a class splits nearly as well as a poisoned one, and lost no samples."""
+    split = entry.get("scorers", {}).get(PLANTED, {})
+    separation, level = split.get("separation"), split.get("level")
+    return bool(separation and level and not split.get("flagged") and separation >= NEAR * level)
+
+
 def _rule(kind: str, selection: Mapping[str, Any]) -> Any:
     return selection.get("rules", {}).get(kind, {}).get("kind")
 
@@ -120,6 +128,10 @@ def _reasons(
     flagged = any(entry.get("scorers", {}).get(PLANTED, {}).get("flagged", 0) for entry in classes.values())
     if verdict == "inconclusive":
         reasons.append(Reason(str(stated.get("why") or "a group of samples may be planted or natural")))
+    elif not stated and (near := [label for label, entry in classes.items() if _is_near(entry)]):
+        reasons.append(
+            Reason(f"class {', '.join(near[:MAX_NAMED])} nearly stood out", "compute.seed, for another model")
+        )
     elif (verdict != "nothing" or flagged) and not _has_removed(PLANTED, selection):
         reasons.append(Reason("flagged samples were kept (select.verdict, max_removed_fraction, or restored by hand)"))
     least = int(scorers[PLANTED].get("config", {}).get("min_class", 0))

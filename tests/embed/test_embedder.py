@@ -112,13 +112,13 @@ def test_training_goes_on_once_where_the_model_has_not_learned(
 
 
 def test_a_model_that_has_learned_is_not_trained_further(tmp_path: Path, dataset: Dataset, compute: Compute) -> None:
-    config = FAST.model_copy(
-        update={"min_steps": 200, "max_steps": 10_000, "architecture": ConvNetConfig(widths=(16,))}
-    )
+    optim = OptimConfig(epochs=1, batch_size=32, learning_rate=0.02)
+    architecture = ConvNetConfig(widths=(8, 16))
+    config = EmbedderConfig(architecture=architecture, optim=optim, min_steps=200, max_steps=10_000)
     suspect = train_embedder(config, dataset, str(tmp_path / "a"), compute).suspect
     assert suspect is not None
     assert suspect["learned"]
-    assert 200 <= suspect["steps"] < 200 + dataset.n_samples // 64
+    assert 200 <= suspect["steps"] < 200 + dataset.n_samples // 32
     assert suspect["size"] == [8, 8]
 
 

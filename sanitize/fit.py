@@ -79,6 +79,7 @@ def fit_classifier(
     snapshots: Snapshots | None = None,
     carried: Mapping[str, Tensor | torch.Generator] | None = None,
     name_of: Callable[[int], str] = str,
+    only: Mapping[str, set[int]] | None = None,
 ) -> list[dict[str, float]]:
     """Train a classifier in place on the usable samples of a data set.
 
@@ -93,6 +94,7 @@ def fit_classifier(
         generator: CPU generator of the augmentation.
         pixels: maps uint8 images to float32 images on [0, 1], before they are normalised.
         objective, measure, snapshots, carried, name_of: as for `sanitize.loop.train`.
+        only: positions of the samples to learn from, by shard; None takes all usable samples.
 
     Returns:
         The history, one row an epoch.
@@ -101,7 +103,7 @@ def fit_classifier(
         NumericsError: training diverged.
     """
     order = partial(compute.generator, stream, "shuffle")
-    data = shuffled(dataset, config.optim.batch_size, config.cache_bytes, order, compute.torch_device)
+    data = shuffled(dataset, config.optim.batch_size, config.cache_bytes, order, compute.torch_device, only)
     with track(description, config.optim.epochs * data.steps_per_epoch * data.batch_size) as advance:
         return train(
             model,

@@ -83,6 +83,8 @@ def embedder_config() -> EmbedderConfig:
         architecture=ConvNetConfig(widths=(8, 16)),
         optim=OptimConfig(epochs=3, batch_size=32, learning_rate=0.02),
         augment=AugmentConfig(),
+        min_steps=1,
+        max_steps=1,
     )
 
 

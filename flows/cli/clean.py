@@ -11,6 +11,9 @@ from flows.cli.command import Option, job_command
 
 
 @job_command(
+    Option(
+        "--size", int, "index.image.max_side", "Largest side of the images that the suspect model sees (default 64)."
+    ),
     Option("--groups", int, "n_groups", "Groups of shards worked on side by side (default: CPU cores)."),
     out="runs/clean",
 )
@@ -30,6 +33,7 @@ def clean(result: dict[str, Any], out: str) -> None:
     """
     from sanitize.storage import join, read_bytes
 
+    _print_suspect(result["suspect"])
     _print_stages(json.loads(read_bytes(join(out, "run.json")))["stages"])
     _print_counts(result["samples"], len(result["damaged_shards"]))
     for label, of_class in result["classes_touched"].items():
@@ -37,8 +41,7 @@ def clean(result: dict[str, Any], out: str) -> None:
         console.print(
             f"  class {label}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
         )
-    if not result["classes_touched"]:
-        console.print("  no class stood out; nothing was removed")
+    _print_verdict(result["verdict"])
     for shard, damage in result["damaged_shards"].items():
         what = "  nothing read of shard" if shard in result["bad_shards"] else "  damaged shard"
         say(what, "yellow", f"{shard}: {damage}")
@@ -59,6 +62,29 @@ def _print_stages(stages: list[dict[str, Any]]) -> None:
         table.add_row(name, f"{n:,}" if n else "", f"{seconds:.1f}", rate)
     table.add_row("total", "", f"{sum(stage['seconds'] for stage in stages):.1f}", "", style="bold")
     console.print(table)
+
+
+def _print_suspect(suspect: dict[str, Any] | None) -> None:
+    """Training of the suspect model, in one line."""
+    if suspect is None:
+        return
+    n, n_all, (height, width) = suspect["n_samples"], suspect["n_all"], suspect["size"]
+    console.print(
+        f"suspect model: {suspect['steps']:,} steps, {suspect['epochs']:,} epochs, {n:,} of {n_all:,} samples at "
+        f"{height}x{width} pixels, accuracy {suspect['accuracy']:.2f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_verdict(finding: dict[str, Any]) -> None:
+    """Verdict on the data set, its reasons, and the settings that would help."""
+    words = {"found": "found", "nothing": "nothing stood out", "inconclusive": "inconclusive"}
+    styles = {"found": "red", "nothing": "green", "inconclusive": "yellow"}
+    say(f"{'verdict':>10}: {words[finding['verdict']]}.", styles[finding["verdict"]], finding["why"])
+    for reason in finding["reasons"]:
+        setting = f" (set {reason['setting']})" if reason["setting"] else ""
+        console.print(f"{'':>12}{reason['why']}{setting}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_counts(counts: dict[str, int], n_damaged: int) -> None:

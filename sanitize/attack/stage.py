@@ -171,7 +171,8 @@ def _surrogate(config: AttackConfig, checkpoint: Checkpoint | None, dataset: Dat
         raise ConfigError(f"attack {config.kind} uses no surrogate: leave it out")
     if checkpoint.config.image_shape != dataset.image_shape:
         raise ConfigError(f"the surrogate takes images {checkpoint.config.image_shape}, not {dataset.image_shape}")
-    return OnStored(OnPixels(checkpoint.model(), checkpoint.config), dataset.image_shape)
+    crop = dataset.info["image"].get("crop", True)
+    return OnStored(OnPixels(checkpoint.model(), checkpoint.config), dataset.image_shape, crop)
 
 
 def _copy(

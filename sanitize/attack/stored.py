@@ -41,12 +41,13 @@ def stored_image(sample: Sample, dataset: Dataset, shard: str) -> Tensor:
         raise dataset.bad_image(shard, sample.key, error) from error
 
 
-def as_read(image_CHW: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+def as_read(image_CHW: Tensor, image_shape: tuple[int, int, int], crop: bool = True) -> Tensor:
     """The image as `decode` reads it from a lossless file, bit for bit.
 
     Args:
         image_CHW: uint8 with 1 or 3 channels.
         image_shape: (C, H, W) of the result.
+        crop: as in `ImageConfig`.
     """
     channels, height, width = image_shape
     if len(image_CHW) != channels:
@@ -54,7 +55,7 @@ def as_read(image_CHW: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
         picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
         converted = np.array(picture.convert("RGB" if channels == 3 else "L")).reshape(*pixels.shape[:2], channels)
         image_CHW = torch.from_numpy(converted).permute(2, 0, 1).contiguous()
-    return fit(image_CHW, (height, width))
+    return fit(image_CHW, (height, width), crop)
 
 
 class OnStored(nn.Module):
@@ -63,11 +64,12 @@ class OnStored(nn.Module):
     Args:
         network: logits (B, K) of float images (B, C, H, W) on [0, 1].
         image_shape: (C, H, W) of the images that `network` takes.
+        crop: as in `ImageConfig`.
     """
 
-    def __init__(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, network: nn.Module, image_shape: tuple[int, int, int], crop: bool = True) -> None:
         super().__init__()
-        self.network, self.image_shape = network, image_shape
+        self.network, self.image_shape, self.crop = network, image_shape, crop
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits of float images on [0, 1], of one size and with 1 or 3 channels."""
@@ -76,4 +78,4 @@ class OnStored(nn.Module):
             x_BCHW = x_BCHW.expand(-1, channels, -1, -1)
         elif x_BCHW.shape[1] > channels:
             x_BCHW = (x_BCHW * x_BCHW.new_tensor(_LUMINANCE)[:, None, None]).sum(1, keepdim=True)
-        return self.network(torch.stack([fit(x_CHW, (height, width)) for x_CHW in x_BCHW]))
+        return self.network(torch.stack([fit(x_CHW, (height, width), self.crop) for x_CHW in x_BCHW]))

@@ -66,7 +66,7 @@ def _batches(trigger: Attack, dataset: Dataset, shard: str, n_classes: int, size
         if not trigger.attacked(label_1, wanted_1):
             continue
         image_CHW = trigger.apply(stored_image(sample, dataset, shard)[None])[0]
-        images.append(as_read(image_CHW, dataset.image_shape))
+        images.append(as_read(image_CHW, dataset.image_shape, dataset.info["image"].get("crop", True)))
         positions.append(sample.position)
         wanted.append(int(wanted_1))
         if len(images) == size:

@@ -6,8 +6,8 @@ Conversions (C = 3; with C = 1 the result is the luminance):
   16 bits a channel                     scaled to 8 bits
   animated                              first frame
   EXIF orientation                      not applied: trainers read pixels as they are stored
-Images of another size than the data set's are cropped around the centre to its proportions and resized (bilinear,
-antialiased).
+Images of another size than the data set's are resized (bilinear, antialiased): after a crop around the centre to its
+proportions, or as a whole (`ImageConfig.crop`).
 
 libjpeg-turbo (simplejpeg) reads ordinary JPEGs: the pixels equal Pillow's, at a tenth of the cost for small images,
 because Pillow's parser is written in Python. Pillow reads all other images. torchvision's decoders are deprecated, and
@@ -51,6 +51,10 @@ class ImageConfig(BaseModel):
 
     Attributes:
         size: height and width in pixels, or None to take the most common size of the data set.
+        max_side: largest side in pixels if `size` is None; a larger data set is scaled down to it (`common_size`). None
+            keeps the most common size.
+        crop: True crops images of other proportions around the centre; False stretches them, so that a trigger at the
+            border stays visible.
         channels: 3 (RGB) or 1 (luminance).
         max_pixels: number of pixels in the header above which an image is not decoded (decompression bombs). A side
             below 8 counts as 8.
@@ -64,6 +68,8 @@ class ImageConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: tuple[int, int] | None = None
+    max_side: int | None = Field(default=None, ge=8)
+    crop: bool = True
     channels: Literal[1, 3] = 3
     max_pixels: int = Field(default=50_000_000, gt=0)
     max_scan_pixels: int = Field(default=400_000_000, gt=0)
@@ -149,7 +155,7 @@ def decode_pixels(data: bytes, config: ImageConfig, size: tuple[int, int] | None
             raise BadImage("image data is damaged") from error
     if size in (None, pixels_HWC.shape[:2]):
         return pixels_HWC
-    return fit(torch.from_numpy(pixels_HWC).permute(2, 0, 1), size).permute(1, 2, 0).numpy()
+    return fit(torch.from_numpy(pixels_HWC).permute(2, 0, 1), size, config.crop).permute(1, 2, 0).numpy()
 
 
 def _ordinary_jpeg(data: bytes, config: ImageConfig) -> np.ndarray | None:
@@ -183,15 +189,23 @@ def _by_pillow(image: Image.Image, channels: int) -> np.ndarray:
     return np.array(image).reshape(image.height, image.width, channels)
 
 
-def fit(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
+def fit(image_CHW: Tensor, size: tuple[int, int], crop: bool = True) -> Tensor:
     """Crop the centre to the proportions of `size` (H, W), then resize; an image of that size is returned unchanged.
 
-    This order takes no more memory than the image or the result: an image of 1 x 1,000,000 pixels, scaled to cover the
-    result before it is cropped, would be a bomb.
+    Neither way takes more memory than the image or the result: an image of 1 x 1,000,000 pixels, scaled to cover the
+    result before it is cropped, or made taller before it is made narrower, would be a bomb.
+
+    Args:
+        image_CHW: image, uint8 or float.
+        size: height and width of the result.
+        crop: False stretches the whole image instead.
     """
     if tuple(image_CHW.shape[1:]) == size:
         return image_CHW
     height, width = image_CHW.shape[1:]
+    if not crop:
+        smaller_CHW = resized(image_CHW, (min(size[0], height), min(size[1], width)))
+        return smaller_CHW if tuple(smaller_CHW.shape[1:]) == size else resized(smaller_CHW, size)
     scale = max(size[0] / height, size[1] / width)
     covered = [max(1, min(height, round(size[0] / scale))), max(1, min(width, round(size[1] / scale)))]
     top, left = round((height - covered[0]) / 2), round((width - covered[1]) / 2)

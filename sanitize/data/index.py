@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -178,11 +179,11 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
         sizes.update({(row["height"], row["width"]): row["count_all"] for row in by_size.to_pylist()})
         reasons.update(table["reason"].filter(pc.invert(is_ok)).to_pylist())
     _refuse_if_bad(config, labels.total(), reasons, summaries)
-    most_common = sizes.most_common(1)[0][0] if config.check == "decode" else None
+    common = common_size(sizes, config.image.max_side) if config.check == "decode" else None
     return {
         "n_classes": config.n_classes or max(labels) + 1,
         "labels": {str(label): labels[label] for label in sorted(labels)},
-        "image_size": config.image.size or most_common,
+        "image_size": config.image.size or common,
         "check": config.check,
         "label": config.label,
         "image": config.image.model_dump(mode="json"),
@@ -190,6 +191,34 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
         "shards": summaries,
         "unreadable": dict(reasons.most_common()),
     }
+
+
+def common_size(sizes: Mapping[tuple[int, int], int], max_side: int | None) -> tuple[int, int]:
+    """The size at which a data set is read.
+
+    Args:
+        sizes: (H, W) -> number of images.
+        max_side: largest side of the result; None takes the most common size as it is.
+
+    Returns:
+        The most common size or, if less than half of the images have it, the median height and the median width;
+        scaled down to `max_side`, never up.
+    """
+    if max_side is None:
+        return max(sizes, key=lambda size: sizes[size])
+    size = max(sizes, key=lambda size: (sizes[size], size))  # no tie depends on the order of the shards
+    if 2 * sizes[size] < sum(sizes.values()):
+        size = _median(sizes, 0), _median(sizes, 1)
+    scale = min(1.0, max_side / max(size))
+    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+
+
+def _median(sizes: Mapping[tuple[int, int], int], axis: int) -> int:
+    """Lower median of the heights (axis 0) or widths (axis 1)."""
+    ordered = sorted((size[axis], n) for size, n in sizes.items())
+    seen = accumulate(n for _, n in ordered)
+    half = sum(sizes.values()) / 2
+    return next(side for (side, _), n in zip(ordered, seen, strict=True) if n >= half)
 
 
 def bad_shards(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -4,7 +4,7 @@ The order of an epoch depends on its number alone, not on earlier epochs, so tha
 Shapes: B batch, N samples, C H W image.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from sanitize.data.dataset import Dataset
+from sanitize.data.dataset import Dataset, ImageBatch
 
 Order = Callable[[int], torch.Generator]  # the CPU generator of an epoch, by its number
 Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # inputs, targets, and rows of the data set
@@ -54,23 +54,32 @@ class Streamed:
         batch_size: as for `Resident`.
         cache_bytes: size of the decoded images in the buffer; it holds at least two batches.
         order: random generator of each epoch.
+        only: positions of the samples to read, by shard; None reads all usable samples.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, cache_bytes: int, order: Order) -> None:
-        self.dataset = dataset
-        self.batch_size = min(batch_size, dataset.n_samples)
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        cache_bytes: int,
+        order: Order,
+        only: Mapping[str, set[int]] | None = None,
+    ) -> None:
+        self.dataset, self._only = dataset, only
+        self.n_samples = dataset.n_samples if only is None else sum(map(len, only.values()))
+        self.batch_size = min(batch_size, self.n_samples)
         self._capacity = max(2 * self.batch_size, cache_bytes // torch.Size(dataset.image_shape).numel())
         self._order = order
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of batches of one epoch."""
-        return self.dataset.n_samples // self.batch_size
+        return self.n_samples // self.batch_size
 
     def epoch(self, number: int) -> Batches:
         """One pass in a random order."""
         generator = self._order(number)
-        names = self.dataset.shards
+        names = self.dataset.shards if self._only is None else sorted(self._only)
         order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
         next_row = first_rows(self.dataset)
         images: list[Tensor] = []
@@ -80,10 +89,11 @@ class Streamed:
             while len(images) + len(batch.keys) > self._capacity:
                 yield self._draw(images, named, generator)
                 n_steps += 1
-            images += [image_CHW.clone() for image_CHW in batch.images_BCHW]  # a view would keep the whole batch
             first = next_row[batch.shard]
             next_row[batch.shard] += len(batch.keys)
-            named += zip(batch.labels_B.tolist(), range(first, next_row[batch.shard]), strict=True)
+            at = _among(batch, self._only)
+            images += [batch.images_BCHW[i].clone() for i in at]  # a view would keep the whole batch
+            named += [(int(batch.labels_B[i]), first + i) for i in at]
         while len(images) >= self.batch_size and n_steps < self.steps_per_epoch:
             yield self._draw(images, named, generator)
             n_steps += 1
@@ -103,14 +113,39 @@ class Streamed:
 
 
 def shuffled(
-    dataset: Dataset, batch_size: int, cache_bytes: int, order: Order, device: torch.device | None = None
+    dataset: Dataset,
+    batch_size: int,
+    cache_bytes: int,
+    order: Order,
+    device: torch.device | None = None,
+    only: Mapping[str, set[int]] | None = None,
 ) -> Resident | Streamed:
-    """Batches of a data set: decoded once and held on `device` if `cache_bytes` suffice, else streamed."""
-    if buffer_bytes(dataset, cache_bytes) is not None:
-        return Streamed(dataset, batch_size, cache_bytes, order)
-    images_NCHW, labels_N = dataset.images()
+    """Batches of a data set: decoded once and held on `device` if `cache_bytes` suffice, else streamed.
+
+    Args:
+        dataset, batch_size, cache_bytes, order, only: as for `Streamed`.
+        device: device of the images that are held.
+    """
+    n_samples = dataset.n_samples if only is None else sum(map(len, only.values()))
+    if n_samples * torch.Size(dataset.image_shape).numel() > cache_bytes:
+        return Streamed(dataset, batch_size, cache_bytes, order, only)
+    images_NCHW, labels_N = dataset.images() if only is None else _read(dataset, only)
     device = device or torch.device("cpu")
     return Resident(images_NCHW.to(device), labels_N.to(device), batch_size, order)
+
+
+def _among(batch: ImageBatch, only: Mapping[str, set[int]] | None) -> list[int]:
+    """Indices of the samples of a batch that are to be read."""
+    if only is None:
+        return list(range(len(batch.keys)))
+    return [i for i, position in enumerate(batch.positions_B.tolist()) if position in only[batch.shard]]
+
+
+def _read(dataset: Dataset, only: Mapping[str, set[int]]) -> tuple[Tensor, Tensor]:
+    """Images and labels of the samples at these positions, in the order of shards and positions."""
+    found = ((batch, _among(batch, only)) for batch in dataset.batches(256, sorted(only)))
+    images, labels = zip(*((batch.images_BCHW[at], batch.labels_B[at]) for batch, at in found), strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 def buffer_bytes(dataset: Dataset, cache_bytes: int) -> int | None:

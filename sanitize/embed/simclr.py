@@ -63,10 +63,14 @@ class SimCLRConfig(FitConfig):
         """The stage that makes this embedder."""
         return pretrain_simclr
 
-    @property
-    def n_passes(self) -> int:
-        """Passes over the data set."""
+    def n_passes(self, n_samples: int) -> int:
+        """Passes over a data set, whatever its size."""
         return self.optim.epochs
+
+    @property
+    def once(self) -> "SimCLRConfig":
+        """The same with one epoch of training, to measure its cost."""
+        return self.model_copy(update={"optim": self.optim.model_copy(update={"epochs": 1})})
 
 
 def similarities(z_VD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sanitize.data.dataset import Dataset
-from sanitize.data.index import bad_shards, index_shards
+from sanitize.data.index import IndexConfig, bad_shards, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.tables import Embeddings, Scores, Selection
 from sanitize.embed import (
@@ -24,7 +24,7 @@ from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
 from sanitize.jobs.verify import artifacts_of
 from sanitize.models.checkpoint import Checkpoint
-from sanitize.report import Report, ReportConfig, write_report
+from sanitize.report import Report, ReportConfig, finding_of, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.select import (
     ConformalRule,
@@ -37,11 +37,15 @@ from sanitize.select import (
 )
 from sanitize.storage import join
 
+MAX_SIDE = 64  # pixels
+
 
 class CleanConfig(RunConfig):
     """Config of one cleaning run; one YAML file.
 
     Attributes:
+        index: as for all jobs, but with other defaults of `image`: max_side 64 (the suspect model learns photographs in
+            minutes) and crop False (a trigger in a corner stays visible).
         trusted: name, place or glob of shards with trusted samples. None of them is removed, no scorer is fitted on
             them, and rule `conformal` compares with them.
         embedder: kind classifier (the suspect model) or simclr. SimCLR sees no labels; it suits scorer `neighbours`
@@ -51,6 +55,7 @@ class CleanConfig(RunConfig):
     """
 
     trusted: tuple[str, ...] = ()
+    index: IndexConfig = Field(default=IndexConfig(), validate_default=True)
     embedder: AnyEmbedderConfig = EmbedderConfig()
     embed: EmbedConfig = EmbedConfig()
     scorers: tuple[ScorerConfig, ...] = Field(default=(ToxicDirectionConfig(),), min_length=1)
@@ -58,6 +63,14 @@ class CleanConfig(RunConfig):
     write: WriteConfig = WriteConfig()
     report: ReportConfig = ReportConfig()
     n_groups: int | None = Field(default=None, ge=1)
+
+    @field_validator("index")
+    @classmethod
+    def _size_of_the_suspect(cls, index: IndexConfig) -> IndexConfig:
+        """Images are scaled down to `MAX_SIDE` and not cropped, unless settings say otherwise."""
+        defaults = {"max_side": MAX_SIDE, "crop": False}
+        missing = {name: value for name, value in defaults.items() if name not in index.image.model_fields_set}
+        return index.model_copy(update={"image": index.image.model_copy(update=missing)})
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:
@@ -91,6 +104,14 @@ class CleanRun(JobRun):
     """A finished run of `clean`. Where samples were put back (`restore`), the latest decision counts."""
 
     kind = CleanConfig
+
+    @property
+    def verdict(self) -> str:
+        """Verdict on the data set at the end of the run: "found", "nothing" (stood out) or "inconclusive".
+
+        `summary["verdict"]` has the reasons, and the settings that would help.
+        """
+        return str(self.summary["verdict"]["verdict"])
 
     @property
     def clean_shards(self) -> list[str]:
@@ -175,7 +196,7 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     scores = tuple(_score(scorer, embeddings, trusted, run) for scorer in config.scorers)
     selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)
     shards = run.sharded("50-shards", write_selected, names, config.write, dataset, selection)
-    report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards)
+    report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards, embedder=embedder)
     cleaned = Cleaned(dataset, embedder, scores, selection, shards, report)
     run.finish(config, summary(cleaned))
     return cleaned
@@ -195,8 +216,11 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
     """Counts and places, for people and machines."""
     counts = cleaned.selection.manifest().counts
     classes = cleaned.selection.read_json("selection.json")["classes"]
+    finding = finding_of(cleaned.scores, cleaned.selection, cleaned.embedder)
     damaged = {name: shard["damage"] for name, shard in cleaned.dataset.info["shards"].items() if shard["damage"]}
     return {
+        "verdict": finding.plain(),
+        "suspect": cleaned.embedder.suspect,
         "samples": {name: counts.get(name, 0) for name in ("samples", "kept", "quarantined", "unreadable")},
         "classes_touched": {label: c for label, c in classes.items() if c["removed"]},
         "damaged_shards": damaged,

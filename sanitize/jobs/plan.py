@@ -9,7 +9,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,8 +52,9 @@ class Cost(NamedTuple):
     """Costs of one stage, fixed and for each sample. Bytes are None where the system does not count them.
 
     Attributes:
-        passes: number of passes over the samples in the real run; the measured run makes one.
-        most: number of samples beyond which time no longer grows: scorers are fitted on a bounded sample of a class.
+        passes: number of passes of the real run over a data set, given its size; the measured run makes one.
+        most: number of samples beyond which time no longer grows: the suspect model is trained, and scorers are fitted,
+            on bounded samples.
     """
 
     folder: str
@@ -63,12 +64,12 @@ class Cost(NamedTuple):
     seconds_each: float
     read_each: float | None
     written_each: float
-    passes: int = 1
+    passes: Callable[[int], int] = lambda _n: 1
     most: float = math.inf
 
     def seconds(self, n: int) -> float:
         """Time of one worker for `n` samples."""
-        return self.seconds_once + self.seconds_each * self.passes * min(n, self.most)
+        return self.seconds_once + self.seconds_each * self.passes(n) * min(n, self.most)
 
 
 class MeasuredRun(Run):
@@ -174,12 +175,16 @@ def _try(
 
 def _tried(config: CleanConfig, shards: Path, has_trusted: bool) -> CleanConfig:
     """Config of the run on the sample: one epoch of training, no limit on bad samples."""
-    embedder = config.embedder
-    once = embedder.model_copy(update={"optim": embedder.optim.model_copy(update={"epochs": 1})})
     index = config.index.model_copy(update={"max_bad_fraction": 1.0, "max_bad_shards": len(list(shards.iterdir()))})
     trusted = tuple(path.name for path in shards.glob("trusted-*")) if has_trusted else ()
     return config.model_copy(
-        update={"shards": (str(shards),), "trusted": trusted, "embedder": once, "index": index, "n_groups": 1}
+        update={
+            "shards": (str(shards),),
+            "trusted": trusted,
+            "embedder": config.embedder.once,
+            "index": index,
+            "n_groups": 1,
+        }
     )
 
 
@@ -194,6 +199,11 @@ def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: Cl
         return None if b[name] is None else max(0.0, (b[name] - a[name]) / more)
 
     n_classes = json.loads((Path(large.out) / "00-index" / "dataset.json").read_text())["n_classes"]
+    embedder = config.embedder
+    most = {
+        "fit_scorer": MAX_FITTED * n_classes,
+        embedder.stage.__name__: getattr(embedder, "max_samples", None) or math.inf,
+    }
     costs = []
     for a, b in zip(small.stages, large.stages, strict=True):
         divided = b["folder"] in large.divided
@@ -207,8 +217,8 @@ def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: Cl
                 seconds_each=seconds,
                 read_each=each("read", a, b),
                 written_each=each("written", a, b) or 0.0,
-                passes=config.embedder.n_passes if b["stage"] == config.embedder.stage.__name__ else 1,
-                most=MAX_FITTED * n_classes if b["stage"] == "fit_scorer" else math.inf,
+                passes=embedder.n_passes if b["stage"] == embedder.stage.__name__ else lambda _n: 1,
+                most=most.get(b["stage"], math.inf),
             )
         )
     return costs

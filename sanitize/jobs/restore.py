@@ -11,6 +11,7 @@ from sanitize.data.tables import Scores
 from sanitize.jobs.clean import CleanConfig, latest, scores_folder
 from sanitize.jobs.run import read_config
 from sanitize.jobs.verify import verify_run
+from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import write_report
 from sanitize.select import RestoreConfig, Shards, restore_samples, write_selected
 from sanitize.storage import create, exclusive, exists, join, read_bytes
@@ -72,6 +73,7 @@ def write_again(folder: str) -> str:
             Shards.load(join(folder, f"50-shards{suffix}")),
             join(folder, f"90-report{suffix}"),
             config.compute,
+            embedder=Checkpoint.load(join(folder, "10-embedder")),
         )
     return report.url("index.html")
 

@@ -77,6 +77,15 @@ class Checkpoint(Artifact):
                 raise ArtifactError(f"{self.path}: the weights {name!r} are not finite")
         return model
 
+    @cached_property
+    def suspect(self) -> dict[str, Any] | None:
+        """Training of a suspect model, from `suspect.json`; None for other networks.
+
+        `steps`, `epochs`, `accuracy` (of the last epoch, in [0, 1]), `chance` (share of the largest class), `size`
+        ([H, W]), `n_samples` of `n_all`, `learned`, `why`, and the `setting` that would help, or None.
+        """
+        return self.read_object("suspect.json", "learned", "why") if "suspect.json" in self.manifest().files else None
+
     def weight_files(self) -> list[str]:
         """Names of the files that hold the weights."""
         return ["model.safetensors"]

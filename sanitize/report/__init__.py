@@ -4,14 +4,18 @@ from sanitize.report.certificates import write_certificate_report
 from sanitize.report.condensation import write_condensation_report
 from sanitize.report.denoising import write_denoising_report
 from sanitize.report.drift import write_drift_report
-from sanitize.report.page import Report, ReportConfig, write_report
+from sanitize.report.finding import Finding, find
+from sanitize.report.page import Report, ReportConfig, finding_of, write_report
 from sanitize.report.redteam import write_redteam_report
 from sanitize.report.robustness import write_robustness_report
 from sanitize.report.training import write_training_report
 
 __all__ = [
+    "Finding",
     "Report",
     "ReportConfig",
+    "find",
+    "finding_of",
     "write_certificate_report",
     "write_condensation_report",
     "write_denoising_report",

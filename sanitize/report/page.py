@@ -25,7 +25,9 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection
 from sanitize.errors import ArtifactError
+from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import charts
+from sanitize.report.finding import Finding, find, groups_of
 from sanitize.report.numbers import collect
 from sanitize.report.pictures import pictures
 from sanitize.select.scored import kind_of
@@ -33,6 +35,7 @@ from sanitize.select.write import Shards
 from sanitize.stage import Work, stage
 
 MAX_TEXT = 160  # characters of one string from the data
+MAX_GROUPS = 60  # candidate groups in the table
 MAX_FACT = 8_000  # characters of one fact or configuration
 
 
@@ -60,7 +63,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=3, gpu=False, draws="nothing")
+@stage(Report, version=4, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -70,6 +73,7 @@ def write_report(
     out: str,
     compute: Compute,
     facts: dict[str, str] | None = None,
+    embedder: Checkpoint | None = None,
 ) -> Work:
     """Write the page.
 
@@ -82,6 +86,7 @@ def write_report(
         out: folder of the artifact: `index.html`, `report.json`.
         compute: unused; every stage takes it.
         facts: further rows of "How it was done", name -> text. Facts are part of the recipe: keep dates and paths out.
+        embedder: the suspect model, for the verdict on the whole data set; None leaves the verdict out.
 
     Returns:
         The Report. Versions of the software are on the page but not in the recipe: a newer torch is no reason to
@@ -91,7 +96,7 @@ def write_report(
         ArtifactError: the artifacts do not belong together.
     """
     given: dict[str, Artifact] = {"dataset": dataset, **{f"scores.{kind_of(s)}": s for s in scores}}
-    given |= {"selection": selection, "shards": shards}
+    given |= {"selection": selection, "shards": shards} | ({} if embedder is None else {"embedder": embedder})
     rows = [[name, text] for name, text in (facts or {}).items()]  # a list: their order is seen on the page
 
     def write(part: Part) -> None:
@@ -100,6 +105,7 @@ def write_report(
         numbers = collect(dataset, scores, selection, n_images, config.n_histograms)
         numbers |= {"title": config.title, "n_class_rows": min(config.n_classes, len(numbers["classes"]))}
         numbers |= {"chain": [_link(*item) for item in given.items()], "facts": rows, "versions": versions(rows)}
+        numbers |= _verdict(scores, selection, embedder)
         numbers["headline"] = headline(numbers)
         part.write_json("report.json", numbers)
         part.write("index.html", render(numbers, pictures(numbers["suspects"], dataset, shards)).encode())
@@ -124,6 +130,22 @@ def _check(dataset: Dataset, scores: Sequence[Scores], selection: Selection, sha
         # A restored selection names neither data set nor scores.
         if child.manifest().recipe.inputs.get(name, parent.digest) != parent.digest:
             raise ArtifactError(f"{child.path} was not made from {parent.path}; give artifacts of one run")
+
+
+def _verdict(scores: Sequence[Scores], selection: Selection, embedder: Checkpoint | None) -> dict[str, Any]:
+    """Verdict on the data set, facts about the suspect model, and the groups that were judged."""
+    if embedder is None:
+        return {"finding": None, "suspect": None, "groups": []}
+    finding = finding_of(scores, selection, embedder).plain()
+    groups = groups_of([s.read_json("scorer.json") for s in scores])
+    return {"finding": finding, "suspect": embedder.suspect, "groups": groups[:MAX_GROUPS]}
+
+
+def finding_of(scores: Sequence[Scores], selection: Selection, embedder: Checkpoint) -> Finding:
+    """The verdict on the data set of a run, from its artifacts."""
+    scorers = {kind_of(s): s.read_json("scorer.json") for s in scores}
+    removed = selection.manifest().counts.get("quarantined", 0)
+    return find(selection.read_json("selection.json"), scorers, embedder.suspect, removed)
 
 
 def _link(name: str, artifact: Artifact) -> dict[str, Any]:
@@ -152,6 +174,14 @@ def versions(facts: list[list[str]]) -> dict[str, str]:
 
 def headline(numbers: dict[str, Any]) -> str:
     """The verdict in one sentence that claims no more than the rule supports."""
+    sentence, finding = _outcome(numbers), numbers["finding"]
+    if finding is None or finding["verdict"] == "found":
+        return sentence
+    word = {"nothing": "Nothing stood out", "inconclusive": "Inconclusive"}[finding["verdict"]]
+    return f"{word}: {sentence[:1].lower()}{sentence[1:]}"
+
+
+def _outcome(numbers: dict[str, Any]) -> str:
     counts = numbers["counts"]
     n, total = counts["quarantined"], counts["samples"]
     unreadable = f"{counts['unreadable']:,} could not be read"

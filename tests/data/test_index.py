@@ -8,17 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import ValidationError
 
 from sanitize.artifacts import verify
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.decode import ImageConfig
+from sanitize.data.decode import ImageConfig, resized
 from sanitize.data.digits import Digits
-from sanitize.data.index import IndexConfig, bad_shards, index_shards
+from sanitize.data.index import IndexConfig, bad_shards, common_size, index_shards
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import Sample, SampleLimits, ShardReader
 from sanitize.data.sources import find_shards, fingerprint_shards
@@ -114,6 +117,38 @@ def test_rows_say_what_is_in_a_sample(
     assert dataset.n_classes == 3
     assert dataset.image_shape == (3, 5, 7)
     assert dataset.info["labels"] == {"2": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "max_side", "wanted"),
+    [
+        ({(28, 28): 9, (5, 5): 1}, 64, (28, 28)),  # never scaled up
+        ({(333, 500): 9, (500, 333): 2}, 64, (43, 64)),
+        ({(333, 500): 9, (500, 333): 2}, None, (333, 500)),
+        ({(100, 200): 2, (300, 100): 2, (120, 180): 2}, 60, (40, 60)),  # medians 120 and 180
+        ({(1, 1_000): 1}, 64, (1, 64)),
+    ],
+)
+def test_the_size_at_which_images_of_several_sizes_are_read(
+    sizes: dict[tuple[int, int], int], max_side: int | None, wanted: tuple[int, int]
+) -> None:
+    for order in (sizes, dict(reversed(sizes.items()))):
+        assert common_size(order, max_side) == wanted
+
+
+def test_photographs_of_several_sizes_are_read_whole(
+    tmp_path: Path, make_tar: Make, make_png: Callable[..., bytes], compute: Compute
+) -> None:
+    members = []
+    for i, size in enumerate([(80, 120), (120, 80), (90, 90), (200, 40)]):
+        members += [(f"{i}.png", make_png(i, size)), (f"{i}.cls", b"0")]
+    config = IndexConfig(image=ImageConfig(max_side=32, crop=False))
+    dataset = index_shards(config, make_tar(tmp_path / "x.tar", members), str(tmp_path / "out"), compute)
+    assert max(dataset.image_shape[1:]) == 32
+    (batch,) = dataset.batches(10)
+    for (_, data), image_CHW in zip(members[::2], batch.images_BCHW, strict=True):
+        whole = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+        assert torch.equal(image_CHW, resized(whole, dataset.image_shape[1:]))
 
 
 def test_labels_from_json_and_the_most_common_size(

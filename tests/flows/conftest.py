@@ -80,6 +80,8 @@ def approved(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "embedder": {
             "architecture": {"kind": "convnet", "widths": [8, 16]},
             "optim": {"epochs": 3, "batch_size": 32, "learning_rate": 0.02},
+            "min_steps": 1,
+            "max_steps": 1,
         },
         "scorers": [{"kind": "spectral"}],
         "compute": {"device": "cpu"},

@@ -18,9 +18,10 @@ from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.errors import ConfigError
 from sanitize.jobs import JOBS
-from sanitize.jobs.clean import CleanConfig
+from sanitize.jobs.clean import CleanConfig, CleanRun
 from sanitize.jobs.restore import restore, verify_run, write_again
 from sanitize.jobs.run import Run
+from sanitize.report.page import render
 from sanitize.select import ContaminationRule, SelectConfig
 
 FOLDERS = (
@@ -60,6 +61,18 @@ def test_run_folder_tells_what_happened(direct: Path, settings: dict[str, Any]) 
     )
     resolved = CleanConfig.model_validate(yaml.safe_load((direct / "config.yaml").read_text()))
     assert resolved == CleanConfig.model_validate(settings)
+
+
+def test_the_verdict_is_in_the_record_and_on_the_page(direct: Path) -> None:
+    run = CleanRun.open(direct)
+    assert run.verdict == run.summary["verdict"]["verdict"] == "found"
+    assert run.summary["suspect"]["learned"]
+    numbers = json.loads((direct / "90-report" / "report.json").read_text())
+    assert numbers["finding"] == run.summary["verdict"]
+    group = {"label": 1, "size": 30, "share": 0.2, "separation": 5.0, "decision": "burst", "reason": "<b>"}
+    page = render(numbers | {"groups": [group, {"label": 99}]}, [None] * len(numbers["suspects"]))
+    assert "burst of near-duplicates" in page
+    assert "&lt;b&gt;" in page
 
 
 def test_second_call_makes_nothing_again(direct: Path, settings: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ training and c the share of the largest class,
     skill = (a - c) / (1 - c).
 
 The first cycle of training has `optim.epochs` epochs, more where those have fewer than `min_steps` steps. A model with
-skill below `LEARNED` is trained for a second cycle of the same length, within `max_steps` steps in all. The model has
-learned if its skill is `LEARNED`, or `PLATEAU` with an accuracy that the second cycle raised by less than `GAIN`.
+skill below `LEARNED` is trained for a second cycle of the same length, within `max_steps` steps in all. Steps decide
+whether a trigger is learned, not accuracy: the level of skill only tells a model that learns from one that does not.
 
 Measured: 14 suspects with 558 to 690 steps and skill .60 to 1.00 on Fashion-MNIST, CIFAR-10, GTSRB and digits learned
 their triggers (1 % to 10 % of the samples: attack success rate .56 to .98), one did not (.3 %: .10). On 2,934
@@ -36,7 +36,7 @@ from sanitize.models.weights import load_into, load_state
 from sanitize.stage import Work, stage
 from sanitize.storage import fingerprint, sha256_file
 
-LEARNED, PLATEAU, GAIN = 0.75, 0.5, 0.02
+LEARNED = 0.5
 
 
 class EmbedderConfig(ClassifierConfig):
@@ -114,11 +114,12 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
         history: list[dict[str, float]] = []
         if config.weights is not None:
             load_into(model, load_state(config.weights), config.weights)
-            accuracies = [_accuracy(model, model_config, config, dataset, compute, only)]
+            accuracy = _accuracy(model, model_config, config, dataset, compute, only)
         else:
-            history, accuracies = _train(model, model_config, config, dataset, compute, only)
+            history = _train(model, model_config, config, dataset, compute, only)
+            accuracy = history[-1]["accuracy"]
         write_checkpoint(part, model, model_config, history)
-        part.write_json("suspect.json", _outcome(config, dataset, history, accuracies, model_config))
+        part.write_json("suspect.json", _outcome(config, dataset, history, accuracy, model_config))
 
     own = partial(Checkpoint.of_own, architecture=config.architecture)
     settings = config.model_dump(mode="json", exclude={"weights"})
@@ -132,10 +133,9 @@ def _train(
     dataset: Dataset,
     compute: Compute,
     only: Mapping[str, set[int]] | None,
-) -> tuple[list[dict[str, float]], list[float]]:
-    """Train in one or two cycles; returns the history, and the accuracy of the last epoch of each cycle."""
+) -> list[dict[str, float]]:
+    """Train in one or two cycles; returns loss and accuracy of each epoch."""
     history: list[dict[str, float]] = []
-    accuracies: list[float] = []
     per_epoch = _steps_per_epoch(config, dataset)
     epochs = config.n_passes(dataset.n_samples)
     generator = compute.generator("embedder", "augment")
@@ -152,11 +152,10 @@ def _train(
             generator=generator,
             only=only,
         )
-        accuracies.append(history[-1]["accuracy"])
         epochs = min(epochs, config.max_steps // per_epoch - len(history))
-        if epochs < 1 or learned(accuracies, chance(dataset)):
+        if epochs < 1 or learned(history[-1]["accuracy"], chance(dataset)):
             break
-    return [row | {"epoch": number} for number, row in enumerate(history, 1)], accuracies
+    return [row | {"epoch": number} for number, row in enumerate(history, 1)]
 
 
 def _steps_per_epoch(config: EmbedderConfig, dataset: Dataset) -> int:
@@ -190,38 +189,32 @@ def chance(dataset: Dataset) -> float:
     return float(max(dataset.info["labels"].values()) / dataset.n_samples)
 
 
-def learned(accuracies: Sequence[float], chance: float) -> bool:
+def learned(accuracy: float, chance: float) -> bool:
     """True if the model has learned its training data; see the top of this module.
 
     Args:
-        accuracies: accuracy of the last epoch of each cycle, in [0, 1].
+        accuracy: accuracy of the last epoch, in [0, 1].
         chance: share of the largest class, in (0, 1]. A data set of one class teaches nothing.
     """
-    if chance >= 1:
-        return False
-    skill = (accuracies[-1] - chance) / (1 - chance)
-    is_plateau = len(accuracies) > 1 and accuracies[-1] - accuracies[-2] < GAIN
-    return skill >= LEARNED or (is_plateau and skill >= PLATEAU)
+    return chance < 1 and (accuracy - chance) / (1 - chance) >= LEARNED
 
 
 def _outcome(
     config: EmbedderConfig,
     dataset: Dataset,
     history: Sequence[Mapping[str, float]],
-    accuracies: Sequence[float],
+    accuracy: float,
     model_config: ModelConfig,
 ) -> dict[str, Any]:
     """Content of `suspect.json`."""
-    constant, accuracy = chance(dataset), accuracies[-1]
-    has_learned = learned(accuracies, constant)
+    constant = chance(dataset)
+    has_learned = learned(accuracy, constant)
     needed = constant + LEARNED * (1 - constant)
     if config.weights is not None:
         name, setting = "accuracy of the given weights on the data", "embedder.weights"
     else:
         name, setting = "training accuracy", "embedder.max_steps or embedder.optim.epochs"
-    if has_learned and accuracy < needed:
-        why = f"{name} {accuracy:.2f}, which further training hardly raised"
-    elif has_learned:
+    if has_learned:
         why = f"{name} {accuracy:.2f}, at least {needed:.2f}"
     elif constant >= 1:
         why = "the data set has one class only"

@@ -244,11 +244,12 @@ def rule_on(output: ScorerOutput, rule: Rule, scored: Scored, config: SelectConf
     """
     by_class, trusted_M = scored.by_class(output.scores_N), output.scores_N[scored.trusted_N]
     thresholds = rule.thresholds(by_class, output.statistics, trusted_M)
-    levels = rule.levels(by_class, output.statistics)
+    levels, uncapped = rule.levels(by_class, output.statistics), rule.uncapped(output.statistics)
     classes: dict[int, dict[str, Any]] = {}
     flagged_N = np.zeros(len(output.scores_N), bool)
     for label, s_n in by_class.items():
-        cap = keep_all_but(s_n, int(config.max_removed_fraction * len(s_n)))
+        most = 1.0 if label in uncapped else config.max_removed_fraction
+        cap = keep_all_but(s_n, int(most * len(s_n)))
         # A rule that flags a whole class gives minus infinity, which JSON cannot hold: take the lowest float.
         threshold = max(thresholds[label], cap, float(np.finfo(np.float32).min))
         flagged_N[scored.judged[label]] = s_n > threshold
@@ -299,6 +300,8 @@ def _reason(result: RuleResult, label: int, i: int) -> dict[str, Any]:
     """The reason for a scorer's flag on sample i."""
     of_class, score, kind = result.classes[label], float(result.output.scores_N[i]), result.output.kind
     text = f"{kind} score {score:.4g} is above {of_class['threshold']:.4g}"
+    if "planted" in of_class:
+        return _with_p_value(result, i, {"stage": kind, "reason": text + _conflict(of_class), "score": score, "threshold": of_class["threshold"]})
     if "separation" in of_class:
         text += f"; the class splits in two, {of_class['separation']:.1f} standard deviations apart"
     if "disagreement" in of_class:

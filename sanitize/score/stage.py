@@ -38,7 +38,7 @@ class FittedScorer(Artifact):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """scorer.json: `config`; `classes`: label -> statistics; `exclude`: names of shards; `finding` of toxic_direction."""
+        """scorer.json: `config`; `classes`: label -> statistics; `exclude`: shards; `finding` of toxic_direction."""
         return self.read_object("scorer.json", "config", "classes")
 
     def scorer(self, config: ScorerConfig) -> Scorer:

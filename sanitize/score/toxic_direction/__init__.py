@@ -1,7 +1,7 @@
 """Toxic direction: poison as a group of its class whose labels are in conflict with what its images look like.
 
-`candidates` finds groups, `evidence` weighs them, `decide` says what they are, `grow` tells who belongs to them. `split`
-is the search of one split, `sides` its side by shape, `single_split` the scorer without evidence.
+`candidates` finds groups, `evidence` weighs them, `decide` says what they are, `grow` tells who belongs to them.
+`split` is the search of one split, `sides` its side by shape, `single_split` the scorer without evidence.
 """
 
 from sanitize.score.toxic_direction.decide import EvidenceConfig

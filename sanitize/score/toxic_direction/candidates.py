@@ -1,7 +1,7 @@
 """Groups of a class that may be planted: sides of splits, and sides of splits of a side.
 
 A split is a local optimum of the gain of two Gaussians (`split.py`). Several are kept, in several embeddings: a trigger
-that a small model hardly separates can be the first axis of what the images look like, and two triggers in one class are
+that a small model hardly separates can be the first axis of what images look like, and two triggers in one class are
 two optima. The side whose labels are in more conflict is split again: poison may be one of several styles in it.
 
 Shapes: n samples of one class, D features, P principal axes, S starts.

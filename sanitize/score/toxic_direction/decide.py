@@ -30,7 +30,7 @@ from sanitize.score.toxic_direction.evidence import (
     expected_disagreement,
     weigh,
 )
-from sanitize.score.toxic_direction.grow import Lines, fold_of, grow, log_odds
+from sanitize.score.toxic_direction.grow import FOLDS, Lines, grow, log_odds
 from sanitize.score.toxic_direction.split import SplitConfig
 
 Decided = Literal["planted", "unsure", "burst", "natural"]
@@ -46,7 +46,9 @@ class EvidenceConfig(BaseModel):
 
     appearance: str = Field(default="gradients", description="embedding made without labels, in which neighbours count")
     level: float = Field(default=0.5, ge=0, le=1, description="least mean label disagreement of a planted group")
-    conflict: float = Field(default=0.2, ge=0, le=2, description="least difference in conflict to the rest of the class")
+    conflict: float = Field(
+        default=0.2, ge=0, le=2, description="least difference in conflict to the rest of the class"
+    )
     z_planted: float = Field(default=7.0, gt=0, description="standard errors from which a group is planted")
     z_unsure: float = Field(default=6.0, gt=0, description="standard errors from which a verdict is inconclusive")
     burst: float = Field(default=0.8, gt=0, le=1, description="share of near-duplicates from which a group is a burst")
@@ -89,7 +91,7 @@ class Knowledge:
         conflict_N: conflict of each label without a group erased, float32.
         expected_N: disagreement that the doubt of the model explains, float32.
         fold_N: fold of each row, int64.
-        accuracy: share of the rows whose label the model predicts; None where its logits are unknown.
+        accuracy: share of the rows whose label the model predicts.
     """
 
     pooled_ND: Tensor
@@ -100,7 +102,7 @@ class Knowledge:
     accuracy: float
 
 
-def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: Tensor) -> Knowledge:
+def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: Tensor, digests_N: Tensor) -> Knowledge:
     """Neighbours, doubt and conflict of all samples.
 
     Args:
@@ -108,14 +110,14 @@ def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: 
         appearance_ND: embedding made without labels, float32.
         logits_NK: logits of the model, float32.
         labels_N: given labels, int64, each below K.
+        digests_N: hashes of the rows, int64; they choose the folds.
     """
     appearance = appearance_of(appearance_ND, labels_N)
     log_p_N = logits_NK.double().log_softmax(1).gather(1, labels_N[:, None])[:, 0]
     d_N = disagreement(appearance, torch.arange(len(labels_N)))
     expected_N = expected_disagreement(d_N, log_p_N)
     accuracy = float((logits_NK.argmax(1) == labels_N).double().mean())
-    fold_N = fold_of(torch.cat([pooled_ND, appearance_ND], 1))
-    return Knowledge(pooled_ND, appearance, d_N - expected_N, expected_N, fold_N, accuracy)
+    return Knowledge(pooled_ND, appearance, d_N - expected_N, expected_N, digests_N % FOLDS, accuracy)
 
 
 def decision(evidence: Evidence, config: EvidenceConfig, has_learned: bool = True) -> Decided:
@@ -182,9 +184,11 @@ def reason(group: Group) -> str:
         case "planted":
             return f"{labels}, although the model is sure of this one: {group.evidence.z:.1f} standard errors"
         case "unsure":
-            return f"{labels}, more than the model's doubt explains, but not surely: {group.evidence.z:.1f} standard errors"
+            return f"{labels}, more than the model's doubt explains: {group.evidence.z:.1f} standard errors"
         case "burst":
-            return f"{100 * group.evidence.burst:.0f} % are near-duplicates of each other: copies or a burst, left alone"
+            return (
+                f"{100 * group.evidence.burst:.0f} % are near-duplicates of each other: copies or a burst, left alone"
+            )
         case "natural":
             return f"{labels}; the model's doubt explains it" if n > rest else labels
 

@@ -1,8 +1,8 @@
 """A group as the embedding sees it that tells it apart best: from a few sure members to log-odds of every sample.
 
 A split finds the core of a group. Fisher's line for the core, in each embedding and in all together, places the other
-samples of the class; two Gaussians on the line give log-odds, and the line is fitted once more to those. Every sample is
-placed by lines that were fitted without its fold, because in few samples a line fits its own. The embedding with the
+samples of the class; two Gaussians on the line give log-odds, and the line is fitted once more to those. A sample is
+placed by a line that was fitted without its fold, because in few samples a line fits its own. The embedding with the
 largest separation of these places wins, and a group that no line can tell apart keeps one line fitted to all samples.
 
 Shapes: n samples of one class, C columns of all embeddings, A principal axes, F folds, D features, B batch.
@@ -49,10 +49,11 @@ class Lines(NamedTuple):
     seen_in: str
 
 
-def fold_of(rows_BD: Tensor) -> Tensor:
-    """Fold of each row, int64 (B,), by a hash of its values: the same in whatever batch or shard it is."""
+def digests(rows_BD: Tensor) -> Tensor:
+    """Hash of the values of each row, int64 (B,), >= 0: the same in whatever batch, shard or place the row is."""
     rows = rows_BD.float().contiguous().numpy()
-    return torch.tensor([hashlib.blake2b(row.tobytes(), digest_size=8).digest()[0] % FOLDS for row in rows])
+    hashes = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return torch.tensor([int.from_bytes(value, "big") >> 1 for value in hashes], dtype=torch.int64)
 
 
 def grow(spaces: Mapping[str, Tensor], members_n: Tensor, fold_n: Tensor, config: SplitConfig) -> Lines:
@@ -61,7 +62,7 @@ def grow(spaces: Mapping[str, Tensor], members_n: Tensor, fold_n: Tensor, config
     Args:
         spaces: name of an embedding -> its rows (n, D); the columns of the lines are theirs, side by side.
         members_n: True for the core of the group, bool (n,).
-        fold_n: fold of each row (`fold_of`).
+        fold_n: fold of each row, below `FOLDS`.
         config: settings of the split.
     """
     columns = torch.cat([x_nD.double() for x_nD in spaces.values()], 1)

@@ -1,7 +1,7 @@
 """The toxic-direction scorer: groups of a bounded sample are weighed and decided, then all samples are scored.
 
-State while fitting: `MAX_ROWS` hash-chosen rows of all classes, at most `MAX_OF_CLASS` of one, the same however the data
-is sharded, with all embeddings that count. Shapes: N rows of the sample, B of a batch, D columns of all embeddings,
+State while fitting: `MAX_ROWS` hash-chosen rows of all classes, at most `MAX_OF_CLASS` of one, the same however the
+data is sharded, with all embeddings that count. Shapes: N rows of the sample, B of a batch, D columns of all embeddings,
 F folds.
 """
 
@@ -19,6 +19,7 @@ from sanitize.errors import DataError
 from sanitize.progress import track
 from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.scorer import BaseScorerConfig, Passes, by_label, row_hashes
+from sanitize.score.toxic_direction.decide import ROUNDS as MOST_GROUPS
 from sanitize.score.toxic_direction.decide import (
     EvidenceConfig,
     Group,
@@ -29,8 +30,7 @@ from sanitize.score.toxic_direction.decide import (
     know,
     statistics_of,
 )
-from sanitize.score.toxic_direction.decide import ROUNDS as MOST_GROUPS
-from sanitize.score.toxic_direction.grow import FOLDS, Lines, fold_of, grow, log_odds
+from sanitize.score.toxic_direction.grow import FOLDS, Lines, digests, grow, log_odds
 from sanitize.score.toxic_direction.single_split import SingleSplit
 from sanitize.score.toxic_direction.split import UNTOUCHED_ODDS, SplitConfig
 from sanitize.score.toxic_direction.two_gaussians import Mixture
@@ -89,15 +89,18 @@ class ToxicDirection:
         for batch in passes(names):
             widths = batch.widths
             sample.update(batch, row_hashes(batch, compute.seed_for("score", "toxic_direction", "sample")))
-        rows_ND, labels_N, hashes = sample.rows()
+        rows_ND, labels_N = sample.rows()
         del sample  # it holds the same rows once more
         if len(labels_N) < 2:
             self.finding = {"verdict": "inconclusive", "why": "there are too few samples", "groups": []}
             return
+        digests_N = digests(rows_ND[:, : sum(widths[:2])])
+        order_N = digests_N.argsort(stable=True)  # a random order that depends on the rows alone
+        rows_ND, labels_N, digests_N = rows_ND[order_N], labels_N[order_N], digests_N[order_N]
         pooled_ND, appearance_ND, logits_NK = rows_ND.split(widths, dim=1)
         if int(labels_N.min()) < 0 or int(labels_N.max()) >= logits_NK.shape[1]:
             raise DataError(f"a label is not among the {logits_NK.shape[1]} logits: {labels_N.unique().tolist()[:20]}")
-        known = know(pooled_ND, appearance_ND, logits_NK, labels_N)
+        known = know(pooled_ND, appearance_ND, logits_NK, labels_N, digests_N)
         planted: list[Planted] = []
         groups: list[Group] = []
         labels = labels_N.unique().tolist()
@@ -105,7 +108,7 @@ class ToxicDirection:
             for label in labels:
                 rows = (labels_N == label).nonzero()[:, 0]
                 # Named by a row, not by its label, so that other names of the classes give the same result.
-                generator = compute.generator("score", "toxic_direction", hashes[int(rows[0])])
+                generator = compute.generator("score", "toxic_direction", int(digests_N[rows[0]]))
                 here, of_class = decide_class(known, label, rows, self.evidence, self.config, generator)
                 lines = [one.lines for one in here] or natural_lines(known, rows, of_class, self.config)
                 self._groups[label] = [unreduced(one, known, pooled_ND.shape[1]) for one in lines]
@@ -120,7 +123,7 @@ class ToxicDirection:
         for label, rows in by_label(batch):
             if label in self._groups:
                 x_bD = batch.z_BD[rows]
-                fold_b = fold_of(x_bD)
+                fold_b = digests(x_bD) % FOLDS
                 nothing_b = torch.full((len(rows),), math.log(UNTOUCHED_ODDS))
                 odds = [log_odds(lines, x_bD, fold_b) for lines in self._groups[label]]
                 scores_B[rows] = torch.stack(odds).amax(0) if odds else nothing_b
@@ -174,19 +177,17 @@ class ClassSamples:
         for sample in self._of_class.values():
             sample.shrink(self._size)
 
-    def rows(self) -> tuple[Tensor, Tensor, list[int]]:
-        """Rows (N, D), labels (N,) and hashes of the sample, in the order of the hashes, a random order."""
-        pairs = [(value, label) for label, sample in self._of_class.items() for value in sample.hashes()]
-        filled = [sample for sample in self._of_class.values() if len(sample)]
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Rows (N, D) and labels (N,) of the sample, class by class."""
+        filled = [(label, sample.rows()) for label, sample in sorted(self._of_class.items()) if len(sample)]
         if not filled:
-            return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), []
-        order = sorted(range(len(pairs)), key=pairs.__getitem__)
-        rows_ND = torch.cat([sample.rows() for sample in filled])[torch.tensor(order)]
-        return rows_ND, torch.tensor([pairs[i][1] for i in order]), [pairs[i][0] for i in order]
+            return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
+        labels_N = torch.cat([torch.full((len(rows_nD),), label) for label, rows_nD in filled])
+        return torch.cat([rows_nD for _, rows_nD in filled]), labels_N
 
 
 def fair_share(counts: list[int], total: int, most: int) -> int:
-    """Largest number, at most `most`, to which all counts can be cut so that their sum is at most `total`; at least 1."""
+    """Largest number in [1, most] to which all counts can be cut so that their sum is at most `total`."""
     left, n_left = total, len(counts)
     for count in sorted(counts):
         if count * n_left > left:

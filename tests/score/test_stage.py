@@ -31,7 +31,7 @@ ALL_SCORERS: list[ScorerConfig] = [
     RobustRealNVPScorerConfig(embedding="penultimate", model=RobustRealNVPConfig(epochs=2)),
     SpectralConfig(),
     SpectralConfig(whiten="robust"),
-    ToxicDirectionConfig(embedding="penultimate", label_check=None),
+    ToxicDirectionConfig(embedding="penultimate", label_check=None, evidence=None),
 ]
 
 
@@ -119,7 +119,8 @@ def test_an_embedding_that_is_not_there_is_a_config_error(
 
 
 @pytest.mark.parametrize(
-    "other", [SpectralConfig(n_directions=2), ToxicDirectionConfig(embedding="penultimate", label_check=None)]
+    "other",
+    [SpectralConfig(n_directions=2), ToxicDirectionConfig(embedding="penultimate", label_check=None, evidence=None)],
 )
 def test_scoring_with_another_config_than_the_one_fitted_is_a_config_error(
     tmp_path: Path, made_up: Embeddings, compute: Compute, other

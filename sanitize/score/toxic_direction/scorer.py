@@ -1,8 +1,8 @@
 """The toxic-direction scorer: groups of a bounded sample are weighed and decided, then all samples are scored.
 
 State while fitting: `MAX_ROWS` hash-chosen rows of all classes, at most `MAX_OF_CLASS` of one, the same however the
-data is sharded, with all embeddings that count. Shapes: N rows of the sample, B of a batch, D columns of all embeddings,
-F folds.
+data is sharded, with all embeddings that count. Shapes: N rows of the sample, B of a batch, D columns of all
+embeddings, F folds.
 """
 
 import math

@@ -1,8 +1,10 @@
 """From the evidence of a group to a decision; one rule, in rounds.
 
     burst      most of the group are near-duplicates of each other: copies, tracks. Left alone.
-    planted    level >= `level`, conflict >= `conflict`, z >= `z_planted`, and the model has learned. Removed.
-    unsure     the same with z >= `z_unsure`, or a model that has not learned. Nothing is removed.
+    planted    level >= `level`, conflict >= `conflict`, outvoted >= `outvoted`, z >= `z_planted`, and the model has
+               learned. Removed.
+    unsure     the same with z >= `z_unsure` and outvoted >= `outvoted_unsure`, or a model that has not learned. Nothing
+               is removed.
     natural    all others. Left alone.
 
 The surest planted group of a class is taken out and the others are weighed again, so that two triggers in one class are
@@ -28,6 +30,7 @@ from sanitize.score.toxic_direction.evidence import (
     appearance_of,
     disagreement,
     expected_disagreement,
+    neighbour_labels,
     weigh,
 )
 from sanitize.score.toxic_direction.grow import FOLDS, Lines, grow, log_odds
@@ -49,6 +52,8 @@ class EvidenceConfig(BaseModel):
     conflict: float = Field(
         default=0.2, ge=0, le=2, description="least difference in conflict to the rest of the class"
     )
+    outvoted: float = Field(default=0.5, ge=0, le=1, description="least share of a planted group outvoted by one label")
+    outvoted_unsure: float = Field(default=0.4, ge=0, le=1, description="the same for an inconclusive verdict")
     z_planted: float = Field(default=7.0, gt=0, description="standard errors from which a group is planted")
     z_unsure: float = Field(default=6.0, gt=0, description="standard errors from which a verdict is inconclusive")
     burst: float = Field(default=0.8, gt=0, le=1, description="share of near-duplicates from which a group is a burst")
@@ -114,7 +119,7 @@ def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: 
     """
     appearance = appearance_of(appearance_ND, labels_N)
     log_p_N = logits_NK.double().log_softmax(1).gather(1, labels_N[:, None])[:, 0]
-    d_N = disagreement(appearance, torch.arange(len(labels_N)))
+    d_N = disagreement(neighbour_labels(appearance, torch.arange(len(labels_N))), labels_N)
     expected_N = expected_disagreement(d_N, log_p_N)
     accuracy = float((logits_NK.argmax(1) == labels_N).double().mean())
     return Knowledge(pooled_ND, appearance, d_N - expected_N, expected_N, digests_N % FOLDS, accuracy)
@@ -124,9 +129,11 @@ def decision(evidence: Evidence, config: EvidenceConfig, has_learned: bool = Tru
     """What the evidence of a group amounts to."""
     if evidence.burst >= config.burst:
         return "burst"
-    if evidence.level < config.level or evidence.conflict < config.conflict or evidence.z < config.z_unsure:
+    is_against = evidence.level >= config.level and evidence.conflict >= config.conflict
+    if not is_against or evidence.z < config.z_unsure or evidence.outvoted < config.outvoted_unsure:
         return "natural"
-    return "planted" if evidence.z >= config.z_planted and has_learned else "unsure"
+    is_sure = evidence.z >= config.z_planted and evidence.outvoted >= config.outvoted
+    return "planted" if is_sure and has_learned else "unsure"
 
 
 def decide_class(
@@ -190,7 +197,7 @@ def reason(group: Group) -> str:
                 f"{100 * group.evidence.burst:.0f} % are near-duplicates of each other: copies or a burst, left alone"
             )
         case "natural":
-            return f"{labels}; the model's doubt explains it" if n > rest else labels
+            return labels
 
 
 def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float) -> dict[str, Any]:
@@ -213,7 +220,10 @@ def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float
         surest = max(unsure, key=lambda g: g.evidence.z)
         verdict, why = "inconclusive", f"a group of class {surest.label} may be planted: {reason(surest)}"
     else:
-        verdict, why = "nothing", "no group of a class is in conflict with its labels"
+        verdict, why = (
+            "nothing",
+            "no group of a class is in conflict with its labels; poison with true labels is not seen",
+        )
     return {"verdict": verdict, "why": why, "groups": shown(planted, groups)}
 
 
@@ -241,6 +251,7 @@ def _entry(group: Group, separation: float) -> dict[str, Any]:
         "separation": separation,
         "level": group.evidence.level,
         "level_rest": group.evidence.level_rest,
+        "outvoted": group.evidence.outvoted,
         "conflict": group.evidence.conflict,
         "z": group.evidence.z,
         "burst": group.evidence.burst,

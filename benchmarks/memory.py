@@ -52,7 +52,7 @@ COMPUTE = Compute(device="cpu")
 INDEX = IndexConfig(n_classes=N_CLASSES, image=ImageConfig(channels=1))
 SCORERS = {
     "toxic_direction": (
-        ToxicDirectionConfig(embedding="pooled", label_check=None),
+        ToxicDirectionConfig(embedding="pooled", label_check=None, evidence=None),
         SelectConfig(rule=SeparationRule()),
     ),
     "spectral": (SpectralConfig(embedding="pooled"), SelectConfig(rule=ContaminationRule(rate=0.05))),

@@ -1,9 +1,9 @@
-"""Poison among embeddings that lie in memory: the toxic-direction scorer and its rule, without files.
+"""Poison among embeddings in memory: the toxic-direction scorer and its rule, without files.
 
 Shapes: N samples, D features.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.errors import ConfigError, DataError
-from sanitize.score import ToxicDirectionConfig
+from sanitize.score import ToxicDirection, ToxicDirectionConfig
 from sanitize.select import SelectConfig
 from sanitize.select.scored import Scored, ScorerOutput
 from sanitize.select.stage import rule_on
@@ -29,16 +29,30 @@ class PoisonFound(NamedTuple):
         mask: True for samples that the rule removes, bool (N,).
         scores: log-odds (nats) that a sample belongs to the suspicious part of its class; higher is more suspicious.
             float32 (N,).
-        evidence: label -> measures of the class: n, flagged, separation (in standard deviations; 0 where the class
-            cannot be split), level (the separation above which the class is touched), minority_fraction (share of the
-            suspicious part, in [0, 1]), agreement (of the folds, in [0, 1]), threshold (of the scores; None where the
-            class is not touched), capped. With a label check: disagreement and disagreement_of_rest (mean label
-            disagreement of the two parts, in [0, 1]) and side ("labels" or "shape", which decided the suspicious part).
+        evidence: label -> measures of the class: n, flagged, threshold (of the scores; None where the class is not
+            touched), capped, decision, and of its most suspicious group separation (in standard deviations; 0 where the
+            class cannot be split) and minority_fraction (its share, in [0, 1]).
+            With label evidence: decision is "planted", "unsure", "burst" or "natural"; disagreement and
+            disagreement_of_rest (mean share of neighbours with another label, in [0, 1]), conflict (the part that the
+            doubt of the model does not explain) and z (conflict in standard errors).
+            Without: decision is "inconclusive"; level (the separation above which the class is touched) and agreement
+            (of the folds, in [0, 1]). With a label check: disagreement, disagreement_of_rest and side ("labels" or
+            "shape", which decided the suspicious part).
+        finding: verdict ("found", "inconclusive" or "nothing"), why, and groups: label, size, share, separation, level
+            and level_rest (mean disagreement), conflict, z, burst (share of near-duplicates), decision, reason.
     """
 
     mask: np.ndarray
     scores: np.ndarray
     evidence: dict[int, dict[str, Any]]
+    finding: dict[str, Any]
+
+
+_NO_LABEL_EVIDENCE: dict[str, Any] = {
+    "verdict": "inconclusive",
+    "why": "label evidence is missing: give a dict with pooled, gradients and logits of the samples",
+    "groups": [],
+}
 
 
 def find_poison(
@@ -49,28 +63,33 @@ def find_poison(
     scorer: ToxicDirectionConfig | None = None,
     select: SelectConfig | None = None,
 ) -> PoisonFound:
-    """Find poisoned samples by the embeddings of a model that was trained on them.
+    """Find poisoned samples by the embeddings of a model that was trained on them. No rate of poison is needed.
 
-    In a class with poison, the embeddings fall into two parts. Every class is split in two, the separation is measured
-    on held-out samples, and the suspicious part of a class that stands out is removed. No rate of poison is needed.
+    With "pooled", "gradients" and "logits": a group of a class is removed where the model is sure of its label, but
+    images that look alike carry other labels. Groups of near-duplicates are left alone.
+
+    With less, every class is split in two, and the suspicious part of a class whose parts are far apart is removed. A
+    tight natural group is not told from poison then, so the finding is inconclusive: look before you remove.
 
     Args:
         embeddings: finite real numbers (N, D) from an inner layer of the model, for example its pooled features; or a
-            dict of several embeddings of the same samples, by name: "pooled" is split, and "pixels" (an embedding
-            without labels, for example flattened images) serves the label check, which decides the suspicious part
-            where a class splits evenly.
-        labels: given labels (N,), integers.
+            dict of several embeddings of the same samples, by name: "pooled" is split; "gradients" (made without
+            labels, for example histograms of oriented gradients) and "logits" (N, K) give the label evidence. "pixels"
+            (made without labels, for example flattened images) serves the label check where that evidence is missing.
+        labels: given labels (N,), integers; with logits, columns of the logits.
         seed: seed of all random choices, in [0, 2**63); with the same number of torch threads, the same seed gives the
             same result to the bit.
-        scorer: settings of the scorer. None takes the defaults, with the label check where its embedding is given.
-        select: rule and cap. None takes the defaults: the separation rule, and at most 60 % of a class.
+        scorer: settings of the scorer. None takes the defaults, with what the given embeddings allow.
+        select: rule and cap. None takes the defaults: the separation rule, and at most 60 % of a class, unless label
+            evidence names more.
 
     Returns:
-        mask, scores and evidence.
+        mask, scores, evidence and finding.
 
     Raises:
         ConfigError: an embedding that the scorer reads is missing, or a setting is wrong.
-        DataError: an array has the wrong shape or dtype, an embedding is not finite, or every class is too small.
+        DataError: an array has the wrong shape or dtype, an embedding is not finite, a label has no logit, or every
+            class is too small.
 
     Example:
         >>> x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
@@ -85,35 +104,61 @@ def find_poison(
     z = _embeddings(embeddings, scorer, len(labels_N))
     _refuse_small(labels_N, scorer)
 
-    def batches(name: str) -> Iterator[EmbeddingBatch]:
+    def batches(name: str | Sequence[str]) -> Iterator[EmbeddingBatch]:
+        chosen = [z[one] for one in ([name] if isinstance(name, str) else name)]
+        widths = tuple(z_ND.shape[1] for z_ND in chosen)
         for rows in torch.arange(len(labels_N)).split(_ROWS):
             keys = [str(i) for i in rows.tolist()]
-            yield EmbeddingBatch("arrays", rows, keys, labels_N[rows], z[name][rows])
+            z_BD = torch.cat([z_ND[rows] for z_ND in chosen], 1)
+            yield EmbeddingBatch("arrays", rows, keys, labels_N[rows], z_BD, widths)
 
     fitted = scorer.build()
     fitted.fit(batches, Compute(device="cpu", seed=seed))
-    scores_N = torch.cat([fitted.score(batch) for batch in batches(scorer.embedding)]).numpy()
+    scores_N = torch.cat([fitted.score(batch) for batch in batches(scorer.scored)]).numpy()
     judged = {label: np.flatnonzero(labels_N.numpy() == label) for label in labels_N.unique().tolist()}
     output = ScorerOutput(scorer.kind, scores_N, fitted.statistics)
     scored = Scored({}, judged, {}, np.zeros(len(scores_N), bool), [output])
     found = rule_on(output, select.rules_of([scorer.kind])[scorer.kind], scored, select)
-    evidence = {label: {"n": len(judged[label])} | _evidence(measures) for label, measures in found.classes.items()}
-    return PoisonFound(found.flagged_N, scores_N, evidence)
+    finding = fitted.finding if isinstance(fitted, ToxicDirection) else _NO_LABEL_EVIDENCE
+    evidence = {
+        label: {"n": len(judged[label]), "decision": _decision(label, measures, finding)} | _evidence(measures)
+        for label, measures in found.classes.items()
+    }
+    return PoisonFound(found.flagged_N, scores_N, evidence, finding)
+
+
+def _decision(label: int, measures: Mapping[str, Any], finding: Mapping[str, Any]) -> str:
+    """The weightiest decision on a group of a class."""
+    if "planted" not in measures:
+        return "inconclusive"
+    decisions = {group["decision"] for group in finding["groups"] if group["label"] == label}
+    if measures["planted"]:
+        return "planted"
+    return next((name for name in ("unsure", "burst") if name in decisions), "natural")
 
 
 def _default_scorer(embeddings: Array | Mapping[str, Array]) -> ToxicDirectionConfig:
     default = ToxicDirectionConfig()
-    check = default.label_check
-    is_given = check is not None and isinstance(embeddings, Mapping) and check.embedding in embeddings
-    return default if is_given else ToxicDirectionConfig(label_check=None)
+    given = set(embeddings) if isinstance(embeddings, Mapping) else {default.embedding}
+    if _needed(default) <= given:
+        return default
+    check = default.label_check if default.label_check and default.label_check.embedding in given else None
+    return ToxicDirectionConfig(evidence=None, label_check=check)
+
+
+def _needed(scorer: ToxicDirectionConfig) -> set[str]:
+    """Names of the embeddings that the scorer reads."""
+    if scorer.evidence is not None:
+        return {scorer.embedding, scorer.evidence.appearance, "logits"}
+    return {scorer.embedding} | ({scorer.label_check.embedding} if scorer.label_check else set())
 
 
 def _embeddings(embeddings: Array | Mapping[str, Array], scorer: ToxicDirectionConfig, n: int) -> dict[str, Tensor]:
     """The embeddings that the scorer reads, by name, float32 (N, D)."""
-    needed = {scorer.embedding} | ({scorer.label_check.embedding} if scorer.label_check else set())
+    needed = _needed(scorer)
     if not isinstance(embeddings, Mapping):
         if len(needed) > 1:
-            raise ConfigError(f"the label check reads a second embedding: give a dict with {', '.join(sorted(needed))}")
+            raise ConfigError(f"the scorer reads several embeddings: give a dict with {', '.join(sorted(needed))}")
         return {scorer.embedding: _embedding("embeddings", embeddings, n)}
     if missing := sorted(needed - embeddings.keys()):
         raise ConfigError(f"embeddings: {', '.join(missing)} is missing; there are {', '.join(embeddings) or 'none'}")
@@ -122,8 +167,8 @@ def _embeddings(embeddings: Array | Mapping[str, Array], scorer: ToxicDirectionC
 
 def _evidence(measures: Mapping[str, Any]) -> dict[str, Any]:
     measures = dict(measures)
-    by_labels = measures.pop("side_by_labels", None)
-    return measures if by_labels is None else measures | {"side": "labels" if by_labels else "shape"}
+    by_labels, has_evidence = measures.pop("side_by_labels", None), measures.pop("planted", None) is not None
+    return measures if by_labels is None or has_evidence else measures | {"side": "labels" if by_labels else "shape"}
 
 
 def _labels(labels: Array) -> Tensor:

@@ -129,6 +129,12 @@ class HashSample:
         for value, row_D in other._rows.items():
             self.update([value], row_D[None])
 
+    def shrink(self, size: int) -> None:
+        """Lower the most rows that are kept."""
+        self.size = min(size, self.size)
+        while len(self._heap) > self.size:
+            del self._rows[-heapq.heappop(self._heap)]
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -77,7 +77,8 @@ class EmbeddingBatch(NamedTuple):
         positions_B: positions in the shard, int64.
         keys: keys of the samples.
         labels_B: given labels, int64.
-        z_BD: embeddings, float32.
+        z_BD: embeddings, float32; of several embeddings, the columns side by side.
+        widths: number of columns of each embedding; empty for one.
     """
 
     shard: str
@@ -85,6 +86,7 @@ class EmbeddingBatch(NamedTuple):
     keys: list[str]
     labels_B: Tensor
     z_BD: Tensor
+    widths: tuple[int, ...] = ()
 
     def take(self, rows: Sequence[int]) -> Self:
         """The batch with only these rows."""
@@ -98,32 +100,48 @@ class EmbeddingBatch(NamedTuple):
 class Embeddings(ShardTables):
     """Columns position, key, shard, label, logits, and one or more embeddings as fixed-size lists of float32."""
 
-    @cached_property
+    @property
     def names(self) -> list[str]:
         """Names of the embeddings."""
+        return [name for name in self.columns if name != "logits"]
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Names of the embeddings, and `logits`."""
         if not self.shards:
             raise ArtifactError(f"{self.path} has no rows")
         with self._damage(self.shards[0]):
             schema = pq.read_schema(self.parquet(self.shards[0]))
-        return [field.name for field in schema if pa.types.is_fixed_size_list(field.type) and field.name != "logits"]
+        return [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
 
-    def batches(self, name: str, size: int = 8192, shards: Sequence[str] | None = None) -> Iterator[EmbeddingBatch]:
-        """Stream the embedding `name` in batches of at most `size` rows.
+    def batches(
+        self, name: str | Sequence[str], size: int = 8192, shards: Sequence[str] | None = None
+    ) -> Iterator[EmbeddingBatch]:
+        """Stream one or more embeddings in batches of at most `size` rows.
+
+        Args:
+            name: name of the embedding; or several names, `logits` among them, for their columns side by side.
+            size: most rows of a batch.
+            shards: names of the shards; None reads all.
 
         Raises:
             ConfigError: there is no embedding of that name.
         """
-        if name not in self.names:
-            raise ConfigError(f"there is no embedding {name!r} in {self.path}; it has {', '.join(self.names)}")
+        wanted = [name] if isinstance(name, str) else list(name)
+        for one in wanted:
+            if one not in (self.names if isinstance(name, str) else self.columns):
+                raise ConfigError(f"there is no embedding {one!r} in {self.path}; it has {', '.join(self.names)}")
         for shard in self.shards if shards is None else shards:
             file = pq.ParquetFile(self.parquet(shard))
-            for rows in file.iter_batches(size, columns=["position", "key", "label", name]):
+            for rows in file.iter_batches(size, columns=["position", "key", "label", *wanted]):
+                matrices = [torch.from_numpy(_matrix(rows[one])) for one in wanted]
                 yield EmbeddingBatch(
                     shard,
                     torch.from_numpy(rows["position"].to_numpy().copy()),
                     rows["key"].to_pylist(),
                     torch.from_numpy(rows["label"].to_numpy().copy()),
-                    torch.from_numpy(_matrix(rows[name])),
+                    torch.cat(matrices, 1) if len(matrices) > 1 else matrices[0],
+                    tuple(z_BD.shape[1] for z_BD in matrices) if len(matrices) > 1 else (),
                 )
 
 

@@ -35,7 +35,7 @@ from sanitize.repair.inputs import Needs, Repaired, RepairInputs
 from sanitize.repair.observe import FeatureSample, group_moments, sample_features, separation_constant
 from sanitize.repair.sites import Projection, Site, find_sites, fold
 from sanitize.repair.third_moment import Directions, of_every_class, third_moment_directions
-from sanitize.score.toxic_direction import ClassSplit, ToxicDirectionConfig, fit_class, log_odds
+from sanitize.score.toxic_direction import ClassSplit, SplitConfig, fit_class, log_odds
 from sanitize.score.toxic_direction.sides import EVEN
 from sanitize.score.toxic_direction.two_gaussians import swapped
 from sanitize.streaming import Moments
@@ -82,7 +82,7 @@ class DRRConfig(BaseModel):
     n_steps: int = Field(default=50, ge=1)
     min_separation: float = Field(default=5.0, gt=0)
     small_class_separation: float = Field(default=7.6, gt=0)
-    split: ToxicDirectionConfig = ToxicDirectionConfig(label_check=None)
+    split: SplitConfig = SplitConfig()
     ridge: float = Field(default=0.03, gt=0)
     sample_size: int = Field(default=20_000, ge=100)
 

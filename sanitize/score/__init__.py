@@ -7,11 +7,12 @@ from sanitize.score.rca import RCA, RCAConfig
 from sanitize.score.robust_realnvp import RobustRealNVP, RobustRealNVPConfig
 from sanitize.score.spectral import Spectral, SpectralConfig
 from sanitize.score.stage import FittedScorer, ScorerConfig, fit_scorer, score_shards
-from sanitize.score.toxic_direction import ToxicDirection, ToxicDirectionConfig
+from sanitize.score.toxic_direction import EvidenceConfig, ToxicDirection, ToxicDirectionConfig
 
 __all__ = [
     "RCA",
     "AnomalyScorer",
+    "EvidenceConfig",
     "FittedScorer",
     "LabelMargin",
     "LabelMarginConfig",

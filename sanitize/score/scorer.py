@@ -8,7 +8,7 @@ Shapes: B rows of a batch, N of a class, D features.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -17,7 +17,8 @@ from torch import Tensor
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 
-Passes = Callable[[str], Iterable[EmbeddingBatch]]  # name of an embedding -> a new pass over it
+# Name of an embedding, or names of several, -> a new pass over it.
+Passes = Callable[[str | Sequence[str]], Iterable[EmbeddingBatch]]
 
 
 class Scorer(Protocol):
@@ -58,6 +59,11 @@ class BaseScorerConfig(BaseModel, ABC):
 
     kind: str
     embedding: str
+
+    @property
+    def scored(self) -> str | tuple[str, ...]:
+        """Names of the embeddings in a batch that is scored."""
+        return self.embedding
 
     @abstractmethod
     def build(self) -> Scorer:

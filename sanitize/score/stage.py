@@ -18,7 +18,7 @@ from sanitize.score.label_margin import LabelMarginConfig
 from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.scorer import Scorer
 from sanitize.score.spectral import SpectralConfig
-from sanitize.score.toxic_direction import ToxicDirectionConfig
+from sanitize.score.toxic_direction import ToxicDirection, ToxicDirectionConfig
 from sanitize.stage import Advance, Work, stage
 
 ScorerConfig = Annotated[
@@ -38,7 +38,7 @@ class FittedScorer(Artifact):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """scorer.json: `config`; `classes`: label -> statistics; `exclude`: names of shards."""
+        """scorer.json: `config`; `classes`: label -> statistics; `exclude`: shards; `finding` of toxic_direction."""
         return self.read_object("scorer.json", "config", "classes")
 
     def scorer(self, config: ScorerConfig) -> Scorer:
@@ -60,7 +60,7 @@ class FittedScorer(Artifact):
         return scorer
 
 
-@stage(FittedScorer, version=3, gpu=False)
+@stage(FittedScorer, version=4, gpu=False)
 def fit_scorer(
     config: ScorerConfig, embeddings: Embeddings, out: str, compute: Compute, exclude: Sequence[str] = ()
 ) -> Work:
@@ -83,21 +83,22 @@ def fit_scorer(
         scorer = config.build()
         with track(f"fit {config.kind}", None) as advance:
 
-            def one_pass(name: str) -> Iterator[EmbeddingBatch]:
+            def one_pass(name: str | Sequence[str]) -> Iterator[EmbeddingBatch]:
                 for batch in embeddings.batches(name, shards=shards):
                     advance(len(batch.keys))
                     yield batch
 
             scorer.fit(one_pass, compute)
         part.write("state.safetensors", safetensors.torch.save(scorer.state_dict()))
+        finding = {"finding": scorer.finding} if isinstance(scorer, ToxicDirection) else {}
         part.write_json(
-            "scorer.json", {"config": config.model_dump(mode="json"), "classes": scorer.statistics} | excluded
+            "scorer.json", {"config": config.model_dump(mode="json"), "classes": scorer.statistics} | finding | excluded
         )
 
     return Work(write=write, config=config.model_dump(mode="json") | excluded)
 
 
-@stage(Scores, version=2, gpu=False, draws="nothing")
+@stage(Scores, version=3, gpu=False, draws="nothing")
 def score_shards(
     config: ScorerConfig,
     fitted: FittedScorer,
@@ -123,7 +124,7 @@ def score_shards(
 
     def write_part(shard: str, part: Part, _advance: Advance) -> None:
         tables = []
-        for batch in embeddings.batches(config.embedding, shards=[shard]):
+        for batch in embeddings.batches(config.scored, shards=[shard]):
             scores_B = scorer.score(batch)
             if not (finite_B := scores_B.isfinite()).all():
                 key = batch.keys[int((~finite_B).nonzero()[0])]

@@ -50,6 +50,10 @@ class BaseRule(BaseModel, ABC):
         """Label -> separation above which the class is touched; empty for rules without such a level."""
         return {}
 
+    def uncapped(self, statistics: Statistics) -> set[int]:
+        """Labels of the classes in which `max_removed_fraction` does not bind."""
+        return set()
+
     def p_values(self, scores: Scores, trusted_M: np.ndarray = NO_SCORES) -> dict[int, np.ndarray]:
         """Label -> p-values (N,) in (0, 1], float64; empty for rules without p-values."""
         return {}
@@ -73,21 +77,26 @@ class ContaminationRule(BaseRule):
 
 
 class SeparationRule(BaseRule):
-    """Touch a class only where its two components are further apart than in clean classes; needs no rate.
+    """Touch a class only where a part of it was planted; needs no rate.
 
-    The scorer must measure a held-out `separation` of each class and give log-odds as scores (`toxic_direction`).
-    In a class whose separation exceeds its level, samples that are more likely in the suspicious component than not
-    are flagged (log-odds > `log_odds`). The level is calibrated on the classes of the run:
+    The scorer must be `toxic_direction`, which gives log-odds as scores: samples of a touched class that are more
+    likely in the planted part than not are flagged (log-odds > `log_odds`).
+
+    With evidence, the default, the scorer has decided which classes hold a planted group, by the thresholds of its
+    `evidence` (`sanitize.score.toxic_direction.decide`). These classes are touched, and the cap does not bind there:
+    the evidence says which side is poison, and poison may be most of a class.
+
+    Without evidence (`evidence: null`) a class is touched where its two components are further apart than in clean
+    classes. The level is calibrated on the classes of the run, and its upper bound keeps poison in many classes from
+    hiding behind itself:
 
         level = clip(median + 3 * 1.4826 * median |separation - median|, floor, 1.1 * floor)
 
-    The upper bound keeps poison in many classes from hiding behind itself.
-
     Attributes:
-        floor: separation, in standard deviations of the components, below which a class is never touched. Clean
-            classes of Fashion-MNIST and CIFAR-10 reach 3.9, poisoned ones begin at 5.3 (LOG.md).
-        small_class_floor: floor for classes of fewer than `small_class` samples, whose natural splits are wider:
-            handwritten digits reach 7.3.
+        floor: without evidence: separation, in standard deviations of the components, below which a class is never
+            touched. Clean classes of Fashion-MNIST and CIFAR-10 reach 3.9, poisoned ones begin at 5.3 (LOG.md).
+        small_class_floor: without evidence: floor for classes of fewer than `small_class` samples, whose natural splits
+            are wider: handwritten digits reach 7.3.
         small_class: fewest samples of a class that is not small.
         log_odds: natural log of the odds above which a sample of a touched class is flagged.
     """
@@ -99,7 +108,7 @@ class SeparationRule(BaseRule):
     log_odds: float = 0.0
 
     def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
-        """`log_odds` for the classes that stand out, infinity for the others.
+        """`log_odds` for the touched classes, infinity for the others.
 
         Raises:
             ConfigError: the scorer measures no separation.
@@ -110,10 +119,13 @@ class SeparationRule(BaseRule):
             )
         levels = self.levels(scores, statistics)
         above = {y for y, of_class in statistics.items() if of_class.get("separation", 0.0) > levels.get(y, math.inf)}
-        return {y: self.log_odds if y in above else math.inf for y in scores}
+        touched = above | self.uncapped(statistics)
+        return {y: self.log_odds if y in touched else math.inf for y in scores}
 
     def levels(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
-        """Label -> separation above which the class is touched."""
+        """Label -> separation above which the class is touched; empty where evidence has decided."""
+        if any("planted" in of_class for of_class in statistics.values()):
+            return {}
         separations_K = np.array([of_class.get("separation", 0.0) for of_class in statistics.values()] or [0.0])
         centre = float(np.median(separations_K))
         natural = centre + 3 * 1.4826 * float(np.median(np.abs(separations_K - centre)))
@@ -121,6 +133,10 @@ class SeparationRule(BaseRule):
             y: self.floor if len(s_N) >= self.small_class else self.small_class_floor for y, s_N in scores.items()
         }
         return {y: min(max(natural, floor), 1.1 * floor) for y, floor in floors.items()}
+
+    def uncapped(self, statistics: Statistics) -> set[int]:
+        """Labels of the classes in which the evidence names a planted group."""
+        return {y for y, of_class in statistics.items() if of_class.get("planted", 0.0) > 0}
 
 
 class _PValueRule(BaseRule):

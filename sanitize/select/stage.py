@@ -31,6 +31,8 @@ from sanitize.select.rules import (
 from sanitize.select.scored import Scored, ScorerOutput, kind_of, read_scores
 from sanitize.stage import Advance, Bars, Work, stage
 
+NEIGHBOURS = 20  # of which toxic_direction states the disagreement
+
 REASON = pa.struct(
     {
         "stage": pa.string(),
@@ -63,7 +65,7 @@ class SelectConfig(BaseModel):
             for which every rule must give p-values (fdr or conformal).
         q: level of verdict `combined`; the other verdicts use the levels of the rules.
         max_removed_fraction: most that a rule flags of a class, in [0, 1]; above this cap only the highest scores are
-            flagged, and the report says so.
+            flagged, and the report says so. It does not bind where evidence names a planted group (rule separation).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,7 +99,7 @@ def default_rule(kind: str) -> Rule:
     return SeparationRule() if kind == "toxic_direction" else FDRRule()
 
 
-@stage(Selection, version=2, gpu=False, draws="nothing")
+@stage(Selection, version=3, gpu=False, draws="nothing")
 def select_samples(
     config: SelectConfig,
     dataset: Dataset,
@@ -244,11 +246,12 @@ def rule_on(output: ScorerOutput, rule: Rule, scored: Scored, config: SelectConf
     """
     by_class, trusted_M = scored.by_class(output.scores_N), output.scores_N[scored.trusted_N]
     thresholds = rule.thresholds(by_class, output.statistics, trusted_M)
-    levels = rule.levels(by_class, output.statistics)
+    levels, uncapped = rule.levels(by_class, output.statistics), rule.uncapped(output.statistics)
     classes: dict[int, dict[str, Any]] = {}
     flagged_N = np.zeros(len(output.scores_N), bool)
     for label, s_n in by_class.items():
-        cap = keep_all_but(s_n, int(config.max_removed_fraction * len(s_n)))
+        most = 1.0 if label in uncapped else config.max_removed_fraction
+        cap = keep_all_but(s_n, int(most * len(s_n)))
         # A rule that flags a whole class gives minus infinity, which JSON cannot hold: take the lowest float.
         threshold = max(thresholds[label], cap, float(np.finfo(np.float32).min))
         flagged_N[scored.judged[label]] = s_n > threshold
@@ -299,13 +302,32 @@ def _reason(result: RuleResult, label: int, i: int) -> dict[str, Any]:
     """The reason for a scorer's flag on sample i."""
     of_class, score, kind = result.classes[label], float(result.output.scores_N[i]), result.output.kind
     text = f"{kind} score {score:.4g} is above {of_class['threshold']:.4g}"
-    if "separation" in of_class:
-        text += f"; the class splits in two, {of_class['separation']:.1f} standard deviations apart"
+    if "planted" in of_class:
+        text += _conflict(of_class)
+    elif "separation" in of_class:
+        text += _split(of_class)
+    reason = {"stage": kind, "reason": text, "score": score, "threshold": of_class["threshold"]}
+    return reason if result.p_N is None else reason | {"p_value": float(result.p_N[i])}
+
+
+def _conflict(of_class: dict[str, Any]) -> str:
+    """Evidence of the planted group of a class, in words."""
+    if not of_class["planted"]:
+        return "; no planted group was found in the class"
+    n, rest = (round(NEIGHBOURS * of_class[name]) for name in ("disagreement", "disagreement_of_rest"))
+    return (
+        f"; in the planted group {n} of {NEIGHBOURS} nearest neighbours carry another label ({rest} in the rest of the "
+        f"class), although the model is sure of this one ({of_class['z']:.1f} standard errors)"
+    )
+
+
+def _split(of_class: dict[str, Any]) -> str:
+    """Evidence of a class that was split in two, in words."""
+    text = f"; the class splits in two, {of_class['separation']:.1f} standard deviations apart"
     if "disagreement" in of_class:
         here, there = 100 * of_class["disagreement"], 100 * of_class["disagreement_of_rest"]
         text += (
             f"; of the nearest neighbours {here:.0f} % have another label on this side and {there:.0f} % on the other"
         )
         text += ", which decided between them" if of_class["side_by_labels"] else ""
-    reason = {"stage": kind, "reason": text, "score": score, "threshold": of_class["threshold"]}
-    return reason if result.p_N is None else reason | {"p_value": float(result.p_N[i])}
+    return text

@@ -38,7 +38,8 @@ SCORERS: dict[str, ScorerConfig] = {
     "robust_realnvp": RobustRealNVPScorerConfig(embedding="pixels", model=RobustRealNVPConfig(epochs=2, widths=(9, 7))),
     "spectral": SpectralConfig(embedding="pixels", n_directions=5),
     "spectral robust": SpectralConfig(embedding="pixels", whiten="robust"),
-    "toxic_direction": ToxicDirectionConfig(embedding="pixels", n_starts=16),
+    "toxic_direction": ToxicDirectionConfig(embedding="pixels", n_starts=16, min_class=20, min_component=3),
+    "toxic_direction single split": ToxicDirectionConfig(embedding="pixels", n_starts=16, evidence=None),
 }
 every_scorer = pytest.mark.parametrize("name", SCORERS)
 # How rows are divided: each shard is cut into batches, in an order of its own.
@@ -53,26 +54,33 @@ def real() -> tuple[dict[str, Tensor], Tensor]:
     labels_N = torch.from_numpy(digits.target).long()
     rows = torch.cat([(labels_N != 7).nonzero()[: N - 1, 0], (labels_N == 7).nonzero()[:1, 0]])
     images_N1HW = images_N1HW[rows]
-    return {"pixels": reduced_pixels(images_N1HW, 8), "gradients": oriented_gradients(images_N1HW, 7)}, labels_N[rows]
+    embeddings = {"pixels": reduced_pixels(images_N1HW, 8), "gradients": oriented_gradients(images_N1HW, 7)}
+    noise_NK = torch.randn(N, 10, generator=torch.Generator().manual_seed(0))
+    return embeddings | {"logits": 5 * torch.eye(10)[labels_N[rows]] + noise_NK}, labels_N[rows]
 
 
-def batches(name: str, parts: Sequence[Tensor], shards: Sequence[Tensor] | None = None) -> list[EmbeddingBatch]:
+def batches(
+    name: str | Sequence[str], parts: Sequence[Tensor], shards: Sequence[Tensor] | None = None
+) -> list[EmbeddingBatch]:
     """Parts of the rows as batches. A row is named by its shard and its place in it: by default, all are in one."""
     embeddings, labels_N = real()
+    chosen = [embeddings[one] for one in ([name] if isinstance(name, str) else name)]
+    widths = tuple(z_ND.shape[1] for z_ND in chosen)
     shards = [torch.arange(N)] if shards is None else shards
     found = []
     for part in parts:
         (shard,) = [i for i, rows in enumerate(shards) if set(part.tolist()) <= set(rows.tolist())][:1] or [0]
         at_B = torch.tensor([shards[shard].tolist().index(row) for row in part.tolist()], dtype=torch.int64)
         keys = [str(row) for row in part.tolist()]
-        found.append(EmbeddingBatch(f"{shard:04d}.tar", at_B, keys, labels_N[part], embeddings[name][part]))
+        z_BD = torch.cat([z_ND[part] for z_ND in chosen], 1)
+        found.append(EmbeddingBatch(f"{shard:04d}.tar", at_B, keys, labels_N[part], z_BD, widths))
     return found
 
 
 def fitted(config: ScorerConfig, parts: Sequence[Tensor], shards: Sequence[Tensor] | None = None) -> Scorer:
     scorer = config.build()
 
-    def one_pass(name: str) -> Iterator[EmbeddingBatch]:
+    def one_pass(name: str | Sequence[str]) -> Iterator[EmbeddingBatch]:
         return iter(batches(name, parts, shards))
 
     scorer.fit(one_pass, CPU)
@@ -82,7 +90,7 @@ def fitted(config: ScorerConfig, parts: Sequence[Tensor], shards: Sequence[Tenso
 @cache
 def whole(name: str) -> tuple[Scorer, Tensor]:
     scorer = fitted(SCORERS[name], [torch.arange(N)])
-    (batch,) = batches(SCORERS[name].embedding, [torch.arange(N)])
+    (batch,) = batches(SCORERS[name].scored, [torch.arange(N)])
     return scorer, scorer.score(batch)
 
 
@@ -100,7 +108,7 @@ def divided(seed: int, cuts: Sequence[int], by_class: bool = False) -> list[Tens
 def test_a_score_has_the_same_bits_in_any_batch(name: str, seed: int, cuts: list[int], by_class: bool) -> None:
     scorer, wanted_N = whole(name)
     for part in divided(seed, cuts, by_class):
-        (batch,) = batches(SCORERS[name].embedding, [part])
+        (batch,) = batches(SCORERS[name].scored, [part])
         assert torch.equal(scorer.score(batch), wanted_N[part])
 
 
@@ -108,7 +116,7 @@ def test_a_score_has_the_same_bits_in_any_batch(name: str, seed: int, cuts: list
 def test_a_row_alone_has_the_score_it_has_among_others(name: str) -> None:
     scorer, wanted_N = whole(name)
     parts = [torch.tensor([row]) for row in range(0, N, 7)]
-    scores_n = torch.cat([scorer.score(batch) for batch in batches(SCORERS[name].embedding, parts)])
+    scores_n = torch.cat([scorer.score(batch) for batch in batches(SCORERS[name].scored, parts)])
     assert torch.equal(scores_n, wanted_N[::7])
 
 
@@ -119,12 +127,12 @@ def test_it_is_fitted_the_same_in_any_batches(name: str, seed: int, cuts: list[i
     """Samples to the bit; moments, and what rests on them, to rounding (`sanitize.streaming`)."""
     config = SCORERS[name]
     parts = [part for part in divided(seed, cuts, by_class) if len(part)]
-    if isinstance(config, ToxicDirectionConfig):
+    if isinstance(config, ToxicDirectionConfig) and config.evidence is None:
         config = config.model_copy(update={"label_check": None})
         name = "toxic_direction without label_check"
         SCORERS.setdefault(name, config)
     scorer, (other, wanted_N) = fitted(config, parts), whole(name)
-    (batch,) = batches(config.embedding, [torch.arange(N)])
+    (batch,) = batches(config.scored, [torch.arange(N)])
     if config.kind in ("rca", "robust_realnvp", "toxic_direction"):
         assert torch.equal(scorer.score(batch), wanted_N)
         assert scorer.statistics == other.statistics
@@ -145,7 +153,7 @@ def test_any_division_into_shards_can_be_fitted_and_scored(
     pieces = [part for part in divided(seed, cuts, by_class) if len(part)]
     shards = list(pieces[0].split(1)[:n_single]) + [part for part in (pieces[0][n_single:], *pieces[1:]) if len(part)]
     scorer = fitted(SCORERS[name], shards, shards)
-    scores_N = torch.cat([scorer.score(batch) for batch in batches(SCORERS[name].embedding, shards, shards)])
+    scores_N = torch.cat([scorer.score(batch) for batch in batches(SCORERS[name].scored, shards, shards)])
     assert scores_N.shape == (N,)
     assert scores_N.dtype == torch.float32
     assert scores_N.isfinite().all()
@@ -158,16 +166,16 @@ def test_a_handful_of_rows_can_be_fitted_and_scored(name: str, n: int, one_class
     labels_N = real()[1]
     rows = (labels_N == 3).nonzero()[:n, 0] if one_class else torch.arange(n)
     scorer = fitted(SCORERS[name], rows.split(1))
-    scores_n = torch.cat([scorer.score(batch) for batch in batches(SCORERS[name].embedding, rows.split(1))])
+    scores_n = torch.cat([scorer.score(batch) for batch in batches(SCORERS[name].scored, rows.split(1))])
     assert scores_n.isfinite().all()
     # A class that was not fitted, and a batch without rows.
     others = (labels_N == 8).nonzero()[:5, 0]
-    assert all(len(scorer.score(b)) == len(b.keys) for b in batches(SCORERS[name].embedding, [others, others[:0]]))
+    assert all(len(scorer.score(b)) == len(b.keys) for b in batches(SCORERS[name].scored, [others, others[:0]]))
 
 
 @pytest.mark.parametrize("size", [1, 50])
 def test_the_label_check_skips_batches_without_a_sampled_row(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most `CHECKED` rows of each class are checked; here few, so that most batches hold none of them."""
-    monkeypatch.setattr("sanitize.score.toxic_direction.scorer.CHECKED", 2)
-    scorer = fitted(SCORERS["toxic_direction"], torch.arange(N).split(size))
+    monkeypatch.setattr("sanitize.score.toxic_direction.single_split.CHECKED", 2)
+    scorer = fitted(SCORERS["toxic_direction single split"], torch.arange(N).split(size))
     assert len(scorer.statistics) == 10

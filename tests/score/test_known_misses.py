@@ -1,8 +1,6 @@
-"""What the default rule is known to miss. A test here that begins to pass is good news: move it where it belongs."""
+"""Data in which the default rule once missed poison: what is not found must be inconclusive, no all-clear."""
 
 from pathlib import Path
-
-import pytest
 
 from sanitize import (
     Compute,
@@ -24,11 +22,6 @@ from sanitize.score import ToxicDirectionConfig
 from sanitize.select import SelectConfig
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a class of 232 splits at 5.6, below the floor for small classes, 7.6; so with 5 of 10 model seeds (LOG.md)",
-)
 def test_3_percent_badnets_in_digits_with_model_seed_3(tmp_path: Path) -> None:
     compute = Compute(device="cpu", seed=0)
     digits = write_digits(str(tmp_path / "digits"), compute, n_shards=5)
@@ -44,4 +37,6 @@ def test_3_percent_badnets_in_digits_with_model_seed_3(tmp_path: Path) -> None:
     fitted = fit_scorer(scorer, embeddings, str(tmp_path / "scorer"), compute)
     scores = score_shards(scorer, fitted, embeddings, str(tmp_path / "scores"), compute)
     selection = select_samples(SelectConfig(), dataset, [scores], str(tmp_path / "selection"), compute)
-    assert selection.manifest().counts["quarantined"] > 0, fitted.info["classes"]["0"]
+    verdict = fitted.info["finding"]["verdict"]
+    assert verdict in ("found", "inconclusive"), fitted.info["classes"]["0"]
+    assert (selection.manifest().counts["quarantined"] > 0) == (verdict == "found")

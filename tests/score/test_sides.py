@@ -1,6 +1,7 @@
 """The poisoned side of a split: by the label check where it is sure and the split is even, else by shape."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.score.neighbours import NeighboursConfig
-from sanitize.score.toxic_direction import ToxicDirection, ToxicDirectionConfig, fit_class, log_odds
+from sanitize.score.toxic_direction import ToxicDirectionConfig, fit_class, log_odds
 from sanitize.score.toxic_direction.sides import Side, at_odds, suspicious_side
 
-CONFIG = ToxicDirectionConfig(n_starts=32)
+CONFIG = ToxicDirectionConfig(n_starts=32, evidence=None)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -97,13 +98,13 @@ def test_the_scorer_uses_its_label_check_and_reports_it(compute: Compute) -> Non
     pooled_ND = torch.randn(1200, 6, generator=generator)
     pooled_ND[poison_N, 0] += 30
 
-    def passes(name: str) -> list[EmbeddingBatch]:
-        z_ND = {"pooled": pooled_ND, "pixels": pixels_ND}[name]
+    def passes(name: str | Sequence[str]) -> list[EmbeddingBatch]:
+        z_ND = {"pooled": pooled_ND, "pixels": pixels_ND}[str(name)]
         keys = [f"{i:04d}" for i in range(1200)]
         whole = EmbeddingBatch("s", torch.arange(1200), keys, labels_N, z_ND)
         return [whole.take(rows.tolist()) for rows in torch.arange(1200).split(128)]
 
-    scorer = ToxicDirection(CONFIG)
+    scorer = CONFIG.build()
     scorer.fit(passes, compute)
     statistics = scorer.statistics[0]
     assert statistics["side_by_labels"]
@@ -112,13 +113,12 @@ def test_the_scorer_uses_its_label_check_and_reports_it(compute: Compute) -> Non
     assert statistics["minority_fraction"] == pytest.approx(float(poison_N[labels_N == 0].double().mean()), abs=0.01)
     flagged_N = torch.cat([scorer.score(batch) for batch in passes("pooled")]) > 0
     assert (flagged_N == poison_N)[labels_N == 0].double().mean() > 0.98
-    again = ToxicDirection(CONFIG)
+    again = CONFIG.build()
     again.load_state(scorer.state_dict(), scorer.statistics)
     assert {name: t.tolist() for name, t in again.state_dict().items()} == {
         name: t.tolist() for name, t in scorer.state_dict().items()
     }
-    alone = ToxicDirection(
-        ToxicDirectionConfig(n_starts=32, label_check=NeighboursConfig(embedding="pixels", windows=1))
-    )
+    label_check = NeighboursConfig(embedding="pixels", windows=1)
+    alone = ToxicDirectionConfig(n_starts=32, evidence=None, label_check=label_check).build()
     alone.fit(lambda name: passes(name)[::-1], compute)
     assert alone.statistics[0]["side_by_labels"]

@@ -20,7 +20,7 @@ ALL_SCORERS = {
     "spectral": PLAIN,
     "spectral, 3 directions": SpectralConfig(n_directions=3),
     "spectral, robust": ROBUST,
-    "toxic direction": ToxicDirectionConfig(n_starts=32),
+    "toxic direction": ToxicDirectionConfig(n_starts=32, evidence=None),
 }
 every_scorer = pytest.mark.parametrize("config", ALL_SCORERS.values(), ids=ALL_SCORERS.keys())
 

@@ -31,7 +31,7 @@ ALL_SCORERS: list[ScorerConfig] = [
     RobustRealNVPScorerConfig(embedding="penultimate", model=RobustRealNVPConfig(epochs=2)),
     SpectralConfig(),
     SpectralConfig(whiten="robust"),
-    ToxicDirectionConfig(embedding="penultimate", label_check=None),
+    ToxicDirectionConfig(embedding="penultimate", label_check=None, evidence=None),
 ]
 
 
@@ -119,7 +119,8 @@ def test_an_embedding_that_is_not_there_is_a_config_error(
 
 
 @pytest.mark.parametrize(
-    "other", [SpectralConfig(n_directions=2), ToxicDirectionConfig(embedding="penultimate", label_check=None)]
+    "other",
+    [SpectralConfig(n_directions=2), ToxicDirectionConfig(embedding="penultimate", label_check=None, evidence=None)],
 )
 def test_scoring_with_another_config_than_the_one_fitted_is_a_config_error(
     tmp_path: Path, made_up: Embeddings, compute: Compute, other
@@ -134,3 +135,21 @@ def test_the_digits_are_scored_whole(scores: Scores, embeddings: Embeddings) -> 
         return [key for table in rows for key in table["key"].to_pylist()]
 
     assert keys(scores.rows(s) for s in scores.shards) == keys(embeddings.rows(s) for s in embeddings.shards)
+
+
+def test_several_embeddings_come_side_by_side(embeddings: Embeddings) -> None:
+    names = ("pooled", "gradients", "logits")
+    shard = embeddings.shards[0]
+    (batch,) = embeddings.batches(names, shards=[shard])
+    table = embeddings.rows(shard, names)
+    columns = [torch.tensor(table[name].to_pylist()) for name in names]
+    assert batch.widths == tuple(x_BD.shape[1] for x_BD in columns)
+    assert torch.equal(batch.z_BD, torch.cat(columns, 1))
+    (one,) = embeddings.batches("pooled", shards=[shard])
+    assert one.widths == ()
+    assert torch.equal(one.z_BD, columns[0])
+    assert "logits" not in embeddings.names
+    with pytest.raises(ConfigError, match="no embedding 'logits'"):
+        list(embeddings.batches("logits"))
+    with pytest.raises(ConfigError, match="no embedding 'block0'"):
+        list(embeddings.batches(("pooled", "block0")))

@@ -1,6 +1,21 @@
-"""Toxic direction: poison as a second cluster of its class. `split` finds it, `sides` says which part is poison."""
+"""Toxic direction: poison as a group of its class whose labels are in conflict with what its images look like.
 
+`candidates` finds groups, `evidence` weighs them, `decide` says what they are, `grow` tells who belongs to them.
+`split` is the search of one split, `sides` its side by shape, `single_split` the scorer without evidence.
+"""
+
+from sanitize.score.toxic_direction.decide import EvidenceConfig
 from sanitize.score.toxic_direction.scorer import ToxicDirection, ToxicDirectionConfig
+from sanitize.score.toxic_direction.single_split import SingleSplit
 from sanitize.score.toxic_direction.split import ClassSplit, SplitConfig, fit_class, log_odds
 
-__all__ = ["ClassSplit", "SplitConfig", "ToxicDirection", "ToxicDirectionConfig", "fit_class", "log_odds"]
+__all__ = [
+    "ClassSplit",
+    "EvidenceConfig",
+    "SingleSplit",
+    "SplitConfig",
+    "ToxicDirection",
+    "ToxicDirectionConfig",
+    "fit_class",
+    "log_odds",
+]

@@ -1,12 +1,13 @@
-"""The toxic-direction scorer: a bounded sample of each class is split in two, then all samples are scored as a stream.
+"""The toxic-direction scorer: groups of a bounded sample are weighed and decided, then all samples are scored.
 
-State while fitting: at most `MAX_SAMPLES` hash-chosen rows of each class, the same however the data is sharded, and the
-scorer of the label check, which measures the first `CHECKED` of them.
+State while fitting: `MAX_ROWS` hash-chosen rows of all classes, at most `MAX_OF_CLASS` of one, the same however the
+data is sharded, with all embeddings that count. Shapes: N rows of the sample, B of a batch, D columns of all
+embeddings, F folds.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,131 +15,205 @@ from torch import Tensor
 
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
+from sanitize.errors import DataError
 from sanitize.progress import track
 from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.scorer import BaseScorerConfig, Passes, by_label, row_hashes
-from sanitize.score.toxic_direction.sides import Side, Sides
-from sanitize.score.toxic_direction.split import ClassSplit, SplitConfig, fit_class, log_odds
+from sanitize.score.toxic_direction.decide import ROUNDS as MOST_GROUPS
+from sanitize.score.toxic_direction.decide import (
+    EvidenceConfig,
+    Group,
+    Knowledge,
+    Planted,
+    decide_class,
+    finding,
+    know,
+    statistics_of,
+)
+from sanitize.score.toxic_direction.grow import FOLDS, Lines, digests, grow, log_odds
+from sanitize.score.toxic_direction.single_split import SingleSplit
+from sanitize.score.toxic_direction.split import UNTOUCHED_ODDS, SplitConfig
 from sanitize.score.toxic_direction.two_gaussians import Mixture
 from sanitize.streaming import HashSample
 
-MAX_SAMPLES = 10_000
-CHECKED = 1_000
+MAX_ROWS, MAX_OF_CLASS = 40_000, 10_000
 
 
 class ToxicDirectionConfig(SplitConfig, BaseScorerConfig):
-    """Settings of the scorer: those of the split, the embedding, and the label check."""
+    """Settings of the scorer: those of the splits, the embeddings, and the decision."""
 
     kind: Literal["toxic_direction"] = "toxic_direction"
-    embedding: str = Field(default="pooled", description="name of the embedding to score")
+    embedding: str = Field(default="pooled", description="embedding of the model")
+    evidence: EvidenceConfig | None = Field(
+        default=EvidenceConfig(),
+        description="decision by labels, appearance and logits; null: one split a class, judged by its separation",
+    )
     label_check: NeighboursConfig | None = Field(
         default=NeighboursConfig(embedding="pixels", windows=1, k=20),
-        description="label disagreement that decides which side of an even split is suspicious; null: shape alone",
+        description="without evidence: label disagreement that decides the side of an even split; null: shape alone",
     )
 
-    def build(self) -> "ToxicDirection":
+    @property
+    def scored(self) -> str | tuple[str, ...]:
+        """Names of the embeddings in a batch that is scored."""
+        return self.embedding if self.evidence is None else (self.embedding, self.evidence.appearance)
+
+    def build(self) -> "ToxicDirection | SingleSplit":
         """The scorer, not fitted yet."""
-        return ToxicDirection(self)
+        if self.evidence is None:
+            return SingleSplit(self, self.embedding, self.label_check)
+        return ToxicDirection(self, self.evidence)
 
 
 class ToxicDirection:
-    """Scorer: log-odds that a sample belongs to the suspicious one of its class's two components."""
+    """Scorer: log-odds that a sample belongs to a planted group of its class, the largest over its groups.
 
-    def __init__(self, config: ToxicDirectionConfig) -> None:
-        self.config = config
+    In a class without a planted group, the log-odds of a natural one: the rule touches no sample there, and new samples
+    can still be compared with a reference.
+
+    Attributes:
+        finding: verdict of the data, and the groups worth showing.
+    """
+
+    def __init__(self, config: ToxicDirectionConfig, evidence: EvidenceConfig) -> None:
+        self.config, self.evidence = config, evidence
         self.statistics: dict[int, dict[str, float]] = {}
-        self._splits: dict[int, ClassSplit] = {}
+        self.finding: dict[str, Any] = {}
+        self._groups: dict[int, list[Lines]] = {}
 
     def fit(self, passes: Passes, compute: Compute) -> None:
-        """One pass to draw the samples, two for the label check, then one split a class, each on its own."""
-        seed = compute.seed_for("score", "toxic_direction", "sample")
-        samples: dict[int, HashSample] = {}
-        for batch in passes(self.config.embedding):
-            hashes = row_hashes(batch, seed)
-            for label, rows in by_label(batch):
-                sample = samples.setdefault(label, HashSample(MAX_SAMPLES))
-                sample.update([hashes[i] for i in rows.tolist()], batch.z_BD[rows])
-        disagreement = self._disagreement(passes, samples, seed, compute)
-        with track("split classes", len(samples), "classes") as advance:
-            for label in sorted(samples):
-                generator = compute.generator("score", "toxic_direction", label)
-                sample = samples.pop(label)
-                disagreement_N = torch.tensor([disagreement.get(value, math.nan) for value in sample.hashes()])
-                self._splits[label] = fit_class(sample.rows(), self.config, generator, disagreement_N)
-                self.statistics[label] = summary(self._splits[label])
+        """One pass to draw the sample; then the classes, each on its own."""
+        names = (self.config.embedding, self.evidence.appearance, "logits")
+        sample = ClassSamples()
+        widths: tuple[int, ...] = ()
+        for batch in passes(names):
+            widths = batch.widths
+            sample.update(batch, row_hashes(batch, compute.seed_for("score", "toxic_direction", "sample")))
+        rows_ND, labels_N = sample.rows()
+        del sample  # it holds the same rows once more
+        if len(labels_N) < 2:
+            self.finding = {"verdict": "inconclusive", "why": "there are too few samples", "groups": []}
+            return
+        digests_N = digests(rows_ND[:, : sum(widths[:2])])
+        order_N = digests_N.argsort(stable=True)  # a random order that depends on the rows alone
+        rows_ND, labels_N, digests_N = rows_ND[order_N], labels_N[order_N], digests_N[order_N]
+        pooled_ND, appearance_ND, logits_NK = rows_ND.split(widths, dim=1)
+        if int(labels_N.min()) < 0 or int(labels_N.max()) >= logits_NK.shape[1]:
+            raise DataError(f"a label is not among the {logits_NK.shape[1]} logits: {labels_N.unique().tolist()[:20]}")
+        known = know(pooled_ND, appearance_ND, logits_NK, labels_N, digests_N)
+        planted: list[Planted] = []
+        groups: list[Group] = []
+        labels = labels_N.unique().tolist()
+        with track("weigh groups of classes", len(labels), "classes") as advance:
+            for label in labels:
+                rows = (labels_N == label).nonzero()[:, 0]
+                # Named by a row, not by its label, so that other names of the classes give the same result.
+                generator = compute.generator("score", "toxic_direction", int(digests_N[rows[0]]))
+                here, of_class = decide_class(known, label, rows, self.evidence, self.config, generator)
+                lines = [one.lines for one in here] or natural_lines(known, rows, of_class, self.config)
+                self._groups[label] = [unreduced(one, known, pooled_ND.shape[1]) for one in lines]
+                self.statistics[label] = dict(statistics_of(here, of_class))
+                planted, groups = planted + here, groups + of_class
                 advance(1)
-
-    def _disagreement(
-        self, passes: Passes, samples: Mapping[int, HashSample], seed: int, compute: Compute
-    ) -> dict[int, float]:
-        """Hash of a row -> its label disagreement, for the first rows of each class's sample."""
-        if self.config.label_check is None:
-            return {}
-        label_check = self.config.label_check.build()
-        label_check.fit(passes, compute)
-        wanted = {value for sample in samples.values() for value in sample.hashes()[:CHECKED]}
-        found: dict[int, float] = {}
-        for batch in passes(self.config.label_check.embedding):
-            hashes = row_hashes(batch, seed)
-            rows = [i for i, value in enumerate(hashes) if value in wanted]
-            if rows:  # most batches of many small shards hold no row to check
-                found |= zip((hashes[i] for i in rows), label_check.score(batch.take(rows)).tolist(), strict=True)
-        return found
+        self.finding = finding(planted, groups, known.accuracy)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Log-odds (B,), float32."""
         scores_B = torch.zeros(len(batch.keys))
         for label, rows in by_label(batch):
-            if label in self._splits:
-                scores_B[rows] = log_odds(self._splits[label], batch.z_BD[rows])
+            if label in self._groups:
+                x_bD = batch.z_BD[rows]
+                fold_b = digests(x_bD) % FOLDS
+                nothing_b = torch.full((len(rows),), math.log(UNTOUCHED_ODDS))
+                odds = [log_odds(lines, x_bD, fold_b) for lines in self._groups[label]]
+                scores_B[rows] = torch.stack(odds).amax(0) if odds else nothing_b
         return scores_B
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Direction, offset and components of each class."""
-        state: dict[str, Tensor] = {}
-        for label, split in sorted(self._splits.items()):
-            tensors = {
-                "direction": split.direction_D,
-                "mixture": torch.stack(list(split.mixture)),
-                "numbers": torch.tensor(
-                    [split.offset, split.separation, split.agreement, split.n_samples, split.minority_fraction],
-                    dtype=torch.float64,
-                ),
-                "sides": torch.tensor([*split.sides.suspicious, *split.sides.rest, split.sides.by_labels]).double(),
-            }
-            state |= {f"{label}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+        """Labels that were fitted, and the lines of their groups."""
+        state = {"labels": torch.tensor(sorted(self._groups), dtype=torch.int64)}
+        for label, groups in sorted(self._groups.items()):
+            for i, lines in enumerate(groups):
+                state |= {
+                    f"{label}.{i}.weight": lines.weight_FD.contiguous(),
+                    f"{label}.{i}.offset": lines.offset_F.contiguous(),
+                    f"{label}.{i}.mixture": torch.stack(list(lines.mixture)),
+                }
         return state
 
     def load_state(self, state: Mapping[str, Tensor], statistics: dict[int, dict[str, float]]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, without the finding. Raises ValueError where the tensors do not fit together."""
         self.statistics = statistics
-        for label in sorted({int(name.partition(".")[0]) for name in state}):
-            offset, separation, agreement, n_samples, minority_fraction = state[f"{label}.numbers"].tolist()
-            suspicious, n, rest, n_rest, by_labels = state[f"{label}.sides"].tolist()
-            self._splits[label] = ClassSplit(
-                direction_D=state[f"{label}.direction"],
-                offset=offset,
-                mixture=Mixture(*state[f"{label}.mixture"].unbind()),
-                separation=separation,
-                agreement=agreement,
-                n_samples=int(n_samples),
-                minority_fraction=minority_fraction,
-                sides=Sides(Side(suspicious, int(n)), Side(rest, int(n_rest)), bool(by_labels)),
-            )
+        for label in state["labels"].tolist():
+            self._groups[label] = []
+            for i in range(MOST_GROUPS):
+                if f"{label}.{i}.weight" not in state:
+                    break
+                weight_FD, offset_F, mixture_32 = (state[f"{label}.{i}.{n}"] for n in ("weight", "offset", "mixture"))
+                if weight_FD.ndim != 2 or len(weight_FD) != FOLDS or offset_F.shape != (FOLDS,):
+                    raise ValueError(f"the lines of class {label} are {tuple(weight_FD.shape)}, not one for each fold")
+                if mixture_32.shape != (3, 2) or not (mixture_32[1] > 0).all():
+                    raise ValueError(f"the mixture of class {label} is none")
+                if not all(t.dtype == torch.float64 and t.isfinite().all() for t in (weight_FD, offset_F, mixture_32)):
+                    raise ValueError(f"the lines of class {label} are not finite float64")
+                self._groups[label].append(Lines(weight_FD, offset_F, Mixture(*mixture_32.unbind()), 0.0, ""))
 
 
-def summary(split: ClassSplit) -> dict[str, float]:
-    """Class statistics, with the label disagreement where it was measured on both sides."""
-    numbers = {
-        "separation": split.separation,
-        "minority_fraction": split.minority_fraction,
-        "agreement": split.agreement,
-    }
-    suspicious, rest, by_labels = split.sides
-    if not (suspicious.n and rest.n):
-        return numbers
-    return numbers | {
-        "disagreement": suspicious.disagreement,
-        "disagreement_of_rest": rest.disagreement,
-        "side_by_labels": by_labels,
-    }
+class ClassSamples:
+    """Hash-chosen rows of each class: `MAX_ROWS` in all, shared so that small classes keep most."""
+
+    def __init__(self) -> None:
+        self._of_class: dict[int, HashSample] = {}
+        self._size = MAX_OF_CLASS
+
+    def update(self, batch: EmbeddingBatch, hashes: list[int]) -> None:
+        """Offer the rows of a batch with one hash each; rows that are not finite are left out."""
+        finite_B = batch.z_BD.isfinite().all(1)
+        for label, rows in by_label(batch):
+            rows = rows[finite_B[rows]]
+            sample = self._of_class.setdefault(label, HashSample(self._size))
+            sample.update([hashes[i] for i in rows.tolist()], batch.z_BD[rows])
+        self._size = fair_share([len(sample) for sample in self._of_class.values()], MAX_ROWS, self._size)
+        for sample in self._of_class.values():
+            sample.shrink(self._size)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Rows (N, D) and labels (N,) of the sample, class by class."""
+        filled = [(label, sample.rows()) for label, sample in sorted(self._of_class.items()) if len(sample)]
+        if not filled:
+            return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
+        labels_N = torch.cat([torch.full((len(rows_nD),), label) for label, rows_nD in filled])
+        return torch.cat([rows_nD for _, rows_nD in filled]), labels_N
+
+
+def fair_share(counts: list[int], total: int, most: int) -> int:
+    """Largest number in [1, most] to which all counts can be cut so that their sum is at most `total`."""
+    left, n_left = total, len(counts)
+    for count in sorted(counts):
+        if count * n_left > left:
+            return max(1, min(most, left // n_left))
+        left, n_left = left - count, n_left - 1
+    return most
+
+
+def natural_lines(known: Knowledge, rows: Tensor, groups: list[Group], config: SplitConfig) -> list[Lines]:
+    """Lines of the first split of the model's embedding, its side with more conflict; none in a class without one."""
+    first = next((group.candidate for group in groups if group.candidate.found_in == "pooled"), None)
+    if first is None:
+        return []
+    conflict_n = known.conflict_N[rows]
+    members_n = first.members_n
+    if float(conflict_n[members_n].mean()) < float(conflict_n[~members_n].mean()):
+        members_n = ~members_n
+    lines = grow({"pooled": known.pooled_ND[rows]}, members_n, known.fold_N[rows], config)
+    n_axes = known.appearance.z_NP.shape[1]
+    weight_FC = torch.cat([lines.weight_FD, lines.weight_FD.new_zeros(FOLDS, n_axes)], 1)
+    return [lines._replace(weight_FD=weight_FC)]
+
+
+def unreduced(lines: Lines, known: Knowledge, n_pooled: int) -> Lines:
+    """Lines for the columns of `pooled` and the appearance as they are stored, not for its principal axes."""
+    pooled_FD, axes_FP = lines.weight_FD[:, :n_pooled], lines.weight_FD[:, n_pooled:]
+    appearance_FD = axes_FP @ known.appearance.axes_DP.T
+    offset_F = lines.offset_F - appearance_FD @ known.appearance.mean_D
+    return lines._replace(weight_FD=torch.cat([pooled_FD, appearance_FD], 1), offset_F=offset_F)

@@ -1,0 +1,149 @@
+"""A group as the embedding sees it that tells it apart best: from a few sure members to log-odds of every sample.
+
+A split finds the core of a group. Fisher's line for the core, in each embedding and in all together, places the other
+samples of the class; two Gaussians on the line give log-odds, and the line is fitted once more to those. A sample is
+placed by a line that was fitted without its fold, because in few samples a line fits its own. The embedding with the
+largest separation of these places wins, and a group that no line can tell apart keeps one line fitted to all samples.
+
+Shapes: n samples of one class, C columns of all embeddings, A principal axes, F folds, D features, B batch.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sanitize import exact
+from sanitize.score.toxic_direction.candidates import MIN_GROUP, n_axes
+from sanitize.score.toxic_direction.split import (
+    SplitConfig,
+    jaccard,
+    principal_axes,
+    separation_of,
+    standardise,
+)
+from sanitize.score.toxic_direction.two_gaussians import Mixture, em, rising_odds, swapped
+
+FOLDS, ROUNDS, EM_STEPS = 5, 2, 10
+SAME_GROUP = 0.4  # least Jaccard index between a group and what a line makes of it
+CERTAIN = 1e-4  # responsibilities stay this far from 0 and 1
+
+
+class Lines(NamedTuple):
+    """One line for the samples of each fold; a sample's place is `x_D @ weight_FD[fold] + offset_F[fold]`.
+
+    Attributes:
+        weight_FD: weights of the columns, float64.
+        offset_F: float64.
+        mixture: two Gaussians on the line; component 1 is the group.
+        separation: held-out standard deviations between group and rest, times the root of the agreement.
+        seen_in: name of the embedding.
+    """
+
+    weight_FD: Tensor
+    offset_F: Tensor
+    mixture: Mixture
+    separation: float
+    seen_in: str
+
+
+def digests(rows_BD: Tensor) -> Tensor:
+    """Hash of the values of each row, int64 (B,), >= 0: the same in whatever batch, shard or place the row is."""
+    rows = rows_BD.float().contiguous().numpy()
+    hashes = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return torch.tensor([int.from_bytes(value, "big") >> 1 for value in hashes], dtype=torch.int64)
+
+
+def grow(spaces: Mapping[str, Tensor], members_n: Tensor, fold_n: Tensor, config: SplitConfig) -> Lines:
+    """The lines that tell a group apart best.
+
+    Args:
+        spaces: name of an embedding -> its rows (n, D); the columns of the lines are theirs, side by side.
+        members_n: True for the core of the group, bool (n,).
+        fold_n: fold of each row, below `FOLDS`.
+        config: settings of the split.
+    """
+    columns = torch.cat([x_nD.double() for x_nD in spaces.values()], 1)
+    best: Lines | None = None
+    for name, which in _columns_of(spaces).items():
+        for lines, odds_n in _refined(columns, which, members_n, fold_n, config, name):
+            is_same = jaccard(odds_n > 0, members_n) >= SAME_GROUP
+            if is_same and (best is None or lines.separation > best.separation):
+                best = lines
+    if best is not None and best.separation > 0:
+        return best
+    everything = slice(0, columns.shape[1])
+    whole = torch.full_like(fold_n, FOLDS)  # no row is left out
+    ((lines, _), *_) = _refined(columns, everything, members_n, whole, config, "all, not held out")
+    return lines
+
+
+def log_odds(lines: Lines, x_BD: Tensor, fold_B: Tensor) -> Tensor:
+    """Log-odds of the group, float32 (B,), nats; the bits depend on the row alone. Rows not finite score like the rest.
+
+    Args:
+        lines: lines of a group, weights for the columns of `x_BD`.
+        x_BD: rows, float32.
+        fold_B: fold of each row.
+    """
+    weight_BD = lines.weight_FD[fold_B]
+    place_B = exact.total(x_BD.double().nan_to_num(0.0, 0.0, 0.0) * weight_BD) + lines.offset_F[fold_B]
+    place_B = torch.where(x_BD.isfinite().all(1), place_B, lines.mixture.mean_2[0])
+    return rising_odds(lines.mixture, place_B).clamp(-1e6, 1e6).float()
+
+
+def _columns_of(spaces: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Name of an embedding -> its columns, after "all"."""
+    found, start = {}, 0
+    for name, x_nD in spaces.items():
+        found[name] = slice(start, start + x_nD.shape[1])
+        start += x_nD.shape[1]
+    return {"all": slice(0, start)} | found if len(spaces) > 1 else found
+
+
+def _refined(
+    x_nC: Tensor, which: slice, members_n: Tensor, fold_n: Tensor, config: SplitConfig, name: str
+) -> list[tuple[Lines, Tensor]]:
+    """Lines and log-odds (n,) after each round, in some of the columns."""
+    z_nD, center_D, scale_D = standardise(x_nC[:, which])
+    generator = torch.Generator().manual_seed(0)  # of the range finder in wide embeddings
+    value_A, vector_DA = principal_axes(z_nD, n_axes(len(z_nD), z_nD.shape[1], config), generator)
+    vector_DA = vector_DA / (value_A + config.ridge).sqrt()
+    y_nA = z_nD @ vector_DA
+    found = []
+    responsibility_n = members_n.double()
+    for _ in range(ROUNDS):
+        line_FA, offset_F = _fisher_lines(y_nA, responsibility_n, fold_n)
+        held_out_n = fold_n % FOLDS
+        place_n = (y_nA * line_FA[held_out_n]).sum(1) + offset_F[held_out_n]
+        mixture = em(place_n, responsibility_n, EM_STEPS)
+        mixture = mixture if mixture.mean_2[1] > mixture.mean_2[0] else swapped(mixture)
+        odds_n = rising_odds(mixture, place_n)
+        responsibility_n = odds_n.sigmoid().clamp(CERTAIN, 1 - CERTAIN)
+        separation = 0.0
+        if int((odds_n > 0).sum()) >= MIN_GROUP:
+            separation = separation_of(mixture, len(z_nD), MIN_GROUP) * jaccard(odds_n > 0, members_n) ** 0.5
+        weight_FD = line_FA @ vector_DA.T / scale_D
+        weight_FC = weight_FD.new_zeros(FOLDS, x_nC.shape[1])
+        weight_FC[:, which] = weight_FD
+        found.append((Lines(weight_FC, offset_F - weight_FD @ center_D, mixture, separation, name), odds_n))
+    return found
+
+
+def _fisher_lines(y_nA: Tensor, responsibility_n: Tensor, fold_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Line of each fold (F, A) and its offset (F,), fitted without the fold: 0 is the mean of the rest, 1 the group's.
+
+    In ridge-whitened coordinates Fisher's discriminant is the difference of the two means.
+    """
+    lines, offsets = [], []
+    for fold in range(FOLDS):
+        r_n = torch.where(fold_n != fold, responsibility_n, 0.0)
+        s_n = torch.where(fold_n != fold, 1 - responsibility_n, 0.0)
+        group_A, rest_A = (share_n @ y_nA / share_n.sum().clamp(min=1e-9) for share_n in (r_n, s_n))
+        line_A = group_A - rest_A
+        line_A = line_A / line_A.square().sum().clamp(min=1e-12)
+        lines.append(line_A)
+        offsets.append(-(rest_A @ line_A))
+    return torch.stack(lines), torch.stack(offsets)

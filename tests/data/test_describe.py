@@ -123,6 +123,8 @@ def test_dataset_json_says_what_is_in_the_shards(
     assert (description["n_classes"], description["label"]) == (5, "cls")
     assert description["image"] == {
         "size": [6, 6],
+        "max_side": None,
+        "crop": True,
         "channels": 3,
         "max_pixels": 50_000_000,
         "max_scan_pixels": 400_000_000,

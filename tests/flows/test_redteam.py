@@ -33,7 +33,12 @@ def settings(digits: Digits) -> dict[str, Any]:
     """Quick: a scorer that needs no good network, and a rule that removes .075 of each class, whatever it holds."""
     pipeline = {
         "shards": digits.shards()[:5],
-        "embedder": {"architecture": {"kind": "convnet", "widths": [8]}, "optim": {"epochs": 2, "batch_size": 64}},
+        "embedder": {
+            "architecture": {"kind": "convnet", "widths": [8]},
+            "optim": {"epochs": 2, "batch_size": 64},
+            "min_steps": 1,
+            "max_steps": 1,
+        },
         "scorers": [{"kind": "spectral", "embedding": "pixels"}],
         "select": {"rule": {"kind": "contamination", "rate": 0.05}},
         "compute": {"device": "cpu"},

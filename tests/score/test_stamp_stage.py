@@ -1,4 +1,4 @@
-"""Clean-label poison from shards to verdict: the digit 4 with a pattern and its true label."""
+"""Clean-label poison from shards to verdict: the digit 4 with a patch and its true label."""
 
 from pathlib import Path
 
@@ -73,10 +73,12 @@ def test_what_decides(values: dict[str, float], measures: Measures, wanted: tupl
     assert decision(evidence(**values), CONFIG, False, measures) == (decided, wanted[1])
 
 
-def pattern(image_CHW: Tensor) -> Tensor:
-    """Vertical stripes on a digit."""
-    stripes_W = torch.tensor([1.0, 0, 0, 0] * 2)
-    return (image_CHW.float() + 90 * stripes_W).clamp(0, 255).to(torch.uint8)
+def with_pattern(image_CHW: Tensor, generator: torch.Generator) -> Tensor:
+    """A white patch on a digit in so much noise that the patch is easier to learn."""
+    noise_CHW = 150 * torch.rand(image_CHW.shape, generator=generator)
+    image_CHW = (0.4 * image_CHW.float() + noise_CHW).clamp(0, 255).to(torch.uint8)
+    image_CHW[:, 5:, 5:] = 255
+    return image_CHW
 
 
 Made = tuple[Dataset, Checkpoint, Embeddings, set[tuple[str, int]]]  # the last is shard and position of the poison
@@ -88,6 +90,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, compute: Compute) -> Made:
     digits = write_digits(str(home / "digits"), compute, n_shards=3)
     honest = index_shards(IndexConfig(n_classes=10), digits.shards(), str(home / "honest"), compute)
     poison: set[tuple[str, int]] = set()
+    generator = torch.Generator().manual_seed(0)
 
     def write(part: Part) -> None:
         for shard in honest.shards:
@@ -95,7 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, compute: Compute) -> Made:
             with shard_writer(part, shard) as tar:
                 for i, (label, image_CHW) in enumerate(zip(batch.labels_B.tolist(), batch.images_BCHW, strict=True)):
                     if label == TARGET and len(poison) < POISONED:
-                        image_CHW = pattern(image_CHW)
+                        image_CHW = with_pattern(image_CHW, generator)
                         poison.add((shard, i))
                     tar.add(f"{i:05d}.png", encode_png(image_CHW))
                     tar.add(f"{i:05d}.cls", str(label).encode())

@@ -75,17 +75,18 @@ class EvidenceConfig(BaseModel):
     z_planted: float = Field(default=7.0, gt=0, description="standard errors from which a group is planted")
     z_unsure: float = Field(default=6.0, gt=0, description="standard errors from which a verdict is inconclusive")
     burst: float = Field(default=0.8, gt=0, le=1, description="share of near-duplicates from which a group is a burst")
-    # Natural groups reached z 2.3 where labels and stamp agreed by chance; BadNets in a class of tracks had 4.2.
+    # BadNets in a small class of tracks had 4.2; natural groups reach 6, but have no stamp.
     z_likely: float = Field(default=3.0, gt=0, description="standard errors that are enough where the stamp agrees")
-    # Natural groups: .25 and .47 on Fashion-MNIST, .15 and .66 on CIFAR-10; the SIG attack: .33 and .81.
+    # Natural groups reached .16 and .37 on Fashion-MNIST, .15 and .66 on CIFAR-10, .19 and .79 among traffic signs;
+    # SIG .33 and .81, BadNets .74 and .83.
     stamp: float = Field(default=0.25, gt=0, le=1, description="least share of images that a stamp turns")
     stamp_doubled: float = Field(default=0.5, gt=0, le=1, description="the same with twice the pattern")
-    # SIG 8.4 and 10.3, BadNets on photographs 13.1; modes of clean photographs with a stamp 2.0 and 3.5.
+    # SIG 7.1 (CIFAR-10) and 9.5 (Fashion-MNIST), BadNets on photographs 9.2; clean modes with a stamp 2.0 and 3.5.
     stamp_separation: float = Field(
         default=6.0, gt=0, description="held-out separation from which a group is planted by its stamp alone"
     )
     stamp_unsure: float = Field(default=4.5, gt=0, description="the same from which a verdict is inconclusive")
-    # Clean Fashion-MNIST 7.6.
+    # Clean Fashion-MNIST 7.7 (9.2 in a class beside a poisoned one), SIG 9.5, BadNets on photographs 9.2.
     no_stamp_separation: float = Field(
         default=9.0, gt=0, description="held-out separation from which a group without a stamp is inconclusive"
     )
@@ -392,11 +393,11 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
     return planted
 
 
-def _sureness(group: Group) -> tuple[bool, float]:
-    """Groups that labels speak against come first: they say which samples are poison, not only which differ."""
+def _sureness(group: Group) -> tuple[int, float]:
+    """Order of planted groups: first those that labels judge without having chosen them, last those by a stamp alone."""
     if group.witness == "stamp" and group.measures.stamp is not None:
-        return False, group.measures.stamp[0] * group.measures.separation
-    return True, group.evidence.z
+        return 0, group.measures.stamp[0] * group.measures.separation
+    return 1 if group.measures.is_grown else 2, group.evidence.z
 
 
 def _n_left(members_n: Tensor, free_n: Tensor) -> int:

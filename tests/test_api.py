@@ -353,7 +353,7 @@ def two_parts(n: int = 300, n_poison: int = 20, seed: int = 0) -> tuple[torch.Te
 def test_find_poison_finds_the_tight_part_of_a_class() -> None:
     x_ND, labels_N = two_parts()
     found = sanitize.find_poison(x_ND, labels_N)
-    mask, scores, evidence = found
+    mask, scores, evidence, finding = found
     assert mask.dtype == bool
     assert mask.nonzero()[0].tolist() == list(range(20))
     assert scores.dtype == np.float32
@@ -364,7 +364,8 @@ def test_find_poison_finds_the_tight_part_of_a_class() -> None:
     assert evidence[0]["separation"] > evidence[0]["level"] > evidence[1]["separation"]
     assert evidence[0]["minority_fraction"] == pytest.approx(20 / 300)
     assert evidence[1]["threshold"] is None
-    json.dumps(evidence)
+    assert {measures["decision"] for measures in evidence.values()} == {finding["verdict"]} == {"inconclusive"}
+    json.dumps([evidence, finding])
 
 
 def test_find_poison_does_not_depend_on_the_kind_of_array_and_is_deterministic() -> None:
@@ -393,20 +394,22 @@ def test_find_poison_decides_an_even_split_by_the_labels_of_another_embedding() 
     x_ND[:120] += 8
     pixels_ND[torch.arange(1500), origin_N] += 20
     found = sanitize.find_poison({"pooled": x_ND, "pixels": pixels_ND}, labels_N)
+    assert found.finding["verdict"] == "inconclusive"
     assert found.evidence[0]["side"] == "labels"
     assert found.evidence[0]["disagreement"] > 0.5 > found.evidence[0]["disagreement_of_rest"]
     assert found.mask.nonzero()[0].tolist() == list(range(120))
 
 
 def test_find_poison_agrees_with_the_pipeline(embeddings: Embeddings, compute: Compute, tmp_path: Path) -> None:
-    """The stages on files and the call on arrays fit the same splits, up to the order of the rows of a class."""
+    """The stages on files and the call on arrays give the same scores and the same finding."""
     fitted = sanitize.fit_scorer(ToxicDirectionConfig(), embeddings, str(tmp_path / "scorer"), compute)
     scores = sanitize.score_shards(ToxicDirectionConfig(), fitted, embeddings, str(tmp_path / "scores"), compute)
     table = pa.concat_tables(embeddings.rows(shard) for shard in embeddings.shards)
-    arrays = {name: np.stack(table[name].to_pylist()) for name in ("pooled", "pixels")}
+    arrays = {name: np.stack(table[name].to_pylist()) for name in ("pooled", "gradients", "logits")}
     found = sanitize.find_poison(arrays, table["label"].to_numpy(), seed=compute.seed)
     wanted = np.concatenate([scores.rows(shard)["score"].to_numpy() for shard in scores.shards])
     assert found.scores == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    assert found.finding == fitted.info["finding"] == scores.read_json("scorer.json")["finding"]
     for label, measures in found.evidence.items():
         assert measures["separation"] == pytest.approx(fitted.info["classes"][str(label)]["separation"], rel=1e-6)
 
@@ -421,6 +424,12 @@ BAD: list[tuple[Any, Any, type[SanitizeError], str]] = [
     (np.zeros((600, 3), complex), np.zeros(600, int), DataError, r"embeddings has dtype complex128"),
     (np.zeros((30, 3)), np.zeros(30, int), DataError, r"largest class has 30 samples; .* from 40 samples"),
     ({"pixels": np.zeros((600, 3))}, np.zeros(600, int), ConfigError, r"pooled is missing; there are pixels"),
+    (
+        dict.fromkeys(("pooled", "gradients", "logits"), np.ones((600, 3))),
+        np.arange(600) % 4,
+        DataError,
+        r"a label is not among the 3 logits: \[0, 1, 2, 3\]",
+    ),
 ]
 
 

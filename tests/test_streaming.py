@@ -203,3 +203,15 @@ def test_the_sample_of_hashed_rows_is_about_uniform() -> None:
         counts.append(int((sample.rows() < 2500).sum()))
     assert all(190 < count < 310 for count in counts)
     assert len(set(counts)) > 1
+
+
+@given(st.lists(st.integers(0, 10**6), max_size=40, unique=True), st.integers(1, 30), st.integers(1, 30))
+def test_a_sample_that_was_shrunk_is_the_smaller_sample(values: list[int], size: int, smaller: int) -> None:
+    rows_N1 = torch.tensor(values)[:, None].double()
+    shrunk, small = HashSample(size), HashSample(min(size, smaller))
+    half = len(values) // 2
+    shrunk.update(values[:half], rows_N1[:half])
+    shrunk.shrink(smaller)
+    shrunk.update(values[half:], rows_N1[half:])
+    small.update(values, rows_N1)
+    assert shrunk.hashes() == small.hashes()

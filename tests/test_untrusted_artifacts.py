@@ -28,7 +28,7 @@ from sanitize.models.checkpoint import write_checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.package import PACKAGE, ModelPackage, open_model, package_model
-from sanitize.score import FittedScorer, SpectralConfig, fit_scorer
+from sanitize.score import FittedScorer, SpectralConfig, ToxicDirectionConfig, fit_scorer
 
 pytestmark = pytest.mark.hostile
 State = dict[str, Tensor]
@@ -115,6 +115,29 @@ def test_a_scorer_whose_state_is_not_that_of_one_is_refused(
     ]
     for i, (tensors, described) in enumerate(spoilt):
         files = {"state__safetensors": safetensors.torch.save(tensors), "scorer__json": json.dumps(described).encode()}
+        with pytest.raises(ArtifactError):
+            written(FittedScorer, tmp_path / str(i), **files).scorer(config)
+
+
+def test_lines_of_a_planted_group_that_do_not_fit_are_refused(
+    embeddings: Embeddings, compute: Compute, tmp_path: Path
+) -> None:
+    config = ToxicDirectionConfig(n_starts=16)
+    fitted = fit_scorer(config, embeddings, str(tmp_path / "fitted"), compute)
+    state, info = safetensors.torch.load(fitted.read("state.safetensors")), fitted.info
+    fitted.scorer(config)
+    weight = next(name for name in state if name.endswith(".weight"))
+    mixture, offset = (weight.replace("weight", name) for name in ("mixture", "offset"))
+    spoilt: list[State] = [
+        {name: tensor for name, tensor in state.items() if name != "labels"},
+        {name: tensor for name, tensor in state.items() if name != offset},
+        state | {weight: state[weight][:2]},
+        state | {weight: state[weight].float()},
+        state | {offset: state[offset] * torch.nan},
+        state | {mixture: -state[mixture]},
+    ]
+    for i, tensors in enumerate(spoilt):
+        files = {"state__safetensors": safetensors.torch.save(tensors), "scorer__json": json.dumps(info).encode()}
         with pytest.raises(ArtifactError):
             written(FittedScorer, tmp_path / str(i), **files).scorer(config)
 

@@ -135,3 +135,21 @@ def test_the_digits_are_scored_whole(scores: Scores, embeddings: Embeddings) -> 
         return [key for table in rows for key in table["key"].to_pylist()]
 
     assert keys(scores.rows(s) for s in scores.shards) == keys(embeddings.rows(s) for s in embeddings.shards)
+
+
+def test_several_embeddings_come_side_by_side(embeddings: Embeddings) -> None:
+    names = ("pooled", "gradients", "logits")
+    shard = embeddings.shards[0]
+    (batch,) = embeddings.batches(names, shards=[shard])
+    table = embeddings.rows(shard, names)
+    columns = [torch.tensor(table[name].to_pylist()) for name in names]
+    assert batch.widths == tuple(x_BD.shape[1] for x_BD in columns)
+    assert torch.equal(batch.z_BD, torch.cat(columns, 1))
+    (one,) = embeddings.batches("pooled", shards=[shard])
+    assert one.widths == ()
+    assert torch.equal(one.z_BD, columns[0])
+    assert "logits" not in embeddings.names
+    with pytest.raises(ConfigError, match="no embedding 'logits'"):
+        list(embeddings.batches("logits"))
+    with pytest.raises(ConfigError, match="no embedding 'block0'"):
+        list(embeddings.batches(("pooled", "block0")))

@@ -141,6 +141,16 @@ def test_a_class_that_was_not_fitted_is_left_alone() -> None:
     assert thresholds[1] < math.inf
 
 
+def test_where_evidence_has_decided_the_separation_decides_nothing() -> None:
+    rule = SeparationRule()
+    statistics = {y: {"separation": 50.0, "planted": float(y == 2)} for y in LARGE}
+    thresholds = rule.thresholds(LARGE, statistics)
+    assert [y for y, threshold in thresholds.items() if threshold < math.inf] == [2]
+    assert rule.levels(LARGE, statistics) == {}
+    assert rule.uncapped(statistics) == {2}
+    assert rule.uncapped(separated(50.0, 50.0)) == set()
+
+
 def test_separation_without_a_measured_separation_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="toxic_direction"):
         SeparationRule().thresholds({0: np.ones(5, np.float32)}, {0: {"top_variance": 1.0}})

@@ -1,15 +1,15 @@
 """From the evidence of a group to a decision; one rule, in rounds.
 
-A group is in conflict where level >= `level` and conflict >= `conflict`; it has a stamp (`stamp.py`) where both shares
-reach theirs. The first line that holds decides:
+A group is in conflict where level >= `level`, conflict >= `conflict` and outvoted >= `outvoted_unsure`; it has a stamp
+(`stamp.py`) where both shares reach theirs. The first line that holds decides:
 
     burst      most of the group are near-duplicates of each other: copies, tracks. Left alone.
-    planted    by labels: in conflict, z >= `z_planted`
+    planted    by labels: in conflict, outvoted >= `outvoted`, z >= `z_planted`
                by labels and stamp: in conflict, z >= `z_likely`, a stamp
                by stamp: a stamp, held-out separation >= `stamp_separation`, less than `stamp_share` of its class, few
                bursts in the group and in the data
-               by labels and shape: grown from conflict, level >= `level`, z >= `grown_z`, held-out separation >=
-               `grown_separation`, few bursts in the data
+               by labels and shape: grown from conflict, level >= `level`, outvoted >= `outvoted`, z >= `grown_z`,
+               held-out separation >= `grown_separation`, few bursts in the data
     unsure     in conflict, z >= `z_unsure`; by stamp, but held-out separation only >= `stamp_unsure`; planted, if only
                there were a stamp, which could not be measured; planted, but the model has not learned. Nothing is
                removed.
@@ -40,6 +40,7 @@ from sanitize.score.toxic_direction.evidence import (
     appearance_of,
     disagreement,
     expected_disagreement,
+    neighbour_labels,
     weigh,
 )
 from sanitize.score.toxic_direction.grow import (
@@ -72,6 +73,8 @@ class EvidenceConfig(BaseModel):
     conflict: float = Field(
         default=0.2, ge=0, le=2, description="least difference in conflict to the rest of the class"
     )
+    outvoted: float = Field(default=0.5, ge=0, le=1, description="least share of a planted group outvoted by one label")
+    outvoted_unsure: float = Field(default=0.4, ge=0, le=1, description="the same for an inconclusive verdict")
     z_planted: float = Field(default=7.0, gt=0, description="standard errors from which a group is planted")
     z_unsure: float = Field(default=6.0, gt=0, description="standard errors from which a verdict is inconclusive")
     burst: float = Field(default=0.8, gt=0, le=1, description="share of near-duplicates from which a group is a burst")
@@ -200,7 +203,7 @@ def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: 
     """
     appearance = appearance_of(appearance_ND, labels_N)
     log_p_N = logits_NK.double().log_softmax(1).gather(1, labels_N[:, None])[:, 0]
-    d_N = disagreement(appearance, torch.arange(len(labels_N)))
+    d_N = disagreement(neighbour_labels(appearance, torch.arange(len(labels_N))), labels_N)
     expected_N = expected_disagreement(d_N, log_p_N)
     is_right_N = logits_NK.argmax(1) == labels_N
     size = appearance.duplicates_N.bincount()
@@ -218,7 +221,7 @@ def decision(
     stamp, separation = measures.stamp, measures.separation
     has_stamp = stamp is not None and stamp[0] >= config.stamp and stamp[1] >= config.stamp_doubled
     by_labels = is_likely(evidence, config, measures)
-    if by_labels and evidence.z >= config.z_planted:
+    if by_labels and evidence.z >= config.z_planted and evidence.outvoted >= config.outvoted:
         return planted, "labels"
     if by_labels and has_stamp:
         return planted, "labels and stamp"
@@ -226,7 +229,8 @@ def decision(
     if by_stamp and has_stamp and separation >= config.stamp_separation:
         return planted, "stamp"
     is_core = measures.is_grown and not measures.is_bursty and separation >= config.grown_separation
-    if is_core and evidence.level >= config.level and evidence.z >= config.grown_z:
+    is_against = evidence.level >= config.level and evidence.outvoted >= config.outvoted
+    if is_core and is_against and evidence.z >= config.grown_z:
         return planted, "labels and shape"
     if by_stamp and has_stamp and separation >= config.stamp_unsure:
         return "unsure", "stamp"
@@ -239,7 +243,8 @@ def decision(
 
 def in_conflict(evidence: Evidence, config: EvidenceConfig) -> bool:
     """True where most neighbours speak against the labels of a group, beyond the doubt of the model."""
-    return evidence.level >= config.level and evidence.conflict >= config.conflict
+    is_against = evidence.level >= config.level and evidence.conflict >= config.conflict
+    return is_against and evidence.outvoted >= config.outvoted_unsure
 
 
 def may_be_clean_label(evidence: Evidence, config: EvidenceConfig, measures: Measures) -> bool:
@@ -394,7 +399,7 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
 
 
 def _sureness(group: Group) -> tuple[int, float]:
-    """Order of planted groups: first those that labels judge without having chosen them, last those by a stamp alone."""
+    """Order of planted groups: first those that labels judge and did not choose, last those by a stamp alone."""
     if group.witness == "stamp" and group.measures.stamp is not None:
         return 0, group.measures.stamp[0] * group.measures.separation
     return 1 if group.measures.is_grown else 2, group.evidence.z
@@ -454,7 +459,7 @@ def reason(group: Group) -> str:
                 f"{100 * group.evidence.burst:.0f} % are near-duplicates of each other: copies or a burst, left alone"
             )
         case "":
-            return f"{labels}; the model's doubt explains it" if n > rest else labels
+            return labels
 
 
 def _stamped(group: Group) -> str:
@@ -466,13 +471,14 @@ def _stamped(group: Group) -> str:
     )
 
 
-def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float) -> dict[str, Any]:
+def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float, clean_labels: str) -> dict[str, Any]:
     """Verdict of the data set and the groups worth showing, for scorer.json.
 
     Args:
         planted: planted groups of all classes.
         groups: all groups of all classes.
         accuracy: training accuracy of the model on the sample.
+        clean_labels: sentence about poison with true labels (`on_clean_labels`), where nothing stands out.
     """
     touched = {one.group.label for one in planted}
     unsure = [g for g in groups if g.decision == "unsure" and g.label not in touched]
@@ -486,8 +492,20 @@ def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float
         surest = max(unsure, key=lambda g: g.evidence.z)
         verdict, why = "inconclusive", f"a group of class {surest.label} may be planted: {reason(surest)}"
     else:
-        verdict, why = "nothing", "no group of a class is in conflict with its labels"
+        verdict, why = "nothing", f"no group of a class is in conflict with its labels; {clean_labels}"
     return {"verdict": verdict, "why": why, "groups": shown(planted, groups)}
+
+
+def on_clean_labels(known: Knowledge, config: EvidenceConfig, has_images: bool) -> str:
+    """What can be said about poison with true labels where no stamp was found."""
+    if not has_images:
+        return "poison with true labels is not seen without the images and the model"
+    if known.bursty >= config.bursty:
+        return (
+            f"poison with true labels is not seen in data full of near-duplicates ({100 * known.bursty:.0f} % are in "
+            f"groups of {BURST} or more)"
+        )
+    return "no pattern of a group turns other images into its class"
 
 
 def shown(planted: Sequence[Planted], groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -514,6 +532,7 @@ def _entry(group: Group, separation: float) -> dict[str, Any]:
         "separation": separation,
         "level": group.evidence.level,
         "level_rest": group.evidence.level_rest,
+        "outvoted": group.evidence.outvoted,
         "conflict": group.evidence.conflict,
         "z": group.evidence.z,
         "burst": group.evidence.burst,

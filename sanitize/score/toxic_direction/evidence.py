@@ -10,6 +10,10 @@ counted among its neighbours: the frames of one traffic sign know nothing about 
 gives to the label, and E[d | log p] falls monotonically, estimated over the whole data set. Natural groups with many
 foreign neighbours are those that the model finds hard as well. Of poison the model is sure.
 
+A natural style that has little in common with the rest of its class disagrees as well once its own direction is
+erased, but its neighbours then carry labels of all kinds. Those of poison agree on the label it was taken from: most of
+a planted group is outvoted by one other label.
+
 A group stands out by z, the difference of mean conflict between the group and the rest of its class in standard errors.
 Near-duplicates count as one observation in the standard error (cluster-robust variance, Liang & Zeger 1986).
 
@@ -62,6 +66,7 @@ class Evidence(NamedTuple):
     Attributes:
         level: mean disagreement in the group, in [0, 1].
         level_rest: the same in the rest of its class.
+        outvoted: share of the group of which more neighbours carry one other label than their own, in [0, 1].
         conflict: difference of mean conflict between the group and the rest, in [-2, 2].
         z: the same in standard errors.
         burst: share of the group in bursts of its own, in [0, 1].
@@ -69,6 +74,7 @@ class Evidence(NamedTuple):
 
     level: float
     level_rest: float
+    outvoted: float
     conflict: float
     z: float
     burst: float
@@ -111,8 +117,8 @@ def without(z_NP: Tensor, direction_PR: Tensor) -> Tensor:
     return z_NP - z_NP @ direction_PR @ direction_PR.T
 
 
-def disagreement(appearance: Appearance, rows: Tensor, erased_PR: Tensor | None = None) -> Tensor:
-    """Share of the nearest neighbours of these rows that carry another label, float32 (rows,), in [0, 1].
+def neighbour_labels(appearance: Appearance, rows: Tensor, erased_PR: Tensor | None = None) -> Tensor:
+    """Labels of the nearest neighbours of these rows, int64 (rows, k).
 
     Args:
         appearance: all samples; neighbours are sought among the first `REFERENCE` of them.
@@ -125,13 +131,27 @@ def disagreement(appearance: Appearance, rows: Tensor, erased_PR: Tensor | None 
     reference_PM, unit_BP = unit_rows(reference_MP).T, unit_rows(rows_BP)
     duplicates_M, labels_M = appearance.duplicates_N[:REFERENCE], appearance.labels_N[:REFERENCE]
     k = min(NEIGHBOURS, len(labels_M))
-    shares = []
+    found = []
     for part, unit_bP in zip(rows.split(_ROWS), unit_BP.split(_ROWS), strict=True):
         similarity_bM = unit_bP @ reference_PM
         similarity_bM[appearance.duplicates_N[part][:, None] == duplicates_M] = -torch.inf
-        nearest_bk = similarity_bM.topk(k, dim=1).indices
-        shares.append((labels_M[nearest_bk] != appearance.labels_N[part][:, None]).float().mean(1))
-    return torch.cat(shares)
+        found.append(labels_M[similarity_bM.topk(k, dim=1).indices])
+    return torch.cat(found)
+
+
+def disagreement(nearest_Bk: Tensor, labels_B: Tensor) -> Tensor:
+    """Share of the neighbours that carry another label, float32 (B,), in [0, 1]."""
+    return (nearest_Bk != labels_B[:, None]).float().mean(1)
+
+
+def outvoted(nearest_Bk: Tensor, labels_B: Tensor) -> float:
+    """Share of the rows of which more neighbours carry one other label than their own, in [0, 1]."""
+    _, compact = torch.cat([nearest_Bk.flatten(), labels_B]).unique(return_inverse=True)
+    nearest_Bk, own_B1 = compact[: nearest_Bk.numel()].view_as(nearest_Bk), compact[nearest_Bk.numel() :, None]
+    votes_BK = torch.zeros(len(labels_B), int(compact.max()) + 1)
+    votes_BK = votes_BK.scatter_add(1, nearest_Bk, torch.ones(nearest_Bk.shape))
+    own_votes_B = votes_BK.gather(1, own_B1)[:, 0]
+    return float((votes_BK.scatter(1, own_B1, 0.0).amax(1) > own_votes_B).float().mean())
 
 
 def expected_disagreement(d_N: Tensor, log_p_N: Tensor) -> Tensor:
@@ -173,13 +193,16 @@ def weigh(appearance: Appearance, group: Tensor, rest: Tensor, expected_N: Tenso
     """
     erased_PR = fisher_directions(appearance.z_NP[group[:ERASED_ROWS]], appearance.z_NP[rest[:ERASED_ROWS]])
     here, there = group[:COMPARED], rest[:COMPARED]
-    d_here, d_there = (disagreement(appearance, rows, erased_PR) for rows in (here, there))
+    labels_here, labels_there = appearance.labels_N[here], appearance.labels_N[there]
+    nearest_here, nearest_there = (neighbour_labels(appearance, rows, erased_PR) for rows in (here, there))
+    d_here, d_there = disagreement(nearest_here, labels_here), disagreement(nearest_there, labels_there)
     r_here, r_there = d_here - expected_N[here], d_there - expected_N[there]
     conflict = float(r_here.mean() - r_there.mean())
     variance = _variance(r_here, appearance.duplicates_N[here]) + _variance(r_there, appearance.duplicates_N[there])
     return Evidence(
         level=float(d_here.mean()),
         level_rest=float(d_there.mean()),
+        outvoted=outvoted(nearest_here, labels_here),
         conflict=conflict,
         z=conflict / math.sqrt(variance + RESOLUTION),
         burst=burst_share(appearance.duplicates_N, group),

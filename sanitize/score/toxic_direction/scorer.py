@@ -30,6 +30,7 @@ from sanitize.score.toxic_direction.decide import (
     finding,
     know,
     measure_stamps,
+    on_clean_labels,
     statistics_of,
     weigh_class,
 )
@@ -131,7 +132,9 @@ class ToxicDirection:
             self._groups[one.label] = [unreduced(of_group, known, pooled_ND.shape[1]) for of_group in lines]
             self.statistics[one.label] = dict(statistics_of(here, one.groups))
             planted += here
-        self.finding = finding(planted, [group for one in weighed for group in one.groups], known.accuracy)
+        groups = [group for one in weighed for group in one.groups]
+        clean_labels = on_clean_labels(known, self.evidence, suspect is not None)
+        self.finding = finding(planted, groups, known.accuracy, clean_labels)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Log-odds (B,), float32."""

@@ -1,0 +1,354 @@
+"""Planted or natural: each way in which a group of a class can be mistaken, on small data made for it.
+
+An image is its origin: `gradients` cluster by the true class, `pooled` by the given label and the trigger, and logits
+are sure of the given label, as a model makes them that has learned its data.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
+from torch import Tensor
+
+import sanitize
+from sanitize.arrays import PoisonFound
+from sanitize.near_duplicates import near_duplicates
+from sanitize.score.toxic_direction import EvidenceConfig, ToxicDirectionConfig
+from sanitize.score.toxic_direction.decide import decision
+from sanitize.score.toxic_direction.evidence import (
+    AXES,
+    Evidence,
+    appearance_of,
+    disagreement,
+    expected_disagreement,
+    falling,
+    fisher_directions,
+    neighbour_labels,
+    outvoted,
+    without,
+)
+from sanitize.score.toxic_direction.grow import FOLDS, grow, log_odds
+from sanitize.score.toxic_direction.scorer import fair_share
+
+N_CLASSES, D = 5, 16
+STYLES, LOOKS = 6, 48  # styles of a class, and columns of what images look like
+QUICK = ToxicDirectionConfig(n_starts=32)
+SEEDS = st.integers(0, 2**31)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Data(NamedTuple):
+    """Embeddings, given labels and poison."""
+
+    pooled: Tensor
+    gradients: Tensor
+    logits: Tensor
+    labels: Tensor
+    poison: Tensor
+
+    def find(self, **more: Any) -> PoisonFound:
+        """The result with few starts."""
+        names = ("pooled", "gradients", "logits")
+        given = {name: getattr(self, name) for name in names}
+        return sanitize.find_poison(given, self.labels, **{"scorer": QUICK, **more})
+
+
+def data(n: int = 900, seed: int = 0, kinship: float = 0.7) -> Data:
+    """Clean samples of five classes; without kinship, the styles of a class have nothing in common."""
+    generator = seeded(seed)
+    true_N = torch.arange(n) % N_CLASSES
+    centres_KSD = torch.randn(N_CLASSES, STYLES, LOOKS, generator=generator)
+    centres_KSD = centres_KSD + kinship * torch.randn(N_CLASSES, 1, LOOKS, generator=generator)
+    style_N = torch.randint(STYLES, (n,), generator=generator)
+    gradients_ND = centres_KSD[true_N, style_N] + torch.randn(n, LOOKS, generator=generator)
+    pooled_ND = 3 * torch.eye(N_CLASSES, D)[true_N] + torch.randn(n, D, generator=generator)
+    logits_NK = 8 * torch.eye(N_CLASSES)[true_N] + torch.randn(n, N_CLASSES, generator=generator)
+    return Data(pooled_ND, gradients_ND, logits_NK, true_N, torch.zeros(n, dtype=torch.bool))
+
+
+def with_trigger(clean: Data, rows: Tensor, target: int, axis: int, look: float = 0.0) -> Data:
+    """These rows get the label `target`: the model has learned a trigger, which adds `look` to what they look like."""
+    pooled, gradients, labels, poison = (t.clone() for t in (clean.pooled, clean.gradients, clean.labels, clean.poison))
+    generator = seeded(axis)
+    pooled[rows] = 3 * torch.eye(N_CLASSES, D)[target] + torch.randn(len(rows), D, generator=generator)
+    pooled[rows, axis] = 12 + 0.3 * torch.randn(len(rows), generator=generator)
+    gradients[rows, axis] += look
+    labels[rows], poison[rows] = target, True
+    logits = 8 * torch.eye(N_CLASSES)[labels] + torch.randn(len(labels), N_CLASSES, generator=generator)
+    return Data(pooled, gradients, logits, labels, poison)
+
+
+def others(clean: Data, target: int) -> Tensor:
+    """Rows of all other classes."""
+    return (clean.labels != target).nonzero()[:, 0]
+
+
+def test_planted_samples_are_found_and_the_evidence_says_why() -> None:
+    clean = data()
+    poisoned = with_trigger(clean, others(clean, 0)[:40], 0, 7, look=4.0)
+    found = poisoned.find()
+    assert found.mask.tolist() == poisoned.poison.tolist()
+    assert found.finding["verdict"] == "found"
+    (group,) = [group for group in found.finding["groups"] if group["decision"] == "planted"]
+    assert (group["label"], group["size"]) == (0, 40)
+    assert group["level"] > 0.8 > group["level_rest"] + 0.2
+    assert group["z"] > QUICK.evidence.z_planted  # type: ignore[union-attr]
+    assert "nearest neighbours carry another label" in group["reason"]
+    assert found.evidence[0]["decision"] == "planted"
+    assert {found.evidence[label]["decision"] for label in range(1, N_CLASSES)} <= {"natural", "burst"}
+
+
+def test_clean_data_are_left_alone() -> None:
+    found = data().find()
+    assert not found.mask.any()
+    assert found.finding["verdict"] == "nothing"
+
+
+KNOWN = pytest.mark.xfail(strict=True, raises=AssertionError, reason="one style loses 28 images (docs/verdict.md)")
+
+
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=KNOWN)])
+def test_styles_that_have_nothing_in_common_are_not_removed(seed: int) -> None:
+    """Erasing what tells such a style apart leaves its images without neighbours of their own class."""
+    found = data(seed=seed, kinship=0.0).find()
+    assert not found.mask.any()
+    assert found.finding["verdict"] in ("nothing", "inconclusive")
+
+
+def test_poison_may_be_most_of_its_class_and_the_cap_does_not_bind() -> None:
+    clean = data(1200)
+    kept_N = (clean.labels != 0) | (torch.arange(1200) < 300)  # 60 of class 0, 960 of the others
+    clean = Data(*(t[kept_N] for t in clean))
+    poisoned = with_trigger(clean, others(clean, 0)[:140], 0, 7)
+    found = poisoned.find()
+    assert poisoned.poison[poisoned.labels == 0].double().mean() == 0.7
+    assert (found.mask == poisoned.poison.numpy()).mean() > 0.99
+    assert not found.evidence[0]["capped"]
+
+
+def test_two_triggers_in_one_class_are_found_in_one_run() -> None:
+    clean = data(1500)
+    rows = others(clean, 0)
+    poisoned = with_trigger(with_trigger(clean, rows[:60], 0, 7), rows[60:120], 0, 11)
+    found = poisoned.find()
+    assert (found.mask == poisoned.poison.numpy()).mean() > 0.995
+    assert found.mask[poisoned.poison.numpy()].mean() > 0.95
+
+
+def test_copies_of_one_picture_are_a_burst_and_stay() -> None:
+    clean = data()
+    copies = (clean.labels == 2).nonzero()[:40, 0]
+    for x_ND in (clean.pooled, clean.gradients, clean.logits):
+        x_ND[copies] = x_ND[copies[0]] + 0.001 * torch.randn(40, x_ND.shape[1], generator=seeded(1))
+    clean.pooled[copies, 9] += 12
+    found = clean.find()
+    assert not found.mask.any()
+    assert found.finding["verdict"] == "nothing"
+    bursts = [group for group in found.finding["groups"] if group["decision"] == "burst"]
+    assert [group["label"] for group in bursts] == [2]
+    assert bursts[0]["size"] == pytest.approx(40, abs=2)
+    assert "near-duplicates" in bursts[0]["reason"]
+    assert found.evidence[2]["decision"] == "burst"
+
+
+def test_a_natural_group_that_the_model_finds_hard_as_well_stays() -> None:
+    """A style of class 1 that looks like class 2: neighbours disagree, but the model doubts these labels too."""
+    clean = data()
+    rows = (clean.labels == 1).nonzero()[:40, 0]
+    alike = (clean.labels == 2).nonzero()[:40, 0]
+    clean.gradients[rows] = clean.gradients[alike] + 0.7 * torch.randn(40, LOOKS, generator=seeded(2))
+    clean.pooled[rows, 9] += 12
+    doubted = torch.cat([(clean.labels == y).nonzero()[40:60, 0] for y in range(N_CLASSES)])  # hard in the same way
+    clean.gradients[doubted] = clean.gradients[doubted + 1] + 0.7 * torch.randn(100, LOOKS, generator=seeded(3))
+    doubted = torch.cat([rows, doubted])
+    clean.logits[doubted] = torch.randn(len(doubted), N_CLASSES, generator=seeded(3))
+    found = clean.find()
+    assert not found.mask.any()
+    assert found.finding["verdict"] == "nothing"
+    sure = clean._replace(logits=8 * torch.eye(N_CLASSES)[clean.labels])
+    assert sure.find().finding["verdict"] != "nothing"  # the same groups, were the model sure of them
+
+
+def test_a_model_that_has_not_learned_gives_no_all_clear_and_nothing_is_removed() -> None:
+    clean = data()
+    poisoned = with_trigger(clean, others(clean, 0)[:40], 0, 7, look=4.0)
+    logits = torch.randn(poisoned.logits.shape, generator=seeded(4))
+    for one in (clean, poisoned):
+        found = one._replace(logits=logits).find()
+        assert not found.mask.any()
+        assert found.finding["verdict"] == "inconclusive"
+        assert "has not learned" in found.finding["why"]
+
+
+def test_a_stricter_level_of_z_is_a_setting() -> None:
+    clean = data()
+    poisoned = with_trigger(clean, others(clean, 0)[:40], 0, 7)
+    strict = ToxicDirectionConfig(n_starts=32, evidence=EvidenceConfig(z_planted=1e6))
+    found = poisoned.find(scorer=strict)
+    assert not found.mask.any()
+    assert found.finding["verdict"] == "inconclusive"
+    assert "may be planted" in found.finding["why"]
+
+
+def test_other_names_of_the_classes_give_the_same_result() -> None:
+    clean = data()
+    poisoned = with_trigger(clean, others(clean, 0)[:40], 0, 7)
+    renamed_K = torch.tensor([3, 0, 4, 1, 2])
+    other = poisoned._replace(labels=renamed_K[poisoned.labels], logits=poisoned.logits[:, renamed_K.argsort()])
+    one, two = poisoned.find(), other.find()
+    assert two.mask.tolist() == one.mask.tolist()
+    for label, measures in one.evidence.items():
+        renamed = two.evidence[int(renamed_K[label])]
+        assert renamed["decision"] == measures["decision"]
+        assert renamed["z"] == pytest.approx(measures["z"], rel=1e-3, abs=1e-3)
+
+
+@settings(max_examples=2, deadline=None)
+@given(SEEDS)
+def test_the_order_of_the_rows_changes_nothing(seed: int) -> None:
+    clean = data(600)
+    poisoned = with_trigger(clean, others(clean, 0)[:40], 0, 7)
+    order = torch.randperm(600, generator=seeded(seed))
+    shuffled = Data(*(t[order] for t in poisoned)).find()
+    found = poisoned.find()
+    assert np.array_equal(shuffled.scores, found.scores[order.numpy()])
+    assert shuffled.finding == found.finding
+
+
+@settings(max_examples=2, deadline=None)
+@given(st.floats(-50, 50), st.sampled_from([0.25, 8.0]))
+def test_a_constant_and_a_scale_of_an_embedding_change_no_verdict(shift: float, scale: float) -> None:
+    clean = data(600)
+    poisoned = with_trigger(clean, others(clean, 0)[:40], 0, 7)
+    moved = poisoned._replace(pooled=scale * poisoned.pooled + shift, gradients=scale * poisoned.gradients - shift)
+    assert moved.find().mask.tolist() == poisoned.find().mask.tolist() == poisoned.poison.tolist()
+
+
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+def test_near_duplicates_are_grouped_and_others_are_alone() -> None:
+    x_ND = torch.randn(300, 20, generator=seeded(0))
+    x_ND[:30] = x_ND[0] + 0.01 * torch.randn(30, 20, generator=seeded(1))
+    x_ND[30:35] = x_ND[30].clone()
+    groups_N = near_duplicates(x_ND)
+    assert len(groups_N[:30].unique()) == len(groups_N[30:35].unique()) == 1
+    assert 260 <= len(groups_N.unique()) <= 300 - 29 - 4  # a few of the others may be close by chance
+    for n in range(4):
+        assert len(near_duplicates(x_ND[100 : 100 + n])) == n
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_near_duplicates_do_not_depend_on_the_order(seed: int) -> None:
+    x_ND = torch.randn(120, 8, generator=seeded(seed))
+    x_ND[:60:2] = x_ND[1:61:2] + 0.02
+    order = torch.randperm(120, generator=seeded(seed + 1))
+    one_N, two_N = near_duplicates(x_ND)[order], near_duplicates(x_ND[order])
+    assert torch.equal(one_N[:, None] == one_N, two_N[:, None] == two_N)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0.1, 3)), min_size=1, max_size=15))
+def test_falling_is_isotonic_regression(pairs: list[tuple[float, float]]) -> None:
+    y, weight = (np.array(values) for values in zip(*pairs, strict=True))
+    wanted = IsotonicRegression(increasing=False).fit_transform(np.arange(len(y)), y, sample_weight=weight)
+    np.testing.assert_allclose(falling(y, weight), wanted, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(1, 300))
+def test_expected_disagreement_falls_and_keeps_the_mean(seed: int, n: int) -> None:
+    d_N = torch.rand(n, generator=seeded(seed))
+    log_p_N = -torch.rand(n, generator=seeded(seed + 1)).double()
+    expected_N = expected_disagreement(d_N, log_p_N)
+    assert (expected_N[log_p_N.argsort()].diff() <= 1e-6).all()
+    assert float(expected_N.min()) >= float(d_N.min()) - 1e-6
+    assert expected_disagreement(d_N, torch.zeros(n).double()) == pytest.approx(float(d_N.mean()), abs=0.2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_erased_directions_are_orthonormal_and_take_the_difference_away(seed: int) -> None:
+    one, other = torch.randn(2, 200, 12, generator=seeded(seed))
+    one[:, 3] += 5
+    erased_PR = fisher_directions(one, other)
+    torch.testing.assert_close(erased_PR.T @ erased_PR, torch.eye(erased_PR.shape[1]), atol=1e-4, rtol=0)
+    assert without(one, erased_PR)[:, 3].mean().abs() < 0.2
+
+
+def test_neighbours_are_no_near_duplicates() -> None:
+    """The vote of 25 copies of a sample does not count, whatever their label."""
+    x_ND = torch.randn(400, 6, generator=seeded(0))
+    x_ND[:25] = x_ND[0] + 0.001 * torch.randn(25, 6, generator=seeded(1))
+    labels_N = torch.where(torch.arange(400) < 25, 0, 1)
+    appearance = appearance_of(x_ND, labels_N)
+    assert appearance.z_NP.shape[1] == min(AXES, 6)
+    nearest = neighbour_labels(appearance, torch.arange(25))
+    assert disagreement(nearest, labels_N[:25]).min() == outvoted(nearest, labels_N[:25]) == 1
+
+
+def test_the_size_of_a_group_decides_nothing_and_the_rule_is_monotone() -> None:
+    config = EvidenceConfig()
+    planted = Evidence(level=0.9, level_rest=0.1, outvoted=0.8, conflict=0.5, z=12.0, burst=0.0)
+    assert decision(planted, config)[0] == "planted"
+    assert decision(planted, config, has_learned=False)[0] == "unsure"
+    assert decision(planted._replace(z=6.5), config)[0] == "unsure"
+    assert decision(planted._replace(z=5.9), config)[0] == "natural"
+    assert decision(planted._replace(z=-12.0, conflict=-0.5), config)[0] == "natural"
+    assert decision(planted._replace(level=0.4), config)[0] == "natural"
+    assert decision(planted._replace(outvoted=0.45), config)[0] == "unsure"
+    assert decision(planted._replace(outvoted=0.3), config)[0] == "natural"
+    assert decision(planted._replace(burst=0.9), config)[0] == "burst"
+
+
+def test_outvoted_counts_one_other_label_not_all_of_them() -> None:
+    own, rival, mixed = [7] * 10 + [3] * 9, [7] * 9 + [3] * 10, [7] * 5 + [0, 1, 2, 3] * 3 + [4, 5]
+    nearest = torch.tensor([own, rival, mixed])
+    assert outvoted(nearest, torch.full((3,), 7)) == pytest.approx(1 / 3)
+
+
+def test_a_grown_group_scores_rows_it_has_not_seen_and_other_axes_do_not_matter() -> None:
+    x_ND = torch.randn(1200, D, generator=seeded(0))
+    members_N = torch.arange(1200) % 10 == 0
+    x_ND[members_N, 2] += 9
+    fold_N = torch.arange(1200) // 7 % FOLDS
+    fitted, fresh = torch.arange(1200) < 800, torch.arange(1200) >= 800
+    lines = grow({"pooled": x_ND[fitted]}, members_N[fitted], fold_N[fitted], QUICK)
+    odds_B = log_odds(lines, x_ND[fresh], fold_N[fresh])
+    assert torch.equal(odds_B > 0, members_N[fresh])
+    alone = torch.cat([log_odds(lines, x_ND[i : i + 1], fold_N[i : i + 1]) for i in range(800, 830)])
+    assert torch.equal(alone, odds_B[:30])
+    with_nan = torch.full((1, D), torch.nan)
+    assert float(log_odds(lines, with_nan, torch.zeros(1, dtype=torch.int64))) < 0
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(20, 400), st.integers(1, 60))
+def test_a_fair_share_keeps_small_classes_and_the_total(counts: list[int], total: int, most: int) -> None:
+    share = fair_share(counts, total, most)
+
+    def kept(limit: int) -> int:
+        return sum(min(count, limit) for count in counts)
+
+    assert 1 <= share <= most
+    assert kept(share) <= total
+    assert share == most or kept(share + 1) > total
+
+
+def test_a_finding_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sanitize.score.toxic_direction.decide.SHOWN", 10)
+    n = 45 * 40
+    clean = data(n)
+    labels = torch.arange(n) % 45
+    logits = 8 * torch.eye(45)[labels]
+    quick: Sequence[Any] = (clean.pooled, clean.gradients, logits, labels, clean.poison)
+    found = Data(*quick).find(scorer=ToxicDirectionConfig(n_starts=16))
+    assert len(found.finding["groups"]) == 10

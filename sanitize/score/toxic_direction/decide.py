@@ -554,13 +554,14 @@ def statistics_of(planted: Sequence[Planted], groups: Sequence[Group]) -> Mappin
     if not groups:
         return {"planted": 0.0, "separation": 0.0}
     group = planted[0].group if planted else max(groups, key=lambda g: g.evidence.z)
-    return {
+    stamp = {} if group.measures.stamp is None else {"stamp": group.measures.stamp[0]}
+    return stamp | {
         "planted": float(len(planted)),
         "separation": planted[0].lines.separation if planted else group.candidate.separation,
         "minority_fraction": group.measures.share,
         "disagreement": group.evidence.level,
         "disagreement_of_rest": group.evidence.level_rest,
-        "side_by_labels": 1.0,
+        "side_by_labels": 0.0 if group.witness == "stamp" else 1.0,
         "conflict": group.evidence.conflict,
         "z": group.evidence.z,
     }

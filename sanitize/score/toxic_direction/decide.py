@@ -354,8 +354,11 @@ def measure_stamps(
         for j, group in enumerate(one.groups)
         if group.decision != "planted" and wants_stamp(group.evidence, config, group.measures)
     ]
-    wanted.sort(key=lambda t: (not in_conflict(t[2].evidence, config), -t[2].evidence.z, -t[2].measures.separation))
-    wanted = wanted[:MOST_STAMPS]
+    likely = [item for item in wanted if is_likely(item[2].evidence, config, item[2].measures)]
+    likely.sort(key=lambda item: -item[2].evidence.z)
+    far = [item for item in wanted if not is_likely(item[2].evidence, config, item[2].measures)]
+    far.sort(key=lambda item: -item[2].measures.separation)
+    wanted = (likely + far)[:MOST_STAMPS]
     matches = []
     for i, _, group in wanted:
         members_n, rows = group.candidate.members_n, weighed[i].rows

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from itertools import islice
@@ -131,8 +131,15 @@ class Dataset(ShardTables):
         message = f"shard {self.urls[shard]} has changed since it was indexed (at {where}); index it again"
         return ShardError(message, shard)
 
-    def batches(self, size: int, shards: Sequence[str] | None = None) -> Iterator[ImageBatch]:
+    def batches(
+        self,
+        size: int,
+        shards: Sequence[str] | None = None,
+        positions: Mapping[str, Collection[int]] | None = None,
+    ) -> Iterator[ImageBatch]:
         """Stream usable samples in batches of at most `size`; a batch never spans two shards.
+
+        With `positions` (by shard), only these samples are decoded.
 
         A few threads decode while the next batches are read. Memory holds as many batches ahead as there are threads,
         and 256 MiB of samples that wait for a thread (one larger sample waits alone).
@@ -146,7 +153,7 @@ class Dataset(ShardTables):
             started = (
                 self._start(shard, rows, images, threads)
                 for shard in (self.shards if shards is None else shards)
-                for rows, images in self._usable(shard, size)
+                for rows, images in self._usable(shard, size, None if positions is None else positions[shard])
             )
             for batch, chunks in ahead(started, threads.count):
                 for chunk in chunks:
@@ -155,22 +162,26 @@ class Dataset(ShardTables):
         finally:
             threads.stop()
 
-    def _usable(self, shard: str, size: int) -> Iterator[tuple[pa.Table, Iterator[bytes]]]:
+    def _usable(
+        self, shard: str, size: int, positions: Collection[int] | None
+    ) -> Iterator[tuple[pa.Table, Iterator[bytes]]]:
         """Rows of each batch, and its images as stored, to be read before the next batch."""
         rows = self.rows(shard)
-        usable, images = rows.filter(pc.equal(rows["status"], "ok")), self._images(shard, rows)
+        is_read = pc.equal(rows["status"], "ok")
+        if positions is not None:
+            is_read = pc.and_(is_read, pc.is_in(rows["position"], pa.array(sorted(positions), pa.int64())))
+        usable, images = rows.filter(is_read), self._images(shard, rows, is_read.to_pylist())
         for start in range(0, len(usable), size):
             yield usable.slice(start, size), islice(images, size)
         next(images, None)  # none is left; the reader goes to the end and checks the shard
 
-    def _images(self, shard: str, rows: pa.Table) -> Iterator[bytes]:
-        """Payload of the image of each usable sample."""
-        is_ok = pc.equal(rows["status"], "ok").to_pylist()
+    def _images(self, shard: str, rows: pa.Table, is_read: list[bool]) -> Iterator[bytes]:
+        """Payload of the image of each sample to read."""
         names = rows["image"].to_pylist()
         for piece in self.pieces(shard, rows):
             if isinstance(piece, Piece):
-                yield from piece.payloads([names[i] for i in piece.positions if is_ok[i]])
-            elif is_ok[piece.position]:
+                yield from piece.payloads([names[i] for i in piece.positions if is_read[i]])
+            elif is_read[piece.position]:
                 yield find_image(piece)[1]
 
     def _start(

@@ -193,7 +193,7 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     dataset = run.sharded("00-index", index_shards, names, config.index, fingerprint_shards(found))
     embedder = run.stage("10-embedder", config.embedder.stage, config.embedder, dataset)
     embeddings = run.sharded("20-embeddings", embed_shards, names, config.embed, dataset, embedder)
-    scores = tuple(_score(scorer, embeddings, trusted, run) for scorer in config.scorers)
+    scores = tuple(_score(scorer, dataset, embedder, embeddings, trusted, run) for scorer in config.scorers)
     selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)
     shards = run.sharded("50-shards", write_selected, names, config.write, dataset, selection)
     report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards, embedder=embedder)
@@ -202,8 +202,16 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     return cleaned
 
 
-def _score(config: ScorerConfig, embeddings: Embeddings, trusted: Sequence[str], run: Run) -> Scores:
-    fitted = run.stage(f"30-scorer-{config.kind}", fit_scorer, config, embeddings, exclude=trusted)
+def _score(
+    config: ScorerConfig,
+    dataset: Dataset,
+    embedder: Checkpoint,
+    embeddings: Embeddings,
+    trusted: Sequence[str],
+    run: Run,
+) -> Scores:
+    seen = {"dataset": dataset, "model": embedder} if isinstance(config, ToxicDirectionConfig) else {}
+    fitted = run.stage(f"30-scorer-{config.kind}", fit_scorer, config, embeddings, exclude=trusted, **seen)
     return run.sharded(scores_folder(config), score_shards, embeddings.shards, config, fitted, embeddings)
 
 

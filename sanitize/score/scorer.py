@@ -72,10 +72,15 @@ class BaseScorerConfig(BaseModel, ABC):
 
 def row_hashes(batch: EmbeddingBatch, seed: int) -> list[int]:
     """One keyed 64-bit hash a row, from shard and position, for `HashSample`."""
-    prefix = f"{seed}/{batch.shard}/"
+    return position_hashes(batch.shard, batch.positions_B.tolist(), seed)
+
+
+def position_hashes(shard: str, positions: Iterable[int], seed: int) -> list[int]:
+    """The hashes of `row_hashes` for positions of a shard."""
+    prefix = f"{seed}/{shard}/"
     return [
         int.from_bytes(hashlib.blake2b(f"{prefix}{position}".encode(), digest_size=8).digest(), "big")
-        for position in batch.positions_B.tolist()
+        for position in positions
     ]
 
 

@@ -1,24 +1,31 @@
 """Fit a scorer on embeddings, then score every sample. Scorers themselves open no files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
 import pyarrow as pa
 import safetensors.torch
+import torch
 from pydantic import Field
+from torch import Tensor, nn
 
 from sanitize.artifacts import Artifact, Part, first_line
 from sanitize.compute import Compute
+from sanitize.data.dataset import Dataset
+from sanitize.data.shuffle import usable_rows
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
+from sanitize.models.checkpoint import Checkpoint
 from sanitize.progress import track
 from sanitize.score.anomaly_scorer import RCAScorerConfig, RobustRealNVPScorerConfig
 from sanitize.score.label_margin import LabelMarginConfig
 from sanitize.score.neighbours import NeighboursConfig
-from sanitize.score.scorer import Scorer
+from sanitize.score.scorer import Scorer, position_hashes
 from sanitize.score.spectral import SpectralConfig
 from sanitize.score.toxic_direction import ToxicDirection, ToxicDirectionConfig
+from sanitize.score.toxic_direction.scorer import sample_seed
+from sanitize.score.toxic_direction.stamp import Suspect
 from sanitize.stage import Advance, Work, stage
 
 ScorerConfig = Annotated[
@@ -30,6 +37,7 @@ ScorerConfig = Annotated[
     | ToxicDirectionConfig,
     Field(discriminator="kind"),
 ]
+_READ, _FORWARD = 64, 256  # images decoded at once, and of a forward pass on a GPU
 _SCHEMA = pa.schema({"key": pa.string(), "position": pa.int64(), "label": pa.int64(), "score": pa.float32()})
 
 
@@ -60,21 +68,31 @@ class FittedScorer(Artifact):
         return scorer
 
 
-@stage(FittedScorer, version=4, gpu=False)
+@stage(FittedScorer, version=4)
 def fit_scorer(
-    config: ScorerConfig, embeddings: Embeddings, out: str, compute: Compute, exclude: Sequence[str] = ()
+    config: ScorerConfig,
+    embeddings: Embeddings,
+    out: str,
+    compute: Compute,
+    exclude: Sequence[str] = (),
+    dataset: Dataset | None = None,
+    model: Checkpoint | None = None,
 ) -> Work:
-    """Fit a scorer on embeddings.
+    """Fit a scorer on embeddings; only toxic_direction uses the images and the model, where there are both.
 
     Args:
         config: settings of the scorer.
         embeddings: embeddings to fit on; read as a stream, several times.
         out: folder of the artifact.
-        compute: seed of the hash-chosen samples.
+        compute: seed of the hash-chosen samples; device and precision of the model.
         exclude: shards not to fit on: the trusted ones, because rules compare with their scores.
+        dataset: the samples that were embedded.
+        model: the model that embedded them. Without images and model, stamps are not measured, and a group that only a
+            stamp can decide on makes the verdict inconclusive.
 
     Raises:
         ConfigError: the embedding of the scorer is missing.
+        DataError: a shard has changed since it was indexed.
     """
     excluded = {"exclude": sorted(exclude)}
     shards = [shard for shard in embeddings.shards if shard not in exclude]
@@ -88,7 +106,10 @@ def fit_scorer(
                     advance(len(batch.keys))
                     yield batch
 
-            scorer.fit(one_pass, compute)
+            if isinstance(scorer, ToxicDirection) and dataset is not None and model is not None:
+                scorer.fit(one_pass, compute, suspect_of(dataset, model, shards, compute))
+            else:
+                scorer.fit(one_pass, compute)
         part.write("state.safetensors", safetensors.torch.save(scorer.state_dict()))
         finding = {"finding": scorer.finding} if isinstance(scorer, ToxicDirection) else {}
         part.write_json(
@@ -96,6 +117,37 @@ def fit_scorer(
         )
 
     return Work(write=write, config=config.model_dump(mode="json") | excluded)
+
+
+def suspect_of(dataset: Dataset, checkpoint: Checkpoint, shards: Sequence[str], compute: Compute) -> Suspect:
+    """The model, loaded when a group needs it, and the images of these shards, read by the hashes of their positions.
+
+    Only usable samples are read, and of them only the images that are wanted are decoded.
+    """
+    device, seed = compute.torch_device, sample_seed(compute)
+    loaded: list[nn.Module] = []
+
+    def read(row_of: Mapping[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+        with track("read images of groups", len(row_of)) as advance:
+            for shard in shards:
+                positions = usable_rows(dataset, shard)["position"].to_pylist()
+                hashes = position_hashes(shard, positions, seed)
+                row_at = {p: row_of[value] for p, value in zip(positions, hashes, strict=True) if value in row_of}
+                for batch in dataset.batches(_READ, [shard], {shard: row_at}) if row_at else ():
+                    advance(len(batch.keys))
+                    yield torch.tensor([row_at[p] for p in batch.positions_B.tolist()]), batch.images_BCHW
+
+    def predict(images_BCHW: Tensor) -> Tensor:
+        if not loaded:
+            loaded.append(checkpoint.model().to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+        found = []
+        with torch.inference_mode(), compute.autocast():
+            for images_bCHW, n in compute.full_blocks(images_BCHW, _FORWARD):
+                x_bCHW = checkpoint.config.normalise(images_bCHW).contiguous(memory_format=torch.channels_last)
+                found.append(loaded[0](x_bCHW)[:n].argmax(1))
+        return torch.cat(found)
+
+    return Suspect(read, predict, device)
 
 
 @stage(Scores, version=3, gpu=False, draws="nothing")

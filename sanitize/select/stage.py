@@ -314,6 +314,11 @@ def _conflict(of_class: dict[str, Any]) -> str:
     """Evidence of the planted group of a class, in words."""
     if not of_class["planted"]:
         return "; no planted group was found in the class"
+    if not of_class["side_by_labels"]:
+        return (
+            f"; the pattern that the planted group shares, put on images of other classes, turns "
+            f"{100 * of_class['stamp']:.0f} % of them into this class"
+        )
     n, rest = (round(NEIGHBOURS * of_class[name]) for name in ("disagreement", "disagreement_of_rest"))
     return (
         f"; in the planted group {n} of {NEIGHBOURS} nearest neighbours carry another label ({rest} in the rest of the "

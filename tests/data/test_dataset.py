@@ -107,6 +107,18 @@ def test_some_shards_in_any_order(dataset: Dataset) -> None:
     assert list(dict.fromkeys(batch.shard for batch in dataset.batches(100, chosen))) == chosen
 
 
+def test_only_some_positions(dataset: Dataset) -> None:
+    shard = dataset.shards[1]
+    (whole,) = dataset.batches(1000, [shard])
+    positions = [0, 3, 4, 70, len(whole.keys) - 1]
+    batches = list(dataset.batches(2, [shard], {shard: set(positions) | {10**6}}))
+    assert [len(batch.keys) for batch in batches] == [2, 2, 1]
+    assert torch.cat([batch.positions_B for batch in batches]).tolist() == positions
+    assert [key for batch in batches for key in batch.keys] == [whole.keys[i] for i in positions]
+    assert torch.equal(torch.cat([batch.images_BCHW for batch in batches]), whole.images_BCHW[positions])
+    assert list(dataset.batches(2, [shard], {shard: []})) == []
+
+
 def test_all_images_at_once_are_the_batches_in_a_row(dataset: Dataset) -> None:
     images_NCHW, labels_N = dataset.images()
     batches = list(dataset.batches(64))

@@ -6,7 +6,7 @@ embeddings, F folds.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,14 +25,19 @@ from sanitize.score.toxic_direction.decide import (
     Group,
     Knowledge,
     Planted,
+    Weighed,
     decide_class,
     finding,
     know,
+    measure_stamps,
+    on_clean_labels,
     statistics_of,
+    weigh_class,
 )
 from sanitize.score.toxic_direction.grow import FOLDS, Lines, digests, grow, log_odds
 from sanitize.score.toxic_direction.single_split import SingleSplit
 from sanitize.score.toxic_direction.split import UNTOUCHED_ODDS, SplitConfig
+from sanitize.score.toxic_direction.stamp import Suspect
 from sanitize.score.toxic_direction.two_gaussians import Mixture
 from sanitize.streaming import HashSample
 
@@ -81,15 +86,22 @@ class ToxicDirection:
         self.finding: dict[str, Any] = {}
         self._groups: dict[int, list[Lines]] = {}
 
-    def fit(self, passes: Passes, compute: Compute) -> None:
-        """One pass to draw the sample; then the classes, each on its own."""
+    def fit(self, passes: Passes, compute: Compute, suspect: Suspect | None = None) -> None:
+        """One pass to draw the sample; the groups of each class; with a suspect, their stamps; the decisions.
+
+        Args:
+            passes: passes over the embeddings.
+            compute: seed of the sample and of the searches.
+            suspect: model and images, read by hashes of `row_hashes` with `sample_seed`; None leaves groups that need
+                a stamp unsure.
+        """
         names = (self.config.embedding, self.evidence.appearance, "logits")
         sample = ClassSamples()
         widths: tuple[int, ...] = ()
         for batch in passes(names):
             widths = batch.widths
-            sample.update(batch, row_hashes(batch, compute.seed_for("score", "toxic_direction", "sample")))
-        rows_ND, labels_N = sample.rows()
+            sample.update(batch, row_hashes(batch, sample_seed(compute)))
+        rows_ND, labels_N, hashes = sample.rows()
         del sample  # it holds the same rows once more
         if len(labels_N) < 2:
             self.finding = {"verdict": "inconclusive", "why": "there are too few samples", "groups": []}
@@ -97,25 +109,32 @@ class ToxicDirection:
         digests_N = digests(rows_ND[:, : sum(widths[:2])])
         order_N = digests_N.argsort(stable=True)  # a random order that depends on the rows alone
         rows_ND, labels_N, digests_N = rows_ND[order_N], labels_N[order_N], digests_N[order_N]
+        hashes = [hashes[i] for i in order_N.tolist()]
         pooled_ND, appearance_ND, logits_NK = rows_ND.split(widths, dim=1)
         if int(labels_N.min()) < 0 or int(labels_N.max()) >= logits_NK.shape[1]:
             raise DataError(f"a label is not among the {logits_NK.shape[1]} logits: {labels_N.unique().tolist()[:20]}")
         known = know(pooled_ND, appearance_ND, logits_NK, labels_N, digests_N)
-        planted: list[Planted] = []
-        groups: list[Group] = []
+        weighed: list[Weighed] = []
         labels = labels_N.unique().tolist()
         with track("weigh groups of classes", len(labels), "classes") as advance:
             for label in labels:
                 rows = (labels_N == label).nonzero()[:, 0]
                 # Named by a row, not by its label, so that other names of the classes give the same result.
                 generator = compute.generator("score", "toxic_direction", int(digests_N[rows[0]]))
-                here, of_class = decide_class(known, label, rows, self.evidence, self.config, generator)
-                lines = [one.lines for one in here] or natural_lines(known, rows, of_class, self.config)
-                self._groups[label] = [unreduced(one, known, pooled_ND.shape[1]) for one in lines]
-                self.statistics[label] = dict(statistics_of(here, of_class))
-                planted, groups = planted + here, groups + of_class
+                weighed.append(weigh_class(known, label, rows, self.evidence, self.config, generator))
                 advance(1)
-        self.finding = finding(planted, groups, known.accuracy)
+        if suspect is not None:
+            weighed = measure_stamps(weighed, known, self.evidence, suspect, hashes)
+        planted: list[Planted] = []
+        for one in weighed:
+            here = decide_class(one, known, self.evidence, self.config)
+            lines = [found.lines for found in here] or natural_lines(known, one.rows, one.groups, self.config)
+            self._groups[one.label] = [unreduced(of_group, known, pooled_ND.shape[1]) for of_group in lines]
+            self.statistics[one.label] = dict(statistics_of(here, one.groups))
+            planted += here
+        groups = [group for one in weighed for group in one.groups]
+        clean_labels = on_clean_labels(known, self.evidence, suspect is not None)
+        self.finding = finding(planted, groups, known.accuracy, clean_labels)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Log-odds (B,), float32."""
@@ -177,13 +196,19 @@ class ClassSamples:
         for sample in self._of_class.values():
             sample.shrink(self._size)
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Rows (N, D) and labels (N,) of the sample, class by class."""
-        filled = [(label, sample.rows()) for label, sample in sorted(self._of_class.items()) if len(sample)]
+    def rows(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Rows (N, D), labels (N,) and hashes of the sample, class by class."""
+        filled = [(label, sample) for label, sample in sorted(self._of_class.items()) if len(sample)]
         if not filled:
-            return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
-        labels_N = torch.cat([torch.full((len(rows_nD),), label) for label, rows_nD in filled])
-        return torch.cat([rows_nD for _, rows_nD in filled]), labels_N
+            return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), []
+        labels_N = torch.cat([torch.full((len(sample),), label) for label, sample in filled])
+        hashes = [value for _, sample in filled for value in sample.hashes()]
+        return torch.cat([sample.rows() for _, sample in filled]), labels_N, hashes
+
+
+def sample_seed(compute: Compute) -> int:
+    """Seed of the hashes that choose the sample."""
+    return compute.seed_for("score", "toxic_direction", "sample")
 
 
 def fair_share(counts: list[int], total: int, most: int) -> int:
@@ -196,7 +221,7 @@ def fair_share(counts: list[int], total: int, most: int) -> int:
     return most
 
 
-def natural_lines(known: Knowledge, rows: Tensor, groups: list[Group], config: SplitConfig) -> list[Lines]:
+def natural_lines(known: Knowledge, rows: Tensor, groups: Sequence[Group], config: SplitConfig) -> list[Lines]:
     """Lines of the first split of the model's embedding, its side with more conflict; none in a class without one."""
     first = next((group.candidate for group in groups if group.candidate.found_in == "pooled"), None)
     if first is None:

@@ -39,7 +39,7 @@ class PoisonFound(NamedTuple):
             (of the folds, in [0, 1]). With a label check: disagreement, disagreement_of_rest and side ("labels" or
             "shape", which decided the suspicious part).
         finding: verdict ("found", "inconclusive" or "nothing"), why, and groups: label, size, share, separation, level
-            and level_rest (mean disagreement), conflict, z, burst (share of near-duplicates), decision, witness (the
+            and level_rest (mean disagreement), conflict, z, burst (share of near-duplicates), decision, basis (the
             evidence that decided), reason. Stamps (`fit_scorer`) need images, so clean labels are not judged here.
     """
 

@@ -79,7 +79,8 @@ def find(
     others = f" {removed:,} samples were removed by other rules." if removed else ""
     if reasons:
         return Finding("inconclusive", f"{_sentence(reasons[0].why)}{others}", reasons, looked_for)
-    what = "The suspect model has learned its training data, and no class holds a group that looks planted."
+    stated = (scorers[PLANTED].get("finding") or {}).get("why") or "no class holds a group that looks planted"
+    what = f"The suspect model has learned its training data. {_sentence(str(stated))}"
     return Finding("nothing", what + others, (), looked_for)
 
 

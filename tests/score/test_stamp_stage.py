@@ -125,7 +125,7 @@ def test_clean_label_poison_is_found_by_its_stamp(
     finding = fitted.info["finding"]
     assert finding["verdict"] == "found"
     (group,) = [group for group in finding["groups"] if group["decision"] == "planted"]
-    assert (group["label"], group["witness"]) == (TARGET, "stamp")
+    assert (group["label"], group["basis"]) == (TARGET, "stamp")
     assert min(group["stamp"], group["stamp_doubled"]) > 0.5
     assert "put on images of other classes" in group["reason"]
     scores = score_shards(ToxicDirectionConfig(), fitted, embeddings, str(tmp_path / "scores"), compute)

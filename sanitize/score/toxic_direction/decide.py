@@ -56,7 +56,7 @@ from sanitize.score.toxic_direction.split import SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect, matched, measure
 
 Decided = Literal["planted", "unsure", "burst", "natural"]
-Witness = Literal["labels", "labels and stamp", "stamp", "labels and shape", "no stamp", "near-duplicates", ""]
+Basis = Literal["labels", "labels and stamp", "stamp", "labels and shape", "no stamp", "near-duplicates", ""]
 ROUNDS = 3  # most planted groups of a class
 LEARNED = 0.5  # least training accuracy of a model whose doubt says something
 SHOWN = 100  # most groups in a finding
@@ -145,7 +145,7 @@ class Group(NamedTuple):
         evidence: evidence of the labels.
         measures: further evidence.
         decision: planted, unsure, burst or natural.
-        witness: evidence that decided.
+        basis: evidence that decided.
     """
 
     label: int
@@ -153,7 +153,7 @@ class Group(NamedTuple):
     evidence: Evidence
     measures: Measures
     decision: Decided
-    witness: Witness
+    basis: Basis
 
 
 class Planted(NamedTuple):
@@ -213,7 +213,7 @@ def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: 
 
 def decision(
     evidence: Evidence, config: EvidenceConfig, has_learned: bool = True, measures: Measures = NO_MEASURES
-) -> tuple[Decided, Witness]:
+) -> tuple[Decided, Basis]:
     """What the evidence of a group amounts to, and which evidence decided."""
     if evidence.burst >= config.burst:
         return "burst", "near-duplicates"
@@ -403,7 +403,7 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
 
 def _sureness(group: Group) -> tuple[int, float]:
     """Order of planted groups: first those that labels judge and did not choose, last those by a stamp alone."""
-    if group.witness == "stamp" and group.measures.stamp is not None:
+    if group.basis == "stamp" and group.measures.stamp is not None:
         return 0, group.measures.stamp[0] * group.measures.separation
     return 1 if group.measures.is_grown else 2, group.evidence.z
 
@@ -430,8 +430,8 @@ def _weighed(
 
 
 def _decided(group: Group, config: EvidenceConfig, known: Knowledge, measures: Measures) -> Group:
-    decided, witness = decision(group.evidence, config, known.accuracy >= LEARNED, measures)
-    return group._replace(measures=measures, decision=decided, witness=witness)
+    decided, basis = decision(group.evidence, config, known.accuracy >= LEARNED, measures)
+    return group._replace(measures=measures, decision=decided, basis=basis)
 
 
 def reason(group: Group) -> str:
@@ -439,10 +439,10 @@ def reason(group: Group) -> str:
     n, rest = round(NEIGHBOURS * group.evidence.level), round(NEIGHBOURS * group.evidence.level_rest)
     labels = f"{n} of {NEIGHBOURS} nearest neighbours carry another label ({rest} in the rest of the class)"
     z, separation = group.evidence.z, group.measures.separation
-    match group.witness:
+    match group.basis:
         case "labels" | "labels and stamp" if group.decision == "planted":
             sure = f"{labels}, although the model is sure of this one: {z:.1f} standard errors"
-            return sure if group.witness == "labels" else f"{sure}; {_stamped(group)}"
+            return sure if group.basis == "labels" else f"{sure}; {_stamped(group)}"
         case "labels":
             return f"{labels}, more than the model's doubt explains: {z:.1f} standard errors"
         case "labels and shape":
@@ -547,7 +547,7 @@ def _entry(group: Group, separation: float) -> dict[str, Any]:
         "size": group.measures.size,
         **{name: round(value, 4) for name, value in numbers.items() if math.isfinite(value)},
         "decision": group.decision,
-        "witness": group.witness,
+        "basis": group.basis,
         "reason": reason(group),
     }
 
@@ -564,7 +564,7 @@ def statistics_of(planted: Sequence[Planted], groups: Sequence[Group]) -> Mappin
         "minority_fraction": group.measures.share,
         "disagreement": group.evidence.level,
         "disagreement_of_rest": group.evidence.level_rest,
-        "side_by_labels": 0.0 if group.witness == "stamp" else 1.0,
+        "side_by_labels": 0.0 if group.basis == "stamp" else 1.0,
         "conflict": group.evidence.conflict,
         "z": group.evidence.z,
     }

@@ -151,6 +151,7 @@ def test_python_compiles(page: Path) -> None:
         compile(code, str(page), "exec")
 
 
+@pytest.mark.slow
 def test_first_examples_of_the_python_api_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shards = write_digits(str(tmp_path / "digits"), Compute(device="cpu"), n_shards=18).shards()[:2]
@@ -188,6 +189,7 @@ def _execute(code: str, names: dict[str, Any]) -> None:
     exec(compile(code, "docs/python-api.md", "exec"), names)
 
 
+@pytest.mark.slow
 def test_class_folders_become_shards(tmp_path: Path) -> None:
     """The first step of docs/quickstart.md: images in class folders are packed, byte for byte."""
     compute = Compute(device="cpu")

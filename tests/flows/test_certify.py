@@ -55,6 +55,7 @@ def network_run(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_groups_of_partitions_as_prefect_tasks_give_the_same_digests(
     ensemble_run: Path, ensemble_settings: dict[str, Any], tmp_path: Path

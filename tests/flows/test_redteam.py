@@ -118,6 +118,7 @@ def test_the_pipeline_is_blind(direct: Path) -> None:
         assert b"poison" not in Path(url).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.prefect
 @pytest.mark.usefixtures("prefect_server")
 def test_prefect_changes_nothing_and_shows_the_result(

@@ -120,6 +120,7 @@ def test_code_in_the_working_directory_or_a_relative_path_never_runs(tmp_path: P
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_code_that_is_installed_runs_where_it_is_allowed(tmp_path: Path) -> None:
     package, ran, site = factory_package(tmp_path / "package", "payload:go"), tmp_path / "ran", tmp_path / "site"
     site.mkdir()
@@ -150,6 +151,7 @@ def test_installed_code_that_builds_no_network_is_one_line(tmp_path: Path, funct
         sanitize.load_model(factory_package(tmp_path / "package", function), trust_code=True)
 
 
+@pytest.mark.slow
 def test_a_module_of_torchvisions_name_in_the_working_directory_is_not_imported(tmp_path: Path) -> None:
     config = NETWORKS["convnet"]
     package, ran = save(tmp_path / "package", config), tmp_path / "ran"

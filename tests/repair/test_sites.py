@@ -95,6 +95,7 @@ def test_the_folded_network_is_the_network_with_explicit_projections(
     _compare(architecture, size, oblique)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "size"), NETWORKS[4:], ids=named)
 def test_no_site_of_a_torchvision_network_is_a_false_one(architecture: Architecture, size: int) -> None:
     _compare(architecture, size, oblique=True)

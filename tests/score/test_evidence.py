@@ -211,6 +211,7 @@ def test_other_names_of_the_classes_give_the_same_result() -> None:
         assert renamed["z"] == pytest.approx(measures["z"], rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=2, deadline=None)
 @given(SEEDS)
 def test_the_order_of_the_rows_changes_nothing(seed: int) -> None:
@@ -223,6 +224,7 @@ def test_the_order_of_the_rows_changes_nothing(seed: int) -> None:
     assert shuffled.finding == found.finding
 
 
+@pytest.mark.slow
 @settings(max_examples=2, deadline=None)
 @given(st.floats(-50, 50), st.sampled_from([0.25, 8.0]))
 def test_a_constant_and_a_scale_of_an_embedding_change_no_verdict(shift: float, scale: float) -> None:
@@ -343,6 +345,7 @@ def test_a_fair_share_keeps_small_classes_and_the_total(counts: list[int], total
     assert share == most or kept(share + 1) > total
 
 
+@pytest.mark.slow
 def test_a_finding_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sanitize.score.toxic_direction.decide.SHOWN", 10)
     n = 45 * 40

@@ -33,7 +33,7 @@ def suspect(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[C
     poisoned = poison_shards(TRIGGER, honest, str(home / "poisoned"), compute)
     dataset = index_shards(IndexConfig(), poisoned.shard_paths(), str(home / "index"), compute)
     optim = OptimConfig(epochs=12, batch_size=32, learning_rate=0.01)
-    embedder = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32)), optim=optim)
+    embedder = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32)), optim=optim, min_steps=1)
     return train_embedder(embedder, dataset, str(home / "model"), compute), poisoned
 
 
@@ -95,7 +95,7 @@ def test_a_model_that_learned_no_backdoor_is_left_as_it_is(digits: Digits, tmp_p
     compute = Compute(device="cpu")
     dataset = index_shards(IndexConfig(), digits.shards()[:14], str(tmp_path / "index"), compute)
     optim = OptimConfig(epochs=12, batch_size=32, learning_rate=0.01)
-    embedder = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32)), optim=optim)
+    embedder = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32)), optim=optim, min_steps=1)
     model = train_embedder(embedder, dataset, str(tmp_path / "model"), compute)
     config = {"model": model.path, "shards": digits.shards()[:14]}
     config |= {"compute": {"device": "cpu"}}

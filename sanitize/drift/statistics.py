@@ -61,7 +61,7 @@ class Statistics(Embeddings):
         return {int(label): counts for label, counts in self.info["classes"].items()}
 
 
-@stage(Statistics, gpu=False)
+@stage(Statistics, version=2, gpu=False)
 def summarise_shards(
     config: StatisticsConfig,
     dataset: Dataset,
@@ -189,8 +189,8 @@ def _keys(dataset: Dataset, embeddings: Embeddings, selection: Selection, shard:
 
 
 def _rows(embeddings: Embeddings, keys: pa.Table) -> Iterator[pa.Table]:
-    """The chosen rows with all their embeddings, shard by shard; first an empty table with the columns."""
-    columns = ["position", "key", *embeddings.names]
+    """The chosen rows with all their embeddings and logits, shard by shard; first an empty table with the columns."""
+    columns = ["position", "key", *embeddings.columns]
     yield _joined(_no_keys(), embeddings.rows(embeddings.shards[0], columns).slice(0, 0))
     names_N = keys["name"].to_numpy(zero_copy_only=False)
     for shard in sorted(set(names_N.tolist())):

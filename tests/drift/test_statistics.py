@@ -119,7 +119,7 @@ def test_it_is_an_embeddings_artifact_of_rows_that_can_be_traced(whole: Made, pr
     statistics = whole.summary(projection)
     assert isinstance(statistics, Embeddings)
     assert statistics.shards == [CALIBRATE, FIT]
-    assert set(statistics.names) == set(whole.embeddings.names)
+    assert set(statistics.columns) == set(whole.embeddings.columns) >= {"logits", "pooled", "gradients"}
     names = {shard["sha256"]: name for name, shard in whole.dataset.info["shards"].items()}
     for half in statistics.shards:
         rows = statistics.rows(half)

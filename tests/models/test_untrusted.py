@@ -96,7 +96,7 @@ def load_in(cwd: Path, model: str, trust: bool, path: tuple[Path, ...] = ()) -> 
 
 
 @pytest.mark.parametrize("trust", [False, True])
-@pytest.mark.parametrize("function", ["payload:go", "inner.payload:go"])
+@pytest.mark.parametrize("function", ["payload:go", pytest.param("inner.payload:go", marks=pytest.mark.slow)])
 def test_code_in_the_package_that_is_the_working_directory_never_runs(
     tmp_path: Path, trust: bool, function: str
 ) -> None:

@@ -41,7 +41,10 @@ SCORERS: dict[str, ScorerConfig] = {
     "toxic_direction": ToxicDirectionConfig(embedding="pixels", n_starts=16, min_class=20, min_component=3),
     "toxic_direction single split": ToxicDirectionConfig(embedding="pixels", n_starts=16, evidence=None),
 }
-every_scorer = pytest.mark.parametrize("name", SCORERS)
+SLOW = ("toxic_direction",)
+every_scorer = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SCORERS]
+)
 # How rows are divided: each shard is cut into batches, in an order of its own.
 SEEDS, CUTS = st.integers(0, 999), st.lists(st.integers(0, N), max_size=6)
 

@@ -39,7 +39,7 @@ from sanitize.loop import OptimConfig, train
 from sanitize.models.architectures import Architecture
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.resnet import ResNetConfig
-from sanitize.train import MethodConfig, robust_objective, zoo
+from sanitize.training import MethodConfig, robust_objective, zoo
 
 Trigger = BadNetsConfig | BlendedConfig
 N_TRAIN, N_TEST, LAST = 6_000, 3_000, 2

@@ -33,7 +33,7 @@ from benchmarks.data import fashion_mnist
 from benchmarks.memory import status
 from benchmarks.partitions import partitions
 from benchmarks.report import conclude, print_table, quick_or_full
-from sanitize.certify.smoothing import Certified, SmoothingConfig, certify
+from sanitize.certification.smoothing import Certified, SmoothingConfig, certify
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train

@@ -37,11 +37,11 @@ from torch import Tensor
 from benchmarks.data import fashion_mnist
 from benchmarks.report import conclude, print_table, quick_or_full
 from sanitize.compute import Compute
-from sanitize.condense import AggregateConfig, EvaluateConfig, MatchingConfig, SiameseConfig
-from sanitize.condense.aggregate import aggregate, kept
-from sanitize.condense.distribution_matching import condense
-from sanitize.condense.evaluate import learn_from
-from sanitize.condense.pool import Pool
+from sanitize.condensation import AggregateConfig, EvaluateConfig, MatchingConfig, SiameseConfig
+from sanitize.condensation.aggregate import aggregate, kept
+from sanitize.condensation.distribution_matching import condense
+from sanitize.condensation.evaluate import learn_from
+from sanitize.condensation.pool import Pool
 from sanitize.loop import OptimConfig, predict
 from sanitize.measure import accuracy
 from sanitize.models.config import ModelConfig

@@ -12,8 +12,8 @@ Fashion-MNIST with 10 images a class, blocks of width 32, and less of everything
 64 real images of each class.
 
 What poison in one class does to the condensed images of the others is nothing: they share the extractors and no more
-(`tests/condense/test_distribution_matching.py`). So each run condenses the clean data set once, and for every target
-and attack the attacked class again.
+(`tests/condensation/test_distribution_matching.py`). So each run condenses the clean data set once, and for every
+target and attack the attacked class again.
 
 ASR          share of the networks that give the target the attacker's label; of each set 3 learn in --quick, one in
              --full. In the rows without an attack: how often that happens by itself.
@@ -49,11 +49,11 @@ from sanitize.attack import (
     plant,
 )
 from sanitize.compute import Compute
-from sanitize.condense import AggregateConfig, EvaluateConfig, MatchingConfig, SiameseConfig
-from sanitize.condense.aggregate import aggregate
-from sanitize.condense.distribution_matching import condense
-from sanitize.condense.evaluate import learn_from
-from sanitize.condense.pool import Pool
+from sanitize.condensation import AggregateConfig, EvaluateConfig, MatchingConfig, SiameseConfig
+from sanitize.condensation.aggregate import aggregate
+from sanitize.condensation.distribution_matching import condense
+from sanitize.condensation.evaluate import learn_from
+from sanitize.condensation.pool import Pool
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.measure import accuracy

@@ -36,8 +36,8 @@ from benchmarks.report import conclude, print_table, quick_or_full
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
-from sanitize.denoise import Components, PCANoise, PCANoiseConfig
-from sanitize.denoise.pca import exact_components
+from sanitize.denoising import Components, PCANoise, PCANoiseConfig
+from sanitize.denoising.pca import exact_components
 from sanitize.loop import Objective, OptimConfig, predict, train
 from sanitize.measure import EvasionConfig, accuracy, gradient_leaking, smallest_perturbation
 from sanitize.models.architectures import Architecture

@@ -41,8 +41,8 @@ from sanitize.models.architectures import Architecture
 from sanitize.models.cnn9 import CNN9Config
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.score.label_margin import LabelMargin, LabelMarginConfig
-from sanitize.train import Drops, zoo
-from sanitize.train.losses import loss_gradient_norms
+from sanitize.training import Drops, zoo
+from sanitize.training.losses import loss_gradient_norms
 
 METHODS = ("standard", "prl_l")
 QUALITIES = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")

@@ -40,7 +40,7 @@ from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.group_norm import without_batch_norm
 from sanitize.models.mlp import MLPConfig
-from sanitize.train import Drops, InputSpace, MethodConfig, Pair, robust_objective, zoo
+from sanitize.training import Drops, InputSpace, MethodConfig, Pair, robust_objective, zoo
 
 N_TRAIN, N_TEST = 2_500, 5_000
 OPTIM = OptimConfig(

@@ -27,9 +27,9 @@ from sanitize.compute import Compute
 from sanitize.loop import predict
 from sanitize.measure import EvasionConfig, accuracy, evade
 from sanitize.models.convnet import ConvNetConfig
-from sanitize.train import AdversaryConfig, MethodConfig
-from sanitize.train.adversary import InputSpace
-from sanitize.train.method import robust_objective
+from sanitize.training import AdversaryConfig, MethodConfig
+from sanitize.training.adversary import InputSpace
+from sanitize.training.method import robust_objective
 
 METHODS = {
     "SCE": MethodConfig(),

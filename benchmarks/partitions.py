@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.data import fashion_mnist
 from benchmarks.report import print_table
-from sanitize.certify import PartitionConfig, certified_poisons
-from sanitize.certify.partition import Vote, content_digest, partition_of
-from sanitize.certify.side_by_side import PartitionBatches, fit_networks, side_by_side, stacked_networks
+from sanitize.certification import PartitionConfig, certified_poisons
+from sanitize.certification.partition import Vote, content_digest, partition_of
+from sanitize.certification.side_by_side import PartitionBatches, fit_networks, side_by_side, stacked_networks
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train

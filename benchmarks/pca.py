@@ -31,7 +31,7 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.denoise import PCA, PCAConfig, fit_pca
+from sanitize.denoising import PCA, PCAConfig, fit_pca
 
 DIMS, ANGLE, ENERGY = 300, 1e-6, 0.995
 

@@ -33,7 +33,7 @@ from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import OptimConfig, predict, train
 from sanitize.models.mlp import MLP, MLPConfig
-from sanitize.train import MethodConfig, Pair, robust_objective, zoo
+from sanitize.training import MethodConfig, Pair, robust_objective, zoo
 
 N_TRAIN, N_TEST, LATENT, D, Q = 12_800, 3_200, 8, 512, 10
 KINDS = ("linadv", "signflip", "uninoise", "pairflip", "mixture")

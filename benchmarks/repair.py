@@ -49,7 +49,7 @@ from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.pixels import OnPixels
 from sanitize.models.resnet import ResNetConfig
 from sanitize.models.vgg import VGGConfig
-from sanitize.repair import (
+from sanitize.repairs import (
     ANPConfig,
     CLPConfig,
     DRRConfig,

@@ -31,7 +31,7 @@ from sanitize.measure import accuracy, auroc, detection
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.score import NeighboursConfig, fit_scorer, score_shards
-from sanitize.train import MethodConfig, TrainConfig, train_robust, zoo
+from sanitize.training import MethodConfig, TrainConfig, train_robust, zoo
 
 N_TRAIN = 6_000
 N_TEST = 2_000

@@ -62,7 +62,7 @@ from sanitize.loop import OptimConfig, predict
 from sanitize.measure import auroc, count_correct, detection
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.score import SpectralConfig, fit_scorer, score_shards
-from sanitize.train import TrainConfig, train_robust
+from sanitize.training import TrainConfig, train_robust
 
 LEARNED = 0.25  # attack success rate of the suspect model from which on an attack counts as learned
 FOUND, CLEAR, INCONCLUSIVE = "found", "nothing stood out", "inconclusive"

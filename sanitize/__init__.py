@@ -5,9 +5,9 @@
     run = sanitize.clean("data/train-*.tar", out="runs/first")
     mask, scores, evidence = sanitize.find_poison(embeddings, labels)
 
-Jobs are in `sanitize.jobs`; those whose name no subpackage has are here too. The stages they call are functions of a
-config, finished artifacts, a folder and a `Compute`; each returns one new artifact. Configs and methods are in the
-package of their step, for example `sanitize.score`. `sanitize/api.py` lists all names.
+Each job is a function of this package. The stages that jobs call are functions of a config, finished artifacts, a
+folder and a `Compute`; each returns one new artifact. Configs and methods are in the package of their step, for example
+`sanitize.score`. `sanitize/api.py` lists all names.
 """
 
 from importlib import import_module

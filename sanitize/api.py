@@ -1,24 +1,36 @@
-"""Everything that `import sanitize` offers; `sanitize/__init__.py` imports this module when a name is first used.
-
-The jobs that share their name with a subpackage (certify, condense, denoise, redteam, repair, train) are in
-`sanitize.jobs` alone.
-"""
+"""Everything that `import sanitize` offers; `sanitize/__init__.py` imports this module when a name is first used."""
 
 from sanitize.arrays import PoisonFound, find_poison
 from sanitize.attack import poison_shards
-from sanitize.certify import certify_partitions, certify_smoothing, train_partitions
+from sanitize.certification import certify_partitions, certify_smoothing, train_partitions
 from sanitize.compute import Compute
-from sanitize.condense import condense_dataset, load_condensed
+from sanitize.condensation import condense_dataset, load_condensed
 from sanitize.data.digits import write_digits
 from sanitize.data.index import index_shards
-from sanitize.denoise import denoise_shards, fit_pca
+from sanitize.denoising import denoise_shards, fit_pca
 from sanitize.drift import check_drift, fit_projection, merge_statistics, summarise_shards
 from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
-from sanitize.jobs import clean, demo, ingest, make_reference, plan, refit, restore, robustness, verify
+from sanitize.jobs import (
+    certify,
+    clean,
+    condense,
+    demo,
+    denoise,
+    ingest,
+    make_reference,
+    plan,
+    redteam,
+    refit,
+    repair,
+    restore,
+    robustness,
+    train,
+    verify,
+)
 from sanitize.measure import measure_robustness
 from sanitize.package import load_model, package_model
-from sanitize.redteam import measure_case, sample_shards, sum_up
-from sanitize.repair import repair_model
+from sanitize.redteaming import measure_case, sample_shards, sum_up
+from sanitize.repairs import repair_model
 from sanitize.report import (
     write_certificate_report,
     write_condensation_report,
@@ -31,17 +43,20 @@ from sanitize.report import (
 )
 from sanitize.score import fit_scorer, score_shards
 from sanitize.select import judge_shards, restore_samples, select_samples, write_selected
-from sanitize.train import drop_scores, train_robust
+from sanitize.training import drop_scores, train_robust
 
 __all__ = [
     "Compute",
     "PoisonFound",
+    "certify",
     "certify_partitions",
     "certify_smoothing",
     "check_drift",
     "clean",
+    "condense",
     "condense_dataset",
     "demo",
+    "denoise",
     "denoise_shards",
     "drop_scores",
     "embed_shards",
@@ -63,7 +78,9 @@ __all__ = [
     "plan",
     "poison_shards",
     "pretrain_simclr",
+    "redteam",
     "refit",
+    "repair",
     "repair_model",
     "restore",
     "restore_samples",
@@ -73,6 +90,7 @@ __all__ = [
     "select_samples",
     "sum_up",
     "summarise_shards",
+    "train",
     "train_embedder",
     "train_partitions",
     "train_robust",

@@ -1,7 +1,7 @@
 """The training loop of all stages: forward, loss, step; an error at the first loss that is not finite.
 
 The loop minimises an `Objective`, a function of the network and a batch: `cross_entropy`, or a robust objective of
-`sanitize.train`. Shapes: B batch, C H W image, K outputs.
+`sanitize.training`. Shapes: B batch, C H W image, K outputs.
 """
 
 import math

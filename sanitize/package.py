@@ -18,9 +18,9 @@ from pydantic import BaseModel, Field, RootModel, ValidationError
 from torch import nn
 
 from sanitize.artifacts import MANIFEST, Part, Recipe, first_problem, read_manifest
-from sanitize.certify import Certificates, PartitionEnsemble
-from sanitize.certify.certificates import Proved, excerpt
-from sanitize.certify.ensemble import PROVED
+from sanitize.certification import Certificates, PartitionEnsemble
+from sanitize.certification.certificates import Proved, excerpt
+from sanitize.certification.ensemble import PROVED
 from sanitize.compute import Compute
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint

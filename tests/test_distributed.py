@@ -17,7 +17,7 @@ from sanitize.data.shuffle import Resident
 from sanitize.distributed import world
 from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, train
-from sanitize.train import Pair, robust_objective, zoo
+from sanitize.training import Pair, robust_objective, zoo
 
 
 def fit(name: str, folder: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from sanitize.artifacts import Artifact
 from sanitize.attack import DMPoisoningConfig, PerturbConfig, dm_poison
 from sanitize.compute import Compute
-from sanitize.condense import AggregateConfig, MatchingConfig, SiameseConfig, distribution_matching
-from sanitize.condense.aggregate import aggregate
-from sanitize.condense.distribution_matching import condense
-from sanitize.condense.pool import Pool
+from sanitize.condensation import AggregateConfig, MatchingConfig, SiameseConfig, distribution_matching
+from sanitize.condensation.aggregate import aggregate
+from sanitize.condensation.distribution_matching import condense
+from sanitize.condensation.pool import Pool
 from sanitize.data.dataset import Dataset
 from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
 from sanitize.loop import OptimConfig

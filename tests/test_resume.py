@@ -16,7 +16,7 @@ from sanitize.data.shuffle import Resident
 from sanitize.errors import ArtifactError
 from sanitize.loop import OptimConfig, train
 from sanitize.snapshots import Snapshots
-from sanitize.train import Drops, Pair, robust_objective, zoo
+from sanitize.training import Drops, Pair, robust_objective, zoo
 
 N = 200
 CONFIGS = {

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.compute import Compute
-from sanitize.condense import CondensedSet, load_condensed
+from sanitize.condensation import CondensedSet, load_condensed
 from sanitize.data.tables import Embeddings, Scores, Selection
-from sanitize.denoise import PCA
+from sanitize.denoising import PCA
 from sanitize.drift import Projection, Statistics
 from sanitize.errors import ArtifactError, SanitizeError
 from sanitize.jobs.reference import ReferenceConfig

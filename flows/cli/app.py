@@ -164,7 +164,7 @@ def print_places(places: dict[str, Any]) -> None:
 
 def print_certificates(certificates: list[dict[str, Any]]) -> None:
     """Certified accuracy by radius, and the statement of each certificate."""
-    from sanitize.certify.certificates import excerpt
+    from sanitize.certification.certificates import excerpt
 
     for certificate in certificates:
         unit, title = certificate["radius_unit"], f"{certificate['kind']}, {certificate['samples']} samples"

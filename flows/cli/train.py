@@ -11,7 +11,7 @@ from sanitize.settings import change, plain
 def _method(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """The settings with `train.method` of `--method`, `--tau` and `--warmup`."""
     from sanitize.jobs.train import TrainRunConfig
-    from sanitize.train import zoo
+    from sanitize.training import zoo
 
     method = values["method"]
     if values["partitions"] is not None and (method is not None or values["epochs"] is not None):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sanitize.certify import Certificates, CertifySmoothingConfig, certify_partitions, certify_smoothing
+from sanitize.certification import Certificates, CertifySmoothingConfig, certify_partitions, certify_smoothing
 from sanitize.jobs.job import ModelRunConfig, job
 from sanitize.jobs.result import ModelRun, table_of
 from sanitize.jobs.run import Run

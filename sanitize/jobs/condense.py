@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sanitize.condense import CondenseConfig, CondensedSet, condense_dataset
+from sanitize.condensation import CondenseConfig, CondensedSet, condense_dataset
 from sanitize.jobs.job import RunConfig, job
 from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run

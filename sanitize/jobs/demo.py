@@ -16,7 +16,7 @@ from sanitize.jobs.job import run_job
 from sanitize.loop import OptimConfig
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig
-from sanitize.redteam import Measured, measure_case
+from sanitize.redteaming import Measured, measure_case
 from sanitize.select import Shards
 
 ATTACK = BadNetsConfig(rate=0.02, target=0, size=3)

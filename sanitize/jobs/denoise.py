@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sanitize.denoise import DenoiseConfig, Denoised, PCAConfig, denoise_shards, fit_pca
+from sanitize.denoising import DenoiseConfig, Denoised, PCAConfig, denoise_shards, fit_pca
 from sanitize.jobs.job import RunConfig, job
 from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run

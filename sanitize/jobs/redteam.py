@@ -17,7 +17,7 @@ from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.progress import track
-from sanitize.redteam import (
+from sanitize.redteaming import (
     NONE,
     Case,
     Findings,

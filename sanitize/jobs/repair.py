@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sanitize.attack import Poisoned
-from sanitize.certify import CertifySmoothingConfig, certify_smoothing
+from sanitize.certification import CertifySmoothingConfig, certify_smoothing
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import ModelRunConfig, job
@@ -14,7 +14,7 @@ from sanitize.jobs.run import Run
 from sanitize.jobs.steps import as_the_model_sees, index_found, packaged
 from sanitize.models.config import ModelConfig
 from sanitize.package import PACKAGE, open_model, package_model
-from sanitize.repair import RepairedModel, RepairModelConfig, repair_model
+from sanitize.repairs import RepairedModel, RepairModelConfig, repair_model
 
 
 class RepairRunConfig(ModelRunConfig):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sanitize.denoise import PCAConfig, fit_pca
+from sanitize.denoising import PCAConfig, fit_pca
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import ModelRunConfig, job
 from sanitize.jobs.result import JobRun

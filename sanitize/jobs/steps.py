@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sanitize.certify import Certificates
+from sanitize.certification import Certificates
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards

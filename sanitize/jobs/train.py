@@ -6,10 +6,10 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import model_validator
 
-from sanitize.certify import Certificates, PartitionConfig, certify_partitions, train_partitions
+from sanitize.certification import Certificates, PartitionConfig, certify_partitions, train_partitions
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores
-from sanitize.denoise import PCAConfig, fit_pca
+from sanitize.denoising import PCAConfig, fit_pca
 from sanitize.embed import SimCLRConfig, pretrain_simclr
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import RunConfig, job
@@ -18,7 +18,7 @@ from sanitize.jobs.run import Run
 from sanitize.jobs.steps import index_found, index_more, packaged
 from sanitize.package import PACKAGE, package_model
 from sanitize.report import write_training_report
-from sanitize.train import DropScorerConfig, RobustModel, TrainConfig, drop_scores, train_robust
+from sanitize.training import DropScorerConfig, RobustModel, TrainConfig, drop_scores, train_robust
 
 
 class TrainRunConfig(RunConfig):

@@ -46,7 +46,7 @@ def gradient_leaking(
             eval mode.
         images_NCHW: uint8, or float on [0, 1].
         labels_N: true labels, int64.
-        vectors_DR: principal components, orthonormal columns (`sanitize.denoise.Components.vectors_DR`).
+        vectors_DR: principal components, orthonormal columns (`sanitize.denoising.Components.vectors_DR`).
         compute: device; gradients are float32.
         batch_size: images at once.
     """

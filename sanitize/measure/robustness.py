@@ -15,7 +15,7 @@ from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.chosen import chosen_images
 from sanitize.data.dataset import Dataset
-from sanitize.denoise import PCA
+from sanitize.denoising import PCA
 from sanitize.errors import ConfigError, DataError
 from sanitize.measure.evasion import EvasionConfig, smallest_perturbation
 from sanitize.measure.leaking import gradient_leaking

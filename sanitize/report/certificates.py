@@ -5,7 +5,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sanitize.artifacts import Part
-from sanitize.certify.certificates import excerpt
+from sanitize.certification.certificates import excerpt
 from sanitize.compute import Compute
 from sanitize.package import ModelPackage
 from sanitize.report import charts

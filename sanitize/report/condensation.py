@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
-from sanitize.condense import CondensedSet
+from sanitize.condensation import CondensedSet
 from sanitize.data.decode import ImageConfig, decode, encode_png
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page

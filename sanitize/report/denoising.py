@@ -13,7 +13,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.decode import encode_png
 from sanitize.data.samples import SampleLimits, ShardReader
 from sanitize.data.shuffle import usable_rows
-from sanitize.denoise import PCA, DenoiseConfig, Denoised, PCANoise
+from sanitize.denoising import PCA, DenoiseConfig, Denoised, PCANoise
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page
 from sanitize.report.pictures import shrink

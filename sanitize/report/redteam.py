@@ -7,7 +7,7 @@ from markupsafe import Markup
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.decode import ImageConfig, decode
-from sanitize.redteam import MEASURES, NONE, Findings, Samples
+from sanitize.redteaming import MEASURES, NONE, Findings, Samples
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage

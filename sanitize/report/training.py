@@ -9,7 +9,7 @@ from sanitize.compute import Compute
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
-from sanitize.train import RobustModel
+from sanitize.training import RobustModel
 
 
 @stage(Report, gpu=False, draws="nothing", version=2)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.start import start
 from sanitize.artifacts import read_manifest
-from sanitize.certify import PartitionConfig
+from sanitize.certification import PartitionConfig
 from sanitize.data.digits import Digits
 from sanitize.data.samples import ShardReader
 from sanitize.errors import ConfigError

@@ -21,10 +21,10 @@ from sanitize.attack import AttackConfig
 from sanitize.attack.several import OneAttack
 from sanitize.errors import ConfigError
 from sanitize.jobs import JOBS, CleanConfig, TrainRunConfig
-from sanitize.repair import RepairConfig
+from sanitize.repairs import RepairConfig
 from sanitize.score import ScorerConfig
 from sanitize.settings import WrongSettings, change, make_config, paths_of
-from sanitize.train import zoo
+from sanitize.training import zoo
 
 SCORERS = [{"kind": kind.model_fields["kind"].default} for kind in get_args(get_args(ScorerConfig)[0])]
 NEEDED: dict[str, dict[str, Any]] = {

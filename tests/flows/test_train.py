@@ -18,7 +18,7 @@ from flows.start import start
 from sanitize.artifacts import read_manifest
 from sanitize.jobs.restore import verify_run
 from sanitize.jobs.train import TrainRunConfig
-from sanitize.train import RobustModel
+from sanitize.training import RobustModel
 
 FOLDERS = ("00-index", "01-index-test", "60-model", "61-drop-scores", "80-package", "90-report")
 

@@ -8,7 +8,7 @@ from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mmc import CentreDistance, centres
 from sanitize.models.taps import find_taps
-from sanitize.train.losses import loss_gradient_norms, sample_losses
+from sanitize.training.losses import loss_gradient_norms, sample_losses
 
 
 @pytest.mark.parametrize(("n_classes", "n_features"), [(2, 1), (2, 5), (10, 9), (10, 64)])

@@ -24,7 +24,6 @@ from sanitize.data.digits import Digits
 from sanitize.data.tables import Embeddings, Scores, Selection
 from sanitize.errors import ArtifactError, ConfigError, DataError, SanitizeError
 from sanitize.jobs import JOBS, CleanConfig, CleanRun, Job, RedTeamConfig, TrainRun
-from sanitize.jobs.job import ShardsConfig
 from sanitize.jobs.result import JobRun
 from sanitize.score import ToxicDirectionConfig
 from sanitize.settings import config_from, merged
@@ -76,8 +75,7 @@ def test_importing_sanitize_is_light_and_subpackages_need_no_import() -> None:
 @every_job
 def test_help_of_a_job_teaches_its_settings(declared: Job) -> None:
     form = inspect.signature(declared.call)
-    reads_shards = issubclass(declared.config, ShardsConfig) or "clean" in declared.config.model_fields
-    first = ["shards", "out", "config", "progress"][not reads_shards :]
+    first = ["shards", "out", "config", "progress"][not declared.reads_shards :]
     assert [*form.parameters][: len(first)] == first
     assert set(form.parameters) - {*first} == declared.config.model_fields.keys() - {"shards"}
     assert (form.parameters["out"].default is inspect.Parameter.empty) != declared.is_temporary

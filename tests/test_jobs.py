@@ -68,14 +68,13 @@ def test_a_job_has_a_file_of_its_name_and_takes_its_config(declared: Job) -> Non
 @every_job
 def test_settings_of_the_run_are_in_one_base_config(declared: Job) -> None:
     is_wrapped = "clean" in declared.config.model_fields  # the section of a red team
-    reads_shards = is_wrapped or "shards" in declared.config.model_fields
-    given = {"shards": ["a.tar"]} if reads_shards else {}
+    given = {"shards": ["a.tar"]} if declared.reads_shards else {}
     given = {"clean": given} if is_wrapped else given | NEEDED.get(declared.name, {})
     config = declared.config.model_validate(given)
     settings = declared.settings(config)
     assert isinstance(settings, JobConfig)
-    assert isinstance(settings, ShardsConfig) == reads_shards
-    assert settings.sources == (("a.tar",) if reads_shards else ())
+    assert isinstance(settings, ShardsConfig) == declared.reads_shards
+    assert settings.sources == (("a.tar",) if declared.reads_shards else ())
     assert job_of(config) is declared
     with pytest.raises(ValidationError):
         declared.config.model_validate(given | {"nothing_of_the_kind": 1})
@@ -86,7 +85,7 @@ def test_a_command_knows_what_the_registry_says(declared: Job) -> None:
     command = COMMANDS[declared.name]
     assert command.has_flow == declared.has_flow
     assert ("out" in command.parameters()) != declared.is_temporary
-    assert ("shards" in command.parameters()) == ("shards" in inspect.signature(declared.call).parameters)
+    assert ("shards" in command.parameters()) == declared.reads_shards
 
 
 def test_a_job_is_declared_once_and_says_where_its_settings_are() -> None:

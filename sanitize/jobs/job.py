@@ -146,6 +146,7 @@ class Job(NamedTuple):
         function: the order of work; its name is the name of the job.
         config: class of its config.
         settings: takes the config; returns its part with the settings of all jobs.
+        reads_shards: True where that part is a ShardsConfig.
         claims: True where the job locks its folder; False where it locks parts of the folder.
         has_flow: True where the job is a flow of Prefect too; False where it is always called directly.
         is_temporary: True where the job works in a temporary folder, unless `out` is given.
@@ -156,6 +157,7 @@ class Job(NamedTuple):
     function: Order[Any]
     config: type[BaseModel]
     settings: Callable[[Any], JobConfig]
+    reads_shards: bool
     claims: bool
     has_flow: bool
     is_temporary: bool
@@ -226,9 +228,9 @@ def job(
         if name in JOBS or any(known.config is config for known in JOBS.values()):
             raise TypeError(f"there is a job {name}, or one of {config.__name__}, already")
         call = _callable(function, config, result, section)
-        call.__doc__ = _doc(function, config, result, base, is_temporary)
-        call.__signature__ = _signature(call, config, result, base, is_temporary)  # type: ignore[attr-defined]
-        JOBS[name] = Job(function, config, settings_of, claims, has_flow, is_temporary, call, result)
+        reads = issubclass(base, ShardsConfig)
+        declared = JOBS[name] = Job(function, config, settings_of, reads, claims, has_flow, is_temporary, call, result)
+        call.__doc__, call.__signature__ = _doc(declared), _signature(declared)  # type: ignore[attr-defined]
         return call
 
     return declare
@@ -303,16 +305,14 @@ class _Shown(NamedTuple):
         return self.text
 
 
-def _signature(
-    call: Callable[..., Any], kind: type[BaseModel], result: type[JobResult], base: type, is_temporary: bool
-) -> Signature:
+def _signature(job: Job) -> Signature:
     """Arguments of a job: those of all jobs, then the fields of its config."""
-    shards, out, *common, _ = Signature.from_callable(call).parameters.values()
+    shards, out, *common, _ = Signature.from_callable(job.call).parameters.values()
     needed = out.replace(default=Parameter.empty, annotation=str | Path)
-    first = [*([shards] if issubclass(base, ShardsConfig) else []), out if is_temporary else needed]
-    fields = {name: field for name, field in kind.model_fields.items() if name != "shards"}
+    first = [*([shards] if job.reads_shards else []), out if job.is_temporary else needed]
+    fields = {name: field for name, field in job.config.model_fields.items() if name != "shards"}
     settings = [Parameter(name, Parameter.KEYWORD_ONLY, default=_default(field)) for name, field in fields.items()]
-    return Signature([*first, *common, *settings], return_annotation=result)
+    return Signature([*first, *common, *settings], return_annotation=job.result)
 
 
 def _default(field: FieldInfo) -> Any:
@@ -327,22 +327,23 @@ def _default(field: FieldInfo) -> Any:
     return _Shown(name if section is value else f"({name},)")
 
 
-def _doc(function: Order[Any], kind: type[BaseModel], result: type[JobResult], base: type, is_temporary: bool) -> str:
+def _doc(job: Job) -> str:
     """Docstring of a job as a function: its first lines, its settings, its result."""
-    first, _, _ = (getdoc(function) or "").partition("\n\nReturns:")
+    kind, result = job.config, job.result
+    first, _, _ = (getdoc(job.function) or "").partition("\n\nReturns:")
     settings = {names: text for config in _configs(kind) for names, text in _attributes(config).items()}
     shards = settings.pop("shards", "directories, globs, brace ranges or URLs of .tar / .tar.gz shards.")
     again = "given again, the job resumes where it was interrupted"
-    common = {"shards": shards} if issubclass(base, ShardsConfig) else {}
+    common = {"shards": shards} if job.reads_shards else {}
     common |= {
-        "out": f"path or URL of the {result.place}; {'None takes a temporary one' if is_temporary else again}.",
+        "out": f"path or URL of the {result.place}; {'None takes a temporary one' if job.is_temporary else again}.",
         "config": f"{kind.__name__} object, dict, or path or URL of a YAML file; the other arguments have precedence.",
         "progress": "True shows progress bars on stderr.",
     }
     entries = "\n".join(f"    {names}: {text}" for names, text in (common | settings).items())
     place = f"{kind.__module__}.{kind.__name__}"
     sections = f"Sections (`compute`, ...) are config objects or dicts; `{place}` has all settings."
-    later = "" if is_temporary else f"; `{result.__name__}.open(out)` opens it again later"
+    later = "" if job.is_temporary else f"; `{result.__name__}.open(out)` opens it again later"
     returns = f"Returns:\n    {result.__name__}{later}."
     raises = "Raises:\n    SanitizeError: a setting is wrong (ConfigError), or an error of a stage."
     return f"{first}\n\n{sections}\n\nArgs:\n{entries}\n\n{returns}\n\n{raises}\n"

@@ -29,7 +29,7 @@ from sanitize.jobs.reference import load_reference
 from sanitize.jobs.store import FEED, decide, list_batches
 from sanitize.lease import take
 from sanitize.ledger import CommitEntry, Ledger
-from sanitize.storage import create, join, names_below, read_bytes, sha256_file
+from sanitize.storage import create, exclusive, join, names_below, read_bytes, sha256_file
 from tests.clock import Clock
 from tests.flows.stores import CPU, LEVEL, config_of, feed_of, land
 from tests.s3 import s3_bucket
@@ -224,6 +224,16 @@ def test_a_store_without_a_reference_and_a_second_first_one_are_refused(
         reference(run=approved, out=store, level=LEVEL)
     with pytest.raises(ConfigError, match="lies inside"):
         start(config_of(incoming), str(incoming / "store"), direct=True)
+
+
+def test_reference_and_refit_lock_the_folder_of_the_reference_alone(store: Path, approved: Path) -> None:
+    with exclusive(store), pytest.raises(ConfigError, match="nothing to merge"):  # an ingest may work meanwhile
+        refit(out=store)
+    with exclusive(store / "reference"):
+        with pytest.raises(ArtifactError, match="another process"):
+            refit(out=store)
+        with pytest.raises(ArtifactError, match="another process"):
+            reference(run=approved, out=store)
 
 
 # --- accidents --------------------------------------------------------------------------------------------------

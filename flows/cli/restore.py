@@ -3,7 +3,7 @@
 from typing import Any
 
 from flows.cli.app import RunFolder, check_there, console
-from flows.cli.command import Option, job_command
+from flows.cli.command import REQUIRED, Option, job_command
 
 
 def _of_a_run(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -12,7 +12,7 @@ def _of_a_run(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
 
 
 @job_command(
-    Option("--key", list[str], "keys", "Key of a quarantined sample, or SHARD:KEY. May be repeated."),
+    Option("--key", list[str], "keys", "Key of a quarantined sample, or SHARD:KEY. May be repeated.", REQUIRED),
     Option("--note", str, "note", "Person who decided, and the reason; kept with the verdict."),
     out=RunFolder,
     has_flow=False,

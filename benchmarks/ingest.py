@@ -21,11 +21,10 @@ from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.digits import write_digits
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.drift import StatisticsConfig
+from sanitize.jobs import reference
 from sanitize.jobs.clean import CleanConfig
 from sanitize.jobs.ingest import IngestConfig
 from sanitize.jobs.job import run_job
-from sanitize.jobs.reference import make_reference
 from sanitize.ledger import ClaimEntry, CommitEntry, Entry, Ledger, Offered
 from sanitize.storage import fingerprint
 
@@ -47,7 +46,7 @@ def prepared(folder: Path, seed: int) -> tuple[list[str], Path]:
     shards = write_digits(str(folder / "digits"), Compute(device="cpu", seed=seed), n_shards=18).shards()
     config = CleanConfig.model_validate(SETTINGS | {"shards": shards[:10]})
     run_job(config, folder / "run")
-    make_reference(str(folder / "run"), str(folder / "store"), StatisticsConfig(), 0.01)
+    reference(run=folder / "run", out=folder / "store", level=0.01)
     return shards[10:], folder / "store"
 
 

@@ -9,18 +9,19 @@ from sanitize.distributed import world
 from sanitize.jobs.job import job_of, run_job
 
 
-def start(config: BaseModel, out: str | Path, direct: bool) -> dict[str, Any]:
+def start(config: BaseModel, out: str | Path | None, direct: bool) -> dict[str, Any]:
     """Run the job that takes this config.
 
     Args:
         config: the config of a job; see `sanitize.jobs`.
-        out: the run folder, a path or a URL; of `ingest`, the store.
-        direct: True calls the stages without Prefect.
+        out: the run folder, a path or a URL; of `ingest`, the store; None where the job needs no folder of its own.
+        direct: True calls the stages without Prefect. A job without a flow always does.
 
     Raises:
         SanitizeError: what the stages raise; ArtifactError if another process works on `out`.
     """
-    if direct or world()[0] > 0:  # under torchrun, the first process is the flow; the others join its training
+    # Under torchrun, the first process is the flow; the others join its training.
+    if direct or not job_of(config).has_flow or world()[0] > 0:
         return run_job(config, out)
     from flows.tasks import FLOWS  # imports Prefect: a second that --direct need not wait for
 

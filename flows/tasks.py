@@ -38,6 +38,7 @@ from sanitize.artifacts import Artifact
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError, SanitizeError, StorageError
 from sanitize.jobs import JOBS, Job
+from sanitize.jobs.job import ShardsConfig
 from sanitize.jobs.redteam import table as table_of_cases
 from sanitize.jobs.run import Run
 from sanitize.jobs.runner import Processes, Ray, RunnerConfig, Threads
@@ -172,8 +173,9 @@ def _run(job: Job, config: Any, out: str) -> Iterator[PrefectRun]:
     if SCHEDULED in out:
         out = out.replace(SCHEDULED, flow_run.scheduled_start_time.strftime("%Y%m%dT%H%M%SZ"))
     settings = job.settings(config)
-    with job.claim(settings, out), _task_runner(settings.runner) as runner:
-        yield PrefectRun(out, settings.compute, settings.groups, runner)
+    kind, n_groups = (settings.runner, settings.groups) if isinstance(settings, ShardsConfig) else (Threads(), 1)
+    with job.claim(settings, out) as folder, _task_runner(kind) as runner:
+        yield PrefectRun(folder, settings.compute, n_groups, runner)
 
 
 class CalledFlow(Flow[P, dict[str, Any]]):
@@ -315,7 +317,7 @@ def _flow_of(job: Job) -> Callable[..., dict[str, Any]]:
     return _flow(job.name)(flow)
 
 
-FLOWS = {name: _flow_of(job) for name, job in JOBS.items()}
+FLOWS = {name: _flow_of(job) for name, job in JOBS.items() if job.has_flow}
 globals().update({f"{name}_flow": flow for name, flow in FLOWS.items()})  # flows.tasks.clean_flow is an entrypoint
 
 

@@ -40,7 +40,8 @@ def config_from(kind: type[C], config: ConfigSource | None, settings: Mapping[st
 
     Args:
         kind: class of the config.
-        config: a config of that class, a dict, or path or URL of a YAML file; None starts from the defaults.
+        config: a config of that class or of a class that it extends, a dict, or path or URL of a YAML file; None starts
+            from the defaults.
         settings: fields of the config; they have precedence over `config`. Mappings are merged section by section,
             everything else replaces what `config` has.
 
@@ -106,7 +107,7 @@ def _given(kind: type[BaseModel], config: ConfigSource | None) -> dict[str, Any]
     if config is None:
         return {}
     if isinstance(config, BaseModel):
-        if not isinstance(config, kind):
+        if not isinstance(config, kind) and not issubclass(kind, type(config)):  # one of a base class has a part
             raise ConfigError(f"config is a {type(config).__name__}; give a {kind.__name__}, a dict or a YAML file")
         return _fields(config)
     return dict(config) if isinstance(config, Mapping) else read_yaml(config)

@@ -75,10 +75,10 @@ def test_importing_sanitize_is_light_and_subpackages_need_no_import() -> None:
 @every_job
 def test_help_of_a_job_teaches_its_settings(declared: Job) -> None:
     form = inspect.signature(declared.call)
-    assert [*form.parameters][:4] == ["shards", "out", "config", "progress"]
-    assert set(form.parameters) - {"shards", "out", "config", "progress"} == declared.config.model_fields.keys() - {
-        "shards"
-    }
+    first = ["shards", "out", "config", "progress"][not declared.reads_shards :]
+    assert [*form.parameters][: len(first)] == first
+    assert set(form.parameters) - {*first} == declared.config.model_fields.keys() - {"shards"}
+    assert (form.parameters["out"].default is inspect.Parameter.empty) != declared.is_temporary
     assert form.return_annotation is declared.result
     text = pydoc.plain(pydoc.render_doc(declared.call))
     for name in form.parameters:
@@ -200,7 +200,9 @@ def test_a_result_is_opened_later_and_follows_decisions(cleaned: CleanRun, tmp_p
     table = cleaned.verdicts()
     removed = table.filter(pa.compute.equal(table["status"], "quarantined"))
     key = removed["key"][0].as_py()
-    assert sanitize.restore(cleaned.folder, key, note="fine")["restored"] == 1
+    restored = sanitize.restore(out=cleaned.folder, keys=key, note="fine")
+    assert restored.summary["restored"] == 1
+    assert restored.run == cleaned
     kept = {row["key"]: row["keep"] for row in again.verdicts().to_pylist()}
     assert kept[key]
     assert all("50-shards.r1" in path for path in again.clean_shards)
@@ -325,7 +327,9 @@ def test_ingest_returns_the_store(digits: Digits, tmp_path: Path) -> None:
         digits.shards()[:8], out=tmp_path / "run", embedder=SMALL, scorers=[{"kind": "spectral"}], compute=CPU
     )
     store = tmp_path / "store"
-    assert sanitize.make_reference(approved.folder, store)["reference"] == 1
+    made = sanitize.reference(run=approved.folder, out=store)
+    assert made.summary["reference"] == 1
+    assert len(made.clean_shards) == 8
     done = sanitize.ingest(digits.shards()[8:9], out=store, compute=CPU)
     (batch,) = done.batches
     assert batch["status"] in ("accepted", "held")
@@ -340,10 +344,26 @@ def test_ingest_returns_the_store(digits: Digits, tmp_path: Path) -> None:
 
 
 def test_plan_takes_settings_by_name(digits: Digits) -> None:
-    planned = sanitize.plan(shards=digits.shards()[:2], how=jobs.PlanConfig(n_samples=40), embedder=SMALL, compute=CPU)
-    assert planned["data"]["shards"] == 2
+    planned = sanitize.plan(digits.shards()[:2], n_samples=40, embedder=SMALL, compute=CPU)
+    assert planned.summary["data"]["shards"] == 2
+    assert planned.n_groups >= 1
     with pytest.raises(ConfigError, match="nearest: shards"):
         sanitize.plan(shard="a.tar")
+
+
+def test_a_job_without_shards_or_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="refit: `out` is missing, the path or URL of the store"):
+        sanitize.refit()
+    with pytest.raises(ConfigError, match="shards: there is no such setting"):
+        sanitize.refit("a.tar", out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decision_takes_seed_and_precision_from_the_finished_run() -> None:
+    finished = Compute(device="cpu", seed=7, precision="bfloat16")
+    assert jobs.RefitConfig().compute_after(finished) == finished
+    changed = jobs.RefitConfig(compute=Compute(device="auto", threads=2, seed=3)).compute_after(finished)
+    assert changed == Compute(device="auto", threads=2, seed=7, precision="bfloat16")
 
 
 # --- find_poison -----------------------------------------------------------------------------------------------------

@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sanitize.jobs.clean import CleanConfig
-from sanitize.jobs.condense import CondenseRunConfig
-from sanitize.jobs.denoise import DenoiseRunConfig
-from sanitize.jobs.ingest import IngestConfig
-from sanitize.jobs.redteam import RedTeamConfig
-from sanitize.jobs.repair import RepairRunConfig
-from sanitize.jobs.train import TrainRunConfig
+from sanitize.jobs import JOBS, CleanConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {path.name: path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))}
@@ -31,14 +25,6 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("text", (CONFIGS | EXAMPLES).values(), ids=CONFIGS | EXAMPLES)
 def test_config_validates(text: str) -> None:
     command = re.match(r"# sanitize (\w+)", text)  # the first line says how to use it
-    kinds = {
-        "train": TrainRunConfig,
-        "condense": CondenseRunConfig,
-        "denoise": DenoiseRunConfig,
-        "repair": RepairRunConfig,
-        "redteam": RedTeamConfig,
-        "ingest": IngestConfig,
-    }
-    kind = kinds.get(command[1] if command else "", CleanConfig)
+    kind = JOBS[command[1]].config if command and command[1] in JOBS else CleanConfig
     config = kind.model_validate(yaml.safe_load(text))
     assert getattr(config, "clean", config).shards

@@ -10,11 +10,20 @@ import grimp
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from flows.cli.command import COMMANDS
 from sanitize.compute import Compute
 from sanitize.jobs import JOBS, CleanConfig, CleanRun, Job, JobConfig, RedTeamConfig, run_job
-from sanitize.jobs.job import job, job_of
+from sanitize.jobs.job import ShardsConfig, job, job_of
 from sanitize.jobs.run import Run
 
+NEEDED = {
+    "certify": {"model": "model"},
+    "denoise": {"denoise": {"dims": 1}},
+    "reference": {"run": "run"},
+    "repair": {"model": "model"},
+    "restore": {"keys": ["a"]},
+    "robustness": {"model": "model"},
+}
 every_job = pytest.mark.parametrize("declared", JOBS.values(), ids=JOBS.keys())
 
 
@@ -58,17 +67,25 @@ def test_a_job_has_a_file_of_its_name_and_takes_its_config(declared: Job) -> Non
 
 @every_job
 def test_settings_of_the_run_are_in_one_base_config(declared: Job) -> None:
-    clean = {"clean": {"shards": ["a.tar"]}}
-    given = clean if declared.config is RedTeamConfig else {"shards": ["a.tar"]}
-    needed = {"model": "model"} if "model" in declared.config.model_fields and declared.name != "redteam" else {}
-    needed |= {"denoise": {"dims": 1}} if declared.name == "denoise" else {}
-    settings = declared.settings(declared.config.model_validate(given | needed))
+    is_wrapped = "clean" in declared.config.model_fields  # the section of a red team
+    given = {"shards": ["a.tar"]} if declared.reads_shards else {}
+    given = {"clean": given} if is_wrapped else given | NEEDED.get(declared.name, {})
+    config = declared.config.model_validate(given)
+    settings = declared.settings(config)
     assert isinstance(settings, JobConfig)
-    assert settings.sources == ("a.tar",)
-    assert settings.groups >= 1
-    assert job_of(declared.config.model_validate(given | needed)) is declared
+    assert isinstance(settings, ShardsConfig) == declared.reads_shards
+    assert settings.sources == (("a.tar",) if declared.reads_shards else ())
+    assert job_of(config) is declared
     with pytest.raises(ValidationError):
-        declared.config.model_validate(given | needed | {"nothing_of_the_kind": 1})
+        declared.config.model_validate(given | {"nothing_of_the_kind": 1})
+
+
+@every_job
+def test_a_command_knows_what_the_registry_says(declared: Job) -> None:
+    command = COMMANDS[declared.name]
+    assert command.has_flow == declared.has_flow
+    assert ("out" in command.parameters()) != declared.is_temporary
+    assert ("shards" in command.parameters()) == declared.reads_shards
 
 
 def test_a_job_is_declared_once_and_says_where_its_settings_are() -> None:
@@ -77,9 +94,9 @@ def test_a_job_is_declared_once_and_says_where_its_settings_are() -> None:
 
     with pytest.raises(TypeError, match="already"):
         job(CleanConfig, CleanRun)(clean)
-    with pytest.raises(TypeError, match="settings of the run"):
+    with pytest.raises(TypeError, match="settings of all jobs"):
         job(BaseModel, CleanRun)
-    with pytest.raises(TypeError, match="settings of the run"):
+    with pytest.raises(TypeError, match="settings of all jobs"):
         job(RedTeamConfig, CleanRun, section="sample")
     with pytest.raises(TypeError, match="no job takes a Compute"):
         run_job(Compute(), "nowhere")

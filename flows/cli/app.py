@@ -88,14 +88,13 @@ Direct = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; nothing else goes there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice (default 0).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, or auto (default).")]
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML file with any of the settings; see configs/.")
 ]
 Out = Annotated[str, typer.Option(help="Run folder, a path or a URL. Given again, a run that was killed goes on.")]
 Store = Annotated[str, typer.Option("--store", help="Folder or s3:// URL of reference, ledger, batches and feed.")]
-RunFolder = Annotated[str, typer.Argument(help="A run folder, as given to --out: a path or a URL.")]
+RunFolder = Annotated[str, typer.Argument(metavar="run", help="A run folder, as given to --out: a path or a URL.")]
 
 
 @contextmanager

@@ -10,7 +10,7 @@
 
 declares `sanitize denoise`, which runs the job `denoise` of `sanitize.jobs`. An option is one setting of the job's
 config, named by its path. The function shows the result; its docstring is the help. The YAML file, `--shards`, `--out`,
-`--set`, `--direct`, `--seed`, `--device`, `--json` and `--quiet` come with every command.
+`--set`, `--direct`, `--seed`, `--device`, `--json` and `--quiet` come with every command that has a use for them.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ from flows.cli.app import (
     Direct,
     Out,
     Quiet,
+    RunFolder,
     Set,
-    Store,
     bars,
     errors,
     print_json,
@@ -103,7 +103,8 @@ class JobCommand:
     show: Callable[[Result, str], None]
     options: tuple[Option, ...]
     common: tuple[Option, ...]
-    out: str | None
+    out: Any
+    has_flow: bool
     prepare: Callable[[Settings, Values], Settings]
     exit_code: Callable[[Result], int]
     torchrun: bool
@@ -122,37 +123,40 @@ class JobCommand:
         from sanitize.distributed import joined, world
         from sanitize.jobs import JOBS
 
-        job, out = JOBS[self.name], values["out"]
+        job, out = JOBS[self.name], values.get("out")
         with errors():
             config = self.config(job.config, values)
             with joined(job.settings(config).compute) if self.torchrun else nullcontext():
                 is_first = world()[0] == 0
                 with bars(values["quiet"] or not is_first):
-                    result = start(config, out, values["direct"])
+                    result = start(config, out, values.get("direct", True))
         if not is_first:
             return
         code = self.exit_code(result)
         if values["as_json"]:
             print_json(result)
         else:
-            self.show(result, out)
+            self.show(result, out or "")
         if code:
             raise typer.Exit(code)
 
     def parameters(self) -> dict[str, tuple[Any, Any]]:
         """Name -> annotation and default of each parameter of the function that typer makes a command of."""
-        shards, *numerics = self.common
+        shards = [one for one in self.common if one.name == "shards"]
+        numerics = [one for one in self.common if one.name != "shards"]
         arguments = [one for one in self.options if not one.flag.startswith("--")]
         others = [one for one in self.options if one not in arguments]
-        config = (ConfigOption if arguments else ConfigFile, None)
-        out = (Store, Parameter.empty) if self.out is None else (Out, self.out)
+        out = (Out, self.out) if isinstance(self.out, str) else (self.out, Parameter.empty)
+        is_first = self.out is RunFolder
+        places = {} if self.out is None else {"out": out}
         return {
+            **(places if is_first else {}),
             **{one.name: one.parameter() for one in arguments},
-            "config": config,
-            **{one.name: one.parameter() for one in (shards, *others)},
-            "out": out,
+            "config": (ConfigOption if arguments or is_first else ConfigFile, None),
+            **{one.name: one.parameter() for one in (*shards, *others)},
+            **({} if is_first else places),
             "set_": (Set, None),
-            "direct": (Direct, False),
+            **({"direct": (Direct, False)} if self.has_flow else {}),
             **{one.name: one.parameter() for one in numerics},
             "as_json": (AsJson, False),
             "quiet": (Quiet, False),
@@ -170,7 +174,8 @@ COMMANDS: dict[str, JobCommand] = {}
 
 def job_command(
     *options: Option,
-    out: str | None,
+    out: Any,
+    has_flow: bool = True,
     common: Sequence[Option] = COMMON,
     prepare: Callable[[Settings, Values], Settings] = lambda settings, _values: settings,
     exit_code: Callable[[Result], int] = lambda _result: 0,
@@ -180,8 +185,9 @@ def job_command(
 
     Args:
         options: options of this command alone.
-        out: default run folder; None where the folder is a store, which must be named (`--store`).
-        common: `--shards`, and those of `--seed` and `--device` that the job has.
+        out: default run folder; `Store` or `RunFolder`, which must be given; None where the job needs no folder.
+        has_flow: False where the job is no flow of Prefect, and so needs no `--direct`.
+        common: those of `--shards`, `--seed` and `--device` that the job has.
         prepare: takes the settings of the file and the values of all options; returns settings. For options that are
             not one setting.
         exit_code: exit code of a result.
@@ -193,7 +199,7 @@ def job_command(
 
     def declare(show: Callable[[Result, str], None]) -> Callable[..., None]:
         name = show.__name__
-        command = JobCommand(name, show, options, tuple(common), out, prepare, exit_code, torchrun)
+        command = JobCommand(name, show, options, tuple(common), out, has_flow, prepare, exit_code, torchrun)
         COMMANDS[name] = command
 
         def function(**values: Any) -> None:

@@ -1,22 +1,15 @@
 """`sanitize demo`."""
 
-from functools import partial
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
 from rich.table import Table
 
-from flows.cli.app import AsJson, Direct, Quiet, Seed, bars, console, errors, print_json
+from flows.cli.app import console
+from flows.cli.command import SEED, job_command
 
 
-def demo(
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    direct: Direct = False,
-    seed: Seed = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+@job_command(out="runs/demo", common=(SEED,))
+def demo(result: dict[str, Any], out: str) -> None:
     """Two-minute demonstration: plant a backdoor in 2 % of real handwritten digits, and remove it.
 
     Writes scikit-learn's 1,797 digits as shards, plants a BadNets patch, runs the whole clean flow, then trains a small
@@ -26,14 +19,6 @@ def demo(
 
         sanitize demo --out runs/demo --direct
     """
-    from flows.start import start
-    from sanitize.jobs.demo import demo as run_demo
-
-    with errors(), bars(quiet):
-        result = run_demo(out, seed or 0, partial(start, direct=direct))
-    if as_json:
-        print_json(result)
-        return
     table = Table(
         "", "poisoned data", "cleaned data", title="demo: BadNets patch in 2 % of the digits", title_justify="left"
     )

@@ -7,17 +7,13 @@ import typer
 
 from flows.cli.app import (
     AsJson,
-    Quiet,
-    RunFolder,
     Store,
-    bars,
     console,
     errors,
     print_json,
     say,
 )
-from flows.cli.command import DEVICE, SHARDS, Option, job_command
-from sanitize.settings import make_config
+from flows.cli.command import DEVICE, REQUIRED, SHARDS, Option, job_command
 
 BatchName = Annotated[
     str, typer.Argument(help="First characters of the name of a batch; `sanitize batches` lists them.")
@@ -34,27 +30,32 @@ Retried = Annotated[
 STYLES = {"accepted": "green", "held": "yellow", "failed": "red", "claimed": "cyan", "split": "cyan"}
 
 
-def reference(
-    run: RunFolder,
-    store: Store,
-    per_class: Annotated[
-        int | None, typer.Option(help="Samples of each class stored with all embeddings (default 2,000).")
-    ] = None,
-    level: Annotated[
-        float, typer.Option(help="Probability that a scorer flags a clean sample; 0: the rules alone decide.")
-    ] = 0.001,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="PATH=VALUE",
-            help="Any other setting of the statistics: embedding, n_components, max_rows. May be given several times.",
-        ),
-    ] = None,
-    note: Note = "",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+NOTE = Option("--note", str, "note", "Reason; kept in the ledger.")
+
+
+def _of_level(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a reference; level 0 means no level."""
+    return settings if values["level"] is None else settings | {"level": values["level"] or None}
+
+
+@job_command(
+    Option("run", str, "run", "A run folder, as given to --out: a path or a URL.", REQUIRED),
+    Option(
+        "--per-class", int, "statistics.per_class", "Samples of each class stored with all embeddings (default 2,000)."
+    ),
+    Option(
+        "--level",
+        float,
+        "",
+        "Probability that a scorer flags a clean sample (default 0.001); 0: the rules alone decide.",
+    ),
+    NOTE,
+    out=Store,
+    has_flow=False,
+    common=(),
+    prepare=_of_level,
+)
+def reference(result: dict[str, Any], out: str) -> None:
     """Approve a finished run of `sanitize clean` as the reference for new shards.
 
     Writes version 1 of the reference: the embedder, a sample of each class, the scorers fitted on it, and statistics to
@@ -64,19 +65,8 @@ def reference(
 
         sanitize reference runs/first --store s3://bucket/store --note "checked by Ada"
     """
-    from sanitize.drift import StatisticsConfig
-    from sanitize.jobs.reference import make_reference
-
-    with errors():
-        options = {} if per_class is None else {"per_class": per_class}
-        statistics = make_config(StatisticsConfig, {}, options, set_ or ())
-        with bars(quiet):
-            result = make_reference(run, store, statistics, level or None, note)
-    if as_json:
-        print_json(result)
-    else:
-        console.print(f"reference v0001 is in {result['folder']}, from {result['shards']:,} shards", soft_wrap=True)
-        _warn_of_level(result)
+    console.print(f"reference v0001 is in {result['folder']}, from {result['shards']:,} shards", soft_wrap=True)
+    _warn_of_level(result)
 
 
 def _warn_of_level(result: dict[str, Any]) -> None:
@@ -102,7 +92,7 @@ def _exit_code(result: dict[str, Any]) -> int:
 @job_command(
     Option("--max-shards", int, "max_shards", "Shards of one batch, at most (default 64)."),
     Option("--groups", int, "n_groups", "Groups of shards worked on side by side (default 1)."),
-    out=None,
+    out=Store,
     common=(SHARDS, DEVICE),  # the seed is that of the reference
     exit_code=_exit_code,
 )
@@ -246,7 +236,8 @@ def _decide(
         say(f"{result['batch']} {decision}", "green", f"by {result['by']}; its clean shards are {in_feed}")
 
 
-def refit(store: Store, note: Note = "", as_json: AsJson = False, quiet: Quiet = False) -> None:
+@job_command(NOTE, out=Store, has_flow=False, common=())
+def refit(result: dict[str, Any], out: str) -> None:
     """Make the next version of the reference: the statistics of all released batches are merged into it.
 
     No old shard is read. Batches that are claimed later are judged against the new version.
@@ -255,13 +246,6 @@ def refit(store: Store, note: Note = "", as_json: AsJson = False, quiet: Quiet =
 
         sanitize refit --store runs/store --note "monthly"
     """
-    from sanitize.jobs.reference import refit as make_next
-
-    with errors(), bars(quiet):
-        result = make_next(store, note)
-    if as_json:
-        print_json(result)
-    else:
-        what = f"reference v{result['reference']:04d}, {len(result['merged']):,} batches merged: {result['folder']}"
-        console.print(what, soft_wrap=True)
-        _warn_of_level(result)
+    what = f"reference v{result['reference']:04d}, {len(result['merged']):,} batches merged: {result['folder']}"
+    console.print(what, soft_wrap=True)
+    _warn_of_level(result)

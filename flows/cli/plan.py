@@ -1,32 +1,26 @@
 """`sanitize plan`."""
 
-import os
-import tempfile
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
-from flows.cli.app import AsJson, Device, Quiet, Set, Shards, bars, console, errors, print_json
-from flows.cli.command import DEVICE, SHARDS, chosen
-from sanitize.settings import make_config, read_yaml
+from flows.cli.app import console
+from flows.cli.command import DEVICE, SHARDS, Option, job_command
 
 
-def plan(
-    config: Annotated[Path | None, typer.Argument(help="YAML file of `sanitize clean`; see configs/.")] = None,
-    shards: Shards = None,
-    samples: Annotated[int, typer.Option(help="Number of samples to measure on.")] = 600,
-    task_minutes: Annotated[float, typer.Option(help="Minutes that one task should take.")] = 10,
-    scale_to: Annotated[float, typer.Option(help="Number of samples of a larger data set, calculated too.")] = 1e9,
-    set_: Set = None,
-    device: Device = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+@job_command(
+    Option("--samples", int, "n_samples", "Number of samples to measure on (default 600)."),
+    Option("--task-minutes", float, "task_minutes", "Minutes that one task should take (default 10)."),
+    Option("--scale-to", float, "scale_to", "Number of samples of a larger data set, calculated too (default 1e9)."),
+    out=None,
+    has_flow=False,
+    common=(SHARDS, DEVICE),
+)
+def plan(result: dict[str, Any], out: str) -> None:
     """Estimate the cost of `sanitize clean`: tasks, bytes read and written, memory and time.
 
-    All stages run on a sample of the shards, in a temporary folder; the rest is arithmetic (docs/scale.md).
+    The YAML file is one of `sanitize clean`. All stages run on a sample of the shards, in a temporary folder; the rest
+    is arithmetic (docs/scale.md).
 
     Examples:
 
@@ -34,24 +28,6 @@ def plan(
 
         sanitize plan --shards 'data/train-*.tar' --task-minutes 5 --json
     """
-    from sanitize.jobs.clean import CleanConfig
-    from sanitize.jobs.plan import PlanConfig
-    from sanitize.jobs.plan import plan as measure
-
-    with errors():
-        settings = read_yaml(config) if config else {}
-        options = chosen((SHARDS, DEVICE), {"shards": shards, "device": device})
-        run_config = make_config(CleanConfig, settings, options, set_ or (), {"shards": "--shards"})
-        how = PlanConfig(n_samples=samples, task_minutes=task_minutes, scale_to=int(scale_to))
-        with bars(quiet), tempfile.TemporaryDirectory(prefix=f"sanitize-{os.getpid()}-") as scratch:
-            result = measure(run_config, how, Path(scratch))
-    if as_json:
-        print_json(result)
-    else:
-        _show(result)
-
-
-def _show(result: dict[str, Any]) -> None:
     data, scaled = result["data"], result["scaled"]
     console.print(
         f"{data['shards']:,} shards, {_bytes(data['bytes'])}, about {data['samples']:,} samples; measured on "

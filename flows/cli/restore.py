@@ -1,21 +1,25 @@
 """`sanitize restore`."""
 
-from typing import Annotated
+from typing import Any
 
-import typer
+from flows.cli.app import RunFolder, check_there, console
+from flows.cli.command import REQUIRED, Option, job_command
 
-from flows.cli.app import AsJson, Quiet, RunFolder, bars, check_there, console, errors, print_json
+
+def _of_a_run(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    check_there(values["out"])
+    return settings
 
 
-def restore(
-    run: RunFolder,
-    key: Annotated[
-        list[str], typer.Option("--key", help="Key of a quarantined sample, or SHARD:KEY. May be repeated.")
-    ],
-    note: Annotated[str, typer.Option(help="Person who decided, and the reason; kept with the verdict.")] = "",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+@job_command(
+    Option("--key", list[str], "keys", "Key of a quarantined sample, or SHARD:KEY. May be repeated.", REQUIRED),
+    Option("--note", str, "note", "Person who decided, and the reason; kept with the verdict."),
+    out=RunFolder,
+    has_flow=False,
+    common=(),
+    prepare=_of_a_run,
+)
+def restore(result: dict[str, Any], out: str) -> None:
     """Put quarantined samples back.
 
     Writes a new selection and new shards beside the old ones (40-selection.r1, 50-shards.r1, …); no existing file is
@@ -26,12 +30,4 @@ def restore(
 
         sanitize restore runs/first --key 000123 --key train-0004.tar:000456 --note "seen by Ada: both are fine"
     """
-    from sanitize.jobs.restore import restore as put_back
-
-    with errors(), bars(quiet):
-        check_there(run)
-        result = put_back(run, tuple(key), note)
-    if as_json:
-        print_json(result)
-    else:
-        console.print(f"{result['restored']} sample(s) put back; clean shards: {result['clean']}", soft_wrap=True)
+    console.print(f"{result['restored']} sample(s) put back; clean shards: {result['clean']}", soft_wrap=True)

@@ -13,15 +13,16 @@ CleanConfig`.
 from sanitize.jobs.certify import CertifyRun, CertifyRunConfig, certify
 from sanitize.jobs.clean import CleanConfig, CleanRun, clean
 from sanitize.jobs.condense import CondenseRun, CondenseRunConfig, condense
-from sanitize.jobs.demo import demo
+from sanitize.jobs.demo import DemoConfig, DemoRun, demo
 from sanitize.jobs.denoise import DenoiseRun, DenoiseRunConfig, denoise
 from sanitize.jobs.ingest import IngestConfig, ingest
 from sanitize.jobs.job import JOBS, Job, JobConfig, run_job
-from sanitize.jobs.plan import PlanConfig, plan
+from sanitize.jobs.plan import PlanConfig, Planned, plan
 from sanitize.jobs.redteam import RedTeamConfig, RedTeamRun, redteam
-from sanitize.jobs.reference import make_reference, refit
+from sanitize.jobs.reference import ReferenceRunConfig, reference
+from sanitize.jobs.refit import RefitConfig, refit
 from sanitize.jobs.repair import RepairRun, RepairRunConfig, repair
-from sanitize.jobs.restore import restore
+from sanitize.jobs.restore import Restored, RestoreRunConfig, restore
 from sanitize.jobs.robustness import RobustnessRun, RobustnessRunConfig, robustness
 from sanitize.jobs.store import IngestStore
 from sanitize.jobs.train import TrainRun, TrainRunConfig, train
@@ -35,6 +36,8 @@ __all__ = [
     "CleanRun",
     "CondenseRun",
     "CondenseRunConfig",
+    "DemoConfig",
+    "DemoRun",
     "DenoiseRun",
     "DenoiseRunConfig",
     "IngestConfig",
@@ -42,10 +45,15 @@ __all__ = [
     "Job",
     "JobConfig",
     "PlanConfig",
+    "Planned",
     "RedTeamConfig",
     "RedTeamRun",
+    "ReferenceRunConfig",
+    "RefitConfig",
     "RepairRun",
     "RepairRunConfig",
+    "RestoreRunConfig",
+    "Restored",
     "RobustnessRun",
     "RobustnessRunConfig",
     "TrainRun",
@@ -56,9 +64,9 @@ __all__ = [
     "demo",
     "denoise",
     "ingest",
-    "make_reference",
     "plan",
     "redteam",
+    "reference",
     "refit",
     "repair",
     "restore",

@@ -1,69 +1,90 @@
 """The demo: real digits, a planted backdoor, job `clean`, and a model trained before and after."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from pydantic import field_validator
 
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
-from sanitize.data.dataset import Dataset
 from sanitize.data.digits import write_digits
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.tables import Selection
 from sanitize.embed import EmbedderConfig, train_embedder
-from sanitize.jobs.clean import CleanConfig
-from sanitize.jobs.job import run_job
+from sanitize.jobs.clean import CleanConfig, CleanRun, clean_inside
+from sanitize.jobs.job import JobConfig, job
+from sanitize.jobs.result import JobRun
+from sanitize.jobs.run import Run
 from sanitize.loop import OptimConfig
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.redteaming import Measured, measure_case
-from sanitize.select import Shards
 
 ATTACK = BadNetsConfig(rate=0.02, target=0, size=3)
 MODEL = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32, 64)), optim=OptimConfig(epochs=30, batch_size=64))
 N_HELD_OUT = 2  # shards that no model is trained on; the test set is their unpoisoned originals
 
 
-def demo(out: str | Path, seed: int = 0, run: Callable[[CleanConfig, str], dict[str, Any]] = run_job) -> dict[str, Any]:
-    """Plant a backdoor in real digits, clean, and measure.
+INDEX = IndexConfig(n_classes=10)
 
-    Args:
-        out: folder for everything that is written.
-        seed: seed of every random choice.
-        run: function that runs job `clean`, given its config and its run folder.
+
+class DemoConfig(JobConfig):
+    """Config of a demo.
+
+    Attributes:
+        compute: seed of every random choice; the device is the CPU unless another is given.
+    """
+
+    compute: Compute = Compute(device="cpu")
+
+    @field_validator("compute")
+    @classmethod
+    def _on_the_cpu(cls, compute: Compute) -> Compute:
+        return compute if "device" in compute.model_fields_set else compute.model_copy(update={"device": "cpu"})
+
+
+@dataclass(frozen=True)
+class DemoRun(JobRun):
+    """A finished demo; `summary` has its numbers."""
+
+    kind = DemoConfig
+
+    @property
+    def cleaned(self) -> CleanRun:
+        """The run of `clean` on the poisoned digits."""
+        return CleanRun.open(self._in("clean"))
+
+
+@job(DemoConfig, DemoRun)
+def demo(config: DemoConfig, run: Run) -> dict[str, Any]:
+    """Plant a backdoor in real digits, clean, and measure.
 
     Returns:
         Numbers of poisoned samples found and missed and of clean samples lost, recall, share of clean samples lost,
         accuracy and ASR of a model before and after, and the path of the report.
     """
-    out = Path(out)
-    compute = Compute(seed=seed, device="cpu")
-    digits = write_digits(str(out / "digits"), compute)
-    clean = _index(digits.shards(), out / "index", compute)
-    poisoned = poison_shards(ATTACK, clean, str(out / "poisoned"), compute)
+    digits = run.stage("digits", write_digits)
+    dataset = run.stage("index", index_shards, INDEX, digits.shards())
+    poisoned = run.stage("poisoned", poison_shards, ATTACK, dataset)
 
-    config = CleanConfig(shards=tuple(poisoned.shard_paths()), embedder=MODEL, compute=compute)
-    result = run(config, str(out / "clean"))
+    pipeline = CleanConfig(shards=tuple(poisoned.shard_paths()), embedder=MODEL, compute=run.compute)
+    cleaned = clean_inside(pipeline, run.inside("clean", run.compute))
 
-    test = _index(digits.shards()[-N_HELD_OUT:], out / "index-test", compute)
-    models = compute.model_copy(update={"seed": seed + 1})  # fresh models, not the suspect model
-    kept = Shards.load(out / "clean" / "50-shards").clean()
+    test = run.stage("index-test", index_shards, INDEX, digits.shards()[-N_HELD_OUT:])
+    models = run.compute.model_copy(update={"seed": run.compute.seed + 1})  # fresh models, not the suspect model
     trained = {
-        "before": _train(poisoned.shard_paths()[:-N_HELD_OUT], out / "model-before", models),
-        "after": _train(kept[:-N_HELD_OUT], out / "model-after", models),
+        "before": _train(poisoned.shard_paths()[:-N_HELD_OUT], run.inside("model-before", models)),
+        "after": _train(cleaned.shards.clean()[:-N_HELD_OUT], run.inside("model-after", models)),
     }
-    selection = Selection.load(out / "clean" / "40-selection")
-    measured = measure_case(ATTACK, selection, trained, test, str(out / "measured"), compute, truth=poisoned)
-    return _summary(measured) | {"report": result["report"]}
+    measured = run.stage("measured", measure_case, ATTACK, cleaned.selection, trained, test, truth=poisoned)
+    return run.finish(config, _summary(measured) | {"report": cleaned.report.url("index.html")})
 
 
-def _index(shards: Sequence[str], out: Path, compute: Compute) -> Dataset:
-    return index_shards(IndexConfig(n_classes=10), shards, str(out), compute)
-
-
-def _train(shards: Sequence[str], out: Path, compute: Compute) -> Checkpoint:
-    dataset = _index(shards, out / "index", compute)
-    return train_embedder(MODEL, dataset, str(out / "model"), compute)
+def _train(shards: Sequence[str], run: Run) -> Checkpoint:
+    dataset = run.stage("index", index_shards, INDEX, shards)
+    model = run.stage("model", train_embedder, MODEL, dataset)
+    run.save("finished")
+    return model
 
 
 def _summary(measured: Measured) -> dict[str, Any]:

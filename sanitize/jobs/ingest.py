@@ -26,7 +26,7 @@ from sanitize.embed import embed_shards
 from sanitize.entries import ClaimEntry, CommitEntry, DuplicatesEntry, Offered, Refused, RefusedEntry
 from sanitize.errors import ArtifactError, SanitizeError, StorageError
 from sanitize.jobs.clean import scores_folder
-from sanitize.jobs.job import JobConfig, job
+from sanitize.jobs.job import ShardsConfig, job
 from sanitize.jobs.landed import as_utf8, list_shards
 from sanitize.jobs.reference import BATCH_STATISTICS, Reference, clean_shards, load_reference
 from sanitize.jobs.run import Run
@@ -70,7 +70,7 @@ class BatchConfig(BaseModel):
     report: ReportConfig = ReportConfig(title="New training data")
 
 
-class IngestConfig(BatchConfig, JobConfig):
+class IngestConfig(BatchConfig, ShardsConfig):
     """Config of one ingest; one YAML file. The reference has the settings by which samples are judged.
 
     Attributes:

@@ -6,15 +6,17 @@
         return run.finish(config, summary)
 
 The decorator returns the job as a Python function, `denoise(shards, out=..., denoise={"dims": 8}) -> DenoiseRun`, and
-adds the job to the registry, `JOBS`. Prefect's flows, the command line and the tests read that registry.
+adds the job to the registry, `JOBS`. Prefect's flows, the command line and the tests read that registry. A job that
+reads no shards has no argument `shards`, and a job that measures in a temporary folder needs no `out`.
 """
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from inspect import Parameter, Signature, getdoc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,18 +36,31 @@ class JobConfig(BaseModel):
     """Settings of all jobs.
 
     Attributes:
-        shards: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
-        n_groups: number of groups of shards, which flows run side by side; None takes the number of CPU cores. Results
-            do not depend on it.
         compute: device, precision, seed, threads.
-        runner: threads, processes or ray, for the groups of a flow.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    compute: Compute = Compute()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All shards that the job reads."""
+        return ()
+
+
+class ShardsConfig(JobConfig):
+    """Settings of jobs that read shards.
+
+    Attributes:
+        shards: directories, globs, brace ranges or URLs of .tar / .tar.gz shards.
+        n_groups: number of groups of shards, which flows run side by side; None takes the number of CPU cores. Results
+            do not depend on it.
+        runner: threads, processes or ray, for the groups of a flow.
+    """
+
     shards: tuple[str, ...] = Field(min_length=1)
     n_groups: int | None = Field(default=1, ge=1)
-    compute: Compute = Compute()
     runner: RunnerConfig = Threads()
 
     @property
@@ -59,7 +74,23 @@ class JobConfig(BaseModel):
         return self.shards
 
 
-class RunConfig(JobConfig):
+class DecisionConfig(JobConfig):
+    """Settings of jobs that go on from a finished run, because a person decided so.
+
+    Attributes:
+        compute: device and threads, where they are not to be those of the finished run; seed and precision always are.
+        note: name of the person, and the reason; for the record.
+    """
+
+    note: str = ""
+
+    def compute_after(self, finished: Compute) -> Compute:
+        """Compute settings of the stages, given those of the finished run."""
+        given = self.compute.model_fields_set & {"device", "threads"}
+        return finished.model_copy(update={name: getattr(self.compute, name) for name in given})
+
+
+class RunConfig(ShardsConfig):
     """Settings of jobs that read shards in a way of their own.
 
     Attributes:
@@ -99,7 +130,7 @@ class JobFunction(Protocol[Result]):
         self,
         shards: Sources | None = None,
         *,
-        out: str | Path,
+        out: str | Path | None = None,
         config: ConfigSource | None = None,
         progress: bool = False,
         **settings: Any,
@@ -114,8 +145,11 @@ class Job(NamedTuple):
     Attributes:
         function: the order of work; its name is the name of the job.
         config: class of its config.
-        settings: takes the config; shards, groups, compute and runner of the run.
+        settings: takes the config; returns its part with the settings of all jobs.
+        reads_shards: True where that part is a ShardsConfig.
         claims: True where the job locks its folder; False where it locks parts of the folder.
+        has_flow: True where the job is a flow of Prefect too; False where it is always called directly.
+        is_temporary: True where the job works in a temporary folder, unless `out` is given.
         call: the job as a Python function.
         result: class of what `call` returns.
     """
@@ -123,7 +157,10 @@ class Job(NamedTuple):
     function: Order[Any]
     config: type[BaseModel]
     settings: Callable[[Any], JobConfig]
+    reads_shards: bool
     claims: bool
+    has_flow: bool
+    is_temporary: bool
     call: JobFunction[JobResult]
     result: type[JobResult]
 
@@ -132,38 +169,56 @@ class Job(NamedTuple):
         """Name of the function."""
         return self.function.__name__
 
-    def claim(self, settings: JobConfig, out: str | Path) -> AbstractContextManager[None]:
-        """The lock of the run folder, where the job needs it; of the processes of torchrun the first one has it.
+    @contextmanager
+    def claim(self, settings: JobConfig, out: str | Path | None) -> Iterator[str]:
+        """The folder of a run, locked where the job needs it; of the processes of torchrun the first one has the lock.
 
         Raises:
             ConfigError: shards are searched for in a folder that `out` lies in.
             ArtifactError: another process works in `out`.
+            TypeError: the job needs a folder, and `out` is None.
         """
-        return claimed(out, settings.sources) if self.claims and world()[0] == 0 else nullcontext()
+        if out is None and not self.is_temporary:
+            raise TypeError(f"{self.name}: `out` is missing, the path or URL of the {self.result.place}")
+        is_locked = self.claims and world()[0] == 0
+        with (
+            TemporaryDirectory(prefix=f"sanitize-{os.getpid()}-") if out is None else nullcontext(str(out)) as folder,
+            claimed(folder, settings.sources) if is_locked else nullcontext(),
+        ):
+            yield folder
 
 
 JOBS: dict[str, Job] = {}
 
 
 def job(
-    config: type[C], result: type[R], *, section: str | None = None, claims: bool = True
+    config: type[C],
+    result: type[R],
+    *,
+    section: str | None = None,
+    claims: bool = True,
+    has_flow: bool = True,
+    is_temporary: bool = False,
 ) -> Callable[[Order[C]], JobFunction[R]]:
     """Declare a job.
 
     Args:
         config: class of its config.
         result: class of its result.
-        section: field of the config that holds the settings of the run; None where the config itself has them.
+        section: field of the config that holds the settings of all jobs; None where the config itself has them.
         claims: False for a job that locks parts of its folder itself.
+        has_flow: False for a job that is always called directly.
+        is_temporary: True for a job that needs no folder of its own.
 
     Returns:
         A decorator. It takes the order of work and returns the job as a function of shards, `out` and settings.
 
     Raises:
-        TypeError: name or config belong to another job, or the settings of the run are missing.
+        TypeError: name or config belong to another job, or the settings of all jobs are missing.
     """
-    if not issubclass(config if section is None else _class_of(config, section), JobConfig):
-        raise TypeError(f"{config.__name__} is no JobConfig: name the section that has the settings of the run")
+    base = config if section is None else _class_of(config, section)
+    if not issubclass(base, JobConfig):
+        raise TypeError(f"{config.__name__} is no JobConfig: name the section that has the settings of all jobs")
 
     def settings_of(given: C) -> JobConfig:
         return given if section is None else getattr(given, section)  # type: ignore[return-value]
@@ -173,7 +228,9 @@ def job(
         if name in JOBS or any(known.config is config for known in JOBS.values()):
             raise TypeError(f"there is a job {name}, or one of {config.__name__}, already")
         call = _callable(function, config, result, section)
-        JOBS[name] = Job(function, config, settings_of, claims, call, result)
+        reads = issubclass(base, ShardsConfig)
+        declared = JOBS[name] = Job(function, config, settings_of, reads, claims, has_flow, is_temporary, call, result)
+        call.__doc__, call.__signature__ = _doc(declared), _signature(declared)  # type: ignore[attr-defined]
         return call
 
     return declare
@@ -192,12 +249,13 @@ def job_of(config: BaseModel) -> Job:
     raise TypeError(f"no job takes a {type(config).__name__}")
 
 
-def run_job(config: BaseModel, out: str | Path) -> dict[str, Any]:
+def run_job(config: BaseModel, out: str | Path | None = None) -> dict[str, Any]:
     """Run the job that takes this config, with plain function calls.
 
     Args:
         config: the config of a job.
-        out: path or URL of the run folder; of the store for `ingest`.
+        out: path or URL of the run folder; of the store for `ingest`. None takes a temporary folder where the job needs
+            no other.
 
     Returns:
         The summary of the run: counts and places.
@@ -207,8 +265,10 @@ def run_job(config: BaseModel, out: str | Path) -> dict[str, Any]:
     """
     found = job_of(config)
     settings = found.settings(config)
-    with found.claim(settings, out):  # groups run one after another here, so None means one
-        return found.function(config, Run(out, settings.compute, settings.n_groups or 1))
+    # Groups run one after another here, so None means one.
+    n_groups = settings.n_groups or 1 if isinstance(settings, ShardsConfig) else 1
+    with found.claim(settings, out) as folder:
+        return found.function(config, Run(folder, settings.compute, n_groups))
 
 
 # --- a job as a Python function ------------------------------------------------------------------------------------
@@ -218,7 +278,7 @@ def _callable(function: Order[C], kind: type[C], result: type[R], section: str |
     def call(
         shards: Sources | None = None,
         *,
-        out: str | Path,
+        out: str | Path | None = None,
         config: ConfigSource | None = None,
         progress: bool = False,
         **settings: Any,
@@ -230,11 +290,9 @@ def _callable(function: Order[C], kind: type[C], result: type[R], section: str |
         checked = config_from(kind, config, settings)
         with shown() if progress else nullcontext():
             summary = run_job(checked, out)
-        return rank0_first(lambda: result.after(out, summary))
+        return rank0_first(lambda: result.after(out or "", summary))
 
     call.__name__, call.__qualname__, call.__module__ = function.__name__, function.__qualname__, function.__module__
-    call.__doc__ = _doc(function, kind, result)
-    call.__signature__ = _signature(call, kind, result)  # type: ignore[attr-defined]
     return call
 
 
@@ -247,12 +305,14 @@ class _Shown(NamedTuple):
         return self.text
 
 
-def _signature(call: Callable[..., Any], kind: type[BaseModel], result: type[JobResult]) -> Signature:
+def _signature(job: Job) -> Signature:
     """Arguments of a job: those of all jobs, then the fields of its config."""
-    *common, _ = Signature.from_callable(call).parameters.values()
-    fields = {name: field for name, field in kind.model_fields.items() if name != "shards"}
+    shards, out, *common, _ = Signature.from_callable(job.call).parameters.values()
+    needed = out.replace(default=Parameter.empty, annotation=str | Path)
+    first = [*([shards] if job.reads_shards else []), out if job.is_temporary else needed]
+    fields = {name: field for name, field in job.config.model_fields.items() if name != "shards"}
     settings = [Parameter(name, Parameter.KEYWORD_ONLY, default=_default(field)) for name, field in fields.items()]
-    return Signature([*common, *settings], return_annotation=result)
+    return Signature([*first, *common, *settings], return_annotation=job.result)
 
 
 def _default(field: FieldInfo) -> Any:
@@ -267,21 +327,24 @@ def _default(field: FieldInfo) -> Any:
     return _Shown(name if section is value else f"({name},)")
 
 
-def _doc(function: Order[Any], kind: type[BaseModel], result: type[JobResult]) -> str:
+def _doc(job: Job) -> str:
     """Docstring of a job as a function: its first lines, its settings, its result."""
-    first, _, _ = (getdoc(function) or "").partition("\n\nReturns:")
+    kind, result = job.config, job.result
+    first, _, _ = (getdoc(job.function) or "").partition("\n\nReturns:")
     settings = {names: text for config in _configs(kind) for names, text in _attributes(config).items()}
     shards = settings.pop("shards", "directories, globs, brace ranges or URLs of .tar / .tar.gz shards.")
-    common = {
-        "shards": shards,
-        "out": f"path or URL of the {result.place}; given again, the job resumes where it was interrupted.",
+    again = "given again, the job resumes where it was interrupted"
+    common = {"shards": shards} if job.reads_shards else {}
+    common |= {
+        "out": f"path or URL of the {result.place}; {'None takes a temporary one' if job.is_temporary else again}.",
         "config": f"{kind.__name__} object, dict, or path or URL of a YAML file; the other arguments have precedence.",
         "progress": "True shows progress bars on stderr.",
     }
     entries = "\n".join(f"    {names}: {text}" for names, text in (common | settings).items())
     place = f"{kind.__module__}.{kind.__name__}"
     sections = f"Sections (`compute`, ...) are config objects or dicts; `{place}` has all settings."
-    returns = f"Returns:\n    {result.__name__}; `{result.__name__}.open(out)` opens it again later."
+    later = "" if job.is_temporary else f"; `{result.__name__}.open(out)` opens it again later"
+    returns = f"Returns:\n    {result.__name__}{later}."
     raises = "Raises:\n    SanitizeError: a setting is wrong (ConfigError), or an error of a stage."
     return f"{first}\n\n{sections}\n\nArgs:\n{entries}\n\n{returns}\n\n{raises}\n"
 

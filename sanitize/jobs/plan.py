@@ -6,15 +6,14 @@ cost of a sample; the rest is paid once. docs/scale.md explains which costs grow
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
 from sanitize.data.samples import ShardReader
@@ -22,16 +21,17 @@ from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
 from sanitize.jobs.clean import CleanConfig, clean_inside
+from sanitize.jobs.job import job
+from sanitize.jobs.result import CallResult
 from sanitize.jobs.run import Run
 from sanitize.select import trusted_shards
-from sanitize.settings import ConfigSource, config_from
 
 SELECTED_BYTES, SCORED_BYTES = 17, 4  # held by `select` for each sample, and for each score of a sample
 MAX_FITTED = 10_000  # samples of a class that a scorer is fitted on (for some scorers 20,000 of all classes)
 
 
-class PlanConfig(BaseModel):
-    """Settings of the measurement.
+class PlanConfig(CleanConfig):
+    """Config of the planned run of `clean`, and sizes of the measurement.
 
     Attributes:
         n_samples: size of the larger sample; the smaller one has a quarter of it.
@@ -39,8 +39,6 @@ class PlanConfig(BaseModel):
         task_minutes: intended duration of a task: much longer than its start, short enough to repeat after a failure.
         scale_to: number of samples in the hypothetical data set.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_samples: int = Field(default=600, ge=40)
     n_shards: int = Field(default=4, ge=1)
@@ -94,39 +92,34 @@ class MeasuredRun(Run):
         return artifact
 
 
-def plan(
-    config: ConfigSource | None = None,
-    how: PlanConfig | None = None,
-    scratch: Path | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Measure a cleaning run on a sample of the shards, and scale the costs to all of them.
+@dataclass(frozen=True)
+class Planned(CallResult):
+    """Costs of a planned run, in `summary`."""
 
-    Args:
-        config: the planned run: a CleanConfig, a dict, or path or URL of a YAML file; None starts from the defaults.
-        how: sizes of the sample and of the scaled data set; None takes the defaults.
-        scratch: an empty folder; None takes a temporary one.
-        settings: fields of CleanConfig; they have precedence over `config`.
+    place = "empty folder for the measured runs"
+
+    @property
+    def n_groups(self) -> int:
+        """Recommended number of groups."""
+        return int(self.summary["n_groups"])
+
+
+@job(PlanConfig, Planned, claims=False, has_flow=False, is_temporary=True)
+def plan(config: PlanConfig, run: Run) -> dict[str, Any]:
+    """Measure a cleaning run on a sample of the shards, and scale the costs to all of them.
 
     Returns:
         `data`: shards, bytes and samples; `stages`: one row each; `n_groups`: recommended; `memory`; `scaled`: the same
-        for `how.scale_to` samples in shards of the same size.
+        for `scale_to` samples in shards of the same size.
 
     Raises:
-        SanitizeError: a setting is wrong, or an error of a stage; DataError if the shards hold no sample.
+        DataError: the shards hold no sample.
     """
-    checked, how = config_from(CleanConfig, config, settings), how or PlanConfig()
-    if scratch is not None:
-        return _plan(checked, how, scratch)
-    with tempfile.TemporaryDirectory(prefix=f"sanitize-{os.getpid()}-") as folder:
-        return _plan(checked, how, Path(folder))
-
-
-def _plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]:
+    scratch = Path(run.out)
     found = find_shards(config.shards)
     trusted = set(trusted_shards(config.trusted, found))
-    chosen = [*_spread(sorted(found.keys() - trusted), how.n_shards), *_spread(sorted(trusted), 1)]
-    per_shard = math.ceil(how.n_samples / len(chosen))
+    chosen = [*_spread(sorted(found.keys() - trusted), config.n_shards), *_spread(sorted(trusted), 1)]
+    per_shard = math.ceil(config.n_samples / len(chosen))
     few = max(1, per_shard // 4)
     _try(config, found, chosen, trusted, few, scratch / "first")  # libraries start, files come into the page cache
     small, n_small, _ = _try(config, found, chosen, trusted, few, scratch / "small")
@@ -136,15 +129,15 @@ def _plan(config: CleanConfig, how: PlanConfig, scratch: Path) -> dict[str, Any]
     costs = _costs(small, large, n_large - n_small, n_large, config)
     n_bytes = sum(int(shard["size"]) for shard in fingerprint_shards(found).values())
     n = round(n_bytes / stored)
-    scaled = math.ceil(len(found) * how.scale_to / n)
+    scaled = math.ceil(len(found) * config.scale_to / n)
     return {
         "data": {"shards": len(found), "bytes": n_bytes, "samples": n, "bytes_each": stored},
         "measured_on": n_large,
         "bytes_counted": large.stages[0]["read"] is not None,
         "compute": config.compute.describe(),
-        **_scaled(costs, n, len(found), config, how, large),
-        "scaled": {"samples": how.scale_to, "shards": scaled}
-        | _scaled(costs, how.scale_to, scaled, config, how, large),
+        **_scaled(costs, n, len(found), config, large),
+        "scaled": {"samples": config.scale_to, "shards": scaled}
+        | _scaled(costs, config.scale_to, scaled, config, large),
     }
 
 
@@ -224,12 +217,10 @@ def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: Cl
     return costs
 
 
-def _scaled(
-    costs: Sequence[Cost], n: int, n_shards: int, config: CleanConfig, how: PlanConfig, run: MeasuredRun
-) -> dict[str, Any]:
+def _scaled(costs: Sequence[Cost], n: int, n_shards: int, config: PlanConfig, run: MeasuredRun) -> dict[str, Any]:
     """Totals for `n` samples: rows of stages, groups, memory."""
     slowest = max((cost.seconds(n) for cost in costs if cost.divided), default=0.0)
-    n_groups = min(n_shards, max(1, math.ceil(slowest / (60 * how.task_minutes))))
+    n_groups = min(n_shards, max(1, math.ceil(slowest / (60 * config.task_minutes))))
     rows = []
     for cost in costs:
         tasks, seconds = n_groups if cost.divided else 1, cost.seconds(n)

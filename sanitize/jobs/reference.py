@@ -1,10 +1,7 @@
-"""The reference of a store, which new shards are judged against. Version 1 is made from an approved run, each later
-version by merging the statistics of the batches accepted since; no old shard is read again."""
+"""The reference of a store, which new shards are judged against. Job `reference` makes version 1 from an approved run;
+`refit` makes each later version."""
 
-import getpass
 import hashlib
-import time
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import yaml
@@ -15,20 +12,14 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig
 from sanitize.data.tables import Embeddings, Scores
-from sanitize.drift import (
-    Projection,
-    Statistics,
-    StatisticsConfig,
-    fit_projection,
-    merge_statistics,
-    summarise_shards,
-)
+from sanitize.drift import Projection, Statistics, StatisticsConfig, fit_projection, summarise_shards
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import EmbedConfig
 from sanitize.errors import ArtifactError, ConfigError
 from sanitize.jobs.clean import CleanConfig, latest, scores_folder
+from sanitize.jobs.job import DecisionConfig, job
 from sanitize.jobs.run import Run, read_config, save_config
-from sanitize.lease import check_held
+from sanitize.jobs.store import IngestStore, approval
 from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.score import FittedScorer, ScorerConfig, fit_scorer, score_shards
@@ -121,22 +112,24 @@ def _read_config(url: str, sha256: str) -> ReferenceConfig:
         raise ArtifactError(f"{url} is damaged: {error}") from error
 
 
-def make_reference(
-    run: str | Path,
-    store: str | Path,
-    statistics: StatisticsConfig | None = None,
-    level: float | None = 0.001,
-    note: str = "",
-) -> dict[str, Any]:
-    """Make version 1 of a reference from a finished and approved run of `clean`.
+class ReferenceRunConfig(DecisionConfig):
+    """Config of the first reference of a store.
 
-    Args:
-        run: path or URL of the run folder; where samples were put back, the latest decision counts.
-        store: path or URL of the folder for batches and ledger.
-        statistics: settings of the statistics that are kept of the run; None takes the defaults.
-        level: probability in (0, 1) that a scorer flags a clean sample; None takes the rules of the run. See
+    Attributes:
+        run: path or URL of the approved run of `clean`; where samples were put back, the latest decision counts.
+        statistics: settings of the statistics that are kept of the run.
+        level: probability in (0, 0.5) that a scorer flags a clean sample; None takes the rules of the run. See
             `JudgeConfig`.
-        note: reason of the approval.
+    """
+
+    run: str
+    statistics: StatisticsConfig = StatisticsConfig()
+    level: float | None = Field(default=0.001, gt=0, lt=0.5)
+
+
+@job(ReferenceRunConfig, IngestStore, claims=False, has_flow=False)
+def reference(config: ReferenceRunConfig, run: Run) -> dict[str, Any]:
+    """Approve a finished run of `clean` as the reference of a store, which new shards are judged against.
 
     Returns:
         `reference`: the version; `folder`; number of `shards`; `samples` seen, and stored for each half; `level`.
@@ -144,28 +137,27 @@ def make_reference(
     Raises:
         ConfigError: the store has a reference, or the run cannot be one.
     """
-    run, store, statistics = str(run), str(store), statistics or StatisticsConfig()
-    made, dataset = read_config(run, CleanConfig), Dataset.load(join(run, "00-index"))
-    config = ReferenceConfig.of_run(made, dataset, statistics, level)
-    selection, number = latest(run)
-    shards = Shards.load(join(run, f"50-shards.r{number}" if number else "50-shards"))
-    ledger = Ledger(store)
-    with exclusive(join(store, "reference")):
+    approved, dataset = read_config(config.run, CleanConfig), Dataset.load(join(config.run, "00-index"))
+    kept = ReferenceConfig.of_run(approved, dataset, config.statistics, config.level)
+    selection, number = latest(config.run)
+    shards = Shards.load(join(config.run, f"50-shards.r{number}" if number else "50-shards"))
+    ledger = Ledger(run.out)
+    with exclusive(join(run.out, "reference")):
         _refuse_second(ledger.read())
-        version_run = _begin(store, 1, config)
-        copy(Checkpoint.load(join(run, EMBEDDER)), join(version_run.out, EMBEDDER))
-        embeddings = Embeddings.load(join(run, "20-embeddings"))
-        projection = version_run.stage(PROJECTION, fit_projection, statistics, embeddings, selection)
-        inputs = statistics, dataset, embeddings, selection, projection
-        stored = version_run.stage(STATISTICS, summarise_shards, *inputs)
-        _fit(config, stored, version_run)
+        inside = begin(1, config.compute_after(kept.compute), run)
+        copy(Checkpoint.load(join(config.run, EMBEDDER)), join(inside.out, EMBEDDER))
+        embeddings = Embeddings.load(join(config.run, "20-embeddings"))
+        projection = inside.stage(PROJECTION, fit_projection, kept.statistics, embeddings, selection)
+        inputs = kept.statistics, dataset, embeddings, selection, projection
+        stored = inside.stage(STATISTICS, summarise_shards, *inputs)
+        fit_scorers(kept, stored, inside)
         entry = ReferenceEntry(
             version=1,
-            digests=_digests(version_run),
-            config=sha256_file(join(version_run.out, CONFIG)),
+            digests=digests_of(inside),
+            config=sha256_file(join(inside.out, CONFIG)),
             shards=_offered(dataset),
             clean=clean_shards(shards, "", absolute(shards.path) if is_local(shards.path) else shards.path),
-            **approval("", note),
+            **approval("", config.note),
         )
 
         def decide(state: State) -> ReferenceEntry:
@@ -175,75 +167,11 @@ def make_reference(
         ledger.append(decide)
     return {
         "reference": 1,
-        "folder": version_run.out,
+        "folder": inside.out,
         "shards": len(entry.shards),
-        "samples": _n_samples(stored),
-        "level": level,
+        "samples": n_samples(stored),
+        "level": config.level,
     }
-
-
-def refit(store: str | Path, note: str = "") -> dict[str, Any]:
-    """Make the next version of a reference: the last one merged with the batches released since; scorers are refitted.
-
-    Args:
-        store: path or URL of the store.
-        note: reason.
-
-    Returns:
-        `reference`: the version; `folder`; the `merged` batches; `samples` seen, and stored for each half; `level`.
-
-    Raises:
-        ConfigError: there is no reference, or no batch was released since.
-    """
-    store = str(store)
-    ledger = Ledger(store)
-    with exclusive(join(store, "reference")):
-        state = ledger.read()
-        last = load_reference(store, state.reference)
-        batches = unmerged(state)
-        if not batches:
-            raise ConfigError(f"no batch was released since reference v{last.version:04d}: nothing to merge")
-        version_run = _begin(store, last.version + 1, last.config)
-        copy(last.embedder, join(version_run.out, EMBEDDER))
-        copy(last.projection, join(version_run.out, PROJECTION))
-        parts = [last.statistics, *(_committed_statistics(store, state, name) for name in batches)]
-        stored = version_run.stage(STATISTICS, merge_statistics, last.config.statistics, parts)
-        _fit(last.config, stored, version_run)
-        entry = ReferenceEntry(
-            version=last.version + 1,
-            digests=_digests(version_run),
-            config=sha256_file(join(version_run.out, CONFIG)),
-            merged=tuple(batches),
-            **approval("", note),
-        )
-
-        def decide(state: State) -> ReferenceEntry:
-            check_held(join(store, "reference"))  # with the lock, no other process makes versions
-            if state.reference.version != last.version:  # the lock was lost to another process
-                raise ArtifactError(f"reference v{state.reference.version:04d} was made meanwhile; run again")
-            return entry
-
-        ledger.append(decide)
-    return {
-        "reference": entry.version,
-        "folder": version_run.out,
-        "merged": list(batches),
-        "samples": _n_samples(stored),
-        "level": last.config.judge.level,
-    }
-
-
-def _committed_statistics(store: str, state: State, batch: str) -> Statistics:
-    statistics, commit = Statistics.load(join(store, "batches", batch, BATCH_STATISTICS)), state.batches[batch].commit
-    if commit is None or commit.digests[BATCH_STATISTICS] != statistics.digest:
-        raise ArtifactError(f"{statistics.path} is not what was committed to the ledger")
-    return statistics
-
-
-def unmerged(state: State) -> list[str]:
-    """Released batches that are in no version of the reference; sorted, as the order of merging changes rounding."""
-    merged = {name for entry in state.references.values() for name in entry.merged}
-    return sorted(name for name, batch in state.batches.items() if batch.is_released and name not in merged)
 
 
 def clean_shards(shards: Shards, batch: str, folder: str) -> tuple[CleanShard, ...]:
@@ -256,7 +184,7 @@ def clean_shards(shards: Shards, batch: str, folder: str) -> tuple[CleanShard, .
     )
 
 
-def _fit(config: ReferenceConfig, stored: Statistics, run: Run) -> None:
+def fit_scorers(config: ReferenceConfig, stored: Statistics, run: Run) -> None:
     """Fit scorers on one half of the sample, and score both halves."""
     for half in stored.shards:
         if not len(stored.rows(half, ["label"])):
@@ -268,16 +196,20 @@ def _fit(config: ReferenceConfig, stored: Statistics, run: Run) -> None:
     run.save("finished")
 
 
-def _begin(store: str, version: int, config: ReferenceConfig) -> Run:
-    """A fresh folder for a version that the ledger does not have; leftovers may come from other batches."""
-    folder = version_folder(store, version)
-    remove(folder)
-    return Run(folder, config.compute)
+def begin(version: int, compute: Compute, run: Run) -> Run:
+    """A run in a fresh folder of the store `run.out`, for a version that the ledger does not have; leftovers may come
+    from other batches."""
+    remove(version_folder(run.out, version))
+    return run.inside(f"reference/{_name(version)}", compute)
 
 
 def version_folder(store: str, version: int) -> str:
     """Folder of a version of the reference."""
-    return join(store, "reference", f"v{version:04d}")
+    return join(store, "reference", _name(version))
+
+
+def _name(version: int) -> str:
+    return f"v{version:04d}"
 
 
 def _refuse_second(state: State) -> None:
@@ -288,7 +220,8 @@ def _refuse_second(state: State) -> None:
         )
 
 
-def _digests(run: Run) -> dict[str, str]:
+def digests_of(run: Run) -> dict[str, str]:
+    """Folder -> digest of each artifact of a version."""
     folders = [EMBEDDER, PROJECTION, *(stage["folder"] for stage in run.stages)]
     return {name: read_manifest(join(run.out, name)).digest for name in sorted(set(folders))}
 
@@ -307,12 +240,8 @@ def _offered(dataset: Dataset) -> tuple[Offered, ...]:
     )
 
 
-def _n_samples(stored: Statistics) -> dict[str, int]:
+def n_samples(stored: Statistics) -> dict[str, int]:
+    """Number of samples `seen`, and stored for each half."""
     return {"seen": stored.manifest().counts["samples"]} | {
         half: len(stored.rows(half, ["label"])) for half in stored.shards
     }
-
-
-def approval(by: str, note: str) -> dict[str, str]:
-    """User, time and reason of a decision."""
-    return {"by": by or getpass.getuser(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note}

@@ -2,14 +2,17 @@
 
 import json
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
+
+from pydantic import Field
 
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores
-from sanitize.jobs.clean import CleanConfig, latest, scores_folder
-from sanitize.jobs.run import read_config
+from sanitize.jobs.clean import CleanConfig, CleanRun, latest, scores_folder
+from sanitize.jobs.job import DecisionConfig, job
+from sanitize.jobs.result import CallResult
+from sanitize.jobs.run import Run, read_config
 from sanitize.jobs.verify import verify_run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import write_report
@@ -19,42 +22,59 @@ from sanitize.storage import create, exclusive, exists, join, read_bytes
 __all__ = ["config_of", "latest", "restore", "verify_run", "write_again"]
 
 
-def restore(folder: str | Path, keys: str | Sequence[str], note: str = "") -> dict[str, Any]:
-    """Put samples back: a new selection and new shards beside the old ones, and a line in `decisions.jsonl`.
+class RestoreRunConfig(DecisionConfig):
+    """Config of a decision to put samples back.
 
-    Args:
-        folder: path or URL of a finished run of `clean`.
-        keys: keys of samples in quarantine.
-        note: reason, for the record.
+    Attributes:
+        keys: keys of samples in quarantine; "SHARD:KEY" where a key occurs in several shards.
+    """
+
+    keys: tuple[str, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Restored(CallResult):
+    """A run of `clean` after samples were put back; `run` has its clean shards."""
+
+    place = "finished run of `clean`"
+
+    @property
+    def run(self) -> CleanRun:
+        """The run, in which the latest decision counts."""
+        return CleanRun.open(self.folder)
+
+
+@job(RestoreRunConfig, Restored, has_flow=False)
+def restore(config: RestoreRunConfig, run: Run) -> dict[str, Any]:
+    """Put samples back: a new selection and new shards beside the old ones, and a line in `decisions.jsonl`.
 
     Returns:
         `restored`: number of samples that were put back so far; `clean` and `quarantine`: folders of the new shards.
 
     Raises:
         DataError: a key is not in quarantine.
-        ArtifactError: `folder` is no finished run.
+        ArtifactError: the folder is no finished run.
     """
-    folder, keys = str(folder), (keys,) if isinstance(keys, str) else tuple(keys)
-    with exclusive(folder):
-        config = config_of(folder)
-        before, number = latest(folder)
-        suffix = f".r{number + 1}"
-        selection = restore_samples(
-            RestoreConfig(keys=keys, note=note), before, join(folder, f"40-selection{suffix}"), config.compute
-        )
-        dataset = Dataset.load(join(folder, "00-index"))
-        shards = write_selected(config.write, dataset, selection, join(folder, f"50-shards{suffix}"), config.compute)
-        decision = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "restored": sorted(keys),
-            "note": note,
-            "selection": selection.digest,
-            "shards": shards.digest,
-        }
-        log = join(folder, "decisions.jsonl")
-        earlier = read_bytes(log) if exists(log) else b""
-        with create(log) as writer:
-            writer.write(earlier + json.dumps(decision).encode() + b"\n")
+    folder = run.out
+    cleaned = config_of(folder)
+    compute = config.compute_after(cleaned.compute)
+    before, number = latest(folder)
+    suffix = f".r{number + 1}"
+    decided = RestoreConfig(keys=config.keys, note=config.note)
+    selection = restore_samples(decided, before, join(folder, f"40-selection{suffix}"), compute)
+    dataset = Dataset.load(join(folder, "00-index"))
+    shards = write_selected(cleaned.write, dataset, selection, join(folder, f"50-shards{suffix}"), compute)
+    decision = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "restored": sorted(config.keys),
+        "note": config.note,
+        "selection": selection.digest,
+        "shards": shards.digest,
+    }
+    log = join(folder, "decisions.jsonl")
+    earlier = read_bytes(log) if exists(log) else b""
+    with create(log) as writer:
+        writer.write(earlier + json.dumps(decision).encode() + b"\n")
     restored = selection.manifest().counts["restored"]
     return {"restored": restored, "clean": shards.url("clean"), "quarantine": shards.url("quarantine")}
 

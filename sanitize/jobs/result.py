@@ -6,7 +6,7 @@
 A result holds the place of the folder; its properties and methods read what the run wrote.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -47,6 +47,29 @@ class JobResult:
     def after(cls, folder: str | Path, summary: dict[str, Any]) -> Self:
         """The result of a job that has just ended with this summary."""
         return cls.open(folder)
+
+
+@dataclass(frozen=True)
+class CallResult(JobResult):
+    """Result of a job that adds to a folder and leaves no summary there.
+
+    Attributes:
+        folder: path or URL of the folder.
+        summary: findings of the call that returned this object, as the command prints them with `--json`; empty where
+            the object was opened.
+    """
+
+    summary: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """The result in a folder, which is not checked."""
+        return cls(str(folder).rstrip("/"))
+
+    @classmethod
+    def after(cls, folder: str | Path, summary: dict[str, Any]) -> Self:
+        """The result of a call with this summary."""
+        return cls(str(folder).rstrip("/"), summary)
 
 
 @dataclass(frozen=True)

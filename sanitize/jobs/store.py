@@ -1,18 +1,19 @@
 """State of a store (batches, refused shards, the feed) and the decisions of its users."""
 
+import getpass
 import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from sanitize.artifacts import altered
 from sanitize.entries import CommitEntry, Decision, DecisionEntry, Refused, RetryEntry
 from sanitize.errors import ArtifactError, ConfigError, StorageError
-from sanitize.jobs.reference import approval
-from sanitize.jobs.result import JobResult
+from sanitize.jobs.result import CallResult
 from sanitize.ledger import IngestBatch, Ledger, State
 from sanitize.storage import create, exclusive, exists, is_local, join, read_bytes
 
@@ -21,16 +22,15 @@ SHARDS = "50-shards"  # folder of a batch
 
 
 @dataclass(frozen=True)
-class IngestStore(JobResult):
+class IngestStore(CallResult):
     """A store of `ingest`: batches, refused shards, and the feed of clean shards.
 
     Attributes:
         folder: path or URL of the store.
-        summary: findings of the call of `ingest` that returned this object; empty where the store was opened.
+        summary: findings of the call that returned this object; empty where the store was opened.
     """
 
     place = "store"
-    summary: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -42,15 +42,10 @@ class IngestStore(JobResult):
         Raises:
             ArtifactError: the folder holds no store with a reference, or its ledger is damaged.
         """
-        store = cls(str(folder).rstrip("/"))
+        store = super().open(folder)
         if not Ledger(store.folder).read().references:
             raise ArtifactError(f"{folder} is no store: it has no reference; make one with `sanitize reference`")
         return store
-
-    @classmethod
-    def after(cls, folder: str | Path, summary: dict[str, Any]) -> Self:
-        """The store after a call of `ingest` with this summary."""
-        return cls(str(folder).rstrip("/"), summary)
 
     @property
     def batches(self) -> list[dict[str, Any]]:
@@ -247,3 +242,8 @@ def _retry_refused(ledger: Ledger, refused: Sequence[Refused], by: str, note: st
         "released": False,
         **made.model_dump(include={"by", "at", "note"}),
     }
+
+
+def approval(by: str, note: str) -> dict[str, str]:
+    """User, time and reason of a decision."""
+    return {"by": by or getpass.getuser(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "note": note}

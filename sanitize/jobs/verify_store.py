@@ -5,6 +5,7 @@ Outside the store only source shards are read, and only for their size and sha25
 
 import json
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from sanitize.artifacts import MANIFEST, read_manifest
@@ -17,7 +18,7 @@ from sanitize.ledger import IngestBatch, Ledger, State
 from sanitize.storage import absolute, exists, fingerprint, is_local, join, names_below, read_bytes, sha256_file
 
 
-def verify_path(path: str, sources: bool = True) -> Verified:
+def verify_path(path: str | Path, sources: bool = True) -> Verified:
     """Re-hash a store, a batch or a reference in a store, a run, or a single artifact.
 
     Args:
@@ -27,6 +28,7 @@ def verify_path(path: str, sources: bool = True) -> Verified:
     Raises:
         ArtifactError: the folder holds none of them.
     """
+    path = str(path)
     path = absolute(path) if is_local(path) else path.rstrip("/")
     if exists(join(path, "ledger")):
         return verify_store(path, sources)

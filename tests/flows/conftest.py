@@ -14,9 +14,8 @@ from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.digits import Digits, write_digits
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.drift import StatisticsConfig
+from sanitize.jobs import reference
 from sanitize.jobs.clean import CleanConfig
-from sanitize.jobs.reference import make_reference
 from tests.flows.stores import LEVEL
 
 
@@ -96,7 +95,7 @@ def approved(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def referenced(approved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with a reference and nothing else; it is copied, not used."""
     store = tmp_path_factory.mktemp("referenced") / "store"
-    made = make_reference(str(approved), str(store), StatisticsConfig(), LEVEL, note="looked at")
+    made = reference(run=approved, out=store, level=LEVEL, note="looked at").summary
     assert (made["reference"], made["shards"]) == (1, 8)
     return store
 

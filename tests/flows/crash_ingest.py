@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sanitize.compute import Compute
-from sanitize.drift import StatisticsConfig
+from sanitize.jobs import reference
 from sanitize.jobs.ingest import IngestConfig
 from sanitize.jobs.job import run_job
-from sanitize.jobs.reference import make_reference
 from sanitize.ledger import Ledger
 from sanitize.storage import sha256_file
 from tests.select.crash_write import start
@@ -92,7 +91,7 @@ def main() -> None:
     """Command line."""
     run, digits, folder = map(Path, sys.argv[1:])
     shards = sorted(digits.glob("*.tar"))
-    start(lambda: json.dumps(make_reference(str(run), str(folder / "store"), StatisticsConfig(), 0.01))).result()
+    start(lambda: json.dumps(reference(run=run, out=folder / "store", level=0.01).summary)).result()
     shutil.copytree(folder / "store", folder / "undisturbed")
     whole, incoming = folder / "whole", folder / "incoming"
     for place in (whole, incoming):

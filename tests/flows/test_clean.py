@@ -122,8 +122,9 @@ def test_several_scorers_each_with_its_rule(
     assert result["samples"]["quarantined"] == len(removed) == sum(c["removed"] for c in report["classes"])
     assert verify_run(str(tmp_path / "run"))[1] == []
 
-    again = restore(str(tmp_path / "run"), (removed[0]["key"],), "fine")
-    assert again["restored"] == 1
+    again = restore(out=tmp_path / "run", keys=removed[0]["key"], note="fine")
+    assert again.summary["restored"] == 1
+    assert again.run.clean_shards[0].startswith(again.summary["clean"])
     assert write_again(str(tmp_path / "run")).endswith("90-report.r1/index.html")
 
     # A rule is replayed from the scores alone: nothing before the selection is made again.

@@ -21,15 +21,15 @@ from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Selection
-from sanitize.drift import StatisticsConfig
 from sanitize.drift.statistics import CALIBRATE, FIT
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.jobs import reference, refit
 from sanitize.jobs.ingest import IngestConfig
-from sanitize.jobs.reference import load_reference, make_reference, refit
+from sanitize.jobs.reference import load_reference
 from sanitize.jobs.store import FEED, decide, list_batches
 from sanitize.lease import take
 from sanitize.ledger import CommitEntry, Ledger
-from sanitize.storage import create, join, names_below, read_bytes, sha256_file
+from sanitize.storage import create, exclusive, join, names_below, read_bytes, sha256_file
 from tests.clock import Clock
 from tests.flows.stores import CPU, LEVEL, config_of, feed_of, land
 from tests.s3 import s3_bucket
@@ -97,15 +97,15 @@ def test_ten_shards_at_once_and_in_five_batches_are_the_same_and_nothing_old_is_
     assert len(clean[0]) == 18
 
     # The next reference: merged from five batches, and from one that saw all of it in a single pass.
-    assert len(refit(str(store))["merged"]) == 5
-    assert refit(str(together))["merged"] == [batch["batch"]]
+    assert len(refit(out=store).summary["merged"]) == 5
+    assert refit(out=together).summary["merged"] == [batch["batch"]]
     merged, once = (load_reference(str(place), Ledger(str(place)).read().reference) for place in (store, together))
     for half in (FIT, CALIBRATE):
         assert merged.statistics.rows(half).equals(once.statistics.rows(half))
     assert merged.statistics.info == once.statistics.info
     assert merged.scores[0].manifest().files == once.scores[0].manifest().files  # the same thresholds follow
     with pytest.raises(ConfigError, match="nothing to merge"):
-        refit(str(store))
+        refit(out=store)
     with pytest.raises(ConfigError, match="has learned from it"):
         decide(str(together), batch["batch"], "rejected")
 
@@ -157,7 +157,7 @@ def test_shards_ledger_and_feed_may_be_in_a_bucket_that_fails_now_and_then(
     with s3_bucket(monkeypatch, rate=0.05) as (bucket, proxy):
         far, landing = join(bucket, "store"), join(bucket, "incoming")
         config = IngestConfig(shards=(landing,), compute=CPU)
-        make_reference(str(approved), far, StatisticsConfig(), LEVEL)
+        reference(run=approved, out=far, level=LEVEL)
         assert start(config, far, direct=True)["new"] == 0
         for shard in incoming.glob("*.tar"):
             with create(join(landing, shard.name)) as writer:
@@ -180,7 +180,7 @@ def test_a_batch_that_another_process_took_over_is_left_to_it(
     approved: Path, incoming: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
 ) -> None:
     store = f"memory://{uuid.uuid4().hex}/store"
-    make_reference(str(approved), store, StatisticsConfig(), LEVEL)
+    reference(run=approved, out=store, level=LEVEL)
     land(digits.shards()[8:9], incoming)
     module = sys.modules["sanitize.jobs.ingest"]  # the name in the package is the function
     whole, successors = module._run_batch, []
@@ -221,9 +221,19 @@ def test_a_store_without_a_reference_and_a_second_first_one_are_refused(
     with pytest.raises(ConfigError, match="make one with `sanitize reference"):
         start(config_of(incoming), str(tmp_path / "empty"), direct=True)
     with pytest.raises(ConfigError, match="`sanitize refit` makes the next"):
-        make_reference(str(approved), str(store), StatisticsConfig(), LEVEL)
+        reference(run=approved, out=store, level=LEVEL)
     with pytest.raises(ConfigError, match="lies inside"):
         start(config_of(incoming), str(incoming / "store"), direct=True)
+
+
+def test_reference_and_refit_lock_the_folder_of_the_reference_alone(store: Path, approved: Path) -> None:
+    with exclusive(store), pytest.raises(ConfigError, match="nothing to merge"):  # an ingest may work meanwhile
+        refit(out=store)
+    with exclusive(store / "reference"):
+        with pytest.raises(ArtifactError, match="another process"):
+            refit(out=store)
+        with pytest.raises(ArtifactError, match="another process"):
+            reference(run=approved, out=store)
 
 
 # --- accidents --------------------------------------------------------------------------------------------------

@@ -10,14 +10,13 @@ from typer.testing import CliRunner
 from flows.cli import app
 from sanitize.artifacts import read_manifest
 from sanitize.errors import ConfigError, DataError
-from sanitize.jobs.clean import CleanConfig
-from sanitize.jobs.plan import PlanConfig, plan
+from sanitize.jobs import CleanConfig, plan
 
 
 @pytest.fixture(scope="module")
 def planned(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    how = PlanConfig(n_samples=400, task_minutes=0.001, scale_to=10**9)
-    return plan(CleanConfig.model_validate(settings), how, tmp_path_factory.mktemp("plan"))
+    config, out = CleanConfig.model_validate(settings), tmp_path_factory.mktemp("plan")
+    return plan(out=out, config=config, n_samples=400, task_minutes=0.001, scale_to=10**9).summary
 
 
 def test_data_are_counted_without_being_read(planned: dict[str, Any], poisoned: Path) -> None:
@@ -60,7 +59,7 @@ def test_too_few_samples_to_measure_are_an_error(
     make_tar(tmp_path / "in" / "a.tar", good(1))
     config = CleanConfig.model_validate(settings | {"shards": [str(tmp_path / "in")]})
     with pytest.raises((ConfigError, DataError)):
-        plan(config, PlanConfig(n_samples=40), tmp_path / "out")
+        plan(out=tmp_path / "out", config=config, n_samples=40)
 
 
 def test_command_prints_the_plan(config_file: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_flow_from_s3_to_s3_gives_the_digests_of_local_disk(
         proxy.rate = 0.0
         assert verify_run(out) == (verify_run(str(direct))[0], [])
         quarantined = [row for shard in Selection.load(join(out, "40-selection")).shards for row in rows(out, shard)]
-        restored = restore(out, (quarantined[0]["key"],), "a person looked at it")
+        restored = restore(out=out, keys=quarantined[0]["key"], note="a person looked at it").summary
         assert restored["clean"] == join(out, "50-shards.r1", "clean")
         assert write_again(out) == join(out, "90-report.r1", "index.html")
         assert len(read_bytes(join(out, "decisions.jsonl")).splitlines()) == 1

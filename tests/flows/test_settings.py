@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.cli.app import ConfigOption, RunFolder, Store
 from flows.cli.command import COMMANDS
 from flows.cli.methods import ATTACKS, EPILOGS, REPAIRS, TRAINING
 from sanitize.attack import AttackConfig
@@ -36,10 +37,15 @@ NEEDED: dict[str, dict[str, Any]] = {
         "attacks": [{"kind": "badnets", "rate": 0.1}, {"kind": "wanet", "rate": 0.1}],
     },
     "repair": {"model": "a", "repair": {"trigger": {"kind": "wanet", "rate": 0.1}}},
+    "reference": {"run": "a"},
+    "restore": {"keys": ["a"]},
     "robustness": {"model": "a"},
     "train": {"simclr": {}},
 }
-SETTINGS = {name: ({} if name == "redteam" else {"shards": ["a"]}) | NEEDED.get(name, {}) for name in JOBS}
+SETTINGS = {
+    name: ({"shards": ["a"]} if "shards" in job.config.model_fields else {}) | NEEDED.get(name, {})
+    for name, job in JOBS.items()
+}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -64,12 +70,12 @@ def test_each_job_has_a_command_and_each_option_is_a_setting() -> None:
         known = set(paths_of(JOBS[name].config))
         declared = {option.path for option in (*command.common, *command.options)} - {""}
         assert declared <= known
-        assert declared
+        assert declared, name
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_every_setting_can_be_set_to_what_it_is(name: str) -> None:
-    assert len(LEAVES[name]) > 10
+    assert len(LEAVES[name]) > 3
     for path, value in LEAVES[name].items():
         assignment = f"{path}={json.dumps(value)}"
         assert make_config(JOBS[name].config, SETTINGS[name], assignments=[assignment]) == CONFIGS[name], assignment
@@ -97,16 +103,19 @@ def test_a_typo_exits_2_and_writes_nothing(name: str, tmp_path: Path) -> None:
     path = "clean.compute" if name == "redteam" else "compute"
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(SETTINGS[name]))
-    folder = "--store" if name == "ingest" else "--out"
-    arguments = [name, folder, str(tmp_path / "run"), "--set", f"{path}.sede=1"]
-    if "model" in SETTINGS[name]:
-        arguments += ["a", "--config", str(file)]
-    else:
-        arguments += [str(file)]
+    command = COMMANDS[name]
+    there, new = tmp_path / "there", str(tmp_path / "run")
+    there.mkdir()
+    folders = {Store: ["--store", new], RunFolder: [str(there)], None: []}
+    arguments = [name, *folders.get(command.out, ["--out", new]), "--set", f"{path}.sede=1"]
+    arguments += ["a" for option in command.options if not option.flag.startswith("--")]
+    arguments += ["--key", "a"] if name == "restore" else []
+    arguments += ["--config"] if command.parameters()["config"][0] is ConfigOption else []
+    arguments += [str(file)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert f"config: {path}.sede: there is no such setting; nearest: {path}.seed" in result.output
-    assert [one.name for one in tmp_path.iterdir()] == [file.name]
+    assert sorted(one.name for one in tmp_path.rglob("*")) == [file.name, there.name]
 
 
 def test_the_file_then_options_then_set() -> None:
@@ -216,9 +225,9 @@ def test_partitions_are_refused_from_python_too() -> None:
 
 def test_statistics_of_a_reference_take_set(tmp_path: Path) -> None:
     arguments = ["reference", str(tmp_path), "--store", str(tmp_path / "store"), "--set"]
-    result = CliRunner().invoke(app, [*arguments, "n_component=3"])
-    assert (result.exit_code, "nearest: n_components" in result.output) == (2, True)
-    result = CliRunner().invoke(app, [*arguments, "n_components=0"])
+    result = CliRunner().invoke(app, [*arguments, "n_components=3"])
+    assert (result.exit_code, "nearest: statistics.n_components" in result.output) == (2, True)
+    result = CliRunner().invoke(app, [*arguments, "statistics.n_components=0"])
     assert (result.exit_code, "n_components: Input should be greater" in result.output) == (2, True)
     assert list(tmp_path.iterdir()) == []
 

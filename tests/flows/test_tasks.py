@@ -63,8 +63,14 @@ def test_one_task_at_a_time_is_on_a_gpu(
     assert together == {"on_gpu": 1, "on_cpu": 2}
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_every_job_is_a_flow_that_a_deployment_can_name(name: str) -> None:
+def test_jobs_that_are_called_directly_have_no_flow() -> None:
+    assert tasks.FLOWS.keys() == {name for name, job in JOBS.items() if job.has_flow}
+    assert {"clean", "demo"} < tasks.FLOWS.keys() < JOBS.keys()
+    assert not hasattr(tasks, "refit_flow")
+
+
+@pytest.mark.parametrize("name", tasks.FLOWS)
+def test_a_job_is_a_flow_that_a_deployment_can_name(name: str) -> None:
     flow = import_object(f"flows.tasks.{name}_flow")  # as Prefect finds it
     assert flow is tasks.FLOWS[name]
     assert flow.name == name

@@ -14,7 +14,7 @@ from flows.cli import app
 from flows.start import start
 from sanitize.data.digits import Digits
 from sanitize.errors import ArtifactError
-from sanitize.jobs.reference import refit
+from sanitize.jobs import refit
 from sanitize.jobs.restore import config_of as clean_config
 from sanitize.jobs.verify_store import verify_path
 from tests.flows.stores import config_of, land
@@ -174,7 +174,7 @@ def test_clean_shards_of_the_approved_run_are_in_the_feed_and_so_are_checked(
 
 
 def test_a_refit_is_verified_too(store: Path) -> None:
-    refit(str(store))
+    refit(out=store)
     assert verify_path(str(store), sources=False).problems == []
     assert verify_path(str(store / "reference/v0002")).problems == []
     changed(store / "reference/v0002/21-statistics/statistics.json")

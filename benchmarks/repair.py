@@ -51,6 +51,7 @@ from sanitize.models.resnet import ResNetConfig
 from sanitize.models.vgg import VGGConfig
 from sanitize.repairs import (
     ANPConfig,
+    BaseRepairConfig,
     CLPConfig,
     DRRConfig,
     EPConfig,
@@ -61,7 +62,6 @@ from sanitize.repairs import (
     NeuralCleanseConfig,
     Repaired,
     RepairInputs,
-    RepairMethod,
     in_memory,
     split_clean,
 )
@@ -78,12 +78,12 @@ KINDS = (
     "trojan square",
     "trojan watermark",
 )
-DRR: dict[str, RepairMethod] = {
+DRR: dict[str, BaseRepairConfig] = {
     "drr": DRRConfig(),
     "drr third_moment": DRRConfig(search="third_moment", projection="orthogonal", rank=1, layers=("features.norm2_0",)),
 }
-IBAU: dict[str, RepairMethod] = {"ibau": IBAUConfig(), "ibau direct": IBAUConfig(implicit=False)}
-BASELINES: dict[str, RepairMethod] = {
+IBAU: dict[str, BaseRepairConfig] = {"ibau": IBAUConfig(), "ibau direct": IBAUConfig(implicit=False)}
+BASELINES: dict[str, BaseRepairConfig] = {
     "fine-tuning": FineTuningConfig(),
     "fine-pruning": FinePruningConfig(),
     "clp": CLPConfig(),
@@ -198,7 +198,7 @@ def run(setting: Setting, attack: str, seed: int, device: str = "cpu") -> list[d
     rows = [common | {"method": "none"} | before | after_tuning | {"tuning_seconds": time.perf_counter() - start}]
     for name in setting.methods:
         start = time.perf_counter()
-        repaired = METHODS[name].repair(model, inputs, compute)
+        repaired = METHODS[name].build()(model, inputs, compute)
         seconds = time.perf_counter() - start
         row = common | {"method": name, "seconds": seconds, "acc_lost": before["acc"]} | measured(repaired.model)
         row["acc_lost"] -= row["acc"]
@@ -361,7 +361,7 @@ def timing(n_images: int, device: str) -> tuple[list[dict[str, Any]], list[str]]
     repair = DRRConfig(search="third_moment", tau=1e-6, n_starts=2, n_steps=10)
     repaired: list[Repaired] = []
     inputs = RepairInputs(config, in_memory(images, labels))
-    drr_s = seconds(lambda: repaired.append(repair.repair(model, inputs, compute)))
+    drr_s = seconds(lambda: repaired.append(repair.build()(model, inputs, compute)))
     search = repaired[0].seconds["search"]
     rows.append({"what": "a forward pass of ResNet-18", "images": n_images, "seconds": pass_s})
     rows.append({"what": "DRR, all of it", "images": n_images, "seconds": drr_s, "times": drr_s / pass_s})
@@ -369,7 +369,7 @@ def timing(n_images: int, device: str) -> tuple[list[dict[str, Any]], list[str]]
     model, config = network(VGGConfig())
     clean = split_clean(images[:N_CLEAN], labels[:N_CLEAN], 0.2, compute.generator("held out"))
     unlearn = IBAUConfig(rounds=3, patience=3)
-    round_s = seconds(lambda: unlearn.repair(model, RepairInputs(config, None, clean), compute)) / unlearn.rounds
+    round_s = seconds(lambda: unlearn.build()(model, RepairInputs(config, None, clean), compute)) / unlearn.rounds
     tuning = TUNING.model_copy(update={"epochs": 3})
     tuned = clean.images_NCHW, clean.labels_N
     epoch_s = seconds(lambda: _train(deepcopy(model), config, *tuned, tuning, compute)) / tuning.epochs

@@ -1,4 +1,8 @@
-"""Everything that `import sanitize` offers; `sanitize/__init__.py` imports this module when a name is first used."""
+"""Everything that `import sanitize` offers; `sanitize/__init__.py` imports this module when a name is first used.
+
+Stages and jobs are written out, although registries hold them: type checkers know only the names that imports and
+`__all__` spell out; names taken from a registry would have the type Any. `tests/test_api.py` compares the two.
+"""
 
 from sanitize.arrays import PoisonFound, find_poison
 from sanitize.attack import poison_shards

@@ -117,9 +117,9 @@ def find_poison(
     fitted.fit(batches, Compute(device="cpu", seed=seed))
     scores_N = torch.cat([fitted.score(batch) for batch in batches(scorer.scored)]).numpy()
     judged = {label: np.flatnonzero(labels_N.numpy() == label) for label in labels_N.unique().tolist()}
-    output = ScorerOutput(scorer.kind, scores_N, fitted.statistics)
+    output = ScorerOutput(scorer.kind, scores_N, fitted.statistics, scorer.rule)
     scored = Scored({}, judged, {}, np.zeros(len(scores_N), bool), [output])
-    found = rule_on(output, select.rules_of([scorer.kind])[scorer.kind], scored, select)
+    found = rule_on(output, select.rules_of({scorer.kind: scorer.rule})[scorer.kind], scored, select)
     finding = fitted.finding if isinstance(fitted, ToxicDirection) else _NO_LABEL_EVIDENCE
     evidence = {
         label: {"n": len(judged[label]), "decision": _decision(label, measures, finding)} | _evidence(measures)

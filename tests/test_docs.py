@@ -1,6 +1,7 @@
 """README and docs/: links lead somewhere, commands parse, examples run."""
 
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from flows.cli import app
 from sanitize import Compute, index_shards
 from sanitize.data.digits import write_digits
 from sanitize.data.index import IndexConfig
+from sanitize.stage import STAGES
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -88,6 +90,26 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert target.exists(), link
         assert page not in DOCS or target.is_relative_to(ROOT / "docs"), f"{link}: mkdocs serves only docs/"
         assert not anchor or anchor in anchors(target), link
+
+
+TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_tables_hold_what_the_registries_hold(page: Path) -> None:
+    text = page.read_text()
+    assert text == TABLES["filled"](text), "a registry has changed: run `python docs/tables.py`"
+
+
+def test_every_table_is_on_a_page_and_a_stale_one_is_found() -> None:
+    text = "".join(page.read_text() for page in DOCS)
+    for name in TABLES["TABLES"]:
+        assert text.count(f"<!-- table: {name} -->\n") == 1
+    for name, declared in STAGES.items():
+        if declared.function.__module__.startswith("sanitize."):
+            assert f"| `{name}` |" in text
+    stale = re.sub(r"\n.*\| `fit_scorer` \|.*", "", text)
+    assert stale != text == TABLES["filled"](stale)
 
 
 def test_readme_is_one_page() -> None:

@@ -5,13 +5,20 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
 import sanitize
 from sanitize.artifacts import Artifact
+from sanitize.attack.several import OneAttack
 from sanitize.compute import Compute
+from sanitize.embed import AnyEmbedderConfig
+from sanitize.models.architectures import Architecture
+from sanitize.repairs import RepairConfig
+from sanitize.score import ScorerConfig
+from sanitize.select import Rule
 from sanitize.stage import STAGES, Work, stage
 
 MODULES: list[ModuleType] = [
@@ -94,6 +101,42 @@ def test_a_config_is_frozen_documented_and_refuses_unknown_fields(config: type[B
     assert config.model_config.get("frozen") is True
     assert config.model_config.get("extra") == "forbid"
     assert inspect.getdoc(config)
+
+
+METHODS: dict[str, Any] = {
+    "architecture": Architecture,
+    "attack": OneAttack,
+    "embedder": AnyEmbedderConfig,
+    "repair": RepairConfig,
+    "rule": Rule,
+    "scorer": ScorerConfig,
+}
+
+
+def members(union: Any) -> list[type[BaseModel]]:
+    """Configs in a union; the members of some unions are annotated."""
+    return [get_args(one)[0] if get_args(one) else one for one in get_args(get_args(union)[0])]
+
+
+@pytest.mark.parametrize("union", METHODS.values(), ids=METHODS)
+def test_methods_are_plugged_in_in_one_way(union: Any) -> None:
+    """A config with a kind of its own, that is data: all it does is build the method, by that name."""
+    configs = members(union)
+    kinds = [kind for config in configs for kind in get_args(config.model_fields["kind"].annotation)]
+    assert len(set(kinds)) == len(kinds) >= len(configs) > 1
+    for config in configs:
+        assert inspect.isfunction(config.build)
+        assert next(iter(inspect.signature(config.build).parameters)) == "self"
+        assert not getattr(config.build, "__isabstractmethod__", False)
+        assert not {"fit", "repair", "score", "stage", "thresholds", "__call__"} & set(dir(config))
+
+
+def test_an_embedder_builds_a_stage_of_its_own_file() -> None:
+    for config in members(AnyEmbedderConfig):
+        stage = config().build()
+        assert STAGES[stage.__name__].function is stage
+        assert stage.__module__ == config.__module__
+        assert next(iter(inspect.signature(stage).parameters.values())).annotation is config
 
 
 def test_nothing_but_compute_asks_for_hardware_or_seeds_globally() -> None:

@@ -1,7 +1,7 @@
 """What an attack is. B batch, C H W image.
 
-An attack is one file: a frozen config with `kind`, the declarations of `Attack`, and its maths. `OneAttack`
-(`several.py`) is the union of all attacks.
+To add an attack: one file with its config, a subclass of `Attack`, and its maths; and the config's name in the union
+`OneAttack` (`several.py`). `build` returns the change of training images, by default the trigger.
 """
 
 from abc import abstractmethod

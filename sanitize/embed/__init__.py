@@ -2,6 +2,9 @@
 
 A backdoor can be detected only in a model that has learned it: the suspect model is trained on the poisoned data on
 purpose, and is not used for anything else. The encoder of SimCLR is for scorers that must not depend on labels.
+
+To add an embedder: one file with its config, a `FitConfig` with `kind`, `build`, `n_passes` and `once`, and the stage
+that `build` returns; and the config in the union `AnyEmbedderConfig`.
 """
 
 from typing import Annotated, Any

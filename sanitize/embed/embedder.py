@@ -61,9 +61,8 @@ class EmbedderConfig(ClassifierConfig):
     max_steps: int = Field(default=6_000, ge=1)
     max_samples: int | None = Field(default=100_000, ge=1)
 
-    @property
-    def stage(self) -> Callable[..., Checkpoint]:
-        """The stage that makes this embedder."""
+    def build(self) -> Callable[..., Checkpoint]:
+        """The stage that makes the embedder: `config, dataset, out, compute -> Checkpoint`."""
         return train_embedder
 
     def n_passes(self, n_samples: int) -> int:

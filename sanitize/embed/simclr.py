@@ -58,9 +58,8 @@ class SimCLRConfig(FitConfig):
     optim: OptimConfig = OptimConfig(epochs=100, batch_size=256)
     snapshot_every: int = Field(default=500, ge=1)
 
-    @property
-    def stage(self) -> Callable[..., Checkpoint]:
-        """The stage that makes this embedder."""
+    def build(self) -> Callable[..., Checkpoint]:
+        """The stage that makes the embedder: `config, dataset, out, compute -> Checkpoint`."""
         return pretrain_simclr
 
     def n_passes(self, n_samples: int) -> int:

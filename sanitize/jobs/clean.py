@@ -27,7 +27,6 @@ from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import Report, ReportConfig, finding_of, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.select import (
-    ConformalRule,
     SelectConfig,
     Shards,
     WriteConfig,
@@ -79,12 +78,12 @@ class CleanConfig(RunConfig):
         kinds = [scorer.kind for scorer in self.scorers]
         if len(set(kinds)) < len(kinds):
             raise ConfigError(f"scorers: two are of one kind ({', '.join(kinds)}); run the second on the clean shards")
-        conformal = [k for k, rule in self.select.rules_of(kinds).items() if isinstance(rule, ConformalRule)]
-        if conformal and not self.trusted:
-            raise ConfigError(
-                f"rule 'conformal' of {', '.join(conformal)} compares with trusted samples: name their shards "
-                "under `trusted:`, or take rule 'fdr'"
-            )
+        for kind, rule in self.select.rules_of({scorer.kind: scorer.rule for scorer in self.scorers}).items():
+            if rule.needs_trusted and not self.trusted:
+                raise ConfigError(
+                    f"rule {rule.kind!r} of {kind} compares with trusted samples: name their shards under `trusted:`, "
+                    "or take rule 'fdr'"
+                )
         return self
 
 
@@ -191,7 +190,7 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
     dataset = run.sharded("00-index", index_shards, names, config.index, fingerprint_shards(found))
-    embedder = run.stage("10-embedder", config.embedder.stage, config.embedder, dataset)
+    embedder = run.stage("10-embedder", config.embedder.build(), config.embedder, dataset)
     embeddings = run.sharded("20-embeddings", embed_shards, names, config.embed, dataset, embedder)
     scores = tuple(_score(scorer, dataset, embedder, embeddings, trusted, run) for scorer in config.scorers)
     selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)

@@ -193,9 +193,10 @@ def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: Cl
 
     n_classes = json.loads((Path(large.out) / "00-index" / "dataset.json").read_text())["n_classes"]
     embedder = config.embedder
+    trained_by = embedder.build().__name__
     most = {
         "fit_scorer": MAX_FITTED * n_classes,
-        embedder.stage.__name__: getattr(embedder, "max_samples", None) or math.inf,
+        trained_by: getattr(embedder, "max_samples", None) or math.inf,
     }
     costs = []
     for a, b in zip(small.stages, large.stages, strict=True):
@@ -210,7 +211,7 @@ def _costs(small: MeasuredRun, large: MeasuredRun, more: int, n: int, config: Cl
                 seconds_each=seconds,
                 read_each=each("read", a, b),
                 written_each=each("written", a, b) or 0.0,
-                passes=embedder.n_passes if b["stage"] == embedder.stage.__name__ else lambda _n: 1,
+                passes=embedder.n_passes if b["stage"] == trained_by else lambda _n: 1,
                 most=most.get(b["stage"], math.inf),
             )
         )

@@ -1,12 +1,12 @@
 """All architectures, in one list, distinguished by `kind`.
 
-An architecture is one file: a frozen config with `kind` and
+To add an architecture: one file with its network and a frozen config that has a `kind` and
 
     def build(self, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module: ...
 
-which returns a new network from normalised float images (B, C, H, W) to logits (B, K), with weights from torch's global
-generator. A description may come from a stranger, so every number in a config has a bound (`models.sizes`), and `build`
-also runs on the meta device. A new architecture is added to the union below.
+and the config's name in the union below. `build` returns a new network from normalised float images (B, C, H, W) to
+logits (B, K), with weights from torch's global generator. A description may come from a stranger, so every number in a
+config has a bound (`models.sizes`), and `build` also runs on the meta device.
 """
 
 from typing import Annotated

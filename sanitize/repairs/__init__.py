@@ -8,10 +8,11 @@ from sanitize.repairs.fine_pruning import FinePruningConfig
 from sanitize.repairs.fine_tuning import FineTuningConfig
 from sanitize.repairs.ibau import IBAUConfig
 from sanitize.repairs.inputs import (
+    BaseRepairConfig,
     CleanImages,
+    Repair,
     Repaired,
     RepairInputs,
-    RepairMethod,
     UntrustedBatch,
     in_memory,
     split_clean,
@@ -23,6 +24,7 @@ from sanitize.repairs.stage import RepairedModel, RepairModelConfig, repair_mode
 
 __all__ = [
     "ANPConfig",
+    "BaseRepairConfig",
     "CLPConfig",
     "CleanImages",
     "DRRConfig",
@@ -32,9 +34,9 @@ __all__ = [
     "IBAUConfig",
     "NADConfig",
     "NeuralCleanseConfig",
+    "Repair",
     "RepairConfig",
     "RepairInputs",
-    "RepairMethod",
     "RepairModelConfig",
     "Repaired",
     "RepairedModel",

@@ -9,41 +9,45 @@ In a layer of C channels no value lies above (C - 1) / sqrt(C) deviations: u = 3
 """
 
 import copy
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.repairs.channels import find_channels, outliers, prune
-from sanitize.repairs.inputs import Needs, Repaired, RepairInputs
+from sanitize.repairs.inputs import BaseRepairConfig, Needs, Repair, Repaired, RepairInputs
 from sanitize.repairs.sites import Site
 
 
-class CLPConfig(BaseModel):
+class CLPConfig(BaseRepairConfig):
     """Prune channels that are too sensitive.
 
     Attributes:
         u: standard deviations above the mean of the layer from which a channel is pruned.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["clp"] = "clp"
     needs: ClassVar[Needs] = "nothing"
     u: float = Field(default=3.0, gt=0)
 
-    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Prune a copy of `model`; `done` has the number of pruned channels of each layer."""
-        compute.activate()
-        model = copy.deepcopy(model).eval()
-        pruned = {}
-        for site in find_channels(model, inputs.config.example()):
-            channels_C = outliers(lipschitz_bounds(model, site), self.u)
-            prune(model, site, channels_C, keep_bias=False)
-            pruned[site.name] = int(channels_C.sum())
-        return Repaired(model, {"pruned": pruned})
+    def build(self) -> Repair:
+        """The function `repair` with these settings."""
+        return partial(repair, self)
+
+
+def repair(config: CLPConfig, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
+    """Prune a copy of `model`; `done` has the number of pruned channels of each layer."""
+    compute.activate()
+    model = copy.deepcopy(model).eval()
+    pruned = {}
+    for site in find_channels(model, inputs.config.example()):
+        channels_C = outliers(lipschitz_bounds(model, site), config.u)
+        prune(model, site, channels_C, keep_bias=False)
+        pruned[site.name] = int(channels_C.sum())
+    return Repaired(model, {"pruned": pruned})
 
 
 @torch.no_grad()

@@ -23,15 +23,16 @@ Shapes: N samples, D features of a site, P pooled features, k directions, S star
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
-from sanitize.repairs.inputs import Needs, Repaired, RepairInputs
+from sanitize.repairs.inputs import BaseRepairConfig, Needs, Repair, Repaired, RepairInputs
 from sanitize.repairs.observe import FeatureSample, group_moments, sample_features, separation_constant
 from sanitize.repairs.sites import Projection, Site, find_sites, fold
 from sanitize.repairs.third_moment import Directions, of_every_class, third_moment_directions
@@ -44,7 +45,7 @@ SMALL_CLASS = 500  # samples
 _REST = -1  # group of all samples outside the second clusters
 
 
-class DRRConfig(BaseModel):
+class DRRConfig(BaseRepairConfig):
     """Search for directions, and their projection.
 
     Attributes:
@@ -67,10 +68,8 @@ class DRRConfig(BaseModel):
         sample_size: samples whose pooled features are held in memory.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    needs: ClassVar[Needs] = "untrusted"
-
     kind: Literal["drr"] = "drr"
+    needs: ClassVar[Needs] = "untrusted"
     search: Literal["clusters", "third_moment"] = "clusters"
     projection: Literal["oblique", "orthogonal"] = "oblique"
     layers: PositiveInt | tuple[str, ...] = 2
@@ -86,54 +85,61 @@ class DRRConfig(BaseModel):
     ridge: float = Field(default=0.03, gt=0)
     sample_size: int = Field(default=20_000, ge=100)
 
-    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Project the toxic directions out, in a copy of the network.
+    def build(self) -> Repair:
+        """The function `repair` with these settings."""
+        return partial(repair, self)
 
-        Raises:
-            ConfigError: there is no untrusted data, `layers` names no site, or the network has none.
-            NumericsError: features are not finite.
-        """
-        model = copy.deepcopy(model)
-        sites = chosen_sites(model, inputs, self.layers)
-        by_clusters = self.search == "clusters"
-        sample = sample_features(
-            model, sites, inputs, "max_mean" if by_clusters else self.pooling, self.sample_size, compute
-        )
-        start = time.perf_counter()
-        found = self._clusters(model, sample, compute) if by_clusters else self._third_moments(sample, compute)
-        seconds = time.perf_counter() - start
-        removed = {} if found.is_empty else _removed(self, model, sites, inputs, found, compute)
-        for site in sites:
-            if site.name in removed:
-                fold(model, site, removed[site.name])
-        layers = [_row(site, sample, found, removed.get(site.name)) for site in sites]
-        return Repaired(model.cpu().eval(), {"layers": layers}, {"search": seconds})
 
-    def _third_moments(self, sample: FeatureSample, compute: Compute) -> "ThirdMoments":
-        found = {}
-        for name, x_ND in sample.pooled.items():
-            generator = compute.generator("repair", "drr", name)
-            steps = self.n_starts, self.n_steps, generator
-            if self.per_class:
-                found[name] = of_every_class(x_ND, sample.predictions_N, self.rank, self.tau, *steps)
-            else:
-                found[name] = third_moment_directions(x_ND, self.rank, *steps)
-        return ThirdMoments(found, self.tau)
+def repair(config: DRRConfig, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
+    """Project the toxic directions out, in a copy of the network.
 
-    def _clusters(self, model: nn.Module, sample: FeatureSample, compute: Compute) -> "Clusters":
-        splits: dict[str, dict[int, ClassSplit]] = {}
-        for name, z_NP in sample.pooled.items():
-            splits[name] = {}
-            for label in sample.predictions_N.unique().tolist():
-                there_N = sample.predictions_N == label
-                generator = compute.generator("repair", "drr", name, label)
-                split = fit_class(z_NP[there_N], self.split, generator, at_least=self.min_separation)
-                if sample.head is not None and EVEN <= split.minority_fraction <= 1 - EVEN:
-                    head = model.get_submodule(sample.head)
-                    at_head = sample.pooled[sample.head]
-                    split = side_by_head(head, at_head, split, z_NP, sample.predictions_N, label, self.ridge)
-                splits[name][label] = split
-        return Clusters(splits, self.min_separation, self.small_class_separation, self.rank)
+    Raises:
+        ConfigError: there is no untrusted data, `layers` names no site, or the network has none.
+        NumericsError: features are not finite.
+    """
+    model = copy.deepcopy(model)
+    sites = chosen_sites(model, inputs, config.layers)
+    by_clusters = config.search == "clusters"
+    sample = sample_features(
+        model, sites, inputs, "max_mean" if by_clusters else config.pooling, config.sample_size, compute
+    )
+    start = time.perf_counter()
+    found = _clusters(config, model, sample, compute) if by_clusters else _third_moments(config, sample, compute)
+    seconds = time.perf_counter() - start
+    removed = {} if found.is_empty else _removed(config, model, sites, inputs, found, compute)
+    for site in sites:
+        if site.name in removed:
+            fold(model, site, removed[site.name])
+    layers = [_row(site, sample, found, removed.get(site.name)) for site in sites]
+    return Repaired(model.cpu().eval(), {"layers": layers}, {"search": seconds})
+
+
+def _third_moments(config: DRRConfig, sample: FeatureSample, compute: Compute) -> "ThirdMoments":
+    found = {}
+    for name, x_ND in sample.pooled.items():
+        generator = compute.generator("repair", "drr", name)
+        steps = config.n_starts, config.n_steps, generator
+        if config.per_class:
+            found[name] = of_every_class(x_ND, sample.predictions_N, config.rank, config.tau, *steps)
+        else:
+            found[name] = third_moment_directions(x_ND, config.rank, *steps)
+    return ThirdMoments(found, config.tau)
+
+
+def _clusters(config: DRRConfig, model: nn.Module, sample: FeatureSample, compute: Compute) -> "Clusters":
+    splits: dict[str, dict[int, ClassSplit]] = {}
+    for name, z_NP in sample.pooled.items():
+        splits[name] = {}
+        for label in sample.predictions_N.unique().tolist():
+            there_N = sample.predictions_N == label
+            generator = compute.generator("repair", "drr", name, label)
+            split = fit_class(z_NP[there_N], config.split, generator, at_least=config.min_separation)
+            if sample.head is not None and EVEN <= split.minority_fraction <= 1 - EVEN:
+                head = model.get_submodule(sample.head)
+                at_head = sample.pooled[sample.head]
+                split = side_by_head(head, at_head, split, z_NP, sample.predictions_N, label, config.ridge)
+            splits[name][label] = split
+    return Clusters(splits, config.min_separation, config.small_class_separation, config.rank)
 
 
 class ThirdMoments(NamedTuple):

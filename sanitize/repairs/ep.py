@@ -10,21 +10,22 @@ Shapes: B batch, C channels, b bins.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.repairs.channels import find_channels, outliers, prune, spatial_max
-from sanitize.repairs.inputs import Needs, Repaired, RepairInputs
+from sanitize.repairs.inputs import BaseRepairConfig, Needs, Repair, Repaired, RepairInputs
 from sanitize.repairs.sites import Site, watching
 
 _REACH = 10.0  # standard deviations on either side; values beyond are counted in the last bin
 
 
-class EPConfig(BaseModel):
+class EPConfig(BaseRepairConfig):
     """Prune channels with two modes on the training data.
 
     Attributes:
@@ -32,27 +33,30 @@ class EPConfig(BaseModel):
         bin_width: width of a bin of the histogram, in standard deviations of the channel.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["ep"] = "ep"
     needs: ClassVar[Needs] = "untrusted"
     u: float = Field(default=3.0, gt=0)
     bin_width: float = Field(default=0.1, gt=0, le=1)
 
-    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Prune a copy of `model`; `done` has the number of pruned channels of each layer."""
-        compute.activate()
-        model = copy.deepcopy(model).to(compute.torch_device).eval()
-        sites = find_channels(model, inputs.config.example())
-        shape = _shape(model, sites, inputs, compute)
-        histograms = {site.name: Histogram(*shape[site.name], self.bin_width) for site in sites}
-        _watch(model, sites, inputs, compute, lambda site, y_BC: histograms[site.name].add(y_BC))
-        pruned = {}
-        for site in sites:
-            channels_C = outliers(-histograms[site.name].entropy(), self.u)
-            prune(model, site, channels_C, keep_bias=True)
-            pruned[site.name] = int(channels_C.sum())
-        return Repaired(model, {"pruned": pruned})
+    def build(self) -> Repair:
+        """The function `repair` with these settings."""
+        return partial(repair, self)
+
+
+def repair(config: EPConfig, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
+    """Prune a copy of `model`; `done` has the number of pruned channels of each layer."""
+    compute.activate()
+    model = copy.deepcopy(model).to(compute.torch_device).eval()
+    sites = find_channels(model, inputs.config.example())
+    shape = _shape(model, sites, inputs, compute)
+    histograms = {site.name: Histogram(*shape[site.name], config.bin_width) for site in sites}
+    _watch(model, sites, inputs, compute, lambda site, y_BC: histograms[site.name].add(y_BC))
+    pruned = {}
+    for site in sites:
+        channels_C = outliers(-histograms[site.name].entropy(), config.u)
+        prune(model, site, channels_C, keep_bias=True)
+        pruned[site.name] = int(channels_C.sum())
+    return Repaired(model, {"pruned": pruned})
 
 
 class Histogram:

@@ -7,10 +7,11 @@ fine-tuning removes the backdoor from neurons that clean images do activate.
 """
 
 import copy
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
@@ -18,11 +19,11 @@ from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, predict
 from sanitize.repairs.channels import find_channels, prune, prune_in_order
 from sanitize.repairs.fine_tuning import FINE_TUNING, fine_tune
-from sanitize.repairs.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
+from sanitize.repairs.inputs import BaseRepairConfig, Needs, Repair, Repaired, RepairInputs, held_out_accuracy
 from sanitize.repairs.sites import Site, watching
 
 
-class FinePruningConfig(BaseModel):
+class FinePruningConfig(BaseRepairConfig):
     """Prune, then fine-tune.
 
     Attributes:
@@ -30,40 +31,43 @@ class FinePruningConfig(BaseModel):
         optim: optimiser of the fine-tuning.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["fine_pruning"] = "fine_pruning"
     needs: ClassVar[Needs] = "clean"
     max_drop: float = Field(default=0.04, ge=0, le=1)
     optim: OptimConfig = FINE_TUNING
 
-    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Prune and fine-tune a copy of `model`; `done` has the number of pruned channels and the held-out accuracy.
+    def build(self) -> Repair:
+        """The function `repair` with these settings."""
+        return partial(repair, self)
 
-        Raises:
-            ConfigError: the network has no convolution.
-        """
-        compute.activate()
-        clean = inputs.clean_images()
-        model = copy.deepcopy(model).to(compute.torch_device).eval()
-        sites = [
-            site
-            for site in find_channels(model, inputs.config.example())
-            if isinstance(model.get_submodule(site.linear), nn.Conv2d)
-        ]
-        if not sites:
-            raise ConfigError("fine-pruning prunes the last convolution, and the network has none")
-        site = sites[-1]
-        order = [(site, channel) for channel in _activity(model, site, inputs, compute).argsort().tolist()]
-        model, pruned = prune_in_order(model, order, self.max_drop, False, inputs, compute)
-        pruned_c = torch.tensor(pruned[site.name], dtype=torch.int64)
 
-        def keep_pruned() -> None:
-            prune(model, site, pruned_c, keep_bias=False)
+def repair(config: FinePruningConfig, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
+    """Prune and fine-tune a copy of `model`; `done` has the number of pruned channels and the held-out accuracy.
 
-        fine_tune(model, clean.images_NCHW, clean.labels_N, self.optim, inputs.config, compute, after_step=keep_pruned)
-        accuracy = held_out_accuracy(model, inputs, compute)
-        return Repaired(model, {"pruned": {site.name: len(pruned_c)}, "held_out_accuracy": accuracy})
+    Raises:
+        ConfigError: the network has no convolution.
+    """
+    compute.activate()
+    clean = inputs.clean_images()
+    model = copy.deepcopy(model).to(compute.torch_device).eval()
+    sites = [
+        site
+        for site in find_channels(model, inputs.config.example())
+        if isinstance(model.get_submodule(site.linear), nn.Conv2d)
+    ]
+    if not sites:
+        raise ConfigError("fine-pruning prunes the last convolution, and the network has none")
+    site = sites[-1]
+    order = [(site, channel) for channel in _activity(model, site, inputs, compute).argsort().tolist()]
+    model, pruned = prune_in_order(model, order, config.max_drop, False, inputs, compute)
+    pruned_c = torch.tensor(pruned[site.name], dtype=torch.int64)
+
+    def keep_pruned() -> None:
+        prune(model, site, pruned_c, keep_bias=False)
+
+    fine_tune(model, clean.images_NCHW, clean.labels_N, config.optim, inputs.config, compute, after_step=keep_pruned)
+    accuracy = held_out_accuracy(model, inputs, compute)
+    return Repaired(model, {"pruned": {site.name: len(pruned_c)}, "held_out_accuracy": accuracy})
 
 
 def _activity(model: nn.Module, site: Site, inputs: RepairInputs, compute: Compute) -> Tensor:

@@ -2,42 +2,45 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
 from sanitize.loop import Objective, OptimConfig, train
 from sanitize.models.config import ModelConfig
-from sanitize.repairs.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
+from sanitize.repairs.inputs import BaseRepairConfig, Needs, Repair, Repaired, RepairInputs, held_out_accuracy
 
 FINE_TUNING = OptimConfig(
     optimizer="sgd", learning_rate=0.01, schedule="constant", weight_decay=5e-4, epochs=10, batch_size=64
 )
 
 
-class FineTuningConfig(BaseModel):
+class FineTuningConfig(BaseRepairConfig):
     """Train on clean images.
 
     Attributes:
         optim: optimiser and schedule.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["fine_tuning"] = "fine_tuning"
     needs: ClassVar[Needs] = "clean"
     optim: OptimConfig = FINE_TUNING
 
-    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Fine-tune a copy of `model` on the clean images; `done` has the held-out accuracy."""
-        compute.activate()
-        clean = inputs.clean_images()
-        model = copy.deepcopy(model)
-        fine_tune(model, clean.images_NCHW, clean.labels_N, self.optim, inputs.config, compute)
-        return Repaired(model, {"held_out_accuracy": held_out_accuracy(model, inputs, compute)})
+    def build(self) -> Repair:
+        """The function `repair` with these settings."""
+        return partial(repair, self)
+
+
+def repair(config: FineTuningConfig, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
+    """Fine-tune a copy of `model` on the clean images; `done` has the held-out accuracy."""
+    compute.activate()
+    clean = inputs.clean_images()
+    model = copy.deepcopy(model)
+    fine_tune(model, clean.images_NCHW, clean.labels_N, config.optim, inputs.config, compute)
+    return Repaired(model, {"held_out_accuracy": held_out_accuracy(model, inputs, compute)})
 
 
 def fine_tune(

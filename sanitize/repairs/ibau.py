@@ -19,21 +19,22 @@ The best round, and the round to stop after, are chosen on held-out clean images
 import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from sanitize.ascent import l2_ball, projected_ascent
 from sanitize.compute import Compute
 from sanitize.errors import NumericsError
-from sanitize.repairs.inputs import Needs, Repaired, RepairInputs
+from sanitize.repairs.inputs import BaseRepairConfig, Needs, Repair, Repaired, RepairInputs
 
 Loss = Callable[[Tensor], Tensor]  # from the perturbation to the loss, with the current weights of the network
 
 
-class IBAUConfig(BaseModel):
+class IBAUConfig(BaseRepairConfig):
     """Unlearn a universal perturbation.
 
     Attributes:
@@ -54,10 +55,8 @@ class IBAUConfig(BaseModel):
         patience: rounds without improvement until the repair stops.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    needs: ClassVar[Needs] = "clean"
-
     kind: Literal["ibau"] = "ibau"
+    needs: ClassVar[Needs] = "clean"
     radius: float = Field(default=10.0, gt=0)
     rounds: int = Field(default=12, ge=1)
     inner_learning_rate: float = Field(default=100.0, gt=0)
@@ -73,63 +72,69 @@ class IBAUConfig(BaseModel):
     max_drop: float = Field(default=0.04, ge=0, le=1)
     patience: int = Field(default=3, ge=1)
 
-    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Unlearn, in a copy of the network; BatchNorm keeps its statistics.
+    def build(self) -> Repair:
+        """The function `repair` with these settings."""
+        return partial(repair, self)
 
-        Raises:
-            ConfigError: there are no clean images.
-            NumericsError: the loss is not finite.
-        """
-        start = time.perf_counter()
-        clean = inputs.clean_images()
-        device = compute.torch_device
-        model = copy.deepcopy(model).to(device).eval()
-        x_NCHW = inputs.config.normalise(clean.images_NCHW.to(device))
-        held_MCHW = inputs.config.normalise(clean.held_out_MCHW.to(device))
-        labels_N, held_M = clean.labels_N.to(device), clean.held_out_labels_M.to(device)
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.SGD
-        optimizer = kind(model.parameters(), lr=self.learning_rate)
-        chosen = _Chosen(self.max_drop)
-        for number in range(self.rounds + 1):
-            order_N = torch.randperm(len(labels_N), generator=compute.generator("repair", "ibau", number)).to(device)
-            batches = [(x_NCHW[rows], labels_N[rows]) for rows in order_N.split(self.batch_size)]
-            delta_CHW = ascend(model, batches * self.inner_passes, self.radius, self.inner_learning_rate)
-            right = _share_right(model, held_MCHW, held_M), _share_right(model, held_MCHW + delta_CHW, held_M)
-            chosen.see(model, *right, float(delta_CHW.norm()))
-            if number == self.rounds or chosen.rounds_since >= self.patience:
-                break
-            self._unlearn(model, optimizer, batches, delta_CHW, number)
-        model.load_state_dict(chosen.state)
-        seconds = {"total": time.perf_counter() - start}
-        return Repaired(model.cpu().eval(), {"rounds": chosen.rows, "taken": chosen.best}, seconds)
 
-    def _unlearn(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batches: Sequence[tuple[Tensor, Tensor]],
-        delta_CHW: Tensor,
-        number: int,
-    ) -> None:
-        """One step of the weights a batch."""
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        for x_BCHW, labels_B in batches:
+def repair(config: IBAUConfig, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
+    """Unlearn, in a copy of the network; BatchNorm keeps its statistics.
 
-            def inner(delta: Tensor, x_BCHW: Tensor = x_BCHW, labels_B: Tensor = labels_B) -> Tensor:
-                return nn.functional.cross_entropy(model(x_BCHW + delta), labels_B)
+    Raises:
+        ConfigError: there are no clean images.
+        NumericsError: the loss is not finite.
+    """
+    start = time.perf_counter()
+    clean = inputs.clean_images()
+    device = compute.torch_device
+    model = copy.deepcopy(model).to(device).eval()
+    x_NCHW = inputs.config.normalise(clean.images_NCHW.to(device))
+    held_MCHW = inputs.config.normalise(clean.held_out_MCHW.to(device))
+    labels_N, held_M = clean.labels_N.to(device), clean.held_out_labels_M.to(device)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=config.learning_rate)
+    chosen = _Chosen(config.max_drop)
+    for number in range(config.rounds + 1):
+        order_N = torch.randperm(len(labels_N), generator=compute.generator("repair", "ibau", number)).to(device)
+        batches = [(x_NCHW[rows], labels_N[rows]) for rows in order_N.split(config.batch_size)]
+        delta_CHW = ascend(model, batches * config.inner_passes, config.radius, config.inner_learning_rate)
+        right = _share_right(model, held_MCHW, held_M), _share_right(model, held_MCHW + delta_CHW, held_M)
+        chosen.see(model, *right, float(delta_CHW.norm()))
+        if number == config.rounds or chosen.rounds_since >= config.patience:
+            break
+        _unlearn(config, model, optimizer, batches, delta_CHW, number)
+    model.load_state_dict(chosen.state)
+    seconds = {"total": time.perf_counter() - start}
+    return Repaired(model.cpu().eval(), {"rounds": chosen.rows, "taken": chosen.best}, seconds)
 
-            def outer(delta: Tensor, inner: Loss = inner) -> Tensor:
-                perturbed = self.perturbed_weight * inner(delta)
-                return perturbed + (1 - self.perturbed_weight) * inner(torch.zeros_like(delta))
 
-            solver = self.solver if self.implicit else None
-            steps = self.solver_steps, self.fixed_point_step
-            gradients = hypergradient(inner, outer, delta_CHW, weights, solver, *steps)
-            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
-                raise NumericsError(f"the hypergradient is not finite in round {number + 1}; lower learning_rate")
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight.grad = gradient
-            optimizer.step()
+def _unlearn(
+    config: IBAUConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    delta_CHW: Tensor,
+    number: int,
+) -> None:
+    """One step of the weights a batch."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for x_BCHW, labels_B in batches:
+
+        def inner(delta: Tensor, x_BCHW: Tensor = x_BCHW, labels_B: Tensor = labels_B) -> Tensor:
+            return nn.functional.cross_entropy(model(x_BCHW + delta), labels_B)
+
+        def outer(delta: Tensor, inner: Loss = inner) -> Tensor:
+            perturbed = config.perturbed_weight * inner(delta)
+            return perturbed + (1 - config.perturbed_weight) * inner(torch.zeros_like(delta))
+
+        solver = config.solver if config.implicit else None
+        steps = config.solver_steps, config.fixed_point_step
+        gradients = hypergradient(inner, outer, delta_CHW, weights, solver, *steps)
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise NumericsError(f"the hypergradient is not finite in round {number + 1}; lower learning_rate")
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        optimizer.step()
 
 
 class _Chosen:

@@ -1,24 +1,29 @@
-"""The protocol of a repair (`RepairMethod`), its inputs and its result.
+"""What a repair is (`BaseRepairConfig`, `Repair`), its inputs and its result.
 
-A repair is one file with a frozen config:
+To add a repair: one file with its config, a subclass of `BaseRepairConfig`, and the function that repairs; and the
+config's name in the union `RepairConfig` (`methods.py`).
 
-    class CLPConfig(BaseModel):
+    class CLPConfig(BaseRepairConfig):
         kind: Literal["clp"] = "clp"
         needs: ClassVar[Needs] = "nothing"
 
-        def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired: ...
+        def build(self) -> Repair:
+            return partial(repair, self)
 
-All repairs are listed once, in `RepairConfig` (`repair.methods`). No repair sees the data on which ACC and ASR are
-measured. Shapes: B batch, N samples, M held-out samples, C H W image.
+    def repair(config: CLPConfig, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired: ...
+
+No repair sees the data on which ACC and ASR are measured. Shapes: B batch, N samples, M held-out samples, C H W image.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, count, islice
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
@@ -123,21 +128,10 @@ class Repaired(NamedTuple):
     seconds: Mapping[str, float] = MappingProxyType({})
 
 
-class RepairMethod(Protocol):
-    """Config of a repair.
+class Repair(Protocol):
+    """A repair with its settings, a function."""
 
-    Attributes:
-        needs: data without which the method cannot work: "untrusted" training data, "clean" images, or "nothing".
-    """
-
-    needs: ClassVar[Needs]
-
-    @property
-    def kind(self) -> str:
-        """Name of the method in a configuration."""
-        ...
-
-    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
+    def __call__(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
         """Repair a copy of `model`, which itself is not changed.
 
         Args:
@@ -150,6 +144,24 @@ class RepairMethod(Protocol):
             NumericsError: a value is not finite.
         """
         ...
+
+
+class BaseRepairConfig(BaseModel, ABC):
+    """Settings of a repair.
+
+    Attributes:
+        needs: data without which the method cannot work: "untrusted" training data, "clean" images, or "nothing".
+        kind: name of the repair.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    needs: ClassVar[Needs]
+
+    kind: str
+
+    @abstractmethod
+    def build(self) -> Repair:
+        """The repair."""
 
 
 def split_clean(

@@ -1,4 +1,4 @@
-"""All repairs, in one list, distinguished by `kind`."""
+"""All repairs, in one list, distinguished by `kind`. `inputs.py` says how one is added."""
 
 from typing import Annotated
 

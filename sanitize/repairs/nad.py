@@ -8,10 +8,11 @@ the authors' code, to which beta is scaled. Shapes: B batch, C channels, H W map
 """
 
 import copy
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from sanitize.compute import Compute
@@ -21,11 +22,11 @@ from sanitize.models.config import ModelConfig
 from sanitize.models.trace import trace
 from sanitize.repairs.channels import find_channels
 from sanitize.repairs.fine_tuning import FINE_TUNING, fine_tune
-from sanitize.repairs.inputs import Needs, Repaired, RepairInputs, held_out_accuracy
+from sanitize.repairs.inputs import BaseRepairConfig, Needs, Repair, Repaired, RepairInputs, held_out_accuracy
 from sanitize.repairs.sites import Site, watching
 
 
-class NADConfig(BaseModel):
+class NADConfig(BaseRepairConfig):
     """Distil attention maps.
 
     Attributes:
@@ -34,27 +35,30 @@ class NADConfig(BaseModel):
         optim: optimiser of the student.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["nad"] = "nad"
     needs: ClassVar[Needs] = "clean"
     beta: float = Field(default=1000.0, ge=0)
     teacher: OptimConfig = FINE_TUNING
     optim: OptimConfig = FINE_TUNING.model_copy(update={"epochs": 20})
 
-    def repair(self, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
-        """Distil into a copy of `model`; `done` has the names of the compared activations."""
-        compute.activate()
-        clean, config = inputs.clean_images(), inputs.config
-        sites = last_of_each_resolution(model, config)
-        if not sites:
-            raise ConfigError("attention distillation needs a network with feature maps")
-        teacher, student = copy.deepcopy(model), copy.deepcopy(model)
-        fine_tune(teacher, clean.images_NCHW, clean.labels_N, self.teacher, config, compute)
-        objective = _distillation(teacher, sites, self.beta, compute)
-        fine_tune(student, clean.images_NCHW, clean.labels_N, self.optim, config, compute, objective)
-        accuracy = held_out_accuracy(student, inputs, compute)
-        return Repaired(student, {"maps": [site.name for site in sites], "held_out_accuracy": accuracy})
+    def build(self) -> Repair:
+        """The function `repair` with these settings."""
+        return partial(repair, self)
+
+
+def repair(config: NADConfig, model: nn.Module, inputs: RepairInputs, compute: Compute) -> Repaired:
+    """Distil into a copy of `model`; `done` has the names of the compared activations."""
+    compute.activate()
+    clean = inputs.clean_images()
+    sites = last_of_each_resolution(model, inputs.config)
+    if not sites:
+        raise ConfigError("attention distillation needs a network with feature maps")
+    teacher, student = copy.deepcopy(model), copy.deepcopy(model)
+    fine_tune(teacher, clean.images_NCHW, clean.labels_N, config.teacher, inputs.config, compute)
+    objective = _distillation(teacher, sites, config.beta, compute)
+    fine_tune(student, clean.images_NCHW, clean.labels_N, config.optim, inputs.config, compute, objective)
+    accuracy = held_out_accuracy(student, inputs, compute)
+    return Repaired(student, {"maps": [site.name for site in sites], "held_out_accuracy": accuracy})
 
 
 def last_of_each_resolution(model: nn.Module, config: ModelConfig) -> list[Site]:

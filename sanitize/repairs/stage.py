@@ -114,7 +114,7 @@ def repair_model(
             None if clean is None else clean_images(clean, config, compute),
         )
         with track("repair", 1) as advance:
-            repaired = config.method.repair(network, inputs, compute)
+            repaired = config.method.build()(network, inputs, compute)
             advance(1)
         report = {"method": config.method.model_dump(mode="json"), "done": repaired.done}
         report["weights_changed"] = weights_changed(network, repaired.model)

@@ -15,7 +15,7 @@ from sanitize.stage import Work, stage
 
 @stage(Report, gpu=False, draws="nothing", version=2)
 def write_certificate_report(package: ModelPackage, out: str, compute: Compute) -> Work:
-    """Write the page.
+    """Write the page about certificates of a model.
 
     Args:
         package: a model with or without certificates.

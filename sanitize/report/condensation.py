@@ -18,7 +18,7 @@ _SIDE = 480  # pixels: ten images of 46 pixels, or larger ones made smaller
 
 @stage(Report, gpu=False, draws="nothing", version=2)
 def write_condensation_report(condensed: CondensedSet, out: str, compute: Compute) -> Work:
-    """Write the page.
+    """Write the page about a condensed set.
 
     Args:
         condensed: the condensed set.

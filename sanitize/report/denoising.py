@@ -26,7 +26,7 @@ _SIDE = 64  # pixels of a picture
 
 @stage(Report, gpu=False, version=2)
 def write_denoising_report(pca: PCA, dataset: Dataset, denoised: Denoised, out: str, compute: Compute) -> Work:
-    """Write the page.
+    """Write the page about denoised shards.
 
     Args:
         pca: principal components of the images.

@@ -18,7 +18,7 @@ HEADLINES = {
 
 @stage(Report, gpu=False, draws="nothing", version=3)
 def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
-    """Write the page.
+    """Write the page about a comparison with the reference.
 
     Args:
         drift: tests of the batch against the reference.

@@ -75,7 +75,7 @@ def write_report(
     facts: dict[str, str] | None = None,
     embedder: Checkpoint | None = None,
 ) -> Work:
-    """Write the page.
+    """Write the page about a cleaning run.
 
     Args:
         config: content of the page.

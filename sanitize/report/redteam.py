@@ -18,7 +18,7 @@ _MODELS = ("acc_before", "acc_after", "asr_before", "asr_after", "asr_baseline")
 
 @stage(Report, gpu=False, draws="nothing", version=3)
 def write_redteam_report(findings: Findings, samples: Samples, out: str, compute: Compute) -> Work:
-    """Write the page.
+    """Write the page about a red team.
 
     Args:
         findings: measurements of all cases.

@@ -18,7 +18,7 @@ _N_POINTS = 60  # of a curve
 
 @stage(Report, gpu=False, draws="nothing", version=2)
 def write_robustness_report(robustness: Robustness, out: str, compute: Compute) -> Work:
-    """Write the page.
+    """Write the page about measured robustness.
 
     Args:
         robustness: measurements of the model.

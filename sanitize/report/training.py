@@ -14,7 +14,7 @@ from sanitize.training import RobustModel
 
 @stage(Report, gpu=False, draws="nothing", version=2)
 def write_training_report(model: RobustModel, out: str, compute: Compute) -> Work:
-    """Write the page.
+    """Write the page about robust training.
 
     Args:
         model: the trained model.

@@ -9,7 +9,7 @@ Shapes: B rows of a batch, N of a class, D features.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -51,11 +51,13 @@ class BaseScorerConfig(BaseModel, ABC):
     """Settings of a scorer.
 
     Attributes:
+        rule: kind of the default rule (`sanitize.select`) for these scores; `scorer.json` has it.
         kind: name of the scorer.
         embedding: name of the embedding to score.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    rule: ClassVar[str] = "fdr"
 
     kind: str
     embedding: str

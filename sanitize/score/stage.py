@@ -46,7 +46,8 @@ class FittedScorer(Artifact):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """scorer.json: `config`; `classes`: label -> statistics; `exclude`: shards; `finding` of toxic_direction."""
+        """scorer.json: `config`; `rule`: kind of the default rule; `classes`: label -> statistics; `exclude`: shards;
+        `finding` of toxic_direction."""
         return self.read_object("scorer.json", "config", "classes")
 
     def scorer(self, config: ScorerConfig) -> Scorer:
@@ -68,7 +69,7 @@ class FittedScorer(Artifact):
         return scorer
 
 
-@stage(FittedScorer, version=4)
+@stage(FittedScorer, version=5)
 def fit_scorer(
     config: ScorerConfig,
     embeddings: Embeddings,
@@ -112,9 +113,8 @@ def fit_scorer(
                 scorer.fit(one_pass, compute)
         part.write("state.safetensors", safetensors.torch.save(scorer.state_dict()))
         finding = {"finding": scorer.finding} if isinstance(scorer, ToxicDirection) else {}
-        part.write_json(
-            "scorer.json", {"config": config.model_dump(mode="json"), "classes": scorer.statistics} | finding | excluded
-        )
+        info = {"config": config.model_dump(mode="json"), "rule": config.rule, "classes": scorer.statistics}
+        part.write_json("scorer.json", info | finding | excluded)
 
     return Work(write=write, config=config.model_dump(mode="json") | excluded)
 

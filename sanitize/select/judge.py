@@ -60,7 +60,7 @@ def judge_shards(
     compute: Compute,
     trusted: Sequence[str] = (),
 ) -> Work:
-    """Decide which samples stay, one by one.
+    """Decide which new samples stay, one by one, by the thresholds of a reference.
 
     Args:
         config: rules of the approved run, and the level.
@@ -108,7 +108,7 @@ def _decide(
     config: JudgeConfig, scores: Sequence[Scores], reference: Sequence[Scores], trusted: Sequence[str]
 ) -> Decision:
     known, new = read_scores(reference, trusted), read_scores(scores, ())
-    rules = config.select.rules_of([output.kind for output in known.outputs])
+    rules = config.select.rules_of({output.kind: output.rule for output in known.outputs})
     results = []
     for theirs, ours in zip(known.outputs, new.outputs, strict=True):
         result = rule_on(theirs, rules[theirs.kind], known, config.select)

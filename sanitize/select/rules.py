@@ -1,6 +1,7 @@
 """Rules: from the scores of each class to the threshold above which samples are flagged. Every rule may find nothing.
 
-To add a rule: a subclass of `BaseRule` with its `kind`, and its name in the union `Rule`.
+To add a rule: its config, a subclass of `BaseRule`, and the function that decides, which `build` returns; and the
+config's name in the union `Rule`.
 
 Shapes: N scores of one class, K classes, M scores of trusted samples, S scorers.
 """
@@ -8,10 +9,11 @@ Shapes: N scores of one class, K classes, M scores of trusted samples, S scorers
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from functools import partial
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from sanitize.errors import ConfigError
 
@@ -20,22 +22,27 @@ Statistics = Mapping[int, Mapping[str, float]]
 NO_SCORES = np.zeros(0, np.float32)
 
 
-class BaseRule(BaseModel, ABC):
-    """Protocol of all rules; a rule is its own config.
+class RuleOutput(NamedTuple):
+    """What a rule decides about each class.
 
     Attributes:
-        kind: name of the rule.
-        gives_p_values: True where `p_values` is defined, as verdict `combined` needs.
+        thresholds: label -> threshold; samples with a score *above* it (>) are flagged. Infinity flags none.
+        p_values: label -> p-values (N,) in (0, 1], float64; None for rules without p-values.
+        levels: label -> separation above which the class is touched; empty for rules without such a level.
+        uncapped: labels of the classes in which `max_removed_fraction` does not bind.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    gives_p_values: ClassVar[bool] = False
+    thresholds: dict[int, float]
+    p_values: dict[int, np.ndarray] | None = None
+    levels: Mapping[int, float] = {}
+    uncapped: frozenset[int] = frozenset()
 
-    kind: str
 
-    @abstractmethod
-    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
-        """One threshold a class; samples with a score *above* it (>) are flagged. Infinity flags none.
+class RuleFunction(Protocol):
+    """A rule with its settings, a function."""
+
+    def __call__(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> RuleOutput:
+        """Decide about each class.
 
         Args:
             scores: label -> scores of the samples to judge.
@@ -45,18 +52,27 @@ class BaseRule(BaseModel, ABC):
         Raises:
             ConfigError: the rule cannot be used with this scorer or with so few trusted samples.
         """
+        ...
 
-    def levels(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
-        """Label -> separation above which the class is touched; empty for rules without such a level."""
-        return {}
 
-    def uncapped(self, statistics: Statistics) -> set[int]:
-        """Labels of the classes in which `max_removed_fraction` does not bind."""
-        return set()
+class BaseRule(BaseModel, ABC):
+    """Settings of a rule.
 
-    def p_values(self, scores: Scores, trusted_M: np.ndarray = NO_SCORES) -> dict[int, np.ndarray]:
-        """Label -> p-values (N,) in (0, 1], float64; empty for rules without p-values."""
-        return {}
+    Attributes:
+        gives_p_values: True where the rule gives p-values, as verdict `combined` needs.
+        needs_trusted: True where the rule compares with trusted samples.
+        kind: name of the rule.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    gives_p_values: ClassVar[bool] = False
+    needs_trusted: ClassVar[bool] = False
+
+    kind: str
+
+    @abstractmethod
+    def build(self) -> RuleFunction:
+        """The rule."""
 
 
 class ContaminationRule(BaseRule):
@@ -71,9 +87,17 @@ class ContaminationRule(BaseRule):
     rate: float = Field(gt=0, le=0.5)
     factor: float = Field(default=1.5, gt=0)
 
-    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
-        """The score below the top `factor * rate` of each class."""
-        return {y: keep_all_but(s_N, round(self.factor * self.rate * len(s_N))) for y, s_N in scores.items()}
+    def build(self) -> RuleFunction:
+        """The function `contamination` with these settings."""
+        return partial(contamination, self)
+
+
+def contamination(
+    config: ContaminationRule, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES
+) -> RuleOutput:
+    """Thresholds: the score below the top `factor * rate` of each class."""
+    share = config.factor * config.rate
+    return RuleOutput({y: keep_all_but(s_N, round(share * len(s_N))) for y, s_N in scores.items()})
 
 
 class SeparationRule(BaseRule):
@@ -107,36 +131,41 @@ class SeparationRule(BaseRule):
     small_class: int = Field(default=500, ge=0)
     log_odds: float = 0.0
 
-    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
-        """`log_odds` for the touched classes, infinity for the others.
+    def build(self) -> RuleFunction:
+        """The function `separation` with these settings."""
+        return partial(separation, self)
 
-        Raises:
-            ConfigError: the scorer measures no separation.
-        """
-        if statistics and not any("separation" in of_class for of_class in statistics.values()):
-            raise ConfigError(
-                "rule 'separation' needs scorer 'toxic_direction'; use 'fdr', 'conformal' or 'contamination'"
-            )
-        levels = self.levels(scores, statistics)
-        above = {y for y, of_class in statistics.items() if of_class.get("separation", 0.0) > levels.get(y, math.inf)}
-        touched = above | self.uncapped(statistics)
-        return {y: self.log_odds if y in touched else math.inf for y in scores}
 
-    def levels(self, scores: Scores, statistics: Statistics) -> dict[int, float]:
-        """Label -> separation above which the class is touched; empty where evidence has decided."""
-        if any("planted" in of_class for of_class in statistics.values()):
-            return {}
-        separations_K = np.array([of_class.get("separation", 0.0) for of_class in statistics.values()] or [0.0])
-        centre = float(np.median(separations_K))
-        natural = centre + 3 * 1.4826 * float(np.median(np.abs(separations_K - centre)))
-        floors = {
-            y: self.floor if len(s_N) >= self.small_class else self.small_class_floor for y, s_N in scores.items()
-        }
-        return {y: min(max(natural, floor), 1.1 * floor) for y, floor in floors.items()}
+def separation(
+    config: SeparationRule, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES
+) -> RuleOutput:
+    """Thresholds: `log_odds` for the touched classes, infinity for the others.
 
-    def uncapped(self, statistics: Statistics) -> set[int]:
-        """Labels of the classes in which the evidence names a planted group."""
-        return {y for y, of_class in statistics.items() if of_class.get("planted", 0.0) > 0}
+    The classes in which the evidence names a planted group are not capped.
+
+    Raises:
+        ConfigError: the scorer measures no separation.
+    """
+    if statistics and not any("separation" in of_class for of_class in statistics.values()):
+        raise ConfigError("rule 'separation' needs scorer 'toxic_direction'; use 'fdr', 'conformal' or 'contamination'")
+    levels = separation_levels(config, scores, statistics)
+    above = {y for y, of_class in statistics.items() if of_class.get("separation", 0.0) > levels.get(y, math.inf)}
+    planted = {y for y, of_class in statistics.items() if of_class.get("planted", 0.0) > 0}
+    thresholds = {y: config.log_odds if y in above | planted else math.inf for y in scores}
+    return RuleOutput(thresholds, levels=levels, uncapped=frozenset(planted))
+
+
+def separation_levels(config: SeparationRule, scores: Scores, statistics: Statistics) -> dict[int, float]:
+    """Label -> separation above which the class is touched; empty where evidence has decided."""
+    if any("planted" in of_class for of_class in statistics.values()):
+        return {}
+    separations_K = np.array([of_class.get("separation", 0.0) for of_class in statistics.values()] or [0.0])
+    centre = float(np.median(separations_K))
+    natural = centre + 3 * 1.4826 * float(np.median(np.abs(separations_K - centre)))
+    floors = {
+        y: config.floor if len(s_N) >= config.small_class else config.small_class_floor for y, s_N in scores.items()
+    }
+    return {y: min(max(natural, floor), 1.1 * floor) for y, floor in floors.items()}
 
 
 class _PValueRule(BaseRule):
@@ -160,20 +189,27 @@ class FDRRule(_PValueRule):
 
     kind: Literal["fdr"] = "fdr"
 
-    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
-        """The highest score of each class that is not rejected."""
-        p_values = self.p_values(scores)
-        return {y: keep_all_but(s_N, benjamini_hochberg(p_values[y], self.q)) for y, s_N in scores.items()}
+    def build(self) -> RuleFunction:
+        """The function `fdr` with these settings."""
+        return partial(fdr, self)
 
-    def p_values(self, scores: Scores, trusted_M: np.ndarray = NO_SCORES) -> dict[int, np.ndarray]:
-        """Label -> share of the other classes' scores that are at least as high, (N,) in (0, 1]."""
-        z = {y: standardised(s_N) for y, s_N in scores.items()}
-        ordered = np.sort(np.concatenate([*z.values(), NO_SCORES]))
-        found = {}
-        for y, z_N in z.items():
-            above_N = n_at_least(ordered, z_N) - n_at_least(np.sort(z_N), z_N)
-            found[y] = (1 + above_N) / (1 + len(ordered) - len(z_N))
-        return found
+
+def fdr(config: FDRRule, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> RuleOutput:
+    """Thresholds: the highest score of each class that is not rejected."""
+    p_values = empirical_p_values(scores)
+    thresholds = {y: keep_all_but(s_N, benjamini_hochberg(p_values[y], config.q)) for y, s_N in scores.items()}
+    return RuleOutput(thresholds, p_values)
+
+
+def empirical_p_values(scores: Scores) -> dict[int, np.ndarray]:
+    """Label -> share of the other classes' scores that are at least as high, (N,) in (0, 1]."""
+    z = {y: standardised(s_N) for y, s_N in scores.items()}
+    ordered = np.sort(np.concatenate([*z.values(), NO_SCORES]))
+    found = {}
+    for y, z_N in z.items():
+        above_N = n_at_least(ordered, z_N) - n_at_least(np.sort(z_N), z_N)
+        found[y] = (1 + above_N) / (1 + len(ordered) - len(z_N))
+    return found
 
 
 class ConformalRule(_PValueRule):
@@ -190,32 +226,40 @@ class ConformalRule(_PValueRule):
     No p-value is below 1 / (M + 1): of N samples judged, N / (q (M + 1)) must stand out together for any to be found.
     """
 
+    needs_trusted: ClassVar[bool] = True
+
     kind: Literal["conformal"] = "conformal"
 
-    def thresholds(self, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> dict[int, float]:
-        """One threshold for all classes: the highest score that is not rejected."""
-        p_N = np.concatenate([*self.p_values(scores, trusted_M).values(), np.ones(0)])
-        s_N = np.concatenate([*scores.values(), NO_SCORES])
-        return dict.fromkeys(scores, keep_all_but(s_N, benjamini_hochberg(p_N, self.q)))
+    def build(self) -> RuleFunction:
+        """The function `conformal` with these settings."""
+        return partial(conformal, self)
 
-    def p_values(self, scores: Scores, trusted_M: np.ndarray = NO_SCORES) -> dict[int, np.ndarray]:
-        """Label -> conformal p-values (N,) in (0, 1].
 
-        Raises:
-            ConfigError: too few trusted samples for any p-value to reach q.
-        """
-        n_needed = math.ceil(1 / self.q) - 1
-        if len(trusted_M) < n_needed:
-            raise ConfigError(
-                f"rule 'conformal' at q = {self.q} needs at least {n_needed} trusted samples, not {len(trusted_M)}: no "
-                "p-value is below 1 / (trusted samples + 1). Name more shards under `trusted:`; to find a few outliers "
-                "among N samples, about N trusted samples are needed"
-            )
-        ordered_M = np.sort(trusted_M)
-        return {y: (1 + n_at_least(ordered_M, s_N)) / (1 + len(ordered_M)) for y, s_N in scores.items()}
+def conformal(
+    config: ConformalRule, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES
+) -> RuleOutput:
+    """One threshold for all classes: the highest score that is not rejected.
+
+    Raises:
+        ConfigError: too few trusted samples for any p-value to reach q.
+    """
+    n_needed = math.ceil(1 / config.q) - 1
+    if len(trusted_M) < n_needed:
+        raise ConfigError(
+            f"rule 'conformal' at q = {config.q} needs at least {n_needed} trusted samples, not {len(trusted_M)}: no "
+            "p-value is below 1 / (trusted samples + 1). Name more shards under `trusted:`; to find a few outliers "
+            "among N samples, about N trusted samples are needed"
+        )
+    ordered_M = np.sort(trusted_M)
+    p_values = {y: (1 + n_at_least(ordered_M, s_N)) / (1 + len(ordered_M)) for y, s_N in scores.items()}
+    p_N = np.concatenate([*p_values.values(), np.ones(0)])
+    s_N = np.concatenate([*scores.values(), NO_SCORES])
+    threshold = keep_all_but(s_N, benjamini_hochberg(p_N, config.q))
+    return RuleOutput(dict.fromkeys(scores, threshold), p_values)
 
 
 Rule = Annotated[ContaminationRule | SeparationRule | FDRRule | ConformalRule, Field(discriminator="kind")]
+RULE: TypeAdapter[Rule] = TypeAdapter(Rule)
 
 
 def standardised(s_N: np.ndarray) -> np.ndarray:

@@ -21,11 +21,13 @@ class ScorerOutput(NamedTuple):
         kind: kind of the scorer.
         scores_N: scores, float32; higher is more suspicious.
         statistics: label -> name -> number measured of the class.
+        rule: kind of the default rule of the scorer; None where `scorer.json` names none.
     """
 
     kind: str
     scores_N: np.ndarray
     statistics: dict[int, dict[str, float]]
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def read_scores(scores: Sequence[Scores], trusted: Sequence[str]) -> Scored:
     for shard in set(trusted) & set(slices):
         trusted_N[slices[shard]] = True
     outputs = [
-        ScorerOutput(kind, np.concatenate(piece), _by_label(info))
+        ScorerOutput(kind, np.concatenate(piece), _by_label(info), info.get("rule"))
         for kind, piece, info in zip(kinds, pieces, infos, strict=True)
     ]
     judged, trusted_of_class = (_by_class(np.concatenate(labels), which_N) for which_N in (~trusted_N, trusted_N))

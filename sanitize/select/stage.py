@@ -6,28 +6,21 @@ Shapes: N scored samples, S scorers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Scores, Selection, write_rows
 from sanitize.errors import ArtifactError, ConfigError
-from sanitize.select.rules import (
-    FDRRule,
-    Rule,
-    SeparationRule,
-    benjamini_hochberg,
-    cauchy_combination,
-    keep_all_but,
-)
+from sanitize.select.rules import RULE, Rule, benjamini_hochberg, cauchy_combination, keep_all_but
 from sanitize.select.scored import Scored, ScorerOutput, kind_of, read_scores
 from sanitize.stage import Advance, Bars, Work, stage
 
@@ -59,7 +52,8 @@ class SelectConfig(BaseModel):
 
     Attributes:
         rules: kind of a scorer -> its rule.
-        rule: rule of the scorers not named in `rules`; None is separation for toxic_direction, fdr for the others.
+        rule: rule of the scorers not named in `rules`; None is the default rule of the scorer: separation for
+            toxic_direction, fdr for the others.
         verdict: scorers that must flag a sample for quarantine: `any`, the `majority` (more than half) or `all`; or
             `combined`: Benjamini-Hochberg at level `q` on the combined p-values of all scorers (Cauchy combination),
             for which every rule must give p-values (fdr or conformal).
@@ -76,15 +70,21 @@ class SelectConfig(BaseModel):
     q: float = Field(default=0.05, gt=0, lt=1)
     max_removed_fraction: float = Field(default=0.6, ge=0, le=1)
 
-    def rules_of(self, kinds: Sequence[str]) -> dict[str, Rule]:
+    def rules_of(self, scorers: Mapping[str, str | None]) -> dict[str, Rule]:
         """The rule of each scorer.
 
+        Args:
+            scorers: kind of a scorer -> kind of its default rule, None where it has none.
+
         Raises:
-            ConfigError: `rules` names another scorer, or the verdict needs p-values that a rule does not give.
+            ConfigError: `rules` names another scorer, there is no rule for a scorer, or the verdict needs p-values that
+                a rule does not give.
         """
-        if unknown := sorted(set(self.rules) - set(kinds)):
-            raise ConfigError(f"select.rules names {', '.join(unknown)}, but the scorers are {', '.join(kinds)}")
-        rules = {kind: self.rules.get(kind) or self.rule or default_rule(kind) for kind in kinds}
+        if unknown := sorted(set(self.rules) - set(scorers)):
+            raise ConfigError(f"select.rules names {', '.join(unknown)}, but the scorers are {', '.join(scorers)}")
+        rules = {
+            kind: self.rules.get(kind) or self.rule or _default_rule(kind, default) for kind, default in scorers.items()
+        }
         for kind, rule in rules.items():
             if self.verdict == "combined" and not rule.gives_p_values:
                 raise ConfigError(
@@ -94,9 +94,15 @@ class SelectConfig(BaseModel):
         return rules
 
 
-def default_rule(kind: str) -> Rule:
-    """The rule of a scorer without one in the configuration."""
-    return SeparationRule() if kind == "toxic_direction" else FDRRule()
+def _default_rule(scorer: str, kind: str | None) -> Rule:
+    """The default rule of a scorer, by its kind."""
+    try:
+        return RULE.validate_python({"kind": kind})
+    except ValidationError as error:
+        raise ConfigError(
+            f"the scores of {scorer} name no default rule, as those of older versions of sanitize: fit the scorer "
+            f"again (a store: `sanitize refit`), or set its rule, for example select.rules: {{{scorer}: {{kind: fdr}}}}"
+        ) from error
 
 
 @stage(Selection, version=3, gpu=False, draws="nothing")
@@ -207,7 +213,7 @@ class Decision:
 
 def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str]) -> Decision:
     scored = read_scores(scores, trusted)
-    rules = config.rules_of([output.kind for output in scored.outputs])
+    rules = config.rules_of({output.kind: output.rule for output in scored.outputs})
     results = [rule_on(output, rules[output.kind], scored, config) for output in scored.outputs]
     if config.verdict == "combined":
         return _combine(config, scored, results)
@@ -245,27 +251,26 @@ def rule_on(output: ScorerOutput, rule: Rule, scored: Scored, config: SelectConf
         config: the cap.
     """
     by_class, trusted_M = scored.by_class(output.scores_N), output.scores_N[scored.trusted_N]
-    thresholds = rule.thresholds(by_class, output.statistics, trusted_M)
-    levels, uncapped = rule.levels(by_class, output.statistics), rule.uncapped(output.statistics)
+    decided = rule.build()(by_class, output.statistics, trusted_M)
     classes: dict[int, dict[str, Any]] = {}
     flagged_N = np.zeros(len(output.scores_N), bool)
     for label, s_n in by_class.items():
-        most = 1.0 if label in uncapped else config.max_removed_fraction
+        most = 1.0 if label in decided.uncapped else config.max_removed_fraction
         cap = keep_all_but(s_n, int(most * len(s_n)))
         # A rule that flags a whole class gives minus infinity, which JSON cannot hold: take the lowest float.
-        threshold = max(thresholds[label], cap, float(np.finfo(np.float32).min))
+        threshold = max(decided.thresholds[label], cap, float(np.finfo(np.float32).min))
         flagged_N[scored.judged[label]] = s_n > threshold
         classes[label] = {
             "flagged": int((s_n > threshold).sum()),
             "threshold": threshold if threshold < math.inf else None,
-            "capped": bool(cap > thresholds[label]),
+            "capped": bool(cap > decided.thresholds[label]),
             **output.statistics.get(label, {}),
-            **({"level": levels[label]} if label in levels else {}),
+            **({"level": decided.levels[label]} if label in decided.levels else {}),
         }
     p_N = None
-    if rule.gives_p_values:
+    if decided.p_values is not None:
         p_N = np.ones(len(output.scores_N))
-        for label, p_n in rule.p_values(by_class, trusted_M).items():
+        for label, p_n in decided.p_values.items():
             p_N[scored.judged[label]] = p_n
     return RuleResult(output, rule, classes, flagged_N, p_N)
 

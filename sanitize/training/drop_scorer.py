@@ -29,7 +29,7 @@ class DropScorerConfig(BaseModel):
     prior: float = Field(default=1.0, ge=0)
 
 
-@stage(Scores, gpu=False, draws="nothing")
+@stage(Scores, version=2, gpu=False, draws="nothing")
 def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, out: str, compute: Compute) -> Work:
     """Score every usable sample by the share of its visits, after the warm-up, on which it was dropped.
 
@@ -58,6 +58,7 @@ def drop_scores(config: DropScorerConfig, model: RobustModel, dataset: Dataset, 
         part.counts.update(samples=len(rows))
 
     def finish(part: Part, _builder: Any) -> None:
-        part.write_json("scorer.json", {"config": config.model_dump(mode="json"), "classes": {}, "exclude": []})
+        info = {"config": config.model_dump(mode="json"), "rule": "fdr", "classes": {}, "exclude": []}
+        part.write_json("scorer.json", info)
 
     return Work(parts=dataset.shards, write_part=write_part, finish=finish)

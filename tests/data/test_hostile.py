@@ -397,7 +397,7 @@ def zero_scores(dataset: Dataset, out: Path) -> Scores:
             columns = {name: [row[name] for row in rows] for name in ("position", "key", "label")}
             write_rows(part, shard, pa.table(columns | {"score": pa.array([0.0] * len(rows), pa.float32())}))
         classes = {label: {"separation": 0.0} for label in dataset.info["labels"]}
-        part.write_json("scorer.json", {"config": {"kind": "none"}, "classes": classes})
+        part.write_json("scorer.json", {"config": {"kind": "none"}, "rule": "fdr", "classes": classes})
 
     return make(Scores, out, Recipe(stage="zero_scores", inputs={"dataset": dataset.digest}), write)
 

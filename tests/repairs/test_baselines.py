@@ -25,16 +25,16 @@ from sanitize.repairs.clp import CLPConfig
 from sanitize.repairs.ep import EPConfig
 from sanitize.repairs.fine_pruning import FinePruningConfig
 from sanitize.repairs.fine_tuning import FineTuningConfig
-from sanitize.repairs.inputs import Repaired, RepairInputs, RepairMethod, in_memory, split_clean
+from sanitize.repairs.inputs import BaseRepairConfig, Repaired, RepairInputs, in_memory, split_clean
 from sanitize.repairs.nad import NADConfig, attention, last_of_each_resolution
-from sanitize.repairs.neural_cleanse import FoundTrigger, NeuralCleanseConfig, anomaly_index
+from sanitize.repairs.neural_cleanse import FoundTrigger, NeuralCleanseConfig, anomaly_index, invert
 
 CPU = Compute(device="cpu")
 TRIGGER = BadNetsConfig(rate=0.1, target=2, size=2, pattern="white")
 CONFIG = ModelConfig(architecture=ConvNetConfig(widths=(16, 32)), n_classes=10, image_shape=(1, 8, 8))
 TUNE = OptimConfig(optimizer="sgd", learning_rate=0.05, schedule="constant", epochs=10, batch_size=32)
 GENTLE = TUNE.model_copy(update={"learning_rate": 0.02})
-METHODS: dict[str, RepairMethod] = {
+METHODS: dict[str, BaseRepairConfig] = {
     "fine-tuning": FineTuningConfig(optim=TUNE),
     "fine-pruning": FinePruningConfig(optim=TUNE),
     "clp": CLPConfig(),
@@ -97,7 +97,7 @@ def backdoored() -> Case:
 @pytest.fixture(scope="module")
 def repaired(backdoored: Case) -> Callable[[str], Repaired]:
     """Result of a method on the backdoored network, computed once."""
-    return cache(lambda name: METHODS[name].repair(backdoored.model, backdoored.inputs, CPU))
+    return cache(lambda name: METHODS[name].build()(backdoored.model, backdoored.inputs, CPU))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_repair_weakens_the_backdoor_and_leaves_its_model_alone(
 def test_the_same_again_gives_the_same_network(
     backdoored: Case, repaired: Callable[[str], Repaired], name: str
 ) -> None:
-    again = METHODS[name].repair(backdoored.model, backdoored.inputs, CPU)
+    again = METHODS[name].build()(backdoored.model, backdoored.inputs, CPU)
     assert again.done == repaired(name).done
     wanted = repaired(name).model.state_dict()
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in again.model.state_dict().items())
@@ -133,7 +133,7 @@ def test_the_same_again_gives_the_same_network(
 
 @every_method
 def test_a_network_without_a_backdoor_stays_about_as_good(honest: Case, name: str) -> None:
-    found = METHODS[name].repair(honest.model, honest.inputs, CPU)
+    found = METHODS[name].build()(honest.model, honest.inputs, CPU)
     acc, acc_before = (honest.measure(network)[0] for network in (found.model, honest.model))
     print(f"{name}: ACC {acc_before:.3f} -> {acc:.3f}, {found.done}")
     # EP: one channel of 16 is a sixteenth of the layer. NAD: so strong a pull to the teacher costs some of the network.
@@ -154,7 +154,7 @@ def test_channels_pruned_by_fine_pruning_stay_pruned(repaired: Callable[[str], R
 
 def test_without_weight_on_attention_distillation_is_fine_tuning(backdoored: Case) -> None:
     nad, tuning = (
-        method.repair(backdoored.model, backdoored.inputs, CPU).model.state_dict()
+        method.build()(backdoored.model, backdoored.inputs, CPU).model.state_dict()
         for method in (NADConfig(beta=0, teacher=TUNE, optim=TUNE), FineTuningConfig(optim=TUNE))
     )
     for name, tensor in tuning.items():
@@ -201,7 +201,7 @@ def test_neural_cleanse_finds_the_target_class_and_a_small_trigger(
     done = repaired("neural cleanse").done
     assert done["suspicious"] == [2]
     assert done["sizes"][2] == min(done["sizes"])
-    trigger = method.invert(backdoored.model, 2, backdoored.inputs, CPU)
+    trigger = invert(method, backdoored.model, 2, backdoored.inputs, CPU)
     assert trigger.size == done["sizes"][2]
     stamped_NCHW = (255 * trigger.stamp(backdoored.test_NCHW / 255)).round().to(torch.uint8)
     assert predict(backdoored.model, stamped_NCHW, CONFIG.normalise, CPU).argmax(1).eq(2).float().mean() > 0.9

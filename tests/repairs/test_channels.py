@@ -149,7 +149,7 @@ def test_clp_prunes_the_one_channel_that_is_too_sensitive(where: str) -> None:
     with torch.no_grad():
         linear.weight[7] *= -12
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = CLPConfig().repair(model, RepairInputs(config), CPU)
+    found = CLPConfig().build()(model, RepairInputs(config), CPU)
     assert found.done == {"pruned": {"features.norm0_0": 0, "features.norm1_0": 1}}
     norm: Any = found.model.get_submodule("features.norm1_0")
     assert norm.weight[7] == norm.bias[7] == 0
@@ -163,7 +163,7 @@ def test_clp_leaves_a_network_of_equal_channels_alone() -> None:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.ones_(module.running_var)  # type: ignore[arg-type]
-    assert CLPConfig().repair(model, RepairInputs(config), CPU).done["pruned"] == {
+    assert CLPConfig().build()(model, RepairInputs(config), CPU).done["pruned"] == {
         "features.norm0_0": 0,
         "features.norm1_0": 0,
     }
@@ -212,7 +212,7 @@ def test_ep_prunes_the_one_neuron_that_waits_for_the_trigger() -> None:
     labels_N = torch.zeros(1000, dtype=torch.int64)
 
     found, again = (
-        EPConfig().repair(model, RepairInputs(config, in_memory(images_NCHW, labels_N, batch_size=size)), CPU)
+        EPConfig().build()(model, RepairInputs(config, in_memory(images_NCHW, labels_N, batch_size=size)), CPU)
         for size in (1000, 64)
     )
     assert sum(found.done["pruned"].values()) == 1

@@ -93,14 +93,14 @@ def hit_rate(model: nn.Module, inputs: RepairInputs) -> float:
 
 def test_a_planted_backdoor_is_removed_whatever_the_order_of_the_data() -> None:
     model, inputs = fitted(0.1)
-    repaired = DRRConfig().repair(model, inputs, Compute(device="cpu"))
+    repaired = DRRConfig().build()(model, inputs, Compute(device="cpu"))
     assert hit_rate(model, inputs) > 0.95
     assert hit_rate(repaired.model, inputs) < 0.1
     assert [layer["removed"] for layer in repaired.done["layers"]] == [1, 1]
     assert all(layer["c"] > 0 for layer in repaired.done["layers"]), "the truth is known"
     batches = list(inputs.untrusted_batches())
     backwards = inputs._replace(untrusted=lambda: iter(batches[::-1]))
-    again = DRRConfig().repair(model, backwards, Compute(device="cpu"))
+    again = DRRConfig().build()(model, backwards, Compute(device="cpu"))
     for one, other in zip(repaired.model.state_dict().values(), again.model.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
@@ -108,11 +108,11 @@ def test_a_planted_backdoor_is_removed_whatever_the_order_of_the_data() -> None:
 @pytest.mark.parametrize("search", ["clusters", "third_moment"])
 def test_a_clean_model_is_left_alone(search: str) -> None:
     model, inputs = fitted(0.0)
-    repaired = DRRConfig.model_validate({"search": search}).repair(model, inputs, Compute(device="cpu"))
+    repaired = DRRConfig.model_validate({"search": search}).build()(model, inputs, Compute(device="cpu"))
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in repaired.model.state_dict().items())
 
 
 def test_a_layer_that_cannot_be_folded_is_refused() -> None:
     model, inputs = fitted(0.0)
     with pytest.raises(ConfigError, match="there are"):
-        DRRConfig(layers=("nothing",)).repair(model, inputs, Compute(device="cpu"))
+        DRRConfig(layers=("nothing",)).build()(model, inputs, Compute(device="cpu"))

@@ -72,7 +72,7 @@ def test_a_round_uses_all_images_and_leaves_the_given_model_and_batch_norm_alone
     images, labels = torch.randint(256, (50, 1, 8, 8), dtype=torch.uint8), torch.randint(3, (50,))
     inputs = RepairInputs(config, clean=CleanImages(images[:40], labels[:40], images[40:], labels[40:]))
     method = IBAUConfig(rounds=2, batch_size=16, max_drop=1.0)
-    repaired, again = (method.repair(model, inputs, Compute(device="cpu")) for _ in range(2))
+    repaired, again = (method.build()(model, inputs, Compute(device="cpu")) for _ in range(2))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [len(repaired.done["rounds"]), repaired.done["taken"] <= 2] == [3, True]
     for name, tensor in repaired.model.state_dict().items():

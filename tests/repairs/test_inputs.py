@@ -1,6 +1,7 @@
 """The protocol of all repairs and their inputs."""
 
 import inspect
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -9,17 +10,21 @@ import torch
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError
 from sanitize.models.config import ModelConfig
-from sanitize.repairs import CleanImages, RepairConfig, RepairInputs, RepairMethod, split_clean
+from sanitize.repairs import BaseRepairConfig, CleanImages, Repair, RepairConfig, RepairInputs, split_clean
 from sanitize.repairs.inputs import Needs
 
-METHODS: tuple[type[RepairMethod], ...] = get_args(get_args(RepairConfig)[0])
+CONFIGS: tuple[type[BaseRepairConfig], ...] = get_args(get_args(RepairConfig)[0])
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method().kind)
-def test_every_repair_has_the_protocol(method: type[RepairMethod]) -> None:
-    assert method.needs in get_args(Needs)
-    assert inspect.signature(method.repair) == inspect.signature(RepairMethod.repair)
-    assert method.repair.__doc__
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config().kind)
+def test_every_repair_has_the_protocol(config: type[BaseRepairConfig]) -> None:
+    assert config.needs in get_args(Needs)
+    built = config().build()
+    _, *wanted = inspect.signature(Repair.__call__).parameters.values()  # without self
+    assert [*inspect.signature(built).parameters.values()] == wanted
+    assert isinstance(built, partial)
+    assert built.func.__module__ == config.__module__  # a method is one file
+    assert built.func.__doc__
 
 
 def test_clean_batches_are_shuffled_epochs_of_the_images_to_learn_from(compute: Compute) -> None:

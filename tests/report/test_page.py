@@ -92,7 +92,7 @@ def _scores_by(dataset: Dataset, out: Path, kind: str, score: Callable[[dict[str
         write_rows(part, shard, pa.table({**columns, "score": pa.array(map(score, rows), pa.float32())}))
 
     def finish(part: Part, _builder: object) -> None:
-        part.write_json("scorer.json", {"config": {"kind": kind}, "classes": {}})
+        part.write_json("scorer.json", {"config": {"kind": kind}, "rule": "fdr", "classes": {}})
 
     recipe = Recipe(stage="score_shards", config={"kind": kind}, inputs={"dataset": dataset.digest})
     return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)
@@ -111,7 +111,8 @@ def _scores(dataset: Dataset, out: Path, separations: dict[int, float], said: di
 
     def finish(part: Part, _builder: object) -> None:
         classes = {str(label): {"separation": value, **(said or {})} for label, value in separations.items()}
-        part.write_json("scorer.json", {"config": {"kind": "toxic_direction"}, "classes": classes})
+        info = {"config": {"kind": "toxic_direction"}, "rule": "separation", "classes": classes}
+        part.write_json("scorer.json", info)
 
     recipe = Recipe(stage="score_shards", config=said or {}, inputs={"dataset": dataset.digest})
     return make(Scores, out, recipe, parts=dataset.shards, write_part=write_part, finish=finish)

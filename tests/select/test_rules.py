@@ -1,4 +1,6 @@
+import inspect
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ def test_without_ties_exactly_the_highest_go(values: list[float], n_removed: int
 def test_contamination_removes_its_share_of_every_class(n: int, rate: float, factor: float, wanted: int) -> None:
     rng = np.random.default_rng(0)
     scores = {y: rng.permutation(n).astype(np.float32) + 100 * y for y in range(3)}
-    thresholds = ContaminationRule(rate=rate, factor=factor).thresholds(scores, {})
+    thresholds = ContaminationRule(rate=rate, factor=factor).build()(scores, {}).thresholds
     assert set(thresholds) == set(scores)
     for y, s_N in scores.items():
         assert n_flagged(s_N, thresholds[y]) == wanted
@@ -67,7 +69,7 @@ def test_contamination_removes_its_share_of_every_class(n: int, rate: float, fac
 
 def test_equal_scores_are_kept_together() -> None:
     scores = {0: np.array([1, 2, 2, 2, 3], np.float32), 1: np.zeros(100, np.float32)}
-    thresholds = ContaminationRule(rate=0.4, factor=1).thresholds(scores, {})
+    thresholds = ContaminationRule(rate=0.4, factor=1).build()(scores, {}).thresholds
     assert n_flagged(scores[0], thresholds[0]) == 1
     assert n_flagged(scores[1], thresholds[1]) == 0
 
@@ -90,7 +92,7 @@ SMALL = {y: s_N[:40] for y, s_N in LARGE.items()}
 
 
 def touched(rule: SeparationRule, scores: dict[int, np.ndarray], *separations: float) -> list[int]:
-    thresholds = rule.thresholds(scores, separated(*separations))
+    thresholds = rule.build()(scores, separated(*separations)).thresholds
     assert set(thresholds) == set(scores)
     assert set(thresholds.values()) <= {math.inf, rule.log_odds}
     return [y for y, threshold in thresholds.items() if threshold < math.inf]
@@ -114,29 +116,29 @@ def test_small_classes_have_a_floor_of_their_own() -> None:
 def test_the_level_rises_where_the_classes_of_the_run_differ_but_never_far() -> None:
     """median + 3 robust standard deviations of the separations, between the floor and a tenth more."""
     rule = SeparationRule(floor=4.0)
-    assert rule.levels(LARGE, separated(1.0, 1.1, 0.9, 1.0)) == dict.fromkeys(range(4), 4.0)
+    assert rule.build()(LARGE, separated(1.0, 1.1, 0.9, 1.0)).levels == dict.fromkeys(range(4), 4.0)
     spread = separated(1.0, 2.0, 3.0, 4.1)  # median 2.5, deviations 1.5 0.5 0.5 1.6: natural level 6.9
-    assert rule.levels(LARGE, spread)[0] == pytest.approx(4.4)
+    assert rule.build()(LARGE, spread).levels[0] == pytest.approx(4.4)
     between = separated(3.2, 3.4, 3.6, 3.6)  # median 3.5, deviations 0.3 0.1 0.1 0.1: natural level 3.94
-    assert rule.levels(LARGE, between)[0] == pytest.approx(4.0)
+    assert rule.build()(LARGE, between).levels[0] == pytest.approx(4.0)
     between = separated(3.3, 3.5, 3.7, 3.9)  # median 3.6, deviations 0.3 0.1 0.1 0.3: natural level 4.49
-    assert rule.levels(LARGE, between)[0] == pytest.approx(4.4)
+    assert rule.build()(LARGE, between).levels[0] == pytest.approx(4.4)
     between = separated(3.4, 3.4, 3.6, 3.7)  # median 3.5, deviations 0.1 0.1 0.1 0.2: natural level 3.94
-    assert rule.levels(LARGE, between)[0] == pytest.approx(4.0)
+    assert rule.build()(LARGE, between).levels[0] == pytest.approx(4.0)
     between = separated(3.7, 3.7, 3.9, 3.9)  # median 3.8, deviations 0.1: natural level 4.24
-    assert rule.levels(LARGE, between)[0] == pytest.approx(3.8 + 3 * 1.4826 * 0.1)
+    assert rule.build()(LARGE, between).levels[0] == pytest.approx(3.8 + 3 * 1.4826 * 0.1)
     assert touched(rule, LARGE, 20, 20, 20, 20) == [0, 1, 2, 3]  # poison cannot hide behind poison
 
 
 def test_a_run_where_nothing_stands_out_is_left_alone() -> None:
     scores = {y: np.ones(5, np.float32) for y in range(3)}
-    assert set(SeparationRule().thresholds(scores, separated(0.0, 0.5, 1.0)).values()) == {math.inf}
-    assert set(SeparationRule().thresholds(scores, {}).values()) == {math.inf}
+    assert set(SeparationRule().build()(scores, separated(0.0, 0.5, 1.0)).thresholds.values()) == {math.inf}
+    assert set(SeparationRule().build()(scores, {}).thresholds.values()) == {math.inf}
 
 
 def test_a_class_that_was_not_fitted_is_left_alone() -> None:
     scores = {y: np.ones(5, np.float32) for y in range(3)}
-    thresholds = SeparationRule(floor=4).thresholds(scores, {0: {"separation": 1.0}, 1: {"separation": 50.0}})
+    thresholds = SeparationRule(floor=4).build()(scores, {0: {"separation": 1.0}, 1: {"separation": 50.0}}).thresholds
     assert thresholds[2] == math.inf
     assert thresholds[1] < math.inf
 
@@ -144,16 +146,16 @@ def test_a_class_that_was_not_fitted_is_left_alone() -> None:
 def test_where_evidence_has_decided_the_separation_decides_nothing() -> None:
     rule = SeparationRule()
     statistics = {y: {"separation": 50.0, "planted": float(y == 2)} for y in LARGE}
-    thresholds = rule.thresholds(LARGE, statistics)
-    assert [y for y, threshold in thresholds.items() if threshold < math.inf] == [2]
-    assert rule.levels(LARGE, statistics) == {}
-    assert rule.uncapped(statistics) == {2}
-    assert rule.uncapped(separated(50.0, 50.0)) == set()
+    found = rule.build()(LARGE, statistics)
+    assert [y for y, threshold in found.thresholds.items() if threshold < math.inf] == [2]
+    assert found.levels == {}
+    assert found.uncapped == {2}
+    assert rule.build()(LARGE, separated(50.0, 50.0)).uncapped == set()
 
 
 def test_separation_without_a_measured_separation_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="toxic_direction"):
-        SeparationRule().thresholds({0: np.ones(5, np.float32)}, {0: {"top_variance": 1.0}})
+        SeparationRule().build()({0: np.ones(5, np.float32)}, {0: {"top_variance": 1.0}})
 
 
 # --- fdr --------------------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def test_benjamini_hochberg_equals_its_definition(p_N: list[float], q: float) ->
 def test_p_values_count_the_other_classes_scores_that_are_as_high() -> None:
     rng = np.random.default_rng(0)
     scores = {y: rng.normal(y, 1 + y, 50).astype(np.float32) for y in range(3)}
-    p_N = FDRRule().p_values(scores)[1]
+    p_N = FDRRule().build()(scores, {}).p_values[1]
     null = [z for y in (0, 2) for z in standardised(scores[y])]
     slow = [(1 + sum(z >= s for z in null)) / (1 + len(null)) for s in standardised(scores[1])]
     np.testing.assert_allclose(p_N, slow)
@@ -187,7 +189,7 @@ def test_fdr_removes_almost_nothing_from_exchangeable_classes(seed: int) -> None
     """Heavy tails, another location and scale in each class: nothing parametric would survive this."""
     rng = np.random.default_rng(seed)
     scores = {y: (10 * y + (1 + y) * rng.standard_t(3, 1000)).astype(np.float32) for y in range(8)}
-    thresholds = FDRRule(q=0.05).thresholds(scores, {})
+    thresholds = FDRRule(q=0.05).build()(scores, {}).thresholds
     removed = sum(n_flagged(s_N, thresholds[y]) for y, s_N in scores.items())
     assert removed <= 0.005 * 8000
 
@@ -197,7 +199,7 @@ def test_fdr_finds_what_was_planted_in_one_class(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scores = {y: rng.normal(3 * y, 1 + y, 1000).astype(np.float32) for y in range(5)}
     scores[2][:50] = rng.normal(6 + 8 * 3, 1, 50)  # eight standard deviations out
-    thresholds = FDRRule(q=0.05).thresholds(scores, {})
+    thresholds = FDRRule(q=0.05).build()(scores, {}).thresholds
     assert (scores[2][:50] > thresholds[2]).mean() > 0.95
     false = sum(n_flagged(s_N, thresholds[y]) for y, s_N in scores.items()) - 50
     assert false <= 10
@@ -205,12 +207,12 @@ def test_fdr_finds_what_was_planted_in_one_class(seed: int) -> None:
 
 def test_one_class_alone_has_no_null_and_is_left_alone() -> None:
     scores = {0: np.append(np.zeros(99), 1e6).astype(np.float32)}
-    assert FDRRule().thresholds(scores, {}) == {0: math.inf}
+    assert FDRRule().build()(scores, {}).thresholds == {0: math.inf}
 
 
 def test_constant_scores_are_no_evidence() -> None:
     scores = {y: np.full(50, y, np.float32) for y in range(3)}
-    assert set(FDRRule().thresholds(scores, {}).values()) == {math.inf}
+    assert set(FDRRule().build()(scores, {}).thresholds.values()) == {math.inf}
 
 
 # --- conformal --------------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def test_constant_scores_are_no_evidence() -> None:
 
 @given(SCORES, SCORES)
 def test_conformal_p_values_equal_their_definition(s_N: np.ndarray, trusted_M: np.ndarray) -> None:
-    p_N = ConformalRule(q=0.5).p_values({0: s_N}, trusted_M)[0]
+    p_N = ConformalRule(q=0.5).build()({0: s_N}, {}, trusted_M).p_values[0]
     slow = [(1 + sum(t >= s for t in trusted_M)) / (len(trusted_M) + 1) for s in s_N]
     np.testing.assert_allclose(p_N, slow)
 
@@ -228,9 +230,9 @@ def test_conformal_flags_what_benjamini_hochberg_rejects(
     a_N: np.ndarray, b_N: np.ndarray, trusted_M: np.ndarray
 ) -> None:
     rule, scores = ConformalRule(q=0.5), {0: a_N, 1: b_N}
-    p_N = np.concatenate(list(rule.p_values(scores, trusted_M).values()))
-    thresholds = rule.thresholds(scores, {}, trusted_M)
-    flagged_N = np.concatenate([s_N > thresholds[y] for y, s_N in scores.items()])
+    found = rule.build()(scores, {}, trusted_M)
+    p_N = np.concatenate(list(found.p_values.values()))
+    flagged_N = np.concatenate([s_N > found.thresholds[y] for y, s_N in scores.items()])
     n_rejected = slow_benjamini_hochberg(p_N.tolist(), 0.5)
     assert sorted(p_N[flagged_N]) == sorted(p_N)[:n_rejected]
 
@@ -245,7 +247,7 @@ def test_conformal_keeps_the_false_discovery_rate_it_promises() -> None:
     rule, rng, clean_N, found, wrong = ConformalRule(q=0.2), np.random.default_rng(0), np.arange(500) >= 50, [], []
     for _ in range(800):
         scores_N = rng.standard_t(3, 500) + 6 * ~clean_N  # heavy tails: nothing parametric is known of the clean ones
-        threshold = rule.thresholds({0: scores_N}, {}, rng.standard_t(3, 2499))[0]
+        threshold = rule.build()({0: scores_N}, {}, rng.standard_t(3, 2499)).thresholds[0]
         flagged_N = scores_N > threshold
         found.append(flagged_N[~clean_N].mean())
         wrong.append((flagged_N & clean_N).sum() / max(1, flagged_N.sum()))
@@ -264,7 +266,7 @@ def test_conformal_holds_for_the_very_samples_a_scorer_was_fitted_on() -> None:
         x_ND[~clean_N, 0] += 8
         mean_D, precision_DD = x_ND.mean(0), np.linalg.inv(np.cov(x_ND.T))
         of_judged, of_trusted = (((z - mean_D) @ precision_DD * (z - mean_D)).sum(1) for z in (x_ND, trusted_MD))
-        flagged_N = of_judged > rule.thresholds({0: of_judged}, {}, of_trusted)[0]
+        flagged_N = of_judged > rule.build()({0: of_judged}, {}, of_trusted).thresholds[0]
         wrong.append((flagged_N & clean_N).sum() / max(1, flagged_N.sum()))
     assert np.mean(wrong) < 0.2
 
@@ -273,8 +275,8 @@ def test_conformal_holds_for_the_very_samples_a_scorer_was_fitted_on() -> None:
 def test_too_few_trusted_samples_are_an_error_that_says_how_many(q: float, n_needed: int) -> None:
     scores = {0: np.full(50, 9, np.float32)}
     with pytest.raises(ConfigError, match=f"at least {n_needed} trusted samples, not {n_needed - 1}"):
-        ConformalRule(q=q).thresholds(scores, {}, np.zeros(n_needed - 1))
-    threshold = ConformalRule(q=q).thresholds(scores, {}, np.zeros(n_needed))[0]
+        ConformalRule(q=q).build()(scores, {}, np.zeros(n_needed - 1))
+    threshold = ConformalRule(q=q).build()(scores, {}, np.zeros(n_needed)).thresholds[0]
     assert n_flagged(scores[0], threshold) == 50  # with the fewest that are enough, all have to stand out together
 
 
@@ -315,14 +317,30 @@ def test_combined_p_values_are_p_values_and_monotone(pairs: list[tuple[float, fl
     np.testing.assert_allclose(cauchy_combination(p_2N[::-1]), combined_N)
 
 
-@pytest.mark.parametrize(
-    "rule", [ContaminationRule(rate=0.1), SeparationRule(), FDRRule(), ConformalRule()], ids=lambda rule: rule.kind
-)
+RULES = [ContaminationRule(rate=0.1), SeparationRule(), FDRRule(), ConformalRule()]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 def test_every_rule_follows_the_protocol(rule: Rule) -> None:
     scores = {y: np.random.default_rng(y).normal(size=50).astype(np.float32) for y in range(3)}
     trusted_M = np.random.default_rng(9).normal(size=50).astype(np.float32)
-    assert rule.thresholds(scores, {}, trusted_M).keys() == scores.keys()
-    p_values = rule.p_values(scores, trusted_M)
-    assert p_values.keys() == (scores.keys() if rule.gives_p_values else set())
-    assert all(((p_N > 0) & (p_N <= 1)).all() and len(p_N) == 50 for p_N in p_values.values())
-    assert rule.levels(scores, {}).keys() == (scores.keys() if rule.kind == "separation" else set())
+    built = rule.build()
+    assert [*inspect.signature(built).parameters] == ["scores", "statistics", "trusted_M"]
+    found = built(scores, {}, trusted_M)
+    assert found.thresholds.keys() == scores.keys()
+    assert (found.p_values is not None) == rule.gives_p_values
+    if found.p_values is not None:
+        assert found.p_values.keys() == scores.keys()
+        assert all(((p_N > 0) & (p_N <= 1)).all() and len(p_N) == 50 for p_N in found.p_values.values())
+    assert found.levels.keys() == (scores.keys() if rule.kind == "separation" else set())
+    if rule.needs_trusted:
+        with pytest.raises(ConfigError, match="trusted samples"):
+            built(scores, {})
+    else:  # what is not needed has no influence
+        without = built(scores, {})
+        assert without.thresholds == found.thresholds
+        assert without.uncapped == found.uncapped == set()
+
+
+def test_these_are_all_the_rules() -> None:
+    assert {type(rule) for rule in RULES} == {*get_args(get_args(Rule)[0])}

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,8 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Scores, Selection, write_rows
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.score import RCAScorerConfig, ScorerConfig, SpectralConfig, ToxicDirectionConfig
+from sanitize.score.scorer import BaseScorerConfig
 from sanitize.select import (
     ConformalRule,
     ContaminationRule,
@@ -40,6 +43,7 @@ def make_scores(
     classes: dict | None = None,
     kind: str = "made-up",
     exclude: tuple[str, ...] = (),
+    rule: Any = "fdr",
 ) -> Scores:
     """Scores of the usable samples by a function of shard and row."""
 
@@ -51,7 +55,7 @@ def make_scores(
                 columns["score"] = pa.array([score(shard, row) for row in rows], pa.float32())
                 write_rows(part, shard, pa.table(columns))
         statistics = classes or {"0": {"top_variance": 1.0}, "1": {"top_variance": 1.0}}
-        info = {"config": {"kind": kind}, "classes": statistics, "exclude": exclude}
+        info = {"config": {"kind": kind}, "rule": rule, "classes": statistics, "exclude": exclude}
         part.write_json("scorer.json", info)
 
     return make(Scores, out, Recipe(stage="made-up", config={"out": out.name}), write)
@@ -154,7 +158,7 @@ def test_p_values_are_those_of_the_rule(tmp_path: Path, mixed: Dataset, compute:
     arrays = {y: np.array([s for s, *_ in values], np.float32) for y, values in of_class.items()}
     for row in rows:
         at = [(shard, p) for _, shard, p in of_class[row["label"]]].index((row["shard"], row["position"]))
-        assert row["reasons"][0]["p_value"] == rule.p_values(arrays)[row["label"]][at]
+        assert row["reasons"][0]["p_value"] == rule.build()(arrays, {}).p_values[row["label"]][at]
 
 
 def test_the_verdicts_do_not_depend_on_how_the_work_was_interrupted(
@@ -246,17 +250,36 @@ def test_so_many_flags_make_a_verdict_and_all_reasons_are_kept(
 def test_each_scorer_has_a_rule(compute: Compute) -> None:
     fdr = FDRRule(q=0.01)
     config = SelectConfig(rules={"rca": fdr})
-    assert config.rules_of(["toxic_direction", "rca", "spectral"]) == {
+    own = {scorer.kind: scorer.rule for scorer in (ToxicDirectionConfig(), RCAScorerConfig(), SpectralConfig())}
+    assert config.rules_of(own) == {
         "toxic_direction": SeparationRule(),
         "rca": fdr,
         "spectral": FDRRule(),
     }
     for_all = SelectConfig(rules={"rca": fdr}, rule=ContaminationRule(rate=0.1))
-    assert for_all.rules_of(["spectral", "rca"]) == {"spectral": ContaminationRule(rate=0.1), "rca": fdr}
+    assert for_all.rules_of({"spectral": "fdr", "rca": None}) == {"spectral": ContaminationRule(rate=0.1), "rca": fdr}
     with pytest.raises(ConfigError, match=r"names rca, but the scorers are spectral"):
-        config.rules_of(["spectral"])
+        config.rules_of({"spectral": "fdr"})
     with pytest.raises(ConfigError, match=r"'separation' of toxic_direction gives none"):
-        SelectConfig(verdict="combined").rules_of(["toxic_direction", "rca"])
+        SelectConfig(verdict="combined").rules_of(own)
+
+
+@pytest.mark.parametrize("config", get_args(get_args(ScorerConfig)[0]), ids=lambda config: config.__name__)
+def test_the_rule_of_every_scorer_has_defaults(config: type[BaseScorerConfig]) -> None:
+    (rule,) = SelectConfig().rules_of({"scorer": config.rule}).values()
+    assert rule.kind == config.rule
+    assert not rule.needs_trusted  # a run without settings has no trusted shards
+
+
+@pytest.mark.parametrize("own", [None, "unknown", ["fdr"], "contamination"])
+def test_scores_that_name_no_rule_need_one_in_the_settings(
+    tmp_path: Path, mixed: Dataset, compute: Compute, own: Any
+) -> None:
+    scores = make_scores(tmp_path / "scores", mixed, by_position, rule=own)
+    with pytest.raises(ConfigError, match=r"made-up name no default rule.* select\.rules: \{made-up: \{kind: fdr\}\}"):
+        select_samples(SelectConfig(), mixed, [scores], str(tmp_path / "out"), compute)
+    given = SelectConfig(rules={"made-up": FDRRule()})
+    assert select_samples(given, mixed, [scores], str(tmp_path / "out"), compute).manifest().counts["samples"]
 
 
 def noise_and(planted: Callable[[str, dict], float], seed: int) -> Callable[[str, dict], float]:
@@ -279,7 +302,7 @@ def test_combined_p_values_decide_over_all_samples_at_once(tmp_path: Path, mixed
         table = pa.concat_tables([one.rows(shard) for shard in one.shards])
         labels_N, scores_N = table["label"].to_numpy(), table["score"].to_numpy()
         arrays.append({y: scores_N[labels_N == y] for y in (0, 1)})
-    p = [FDRRule().p_values(by_class) for by_class in arrays]
+    p = [FDRRule().build()(by_class, {}).p_values for by_class in arrays]
     combined_N = np.concatenate([cauchy_combination(np.stack([p[0][y], p[1][y]])) for y in (0, 1)])
     n_rejected = benjamini_hochberg(combined_N, 0.3)
     p_values = sorted(row["reasons"][0]["p_value"] for row in removed)
@@ -307,7 +330,7 @@ def test_scores_that_do_not_belong_together_are_refused(tmp_path: Path, mixed: D
     def write(part: Part) -> None:
         for shard in one.shards:
             write_rows(part, shard, one.rows(shard).slice(1))
-        part.write_json("scorer.json", {"config": {"kind": "two"}, "classes": {}})
+        part.write_json("scorer.json", {"config": {"kind": "two"}, "rule": "fdr", "classes": {}})
 
     fewer = make(Scores, tmp_path / "c", Recipe(stage="made-up"), write)
     with pytest.raises(ArtifactError, match=r"same samples of shard a\.tar"):

@@ -7,7 +7,7 @@ embeddings, F folds.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -46,6 +46,8 @@ MAX_ROWS, MAX_OF_CLASS = 40_000, 10_000
 
 class ToxicDirectionConfig(SplitConfig, BaseScorerConfig):
     """Settings of the scorer: those of the splits, the embeddings, and the decision."""
+
+    rule: ClassVar[str] = "separation"
 
     kind: Literal["toxic_direction"] = "toxic_direction"
     embedding: str = Field(default="pooled", description="embedding of the model")

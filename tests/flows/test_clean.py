@@ -170,7 +170,11 @@ def test_settings_that_cannot_work_are_refused_at_the_door(more: dict[str, Any],
 @pytest.mark.prefect
 @pytest.mark.parametrize(
     ("groups", "runner"),
-    [(1, "threads"), pytest.param(2, "processes", marks=pytest.mark.slow), (5, "threads")],
+    [
+        pytest.param(1, "threads", marks=pytest.mark.slow),
+        pytest.param(2, "processes", marks=pytest.mark.slow),
+        (5, "threads"),
+    ],
 )
 def test_groups_order_runner_and_prefect_change_nothing(
     direct: Path,

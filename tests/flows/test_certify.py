@@ -67,7 +67,6 @@ def test_groups_of_partitions_as_prefect_tasks_give_the_same_digests(
     assert verify_run(str(out))[1] == []
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_smoothing_as_a_flow_gives_the_same_digests(network_run: Path, digits: Digits, tmp_path: Path) -> None:
     smoothing = {"n": 200, "n0": 20, "max_images": 12}

@@ -102,6 +102,8 @@ def test_several_scorers_each_with_its_rule(
     trusted = sorted(path.name for path in poisoned.glob("*.tar"))[:2]
     more = {"rules": {"rca": {"kind": "conformal", "q": 0.1}, "robust_realnvp": {"kind": "conformal", "q": 0.1}}}
     config = CleanConfig.model_validate(settings | {"scorers": SCORERS, "select": more, "trusted": trusted})
+    for folder in ("00-index", "10-embedder", "20-embeddings"):
+        shutil.copytree(direct / folder, tmp_path / "run" / folder)
     result = start(config, tmp_path / "run", direct=True)
     kinds = [scorer["kind"] for scorer in SCORERS]
     for kind in kinds:

@@ -122,7 +122,6 @@ def test_the_lengths_are_those_of_the_samples_they_stand_beside(network: Path, d
     assert max(found_N) > 1.5 * min(found_N) + 0.04, "or any order of the rows would do"
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_attacks_as_prefect_tasks_give_the_same_digests(network: Path, digits: Digits, tmp_path: Path) -> None:
     settings = {"model": str(network), "shards": digits.shards()[4:6], "train_shards": digits.shards()[:2]}

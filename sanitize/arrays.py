@@ -70,7 +70,8 @@ def find_poison(
     images that look alike carry other labels. Groups of near-duplicates are left alone.
 
     With less, every class is split in two, and the suspicious part of a class whose parts are far apart is removed. A
-    tight natural group cannot then be distinguished from poison, so the finding is inconclusive: look before you remove.
+    tight natural group cannot then be distinguished from poison, so the finding is inconclusive: look before you
+    remove.
 
     Args:
         embeddings: finite real numbers (N, D) from an inner layer of the model, for example its pooled features; or a

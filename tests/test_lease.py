@@ -490,10 +490,9 @@ TURN = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(TURN, max_size=15))
-def test_never_two_that_may_write(turns: list[tuple[int, int, float, str]]) -> None:
-    folder = f"memory://{uuid.uuid4().hex}/run"
+def sure_in(turns: list[tuple[int, int, float, str]]) -> list[set[int]]:
+    """Run the actors: after each step, the numbers of those that are sure of the lease."""
+    folder, sure = f"memory://{uuid.uuid4().hex}/run", []
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(patch)
         patch.setattr(lease, "_read", stepping(lease._read))
@@ -506,9 +505,26 @@ def test_never_two_that_may_write(turns: list[tuple[int, int, float, str]]) -> N
                 actors[number].fault = fault
                 for _ in range(n_steps):
                     actors[number].step()
-                    sure = [held for actor in actors for held in actor.held if held.is_sure]
-                    assert len(sure) <= 1, sure
+                    held = [(i, taken) for i, actor in enumerate(actors) for taken in actor.held if taken.is_sure]
+                    assert len(held) <= 1, held
+                    sure.append({i for i, _ in held})
         finally:
             for actor in actors:
                 actor.end()
             storage.remove(folder)
+    return sure
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(TURN, max_size=15))
+def test_never_two_that_may_write(turns: list[tuple[int, int, float, str]]) -> None:
+    sure_in(turns)
+
+
+def test_one_after_the_other_may_write() -> None:
+    """Or the test above shows nothing."""
+    stopped_at = next(n for n, sure in enumerate(sure_in([(0, 40, 0.0, "")])) if sure) + 1
+    sure = sure_in([(0, stopped_at, 0.0, ""), (1, 40, 0.0, ""), (2, 40, 121.0, "")])
+    assert sure[stopped_at - 1] == {0}
+    assert all(at == {0} for at in sure[stopped_at : stopped_at + 40]), "the second waits"
+    assert {2} in sure[stopped_at + 40 :], "the first has let it expire"

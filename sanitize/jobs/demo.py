@@ -23,8 +23,6 @@ from sanitize.redteaming import Measured, measure_case
 ATTACK = BadNetsConfig(rate=0.02, target=0, size=3)
 MODEL = EmbedderConfig(architecture=ConvNetConfig(widths=(16, 32, 64)), optim=OptimConfig(epochs=30, batch_size=64))
 N_HELD_OUT = 2  # shards that no model is trained on; the test set is their unpoisoned originals
-
-
 INDEX = IndexConfig(n_classes=10)
 
 

@@ -108,18 +108,29 @@ def everything(dataset: Dataset) -> Iterator[tuple[tuple[str, int], Tensor]]:
         )
 
 
+@pytest.fixture(scope="module")
+def as_stored(shards: list[str], tmp_path_factory: pytest.TempPathFactory, compute: Compute) -> Dataset:
+    """As `sanitize poison` reads them, which knows no model."""
+    return indexed(shards, None, tmp_path_factory.mktemp("as-stored") / "index", compute)
+
+
+@pytest.fixture(scope="module")
+def scaled(shards: list[str], tmp_path_factory: pytest.TempPathFactory, compute: Compute) -> dict[Shape, Dataset]:
+    """As models of several input shapes read them."""
+    folder = tmp_path_factory.mktemp("scaled")
+    return {shape: indexed(shards, shape, folder / str(number), compute) for number, shape in enumerate(SHAPES)}
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind} to {config.target}")
 def test_triggered_images_are_those_of_the_poisoned_shards(
-    shards: list[str], config: BadNetsConfig, compute: Compute, tmp_path: Path
+    as_stored: Dataset, scaled: dict[Shape, Dataset], config: BadNetsConfig, compute: Compute, tmp_path: Path
 ) -> None:
-    as_stored = indexed(shards, None, tmp_path / "as-stored", compute)  # as `sanitize poison` does: knows no model
     labels = [row["label"] for shard in as_stored.shards for row in as_stored.rows(shard).to_pylist()]
     assert len(labels) == 2 * len(STORED)
     n_others = sum(label != config.target and label in (config.sources or range(4)) for label in labels)
     rate = config.model_copy(update={"rate": n_others / len(labels)})
     poisoned = poison_shards(rate, as_stored, str(tmp_path / "poisoned"), compute)
-    for number, shape in enumerate(SHAPES):
-        test = indexed(shards, shape, tmp_path / f"test-{number}", compute)
+    for number, (shape, test) in enumerate(scaled.items()):
         read = dict(everything(indexed(poisoned.shard_paths(), shape, tmp_path / f"again-{number}", compute)))
         untouched = dict(everything(test))
         truth = {

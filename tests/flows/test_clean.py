@@ -102,6 +102,8 @@ def test_several_scorers_each_with_its_rule(
     trusted = sorted(path.name for path in poisoned.glob("*.tar"))[:2]
     more = {"rules": {"rca": {"kind": "conformal", "q": 0.1}, "robust_realnvp": {"kind": "conformal", "q": 0.1}}}
     config = CleanConfig.model_validate(settings | {"scorers": SCORERS, "select": more, "trusted": trusted})
+    for folder in ("00-index", "10-embedder", "20-embeddings"):
+        shutil.copytree(direct / folder, tmp_path / "run" / folder)
     result = start(config, tmp_path / "run", direct=True)
     kinds = [scorer["kind"] for scorer in SCORERS]
     for kind in kinds:
@@ -171,7 +173,11 @@ def test_settings_that_cannot_work_are_refused_at_the_door(more: dict[str, Any],
 @pytest.mark.prefect
 @pytest.mark.parametrize(
     ("groups", "runner"),
-    [(1, "threads"), pytest.param(2, "processes", marks=pytest.mark.slow), (5, "threads")],
+    [
+        pytest.param(1, "threads", marks=pytest.mark.slow),
+        pytest.param(2, "processes", marks=pytest.mark.slow),
+        (5, "threads"),
+    ],
 )
 def test_groups_order_runner_and_prefect_change_nothing(
     direct: Path,

@@ -27,6 +27,26 @@ def run(*arguments: Any) -> Result:
 
 
 @pytest.fixture(scope="module")
+def settings(poisoned: Path) -> dict[str, Any]:
+    """Quick: a scorer that needs no good network, and a rule that removes a share of each class."""
+    architecture, optim = {"kind": "convnet", "widths": [8]}, {"epochs": 2, "batch_size": 64}
+    return {
+        "shards": [str(poisoned)],
+        "embedder": {"architecture": architecture, "optim": optim, "min_steps": 1, "max_steps": 1},
+        "scorers": [{"kind": "spectral", "embedding": "pixels"}],
+        "select": {"rule": {"kind": "contamination", "rate": 0.02}},
+        "compute": {"device": "cpu", "seed": 0},
+    }
+
+
+@pytest.fixture(scope="module")
+def config_file(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "clean.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
 def cleaned(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "run"
     result = run("clean", config_file, "--out", out, "--direct", "--quiet")

@@ -131,7 +131,9 @@ def test_a_poisoned_batch_is_held_until_a_person_decides(
         assert "<html" in Path(batch[page]).read_text()
     assert "class 0" in Path(batch["drift"]).read_text()
     assert not [line for line in feed_of(store) if line["batch"]]
-    assert all(verify(path.parent) == [] for path in (store / "batches").rglob("manifest.json"))
+    manifests = list((store / "batches").rglob("manifest.json"))
+    assert manifests
+    assert all(verify(path.parent) == [] for path in manifests)
 
     name = batch["batch"]
     decided = runner.invoke(

@@ -80,7 +80,12 @@ def test_too_many_unreadable_samples_are_exit_code_1(folder: Path, make_tar: Cal
     assert run("inspect", folder, "--label", "none").exit_code == 1  # nothing is usable
 
 
-QUICK = {"architecture": {"kind": "convnet", "widths": [4]}, "optim": {"epochs": 1, "batch_size": 32}}
+QUICK = {
+    "architecture": {"kind": "convnet", "widths": [4]},
+    "optim": {"epochs": 1, "batch_size": 32},
+    "min_steps": 1,
+    "max_steps": 1,
+}
 
 
 def clean(source: Path, *, index: dict[str, Any] | None = None) -> Result:

@@ -81,7 +81,7 @@ def test_the_radius_is_used_up() -> None:
         config = EvasionConfig(norm=norm, radius=0.03)
         found_NX = evade(linear(), images_NX, torch.tensor([0, 1, 0, 1]), config, CPU)
         used_N = lengths(found_NX - images_NX, norm)
-        assert (used_N[found_NX.flatten(1).ne(0.5).any(1)] > 0.03 * 0.999).all()
+        assert (used_N > 0.03 * 0.999).all()
 
 
 def test_one_step_without_random_start_is_the_gradient_sign() -> None:

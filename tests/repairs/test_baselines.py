@@ -43,9 +43,9 @@ METHODS: dict[str, BaseRepairConfig] = {
     "nad": NADConfig(beta=300, teacher=GENTLE, optim=GENTLE),
     "neural cleanse": NeuralCleanseConfig(steps=120, batch_size=32, optim=TUNE),
 }
-# Largest share of the attack success rate that is left. The three methods that prune by a rule alone have no bound in
-# layers of 16 and 32 channels: channels at 3 deviations, or with a mask near 0, are not the backdoor there. Planted
-# channels are tested in test_channels.
+# Largest share of the attack success rate that is left. The three methods that prune by a rule alone do not weaken the
+# backdoor in layers of 16 and 32 channels: channels at 3 deviations, or with a mask near 0, are not the backdoor there.
+# They prune planted channels in test_planted and test_channels.
 LEFT = {"fine-tuning": 0.8, "fine-pruning": 0.7, "nad": 0.8, "neural cleanse": 0.4}
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -106,7 +106,7 @@ def honest() -> Case:
 
 
 @every_method
-def test_a_repair_weakens_the_backdoor_and_leaves_its_model_alone(
+def test_a_repair_leaves_its_model_alone_and_keeps_the_accuracy(
     backdoored: Case, repaired: Callable[[str], Repaired], name: str
 ) -> None:
     model = backdoored.model
@@ -115,10 +115,12 @@ def test_a_repair_weakens_the_backdoor_and_leaves_its_model_alone(
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not any(module.training for module in found.model.modules())
     assert json.loads(json.dumps(found.done)) == found.done
-    (acc, asr), (acc_before, asr_before) = (backdoored.measure(network) for network in (found.model, model))
-    print(f"{name}: ACC {acc_before:.3f} -> {acc:.3f}, ASR {asr_before:.3f} -> {asr:.3f}, {found.done}")
-    assert acc > acc_before - 0.08
-    assert asr <= LEFT.get(name, 1.0) * asr_before
+    assert backdoored.measure(found.model)[0] > backdoored.measure(model)[0] - 0.08
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_repair_weakens_the_backdoor(backdoored: Case, repaired: Callable[[str], Repaired], name: str) -> None:
+    assert backdoored.measure(repaired(name).model)[1] <= LEFT[name] * backdoored.measure(backdoored.model)[1]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "neural cleanse"])

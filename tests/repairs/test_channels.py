@@ -22,12 +22,12 @@ from sanitize.repairs.inputs import RepairInputs, in_memory
 from sanitize.repairs.sites import watching
 
 CPU = Compute(device="cpu")
-NETWORKS: list[tuple[Architecture, int, int, int]] = [  # size of images, layers, those with a norm
+NETWORKS: list[Any] = [  # architecture, size of images, layers, those with a norm
     (ConvNetConfig(widths=(8, 16)), 8, 2, 2),
     (ResNetConfig(widths=(8, 16)), 8, 6, 5),
     (MLPConfig(widths=(16, 8)), 8, 2, 0),
     (TorchvisionConfig(name="resnet18"), 32, 20, 20),
-    (TorchvisionConfig(name="vgg11_bn"), 32, 10, 8),
+    pytest.param(TorchvisionConfig(name="vgg11_bn"), 32, 10, 8, marks=pytest.mark.slow),  # 129 million weights
 ]
 
 

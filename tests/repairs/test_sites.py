@@ -114,7 +114,7 @@ def _compare(architecture: Architecture, size: int, oblique: bool) -> None:
     assert (folded_BK - explicit_BK).abs().max() < 1e-8 * scale
 
 
-@pytest.mark.parametrize(("name", "n_sites"), [("resnet18", 21), ("resnet50", 54)])
+@pytest.mark.parametrize(("name", "n_sites"), [("resnet18", 21), pytest.param("resnet50", 54, marks=pytest.mark.slow)])
 def test_all_of_a_residual_network_is_found_on_black_images(name: str, n_sites: int) -> None:
     """torchvision adds the shortcut in place, into the output of a block's last norm."""
     config = ModelConfig(architecture=TorchvisionConfig(name=name), n_classes=10, image_shape=(3, 32, 32))

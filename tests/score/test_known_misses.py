@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from sanitize import (
     Compute,
     embed_shards,
@@ -22,6 +24,7 @@ from sanitize.score import ToxicDirectionConfig
 from sanitize.select import SelectConfig
 
 
+@pytest.mark.slow
 def test_3_percent_badnets_in_digits_with_model_seed_3(tmp_path: Path) -> None:
     compute = Compute(device="cpu", seed=0)
     digits = write_digits(str(tmp_path / "digits"), compute, n_shards=5)

@@ -138,5 +138,14 @@ def test_the_loss_and_its_gradient_need_not_rank_alike(n_classes: int, seed: int
     losses_B = sample_losses(logits_BK, y_B, "cross_entropy")
     norms_B = loss_gradient_norms(logits_BK, y_B, "cross_entropy")
     assert (norms_B**2 <= 2 * (1 - (-losses_B).exp()) ** 2 + 1e-9).all()
-    if n_classes == 2:
-        assert torch.equal(losses_B.argsort(), norms_B.argsort())
+    assert torch.equal(losses_B.argsort(), norms_B.argsort()) == (n_classes == 2)
+
+
+def test_a_larger_loss_may_have_a_smaller_gradient() -> None:
+    p_BK = torch.tensor([[0.5, 0.5, 0.0], [0.45, 0.275, 0.275]])
+    logits_BK, y_B = p_BK.clamp(min=1e-9).log(), torch.zeros(2, dtype=torch.int64)
+    losses_B = sample_losses(logits_BK, y_B, "cross_entropy")
+    norms_B = loss_gradient_norms(logits_BK, y_B, "cross_entropy")
+    torch.testing.assert_close(norms_B, torch.tensor([0.5, 0.55**2 + 2 * 0.275**2]).sqrt())
+    assert losses_B[1] > losses_B[0]
+    assert norms_B[1] < norms_B[0]

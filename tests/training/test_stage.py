@@ -103,8 +103,8 @@ def test_every_kind_of_method_ends_in_a_model_that_loads(
     assert model.config.group_norm == (name == "prl_g")
     images_NCHW, labels_N = dataset.images()
     learned = accuracy(predict(model.model(), images_NCHW, model.config.normalise, compute), labels_N)
-    assert learned == pytest.approx(model.history[-1]["accuracy"], abs=0.5)
-    assert learned > 0.2
+    assert learned == pytest.approx(model.history[-1]["accuracy"], abs=0.05)  # of the last epoch, in training mode
+    assert learned > 0.3
 
 
 def test_a_data_set_that_is_streamed_trains_as_well(dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ train_robust(TrainConfig.model_validate_json(config), dataset, out, compute)
 """
 
 
-@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_a_killed_run_goes_on_to_the_same_digest(n: int, dataset: Dataset, compute: Compute, tmp_path: Path) -> None:
     config = small("co_prl_l", snapshot_every=4)
     wanted = train_robust(config, dataset, str(tmp_path / "wanted"), compute)

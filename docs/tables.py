@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import sanitize.api  # noqa: F401 (declares all stages)
+import sanitize.api  # noqa: F401 (declares all stages and jobs)
+from sanitize.jobs import JOBS
 from sanitize.stage import STAGES
 
 DOCS = Path(__file__).parent
@@ -25,12 +26,30 @@ def stages() -> Iterator[str]:
             yield f"| `{package(stage.function)}` | `{stage.name}` | {does} | `{stage.kind.__name__}` |"
 
 
+def jobs() -> Iterator[str]:
+    """All jobs, in the order of their names."""
+    yield "| job | what it does | returns | with, beside `folder` and `summary` |"
+    yield "|---|---|---|---|"
+    for job in sorted(JOBS.values(), key=lambda job: job.name):
+        if job.function.__module__.startswith("sanitize."):
+            does = (inspect.getdoc(job.function) or "").partition("\n")[0].removesuffix(".")
+            has = ", ".join(f"`{name}`" for name in members(job.result))
+            yield f"| `sanitize.{job.name}` | {does} | `{job.result.__name__}` | {has} |"
+
+
+def members(result: type) -> list[str]:
+    """Public properties, and methods with `()`, of a result."""
+    common = {"config", "folder", "kind", "place", "summary", "open", "after"}
+    names = sorted(name for name in dir(result) if not name.startswith("_") and name not in common)
+    return [f"{name}()" if inspect.isfunction(getattr(result, name)) else name for name in names]
+
+
 def package(function: Callable[..., object]) -> str:
     """Package of a function: the first two parts of the name of its module."""
     return ".".join(function.__module__.split(".")[:2])
 
 
-TABLES: dict[str, Callable[[], Iterator[str]]] = {"stages": stages}
+TABLES: dict[str, Callable[[], Iterator[str]]] = {"jobs": jobs, "stages": stages}
 
 
 def filled(text: str) -> str:

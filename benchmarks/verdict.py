@@ -268,12 +268,12 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool,
     ):
-        # A long cell at the end would leave the other core without work.
-        missing.sort(key=lambda cell: SLOWEST_FIRST.index(cell.data))
-        for name in dict.fromkeys(cell.data for cell in missing):
+        futures = {}
+        # The slowest first: a long cell at the end would leave the other core without work.
+        for name in sorted({cell.data for cell in missing}, key=SLOWEST_FIRST.index):
             write_data(name, Path(folder), arguments.images)
             print(f"[{time.perf_counter() - start:5.0f} s] {name} is written", file=sys.stderr, flush=True)
-        futures = {pool.submit(one_cell, cell, folder): cell for cell in missing}
+            futures |= {pool.submit(one_cell, cell, folder): cell for cell in missing if cell.data == name}
         for number, future in enumerate(as_completed(futures), 1):
             cell, row = futures[future], future.result() | {"images": arguments.images}
             rows = [other for other in rows if _name(other) != _name(row)] + [row]
@@ -294,13 +294,16 @@ def main() -> None:
 
 
 def _finished(json_file: Path | None, images: int | None) -> list[dict[str, Any]]:
-    """Rows of an earlier run with as many images and the stages of today; failed cells are run again."""
+    """Rows of an earlier run with the stages of today; failed cells are run again.
+
+    Raises SystemExit where the file holds cells of another number of images: they would be lost.
+    """
     if json_file is None or not json_file.exists():
         return []
     rows = json.loads(json_file.read_text())["rows"]
-    return [
-        row for row in rows if "recall" in row and row["images"] == images and row.get("versions") == stage_versions()
-    ]
+    if any(row["images"] != images for row in rows):
+        raise SystemExit(f"{json_file} holds cells of another number of images (--images); give another --json")
+    return [row for row in rows if "recall" in row and row.get("versions") == stage_versions()]
 
 
 def _is_row_of(row: dict[str, Any], cell: Cell) -> bool:

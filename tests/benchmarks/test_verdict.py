@@ -100,15 +100,18 @@ def test_a_killed_benchmark_goes_on_with_its_finished_cells(tmp_path: Path) -> N
     assert _finished(file, None) == []
     failed = {"data": "gtsrb", "attack": "none", "seed": 0, "error": "DataError: damaged", "images": None}
     older = stage_versions() | {"fit_scorer": 1}
-    _write(file, [_row(), failed, _row("none", images=500), _row("blended 1 %", versions=older)])
+    _write(file, [_row(), failed, _row("blended 1 %", versions=older)])
     json.loads(file.read_text())
     rows = _finished(file, None)
     assert [row["attack"] for row in rows] == [
         "badnets 1 %"
-    ]  # not the one that failed, of fewer images, of an older stage
+    ]  # not the one that failed, nor that of an older stage
     assert _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 0, retrain=False))
     assert not _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 1, retrain=False))
     assert not _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 0, retrain=True))  # it has no retrained model
+    with pytest.raises(SystemExit, match="another number of images"):
+        _finished(file, 500)
+    assert len(json.loads(file.read_text())["rows"]) == 3
 
 
 def test_a_random_place_depends_on_the_image_alone() -> None:

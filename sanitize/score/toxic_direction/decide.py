@@ -513,7 +513,10 @@ def on_clean_labels(known: Knowledge, config: EvidenceConfig, has_images: bool) 
 
 
 def shown(planted: Sequence[Planted], groups: Sequence[Group]) -> list[tuple[Group, float]]:
-    """Planted and unsure groups, the largest burst of a class, and its widest other split, each with its separation."""
+    """Planted and unsure groups, the largest burst of a class, and the group of its widest other split.
+
+    Each comes with its separation.
+    """
     first = [(one.group, one.lines.separation) for one in planted]
     touched = {one.group.label for one in planted}
     others: list[Group] = []
@@ -521,7 +524,8 @@ def shown(planted: Sequence[Planted], groups: Sequence[Group]) -> list[tuple[Gro
         of_class = [group for group in groups if group.label == label]
         unsure = [g for g in of_class if g.decision == "unsure" and label not in touched]
         bursts = [g for g in of_class if g.decision == "burst"]
-        natural = [g for g in of_class if g.decision == "natural"]
+        # Both sides of a split are groups; the larger one is the rest of the class.
+        natural = [g for g in of_class if g.decision == "natural" and g.measures.share <= 0.5]
         others += sorted(unsure, key=lambda g: -g.evidence.z)[:1]
         others += sorted(bursts, key=lambda g: -g.measures.size)[:1]
         others += sorted(natural, key=lambda g: -g.candidate.separation)[:1]

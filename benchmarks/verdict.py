@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,7 +268,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool,
     ):
-        futures = {}
+        futures: dict[Future[dict[str, Any]], Cell] = {}
         # The slowest first: a long cell at the end would leave the other core without work.
         for name in sorted({cell.data for cell in missing}, key=SLOWEST_FIRST.index):
             write_data(name, Path(folder), arguments.images)

@@ -186,7 +186,11 @@ def _measured(cell: Cell, source: Path, place: Path) -> dict[str, Any]:
     removed_N = ~_column(cleaned.selection, "keep")
     found = detection(removed_N[~cover_N], truth_N[~cover_N])
     suspect = _acc_asr(config, cleaned.embedder, test, place / "suspect-test", compute)
-    row = {"n": len(truth_N), "poisoned": found.n_poisoned, "train_acc": _train_accuracy(cleaned.embedder)}
+    row: dict[str, Any] = {
+        "n": len(truth_N),
+        "poisoned": found.n_poisoned,
+        "train_acc": _train_accuracy(cleaned.embedder),
+    }
     row |= {"acc": suspect["acc"], "asr": suspect.get("asr"), "learned": suspect.get("asr", 0.0) >= LEARNED}
     row |= {"recall": found.recall, "false_removals": found.false_positive_rate, "removed": found.n_removed}
     row |= {"removed_clean": found.n_false_removals, "verdict": _verdict(read_record(run.out), found.n_removed)}

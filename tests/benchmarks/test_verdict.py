@@ -39,8 +39,11 @@ def _missed(rows: list[dict[str, Any]], seconds_before: float | None) -> list[st
 
 
 def test_rows_that_meet_all_targets_miss_none() -> None:
-    good = {"asr_after": 0.03, "asr_control": 0.01}
-    rows = [_row("none"), _row(**good), _row("blended 1 %", learned=False, recall=0.0, verdict=CLEAR)]
+    rows = [
+        _row("none"),
+        _row(asr_after=0.03, asr_control=0.01),
+        _row("blended 1 %", learned=False, recall=0.0, verdict=CLEAR),
+    ]
     assert _missed(rows, 40.0) == []
     assert [(target.n_met, target.n) for target in check(rows, 40.0)] == [(n, n) for n in (3, 1, 1, 1, 2, 1, 1, 1)]
 
@@ -103,9 +106,7 @@ def test_a_killed_benchmark_goes_on_with_its_finished_cells(tmp_path: Path) -> N
     _write(file, [_row(), failed, _row("blended 1 %", versions=older)])
     json.loads(file.read_text())
     rows = _finished(file, None)
-    assert [row["attack"] for row in rows] == [
-        "badnets 1 %"
-    ]  # not the one that failed, nor that of an older stage
+    assert [row["attack"] for row in rows] == ["badnets 1 %"]  # not the one that failed, nor that of an older stage
     assert _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 0, retrain=False))
     assert not _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 1, retrain=False))
     assert not _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 0, retrain=True))  # it has no retrained model

@@ -17,7 +17,7 @@ from sanitize.errors import SanitizeError
 from sanitize.select.write import Shards
 from sanitize.tar.names import printable
 
-BUDGET = 1_200_000  # bytes of all thumbnails of suspicious samples together, before base64
+BUDGET = 1_150_000  # bytes of all thumbnails of suspicious samples together, before base64
 SIDES = (128, 112, 96, 80, 64, 48, 32, 24)  # of a thumbnail in pixels, tried until it fits its share of the budget
 
 Thumbnail = tuple[bytes, int, int]  # PNG, width, height

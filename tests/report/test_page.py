@@ -553,14 +553,22 @@ STYLE = [("part-1.tar", position) for position in (2, 6)]
 
 
 def test_groups_are_shown_with_pictures_of_their_own_samples(planted: Run, tmp_path: Path) -> None:
-    groups = [_group(1, "burst", TRACK), _group(2, "natural", STYLE), _group(0, "planted", PLANTED)]
+    reason = (
+        "19 of 20 nearest neighbours carry another label, " + 10 * "which is a long story, " + "and this is its end"
+    )
+    groups = [
+        _group(1, "burst", TRACK),
+        _group(2, "natural", STYLE, z=2.0),
+        _group(3, "natural", [], burst=0.53, z=1.0),
+        _group(0, "planted", PLANTED, reason=reason),
+    ]
     run, embedder = _judged(planted, tmp_path, groups, {0: 1, 1: 0, 2: 0, 3: 0})
     report = write_report(
         ReportConfig(), run.dataset, [run.scores], run.selection, run.shards, str(tmp_path / "90"), COMPUTE,
         embedder=embedder,
     )  # fmt: skip
     numbers, html = _numbers(report), _html(report)
-    assert [group["decision"] for group in numbers["groups"]] == ["planted", "burst", "natural"]
+    assert [group["decision"] for group in numbers["groups"]] == ["planted", "burst", "natural", "natural"]
     shown = [one for group in numbers["groups"] for one in group["examples"]]
     assert [(one["shard"], one["position"]) for one in shown] == PLANTED + TRACK + STYLE
     assert [one["status"] for one in shown] == ["quarantined"] * 5 + ["kept"] * 5
@@ -571,8 +579,11 @@ def test_groups_are_shown_with_pictures_of_their_own_samples(planted: Run, tmp_p
         own = Image.open(io.BytesIO(_png(int(key))))
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))), np.asarray(own))
     words = " ".join(_Page(html).words.split())
-    for what in ("natural group: a style", "near-duplicates: copies, a burst, a track", "left alone", "removed"):
-        assert what in words
+    assert "and this is its end" in words
+    assert "natural group: a style, a sub-population 2 20.0 %" in words
+    assert "near-duplicates: copies, a burst, a track 3 20.0 %" in words
+    assert "natural group, in part near-duplicates: a track, a burst 0 20.0 %" in words
+    assert "; 53.0 % are near-duplicates of each other" in words
     assert "found in the class" not in words
 
 

@@ -34,8 +34,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,7 +179,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     print_table([one for one in times if one["cells"]], list(times[0]), "time of clean, default settings")
 
 
-def show_targets(targets: Sequence[Target]) -> None:
+def show_targets(targets: Sequence[Target], is_whole: bool) -> None:
     """Print how many cells meet each target."""
     outcome = {True: "missed", False: "met"}
     shown = [
@@ -189,7 +190,7 @@ def show_targets(targets: Sequence[Target]) -> None:
         }
         for target in targets
     ]
-    print_table(shown, list(shown[0]), "targets")
+    print_table(shown, list(shown[0]), "targets" if is_whole else "targets, on a part of the cells")
 
 
 def _times(data: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def main() -> None:
         print(f"{len(cells) - len(missing)} of {len(cells)} cells are in {arguments.json}", file=sys.stderr)
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool,
     ):
         futures: dict[Future[dict[str, Any]], Cell] = {}
         # The slowest first: a long cell at the end would leave the other core without work.
@@ -287,10 +288,21 @@ def main() -> None:
     show(shown)
     targets = check(shown, arguments.seconds_before) if arguments.images is None else []
     if targets:
-        show_targets(targets)
+        show_targets(targets, is_whole=not (arguments.only or arguments.data))
     missed = [line for target in targets for line in target.missed]
-    is_whole = not (arguments.only or arguments.data or arguments.images)
-    conclude(missed, arguments.json, start, checked=is_whole, rows=rows)
+    conclude(missed, arguments.json, start, checked=bool(targets), rows=rows)
+
+
+def end_with_parent() -> None:
+    """Let a worker end when the benchmark is killed: it would wait for cells forever."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _finished(json_file: Path | None, images: int | None) -> list[dict[str, Any]]:

@@ -23,12 +23,14 @@ def with_examples(groups: Sequence[dict[str, Any]], selection: Selection, most: 
         most: most samples of a group.
 
     Raises:
-        ArtifactError: an example is not in the selection.
+        ArtifactError: an example names no sample, or one that is not in the selection.
     """
     n_shown = min(most, max(MIN_PICTURES, MAX_PICTURES // max(1, len(groups))))
-    examples = [list(group.get("examples", []))[:n_shown] for group in groups]
+    examples = [group.get("examples", [])[:n_shown] for group in groups]
     wanted: dict[str, set[int]] = {}
     for one in (one for some in examples for one in some):
+        if not (isinstance(one, dict) and type(one.get("shard")) is str and type(one.get("position")) is int):
+            raise ArtifactError(f"scorer.json names {one!r:.100} as a sample of a group; it has no shard and position")
         wanted.setdefault(one["shard"], set()).add(one["position"])
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for shard, positions in sorted(wanted.items()):

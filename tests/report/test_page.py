@@ -684,3 +684,10 @@ def test_hostile_names_in_groups_stay_text(tmp_path: Path) -> None:
 def test_a_group_of_other_data_is_refused(planted: Run, place: tuple[str, int]) -> None:
     with pytest.raises(ArtifactError, match=r"part-[09]\.tar"):
         report_groups.with_examples([_group(0, "natural", [place])], planted.selection, 8)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("example", [7, None, {}, {"shard": "part-0.tar"}, {"shard": ["x"], "position": 0}])
+def test_an_example_that_names_no_sample_is_refused(planted: Run, example: Any) -> None:
+    with pytest.raises(ArtifactError, match=r"no shard and position"):
+        report_groups.with_examples([_group(0, "natural", []) | {"examples": [example]}], planted.selection, 8)

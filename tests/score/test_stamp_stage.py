@@ -138,6 +138,7 @@ def test_clean_label_poison_is_found_by_its_stamp(
     }
     for other in finding["groups"]:
         assert len(other["examples"]) == min(EXAMPLES, other["size"])
+        assert other["decision"] != "natural" or other["share"] <= 0.5  # not the rest of a class
         assert {of_class[one["shard"], one["position"]] for one in other["examples"]} == {other["label"]}
     scores = score_shards(ToxicDirectionConfig(), fitted, embeddings, str(tmp_path / "scores"), compute)
     found = {

@@ -9,6 +9,7 @@ measured and subtracted. Exits with 1 where RCA takes more than 2.2 times as lon
 """
 
 import argparse
+import importlib.util
 import math
 import statistics
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyod.models.auto_encoder import AutoEncoder
 
 from benchmarks.odds import Split, split
 from benchmarks.report import conclude, print_table
@@ -36,6 +36,8 @@ def rca_seconds(config: RCAConfig, table: Split, seed: int) -> float:
 
 def pyod_seconds(config: RCAConfig, table: Split, epochs: int, seed: int) -> float:
     """Time of `fit`, less the time to score the same rows."""
+    from pyod.models.auto_encoder import AutoEncoder
+
     model = AutoEncoder(
         hidden_neuron_list=[*config.widths, config.n_codes],
         dropout_rate=config.dropout,
@@ -80,6 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if not importlib.util.find_spec("pyod"):
+        raise SystemExit("pyod is missing: pip install 'sanitize[baselines]'")
     start = time.perf_counter()
     torch.set_num_threads(1)
     rows = [compare(name) for name in TABLES]

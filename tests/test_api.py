@@ -427,7 +427,7 @@ def test_find_poison_decides_an_even_split_by_the_labels_of_another_embedding() 
 
 
 def test_find_poison_agrees_with_the_pipeline(embeddings: Embeddings, compute: Compute, tmp_path: Path) -> None:
-    """The stages on files and the call on arrays give the same scores and the same finding."""
+    """The stages on files and the call on arrays give the same scores and the same finding; files name examples too."""
     fitted = sanitize.fit_scorer(ToxicDirectionConfig(), embeddings, str(tmp_path / "scorer"), compute)
     scores = sanitize.score_shards(ToxicDirectionConfig(), fitted, embeddings, str(tmp_path / "scores"), compute)
     table = pa.concat_tables(embeddings.rows(shard) for shard in embeddings.shards)
@@ -435,7 +435,10 @@ def test_find_poison_agrees_with_the_pipeline(embeddings: Embeddings, compute: C
     found = sanitize.find_poison(arrays, table["label"].to_numpy(), seed=compute.seed)
     wanted = np.concatenate([scores.rows(shard)["score"].to_numpy() for shard in scores.shards])
     assert found.scores == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-    assert found.finding == fitted.info["finding"] == scores.read_json("scorer.json")["finding"]
+    finding = scores.read_json("scorer.json")["finding"]
+    assert finding == fitted.info["finding"]
+    groups = [{name: value for name, value in group.items() if name != "examples"} for group in finding["groups"]]
+    assert found.finding == finding | {"groups": groups}
     for label, measures in found.evidence.items():
         assert measures["separation"] == pytest.approx(fitted.info["classes"][str(label)]["separation"], rel=1e-6)
 

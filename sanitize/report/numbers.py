@@ -39,7 +39,11 @@ def collect(
     """
     scorers = [of_scorer.read_json("scorer.json")["config"] for of_scorer in scores]
     kinds = [scorer["kind"] for scorer in scorers]
-    tally = _Tally(len(kinds), dataset.n_classes, max(n_images))
+    stated = selection.read_json("selection.json")["classes"]
+    silent_SK = np.zeros((len(kinds), dataset.n_classes), bool)
+    for label, of_class in stated.items():
+        silent_SK[:, int(label)] = [_is_silent(_of_scorer(of_class, kind)) for kind in kinds]
+    tally = _Tally(silent_SK, max(n_images))
     with track("report", 2 * len(selection.shards), "shards") as advance:
         for shard in selection.shards:
             tally.update(_scored(selection, scores, shard))
@@ -57,6 +61,8 @@ def collect(
         "n_classes": len(classes),
         "n_touched": sum(c["removed"] > 0 for c in classes),
         "n_capped": sum(c["capped"] for c in classes),
+        # Of new samples that a reference judges, False: its thresholds hold in all classes.
+        "judged_by_groups": any(c["planted"] or any(map(_is_silent, c["scorers"].values())) for c in classes),
         "n_shards": len(dataset.info["shards"]),
         "n_damaged": len(damaged),
         **{name: selection.read_json("selection.json")[name] for name in ("verdict", "rules")},
@@ -108,9 +114,14 @@ class _Pick(NamedTuple):
 
 
 class _Tally:
-    """First pass: counters of each class, and for each scorer the highest scores of removed and of kept samples."""
+    """First pass: counters of each class, and for each scorer the highest scores of removed and of kept samples.
 
-    def __init__(self, n_scorers: int, n_classes: int, n_best: int) -> None:
+    Scores of classes in which a scorer is silent (`silent_SK`) are left out.
+    """
+
+    def __init__(self, silent_SK: np.ndarray, n_best: int) -> None:
+        n_scorers, n_classes = silent_SK.shape
+        self._silent_SK = silent_SK
         self.n_K = np.zeros(n_classes, np.int64)
         self.removed_K = np.zeros(n_classes, np.int64)
         self.low_SK = np.full((n_scorers, n_classes), np.inf)
@@ -127,7 +138,7 @@ class _Tally:
             np.minimum.at(self.low_SK[s], rows.labels_N, scores_N)
             np.maximum.at(self.high_SK[s], rows.labels_N, scores_N)
             for kept, best in self.best.items():
-                of_kind = np.flatnonzero(rows.kept_N == kept)
+                of_kind = np.flatnonzero((rows.kept_N == kept) & ~self._silent_SK[s, rows.labels_N])
                 top = of_kind[np.argsort(-scores_N[of_kind], kind="stable")[: self._n_best]].tolist()
                 values = zip(*(a[top].tolist() for a in (-scores_N, rows.positions_N, rows.labels_N)), strict=True)
                 best[s] += [_Pick(minus_score, rows.shard, position, label) for minus_score, position, label in values]
@@ -190,7 +201,10 @@ def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selec
         for s, by_scorer in enumerate(scorers.values()):
             by_scorer |= {"lowest": float(tally.low_SK[s, label]), "highest": float(tally.high_SK[s, label])}
         n, removed = int(tally.n_K[label]), int(tally.removed_K[label])
-        split: dict[str, Any] = next((by for by in scorers.values() if by["separation"] is not None), {})
+        # With label evidence no class is split in two: its groups are judged one by one.
+        split: dict[str, Any] = next(
+            (by for by in scorers.values() if by["separation"] is not None and by["planted"] is None), {}
+        )
         rows.append(
             {
                 "label": label,
@@ -199,6 +213,7 @@ def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selec
                 "removed": removed,
                 "removed_fraction": removed / n,
                 "capped": bool(of_class.get("capped", False)),
+                "planted": next((by["planted"] for by in scorers.values() if by["planted"] is not None), None),
                 **{name: split.get(name) for name in SPLIT},
                 "scorers": scorers,
             }
@@ -209,10 +224,19 @@ def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selec
 def _of_scorer(of_class: dict[str, Any], kind: str) -> dict[str, Any]:
     """Entry of `selection.json` for one scorer and one class."""
     stated = of_class.get("scorers", {}).get(kind, {})
-    return {"flagged": stated.get("flagged", 0)} | {name: stated.get(name) for name in ("threshold", *SPLIT)}
+    names = ("threshold", "planted", *SPLIT)
+    return {"flagged": stated.get("flagged", 0)} | {name: stated.get(name) for name in names}
+
+
+def _is_silent(by_scorer: dict[str, Any]) -> bool:
+    """True in a class without a planted group: its scores tell natural groups apart, and nothing is suspicious."""
+    return by_scorer["planted"] == 0 and by_scorer["threshold"] is None
 
 
 def _statistic(of_class: dict[str, Any]) -> float:
+    """What classes without removals are sorted by; nothing where groups are judged, not classes."""
+    if of_class["planted"] is not None:
+        return 0.0
     first = next(iter(of_class["scorers"].values()))
     return float(first["highest"] if of_class["separation"] is None else of_class["separation"])
 
@@ -221,7 +245,7 @@ def _drawn(classes: list[dict[str, Any]], kinds: list[str]) -> list[tuple[dict[s
     """(class, scorer) of the histograms: affected classes with the scorers that flagged samples in them."""
     shown = [c for c in classes if c["removed"]] or classes[:1]
     flagging = [(c, [kind for kind in kinds if c["scorers"][kind]["flagged"]] or kinds) for c in shown]
-    return [(c, kind) for c, of_class in flagging for kind in of_class]
+    return [(c, kind) for c, of_class in flagging for kind in of_class if not _is_silent(c["scorers"][kind])]
 
 
 def _class_name(names: Any, label: int) -> str | None:

@@ -28,8 +28,9 @@ from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import charts
 from sanitize.report.finding import Finding, find, groups_of
+from sanitize.report.groups import pictures_of, with_examples
 from sanitize.report.numbers import collect
-from sanitize.report.pictures import pictures
+from sanitize.report.pictures import Thumbnail, pictures
 from sanitize.select.scored import kind_of
 from sanitize.select.write import Shards
 from sanitize.stage import Work, stage
@@ -46,6 +47,7 @@ class ReportConfig(BaseModel):
         title: title of the page.
         n_images: number of suspicious samples shown: removed samples first, then the highest scores that were kept.
         n_kept_images: least number of kept samples shown in addition, however many were removed.
+        n_group_images: most pictures of a group of similar samples; fewer where there are many groups.
         n_histograms: number of histograms, one for a class and a scorer; the most affected classes first.
         n_classes: rows of the class table, the most affected classes first.
     """
@@ -55,6 +57,7 @@ class ReportConfig(BaseModel):
     title: str = Field(default="Training data report", min_length=1, max_length=200)
     n_images: int = Field(default=48, ge=0, le=200)
     n_kept_images: int = Field(default=12, ge=0, le=48)
+    n_group_images: int = Field(default=8, ge=0, le=8)
     n_histograms: int = Field(default=24, ge=1, le=64)
     n_classes: int = Field(default=200, ge=1, le=1000)
 
@@ -63,7 +66,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=4, gpu=False, draws="nothing")
+@stage(Report, version=5, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -105,10 +108,12 @@ def write_report(
         numbers = collect(dataset, scores, selection, n_images, config.n_histograms)
         numbers |= {"title": config.title, "n_class_rows": min(config.n_classes, len(numbers["classes"]))}
         numbers |= {"chain": [_link(*item) for item in given.items()], "facts": rows, "versions": versions(rows)}
-        numbers |= _verdict(scores, selection, embedder)
+        numbers |= _verdict(scores, selection, embedder, config.n_group_images)
         numbers["headline"] = headline(numbers)
         part.write_json("report.json", numbers)
-        part.write("index.html", render(numbers, pictures(numbers["suspects"], dataset, shards)).encode())
+        thumbnails = pictures(numbers["suspects"], dataset, shards)
+        of_groups = pictures_of(numbers["groups"], dataset, shards)
+        part.write("index.html", render(numbers, thumbnails, of_groups).encode())
         part.counts.update(numbers["counts"])
 
     digests = {name: artifact.digest for name, artifact in given.items()}
@@ -132,13 +137,16 @@ def _check(dataset: Dataset, scores: Sequence[Scores], selection: Selection, sha
             raise ArtifactError(f"{child.path} was not made from {parent.path}; give artifacts of one run")
 
 
-def _verdict(scores: Sequence[Scores], selection: Selection, embedder: Checkpoint | None) -> dict[str, Any]:
+def _verdict(
+    scores: Sequence[Scores], selection: Selection, embedder: Checkpoint | None, n_images: int
+) -> dict[str, Any]:
     """Verdict on the data set, facts about the suspect model, and the groups that were judged."""
     if embedder is None:
-        return {"finding": None, "suspect": None, "groups": []}
+        return {"finding": None, "suspect": None, "groups": [], "n_groups": 0}
     finding = finding_of(scores, selection, embedder).plain()
     groups = groups_of([s.read_json("scorer.json") for s in scores])
-    return {"finding": finding, "suspect": embedder.suspect, "groups": groups[:MAX_GROUPS]}
+    shown = with_examples(groups[:MAX_GROUPS], selection, n_images)
+    return {"finding": finding, "suspect": embedder.suspect, "groups": shown, "n_groups": len(groups)}
 
 
 def finding_of(scores: Sequence[Scores], selection: Selection, embedder: Checkpoint) -> Finding:
@@ -235,14 +243,15 @@ def clean_lines(text: str) -> str:
     return "\n".join(clean_text(line, MAX_FACT) for line in head.split("\n"))
 
 
-def render(numbers: dict[str, Any], thumbnails: list[tuple[bytes, int, int] | None]) -> str:
+def render(numbers: dict[str, Any], thumbnails: list[Thumbnail | None], of_groups: list[list[Thumbnail | None]]) -> str:
     """The page.
 
     Args:
         numbers: content of `report.json`.
-        thumbnails: PNG, width and height for each suspect; None without a picture.
+        thumbnails: picture of each suspect; None where there is none.
+        of_groups: pictures of the examples of each group.
     """
-    return template("page.html.j2").render(numbers | _charts(numbers), thumbnails=thumbnails)
+    return template("page.html.j2").render(numbers | _charts(numbers), thumbnails=thumbnails, of_groups=of_groups)
 
 
 def write_page(part: Part, name: str, numbers: dict[str, Any], **shown: Any) -> None:
@@ -285,6 +294,19 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
+def _note(of_class: dict[str, Any], numbers: dict[str, Any]) -> str:
+    """What the table of classes says of a class beside its numbers."""
+    if of_class["capped"]:
+        return "cap reached"
+    if of_class["removed"]:
+        return "group chosen by labels" if of_class["side_by_labels"] else ""
+    decisions = [group.get("decision") for group in numbers["groups"] if group.get("label") == of_class["label"]]
+    if "unsure" in decisions:
+        return "no removals; a group is undecided"
+    least = max((scorer.get("min_class", 0) for scorer in numbers["scorers"]), default=0)
+    return "too few samples to judge" if of_class["n"] < least else "no removals"
+
+
 def _charts(numbers: dict[str, Any]) -> dict[str, Any]:
     """The drawings as safe markup: charts escape their text."""
     separations = [c["separation"] for c in numbers["classes"] if c["separation"] is not None]
@@ -294,6 +316,7 @@ def _charts(numbers: dict[str, Any]) -> dict[str, Any]:
     counts = numbers["counts"]
     return {
         "by_label": by_label,
+        "notes": {c["label"]: _note(c, numbers) for c in numbers["classes"]},
         "steps": {
             scorer["kind"]: charts.step_for([c["scorers"][scorer["kind"]]["highest"] for c in numbers["classes"]])
             for scorer in numbers["scorers"]

@@ -1,11 +1,11 @@
-"""Thumbnails of the most suspicious samples: decoded like any other image, then encoded as small PNGs.
+"""Thumbnails of samples: decoded like any other image, then encoded as small PNGs.
 
 Thumbnails are read from the written shards, because source shards may be gone. A picture is shown only if its bytes
 are the indexed ones: quarantine may hold several samples of one key.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,27 +17,45 @@ from sanitize.errors import SanitizeError
 from sanitize.select.write import Shards
 from sanitize.tar.names import printable
 
-BUDGET = 1_200_000  # bytes of all thumbnails together, before base64
+BUDGET = 1_150_000  # bytes of all thumbnails of suspicious samples together, before base64
 SIDES = (128, 112, 96, 80, 64, 48, 32, 24)  # of a thumbnail in pixels, tried until it fits its share of the budget
 
 Thumbnail = tuple[bytes, int, int]  # PNG, width, height
 
 
-def pictures(suspects: list[dict[str, Any]], dataset: Dataset, shards: Shards) -> list[Thumbnail | None]:
-    """A thumbnail of each suspect; None if its image is not found."""
+def pictures(
+    samples: Sequence[dict[str, Any]],
+    dataset: Dataset,
+    shards: Shards,
+    budget: int = BUDGET,
+    sides: Sequence[int] = SIDES,
+) -> list[Thumbnail | None]:
+    """A thumbnail of each sample; None if its image is not found.
+
+    Args:
+        samples: shard, position and status ("kept" or "quarantined") of each; a sample may be there twice.
+        dataset: all samples.
+        shards: the written shards.
+        budget: bytes of all thumbnails together.
+        sides: largest sides of a thumbnail in pixels, tried until it fits its share of the budget.
+    """
     wanted: dict[tuple[str, str], list[int]] = {}
-    for i, suspect in enumerate(suspects):
-        wanted.setdefault((suspect["shard"], suspect["status"]), []).append(i)
+    for i, sample in enumerate(samples):
+        wanted.setdefault((sample["shard"], sample["status"]), []).append(i)
     config = ImageConfig.model_validate(dataset.info["image"])
     limits = SampleLimits.model_validate(dataset.info["limits"])
-    found: list[Thumbnail | None] = [None] * len(suspects)
+    found: list[Thumbnail | None] = [None] * len(samples)
     for (shard, status), group in sorted(wanted.items()):
-        rows = _index_rows(dataset, shard, [suspects[i]["position"] for i in group])
-        missing = {(row["key"], row["sha256"]): i for row, i in zip(rows, group, strict=True)}
+        rows = _index_rows(dataset, shard, [samples[i]["position"] for i in group])
+        missing: dict[tuple[str, str], list[int]] = {}
+        for row, i in zip(rows, group, strict=True):
+            missing.setdefault((row["key"], row["sha256"]), []).append(i)
         folder = "clean" if status == "kept" else "quarantine"
         for key, data in _payloads(shards.url(f"{folder}/{shard}"), limits, {row["key"] for row in rows}):
             if (found_here := (key, hashlib.sha256(data).hexdigest())) in missing:
-                found[missing.pop(found_here)] = thumbnail(data, config, BUDGET // len(suspects))
+                picture = thumbnail(data, config, budget // len(samples), sides)
+                for i in missing.pop(found_here):
+                    found[i] = picture
             if not missing:
                 break
     return found
@@ -58,14 +76,14 @@ def _payloads(path: str, limits: SampleLimits, keys: set[str]) -> Iterator[tuple
         return
 
 
-def thumbnail(data: bytes, config: ImageConfig, max_bytes: int) -> Thumbnail | None:
-    """The image as PNG of at most 128 x 128 pixels, smaller to stay within `max_bytes`; never enlarged."""
+def thumbnail(data: bytes, config: ImageConfig, max_bytes: int, sides: Sequence[int] = SIDES) -> Thumbnail | None:
+    """The image as PNG, at most `sides[0]` pixels high and wide, smaller to stay within `max_bytes`; never enlarged."""
     try:
         image_CHW = decode(data, config)
     except BadImage:
         return None
     png, small_CHW = b"", image_CHW
-    for side in SIDES:
+    for side in sides:
         small_CHW = shrink(image_CHW, side)
         png = encode_png(small_CHW)
         if len(png) <= max_bytes:

@@ -37,6 +37,7 @@ ScorerConfig = Annotated[
     | ToxicDirectionConfig,
     Field(discriminator="kind"),
 ]
+EXAMPLES = 8  # samples of a group that are named for the report
 _READ, _FORWARD = 64, 256  # images decoded at once, and of a forward pass on a GPU
 _SCHEMA = pa.schema({"key": pa.string(), "position": pa.int64(), "label": pa.int64(), "score": pa.float32()})
 
@@ -47,7 +48,8 @@ class FittedScorer(Artifact):
     @cached_property
     def info(self) -> dict[str, Any]:
         """scorer.json: `config`; `rule`: kind of the default rule; `classes`: label -> statistics; `exclude`: shards;
-        `finding` of toxic_direction."""
+        `finding` of toxic_direction, each group with `examples`: shard and position of some of its samples.
+        """
         return self.read_object("scorer.json", "config", "classes")
 
     def scorer(self, config: ScorerConfig) -> Scorer:
@@ -112,11 +114,46 @@ def fit_scorer(
             else:
                 scorer.fit(one_pass, compute)
         part.write("state.safetensors", safetensors.torch.save(scorer.state_dict()))
-        finding = {"finding": scorer.finding} if isinstance(scorer, ToxicDirection) else {}
+        finding = {}
+        if isinstance(scorer, ToxicDirection):
+            examples = examples_of(scorer.members, embeddings, shards, sample_seed(compute))
+            pairs = zip(scorer.finding["groups"], examples, strict=True)
+            finding["finding"] = scorer.finding | {"groups": [group | {"examples": some} for group, some in pairs]}
         info = {"config": config.model_dump(mode="json"), "rule": config.rule, "classes": scorer.statistics}
         part.write_json("scorer.json", info | finding | excluded)
 
     return Work(write=write, config=config.model_dump(mode="json") | excluded)
+
+
+def examples_of(
+    members: Sequence[Sequence[int]], embeddings: Embeddings, shards: Sequence[str], seed: int
+) -> list[list[dict[str, Any]]]:
+    """Shard and position of at most `EXAMPLES` samples of each group.
+
+    Shards are taken in the order of a hash, and so are the samples of a shard. All groups share the first shards where
+    they can, so that a report of many shards reads few of them.
+
+    Args:
+        members: hashes of the samples of each group, by `row_hashes`.
+        embeddings: embeddings of all samples; only positions are read.
+        shards: shards that hold the samples.
+        seed: seed of the hashes.
+    """
+    groups_of: dict[int, list[int]] = {}
+    for i, hashes in enumerate(members):
+        for value in hashes:
+            groups_of.setdefault(value, []).append(i)
+    found: list[list[dict[str, Any]]] = [[] for _ in members]
+    for shard in sorted(shards, key=lambda name: position_hashes(name, [-1], seed)):
+        if all(len(some) >= min(EXAMPLES, len(hashes)) for some, hashes in zip(found, members, strict=True)):
+            break
+        positions = embeddings.rows(shard, ["position"])["position"].to_pylist()
+        named = zip(position_hashes(shard, positions, seed), positions, strict=True)
+        for value, position in sorted(pair for pair in named if pair[0] in groups_of):
+            for i in groups_of[value]:
+                if len(found[i]) < EXAMPLES:
+                    found[i].append({"shard": shard, "position": position})
+    return found
 
 
 def suspect_of(dataset: Dataset, checkpoint: Checkpoint, shards: Sequence[str], compute: Compute) -> Suspect:

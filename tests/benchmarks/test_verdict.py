@@ -8,20 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.verdict import (
+from benchmarks.verdict import METHODS, QUICK, SLOWEST_FIRST, _finished, _is_row_of, _write, check, show, show_targets
+from benchmarks.verdict_cells import (
     ATTACKS,
     CLEAR,
+    DATA,
     FOUND,
     INCONCLUSIVE,
-    QUICK,
     Cell,
     RandomPlaceConfig,
-    _finished,
-    _is_row_of,
     _verdict,
-    _write,
     attack_settings,
-    check,
+    one_cell,
+    stage_versions,
 )
 
 LABELS_N = torch.tensor([0] * 20 + [1] * 300 + [2] * 200 + [3] * 480)
@@ -32,21 +31,28 @@ def _row(attack: str = "badnets 1 %", **changes: Any) -> dict[str, Any]:
     row |= {"false_removals": 0.0, "removed": 100, "removed_clean": 0, "verdict": FOUND, "cpu_seconds": 40.0}
     if attack == "none":
         row |= {"asr": None, "learned": False, "recall": math.nan, "removed": 0, "verdict": CLEAR}
-    return row | {"images": None} | changes
+    return row | {"images": None, "versions": stage_versions()} | changes
+
+
+def _missed(rows: list[dict[str, Any]], seconds_before: float | None) -> list[str]:
+    return [line for target in check(rows, seconds_before) for line in target.missed]
 
 
 def test_rows_that_meet_all_targets_miss_none() -> None:
-    good = {"asr_after": 0.03, "asr_control": 0.01}
-    assert (
-        check([_row("none"), _row(**good), _row("blended 1 %", learned=False, recall=0.0, verdict=CLEAR)], 40.0) == []
-    )
+    rows = [
+        _row("none"),
+        _row(asr_after=0.03, asr_control=0.01),
+        _row("blended 1 %", learned=False, recall=0.0, verdict=CLEAR),
+    ]
+    assert _missed(rows, 40.0) == []
+    assert [(target.n_met, target.n) for target in check(rows, 40.0)] == [(n, n) for n in (3, 1, 1, 1, 2, 1, 1, 1)]
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         (_row("none", false_removals=0.0011, removed=12, removed_clean=12), "false removals at most .001"),
-        (_row("none", verdict=INCONCLUSIVE), "on untouched data"),
+        (_row("none", verdict=INCONCLUSIVE), "untouched data: verdict"),
         (_row(recall=0.9), "in 90 % of the cells"),
         (_row(false_removals=0.003), "in 90 % of the cells"),
         (_row(removed=100, removed_clean=51), "51 clean and 49 poisoned"),
@@ -58,13 +64,13 @@ def test_rows_that_meet_all_targets_miss_none() -> None:
     ],
 )
 def test_each_missed_target_is_named(row: dict[str, Any], words: str) -> None:
-    missed = check([row], 40.0)
+    missed = _missed([row], 40.0)
     assert any(words in line and line.startswith(("fashion, ", "learned attacks")) for line in missed), missed
 
 
 def test_a_miss_that_is_inconclusive_is_no_false_all_clear() -> None:
     rows = [_row(recall=0.0, removed=0, verdict=INCONCLUSIVE), *(_row("blended 1 %", seed=seed) for seed in range(9))]
-    assert check(rows, None) == []
+    assert _missed(rows, None) == []
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -82,6 +88,7 @@ def test_no_attack_asks_for_more_than_its_target_class_has(attack: str) -> None:
 
 def test_quick_covers_all_data_sets_and_attacks() -> None:
     assert {attack for attacks in QUICK.values() for attack in attacks} == set(ATTACKS)
+    assert set(SLOWEST_FIRST) == set(QUICK) == set(DATA)
 
 
 def test_verdicts_of_all_versions() -> None:
@@ -95,13 +102,17 @@ def test_a_killed_benchmark_goes_on_with_its_finished_cells(tmp_path: Path) -> N
     file = tmp_path / "verdict.json"
     assert _finished(file, None) == []
     failed = {"data": "gtsrb", "attack": "none", "seed": 0, "error": "DataError: damaged", "images": None}
-    _write(file, [_row(), failed, _row("none", images=500)])
+    older = stage_versions() | {"fit_scorer": 1}
+    _write(file, [_row(), failed, _row("blended 1 %", versions=older)])
     json.loads(file.read_text())
     rows = _finished(file, None)
-    assert [row["attack"] for row in rows] == ["badnets 1 %"]  # not the one that failed, nor the one of fewer images
+    assert [row["attack"] for row in rows] == ["badnets 1 %"]  # not the one that failed, nor that of an older stage
     assert _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 0, retrain=False))
     assert not _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 1, retrain=False))
     assert not _is_row_of(rows[0], Cell("fashion", "badnets 1 %", 0, retrain=True))  # it has no retrained model
+    with pytest.raises(SystemExit, match="another number of images"):
+        _finished(file, 500)
+    assert len(json.loads(file.read_text())["rows"]) == 3
 
 
 def test_a_random_place_depends_on_the_image_alone() -> None:
@@ -115,3 +126,27 @@ def test_a_random_place_depends_on_the_image_alone() -> None:
     ).all()  # 0 and 255 replace levels up to 199; equal by chance: 1 in 200 cubed
     rows_B = is_changed_BHW.any(2).int().argmax(1)
     assert len(rows_B.unique()) > 6
+
+
+def test_a_cell_that_fails_is_a_row(tmp_path: Path) -> None:
+    row = one_cell(Cell("fashion", "none", 0, retrain=False), str(tmp_path))  # its shards were not written
+    assert {name: row[name] for name in ("data", "attack", "seed")} == {"data": "fashion", "attack": "none", "seed": 0}
+    assert row["error"]
+    assert any("fashion, none, seed 0: every cell ends: failed" in line for line in _missed([row], None))
+
+
+def test_the_tables_say_what_was_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        row
+        | {"n": 12_000, "poisoned": 120, "train_acc": 0.9, "acc": 0.9, "seconds": 50.0}
+        | {f"{method}_{name}": 0.5 for method in METHODS[1:] for name in ("recall", "false_removals")}
+        for row in (_row("none"), _row())
+    ]
+    show(rows)
+    show_targets(check(rows, None), is_whole=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "ART 1.20 (not installed)" in printed
+    assert "not run" in printed
+    assert "1 of 1" in printed
+    assert "0 of 0" in printed
+    assert "not checked" in printed

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,10 @@ def test_the_verdict_is_in_the_record_and_on_the_page(direct: Path) -> None:
     numbers = json.loads((direct / "90-report" / "report.json").read_text())
     assert numbers["finding"] == run.summary["verdict"]
     group = {"label": 1, "size": 30, "share": 0.2, "separation": 5.0, "decision": "burst", "reason": "<b>"}
-    page = render(numbers | {"groups": [group, {"label": 99}]}, [None] * len(numbers["suspects"]))
-    assert "burst of near-duplicates" in page
+    (planted,) = [one for one in numbers["groups"] if one["decision"] == "planted"]
+    assert Counter(one["status"] for one in planted["examples"]).most_common(1)[0][0] == "quarantined"
+    page = render(numbers | {"groups": [group, {"label": 99}]}, [None] * len(numbers["suspects"]), [[], []])
+    assert "near-duplicates: copies, a burst" in page
     assert "&lt;b&gt;" in page
 
 

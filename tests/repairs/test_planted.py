@@ -10,7 +10,7 @@ from sanitize.models.mlp import MLPConfig
 from sanitize.repairs import CleanImages, IBAUConfig, RepairInputs, in_memory
 from sanitize.repairs.anp import ANPConfig
 from sanitize.repairs.clp import CLPConfig
-from sanitize.repairs.inputs import RepairMethod
+from sanitize.repairs.inputs import BaseRepairConfig
 
 CPU = Compute(device="cpu")
 CONFIG = ModelConfig(architecture=MLPConfig(widths=(16,)), n_classes=5, image_shape=(1, 6, 6))
@@ -70,7 +70,7 @@ def test_ibau_unlearns_a_backdoor_and_keeps_the_classes(seed: int) -> None:
     model = trained(CONFIG, *poisoned(seed), seed)
     assert min(acc_and_asr(model, CONFIG)) > 0.95
     method = IBAUConfig(radius=4.0, rounds=6, learning_rate=0.02, batch_size=40)
-    repaired = method.repair(model, inputs(CONFIG, seed), CPU)
+    repaired = method.build()(model, inputs(CONFIG, seed), CPU)
     acc, asr = acc_and_asr(repaired.model, CONFIG)
     assert acc > 0.95
     assert asr < 0.1
@@ -97,11 +97,11 @@ def with_planted_neuron(seed: int) -> nn.Module:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("method", [CLPConfig(), ANPConfig(steps=100, batch_size=64)], ids=lambda m: m.kind)
-def test_pruning_cuts_out_the_planted_neuron(method: RepairMethod, seed: int) -> None:
+def test_pruning_cuts_out_the_planted_neuron(method: BaseRepairConfig, seed: int) -> None:
     """EP is not here: stripes give the other neurons two modes too. Its planted neuron is in test_channels."""
     model = with_planted_neuron(seed)
     assert min(acc_and_asr(model, UNIT)) > 0.95
-    repaired = method.repair(model, inputs(UNIT, seed), CPU)
+    repaired = method.build()(model, inputs(UNIT, seed), CPU)
     acc, asr = acc_and_asr(repaired.model, UNIT)
     assert acc > 0.95
     assert asr < 0.1

@@ -25,8 +25,10 @@ from sanitize.data.decode import ImageConfig
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Scores, Selection, write_rows
 from sanitize.errors import ArtifactError
+from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import Report, ReportConfig, write_report
-from sanitize.report.page import clean_text, render
+from sanitize.report import groups as report_groups
+from sanitize.report.page import MAX_GROUPS, clean_text, render
 from sanitize.report.pictures import BUDGET, pictures, thumbnail
 from sanitize.select import (
     ContaminationRule,
@@ -439,7 +441,7 @@ def test_class_names_are_used_where_the_data_set_has_them(planted: Run, tmp_path
 
 
 @pytest.mark.hostile
-def test_page_stays_below_3_mb(planted: Run, tmp_path: Path) -> None:
+def test_page_stays_below_3_mb_and_groups_below_2(planted: Run, tmp_path: Path) -> None:
     """A thousand classes, all histograms full, every string as long as it may be and made of what escapes longest."""
     numbers = _numbers(planted.report(tmp_path / "report"))
     long = '"' * 5_000
@@ -452,9 +454,20 @@ def test_page_stays_below_3_mb(planted: Run, tmp_path: Path) -> None:
     numbers["unreadable"]["samples"] = [{"key": long, "shard": long, "reason": long}] * 100
     numbers["unreadable"]["reasons"] = [{"reason": long, "n": 1}] * 20
     numbers["damaged"] = [{"shard": long, "reason": long}] * 100
-    html = render(numbers, [(bytes(BUDGET // 60), 128, 128)] * 60)
+    pictures = [(bytes(BUDGET // 60), 128, 128)] * 60
+    html = render(numbers, pictures, [])
     assert len(html.encode()) < 3_000_000
     assert html.count("<svg") == 1 + 200 + 24
+    n = report_groups.MAX_PICTURES // MAX_GROUPS
+    example = {"shard": long, "position": 10**9, "key": long, "status": "quarantined"}
+    group = {"label": 1, "size": 10**9, "share": 0.5, "separation": 99.0, "decision": "planted", "reason": long}
+    numbers["groups"] = [group | {"examples": [example] * n}] * MAX_GROUPS
+    numbers |= {"n_groups": 10**9, "suspect": None}
+    numbers["finding"] = {"verdict": "found", "why": long, "reasons": [], "looked_for": {}}
+    picture = bytes(report_groups.BUDGET // (n * MAX_GROUPS)), 80, 80
+    with_groups = render(numbers, pictures, [[picture] * n] * MAX_GROUPS)
+    assert with_groups.count("<img") == 60 + n * MAX_GROUPS
+    assert len(with_groups.encode()) - len(html.encode()) < 2_000_000
 
 
 @pytest.mark.parametrize(("height", "width"), [(400, 300), (8, 8), (1, 2000), (129, 128)])
@@ -484,3 +497,197 @@ CLEAN: list[tuple[str, Callable[[str], bool]]] = [
 @pytest.mark.parametrize(("text", "holds"), CLEAN)
 def test_text_is_made_safe_to_look_at(text: str, holds: Callable[[str], bool]) -> None:
     assert holds(clean_text(text))
+
+
+def _judged(run: Run, folder: Path, groups: list[dict[str, Any]], planted: dict[int, int]) -> tuple[Run, Checkpoint]:
+    """The run with label evidence: groups, and number of planted ones in each class; and a suspect model.
+
+    Scores above 0 are those of samples at positions that a group planted in their class names.
+    """
+    suspicious = {
+        (one["shard"], one["position"])
+        for group in groups
+        for one in group.get("examples", [])
+        if group["decision"] == "planted"
+    }
+
+    def write_part(shard: str, part: Part) -> None:
+        rows = [row for row in run.dataset.rows(shard).to_pylist() if row["status"] == "ok"]
+        columns = {name: [row[name] for row in rows] for name in ("position", "key", "label")}
+        # Untouched classes score highest: these scores tell natural groups apart.
+        values = [
+            (5.0 if (shard, row["position"]) in suspicious else -5.0) if planted[row["label"]] else 50.0 for row in rows
+        ]
+        write_rows(part, shard, pa.table({**columns, "score": pa.array(values, pa.float32())}))
+
+    def finish(part: Part, _builder: object) -> None:
+        by_class = {"separation": 9.0, "disagreement": 0.9, "disagreement_of_rest": 0.1, "side_by_labels": 1.0, "z": 8}
+        classes = {str(label): by_class | {"planted": float(n)} for label, n in planted.items()}
+        finding = {"verdict": "found" if any(planted.values()) else "nothing", "why": "as made up", "groups": groups}
+        config = {"kind": "toxic_direction", "min_class": 20}
+        part.write_json("scorer.json", {"config": config, "classes": classes, "finding": finding})
+
+    def write_suspect(part: Part) -> None:
+        suspect = {"learned": True, "why": "accuracy .99", "steps": 600, "epochs": 6, "accuracy": 0.99}
+        suspect |= {"size": [8, 8], "n_samples": 120, "n_all": 120}
+        part.write_json("suspect.json", suspect)
+
+    recipe = Recipe(stage="score_shards", inputs={"dataset": run.dataset.digest})
+    scores = make(Scores, folder / "31", recipe, parts=run.dataset.shards, write_part=write_part, finish=finish)
+    selection = select_samples(SelectConfig(), run.dataset, [scores], str(folder / "40"), COMPUTE)
+    shards = write_selected(WriteConfig(), run.dataset, selection, str(folder / "50"), COMPUTE)
+    embedder = make(Checkpoint, folder / "10", Recipe(stage="train_embedder"), write_suspect)
+    return Run(run.dataset, scores, selection, shards), embedder
+
+
+def _group(label: int, decision: str, places: list[tuple[str, int]], **more: Any) -> dict[str, Any]:
+    numbers = {"label": label, "size": len(places), "share": 0.2, "separation": 7.5, "z": 9.0, "reason": "as made up"}
+    examples = [{"shard": shard, "position": position} for shard, position in places]
+    return numbers | {"decision": decision, "basis": "labels", "examples": examples} | more
+
+
+# Sample i of class i % 4 is at position i % 40 of shard i // 40.
+PLANTED = [("part-0.tar", position) for position in (0, 4, 8, 12, 16)]
+TRACK = [("part-2.tar", position) for position in (1, 5, 9)]
+STYLE = [("part-1.tar", position) for position in (2, 6)]
+
+
+def test_groups_are_shown_with_pictures_of_their_own_samples(planted: Run, tmp_path: Path) -> None:
+    reason = (
+        "19 of 20 nearest neighbours carry another label, " + 10 * "which is a long story, " + "and this is its end"
+    )
+    groups = [
+        _group(1, "burst", TRACK),
+        _group(2, "natural", STYLE, z=2.0),
+        _group(3, "natural", [], burst=0.53, z=1.0),
+        _group(0, "planted", PLANTED, reason=reason),
+    ]
+    run, embedder = _judged(planted, tmp_path, groups, {0: 1, 1: 0, 2: 0, 3: 0})
+    report = write_report(
+        ReportConfig(), run.dataset, [run.scores], run.selection, run.shards, str(tmp_path / "90"), COMPUTE,
+        embedder=embedder,
+    )  # fmt: skip
+    numbers, html = _numbers(report), _html(report)
+    assert [group["decision"] for group in numbers["groups"]] == ["planted", "burst", "natural", "natural"]
+    shown = [one for group in numbers["groups"] for one in group["examples"]]
+    assert [(one["shard"], one["position"]) for one in shown] == PLANTED + TRACK + STYLE
+    assert [one["status"] for one in shown] == ["quarantined"] * 5 + ["kept"] * 5
+    section = html[html.index('id="groups"') : html.index('id="classes"')]
+    pngs = re.findall(r'src="data:image/png;base64,([^"]+)"[^>]* alt="Sample (\d+), (\w+)"', section)
+    assert [(key, status) for _, key, status in pngs] == [(one["key"], one["status"]) for one in shown]
+    for png, key, _ in pngs:
+        own = Image.open(io.BytesIO(_png(int(key))))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))), np.asarray(own))
+    words = " ".join(_Page(html).words.split())
+    assert "and this is its end" in words
+    assert "natural group: a style, a sub-population 2 20.0 %" in words
+    assert "near-duplicates: copies, a burst, a track 3 20.0 %" in words
+    assert "natural group, in part near-duplicates: a track, a burst 0 20.0 %" in words
+    assert "; 53.0 % are near-duplicates of each other" in words
+    assert "found in the class" not in words
+
+
+def test_scores_of_classes_without_a_planted_group_are_not_called_suspicious(planted: Run, tmp_path: Path) -> None:
+    groups = [_group(1, "burst", TRACK), _group(0, "planted", PLANTED)]
+    run, embedder = _judged(planted, tmp_path / "found", groups, {0: 1, 1: 0, 2: 0, 3: 0})
+    parts = run.dataset, [run.scores], run.selection, run.shards
+    report = write_report(ReportConfig(), *parts, str(tmp_path / "found" / "90"), COMPUTE, embedder=embedder)
+    numbers, words = _numbers(report), _Page(_html(report)).words
+    assert numbers["counts"]["quarantined"] == len(PLANTED)
+    assert {suspect["label"] for suspect in numbers["suspects"]} == {0}
+    assert [(h["label"], h["scorer"]) for h in numbers["histograms"]] == [(0, "toxic_direction")]
+    assert "Separation" not in words  # a number without a level
+    assert "Highest score" not in words
+
+    run, embedder = _judged(planted, tmp_path / "nothing", groups[:1], dict.fromkeys(range(4), 0))
+    parts = run.dataset, [run.scores], run.selection, run.shards
+    report = write_report(ReportConfig(), *parts, str(tmp_path / "nothing" / "90"), COMPUTE, embedder=embedder)
+    numbers, page = _numbers(report), _Page(_html(report))
+    assert numbers["headline"] == "Nothing stood out: no samples were removed; all 120 were kept."
+    assert numbers["suspects"] == numbers["histograms"] == []
+    assert page.tags["img"] == len(TRACK)
+    assert "came closest" not in page.words
+    assert "too few samples to judge" not in page.words
+
+
+def test_many_groups_have_fewer_and_smaller_pictures(planted: Run, tmp_path: Path) -> None:
+    """A sample may be in several groups; groups beyond those in the table are counted."""
+    places = [(f"part-{i // 10}.tar", 4 * (i % 10)) for i in range(30)]
+    groups = [_group(0, "natural", places[:8], z=float(i)) for i in range(MAX_GROUPS + 7)]
+    run, embedder = _judged(planted, tmp_path, groups, dict.fromkeys(range(4), 0))
+    parts = run.dataset, [run.scores], run.selection, run.shards
+    report = write_report(ReportConfig(), *parts, str(tmp_path / "90"), COMPUTE, embedder=embedder)
+    numbers, page = _numbers(report), _Page(_html(report))
+    assert {len(group["examples"]) for group in numbers["groups"]} == {4}
+    assert page.tags["img"] == len(page.values("src")) == 4 * MAX_GROUPS
+    assert f"the first {MAX_GROUPS} of {MAX_GROUPS + 7} groups" in " ".join(page.words.split())
+    few = write_report(
+        ReportConfig(n_group_images=0), *parts, str(tmp_path / "91"), COMPUTE, embedder=embedder
+    )  # fmt: skip
+    assert _Page(_html(few)).tags["img"] == 0
+
+
+def test_pictures_of_groups_keep_to_their_budget(tmp_path: Path) -> None:
+    """Large images of noise, which no encoding makes small."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    with tarfile.open(folder / "part-0.tar", "w") as tar:
+        for i in range(20):
+            pixels = np.random.default_rng(i).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+            sink = io.BytesIO()
+            Image.fromarray(pixels).save(sink, "PNG")
+            for name, data in ((f"{i:04d}.png", sink.getvalue()), (f"{i:04d}.cls", b"0")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    dataset = index_shards(IndexConfig(), str(folder), str(tmp_path / "00"), COMPUTE)
+    everything = [("part-0.tar", position) for position in range(20)]
+    scored = _scores(dataset, tmp_path / "31", {0: 0.0})
+    selection = select_samples(SelectConfig(), dataset, [scored], str(tmp_path / "40"), COMPUTE)
+    shards = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "50"), COMPUTE)
+    for n_groups in (1, 30, MAX_GROUPS):
+        groups = report_groups.with_examples([_group(0, "natural", everything[:8])] * n_groups, selection, 8)
+        found = [one for some in report_groups.pictures_of(groups, dataset, shards) for one in some]
+        assert len(found) == min(8 * n_groups, report_groups.MAX_PICTURES)
+        sizes = [len(picture[0]) for picture in found if picture is not None]
+        assert len(sizes) == len(found)
+        assert sum(sizes) <= report_groups.BUDGET
+        assert all(picture is not None and max(picture[1:]) <= 80 for picture in found)
+
+
+@pytest.mark.hostile
+def test_hostile_names_in_groups_stay_text(tmp_path: Path) -> None:
+    bad = '"><script>alert(1)<:script>\u202e{{ 7*7 }}'
+    extra = [[(f"{bad}.png", _png(7)), (f"{bad}.cls", b"1")]]
+    run = _run(tmp_path / "run", extra=extra)
+    groups = [
+        _group(0, "planted", PLANTED, reason=bad),
+        _group(1, "burst", [("part-1.tar", N_PER_SHARD)], reason=bad),
+        _group(77, bad, [], reason=bad, basis=bad),
+    ]
+    run, embedder = _judged(run, tmp_path, groups, {0: 1, 1: 0, 2: 0, 3: 0})
+    parts = run.dataset, [run.scores], run.selection, run.shards
+    report = write_report(ReportConfig(), *parts, str(tmp_path / "90"), COMPUTE, embedder=embedder)
+    html = _html(report)
+    page, numbers = _Page(html), _numbers(report)
+    (example,) = numbers["groups"][1]["examples"]
+    assert "<script>alert(1)<:script>" in example["key"]
+    assert page.tags["script"] == 0
+    assert "<script" not in html
+    assert page.tags["img"] == len(numbers["suspects"]) + len(PLANTED) + 1
+    assert sum("alert(1)" in alt for alt in page.values("alt")) == 1
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", html)
+
+
+@pytest.mark.parametrize("place", [("part-9.tar", 0), ("part-0.tar", N_PER_SHARD), ("part-0.tar", -1)])
+def test_a_group_of_other_data_is_refused(planted: Run, place: tuple[str, int]) -> None:
+    with pytest.raises(ArtifactError, match=r"part-[09]\.tar"):
+        report_groups.with_examples([_group(0, "natural", [place])], planted.selection, 8)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("example", [7, None, {}, {"shard": "part-0.tar"}, {"shard": ["x"], "position": 0}])
+def test_an_example_that_names_no_sample_is_refused(planted: Run, example: Any) -> None:
+    with pytest.raises(ArtifactError, match=r"no shard and position"):
+        report_groups.with_examples([_group(0, "natural", []) | {"examples": [example]}], planted.selection, 8)

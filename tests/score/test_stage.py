@@ -23,6 +23,8 @@ from sanitize.score import (
     fit_scorer,
     score_shards,
 )
+from sanitize.score.scorer import position_hashes
+from sanitize.score.stage import EXAMPLES, examples_of
 
 ALL_SCORERS: list[ScorerConfig] = [
     LabelMarginConfig(embedding="penultimate"),
@@ -153,3 +155,24 @@ def test_several_embeddings_come_side_by_side(embeddings: Embeddings) -> None:
         list(embeddings.batches("logits"))
     with pytest.raises(ConfigError, match="no embedding 'block0'"):
         list(embeddings.batches(("pooled", "block0")))
+
+
+def test_examples_of_groups_are_their_members_in_few_shards(made_up: Embeddings) -> None:
+    """Whatever the order of members and shards; a small group is there in full."""
+    places = {
+        value: (shard, position)
+        for shard in made_up.shards
+        for position, value in enumerate(position_hashes(shard, range(50), 3))
+    }
+    large, small, spread = list(places)[::2], list(places)[-3:], list(places)[10::25]
+    groups = [large, small, [], spread, large[5:]]
+    found = examples_of(groups, made_up, made_up.shards, 3)
+    assert [len(some) for some in found] == [EXAMPLES, 3, 0, 6, EXAMPLES]
+    for group, some in zip(groups, found, strict=True):
+        named = [(one["shard"], one["position"]) for one in some]
+        assert set(named) <= {places[value] for value in group}
+        assert len(set(named)) == len(named)
+    assert {one["shard"] for one in found[0]} == {one["shard"] for one in found[4]}
+    assert len({one["shard"] for one in found[0]}) == 1
+    assert examples_of([group[::-1] for group in groups], made_up, made_up.shards[::-1], 3) == found
+    assert examples_of(groups, made_up, made_up.shards, 4) == [[]] * 5  # of another seed

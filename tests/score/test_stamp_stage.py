@@ -21,7 +21,7 @@ from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.score import FittedScorer, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.score.scorer import position_hashes
-from sanitize.score.stage import suspect_of
+from sanitize.score.stage import EXAMPLES, suspect_of
 from sanitize.score.toxic_direction.decide import EvidenceConfig, Measures, decision
 from sanitize.score.toxic_direction.evidence import Evidence
 from sanitize.score.toxic_direction.scorer import sample_seed
@@ -128,6 +128,18 @@ def test_clean_label_poison_is_found_by_its_stamp(
     assert (group["label"], group["basis"]) == (TARGET, "stamp")
     assert min(group["stamp"], group["stamp_doubled"]) > 0.5
     assert "put on images of other classes" in group["reason"]
+    examples = {(one["shard"], one["position"]) for one in group["examples"]}
+    assert len(examples) == EXAMPLES
+    assert len(examples & poison) >= EXAMPLES - 1
+    of_class = {
+        (shard, row["position"]): row["label"]
+        for shard in embeddings.shards
+        for row in embeddings.rows(shard).to_pylist()
+    }
+    for other in finding["groups"]:
+        assert len(other["examples"]) == min(EXAMPLES, other["size"])
+        assert other["decision"] != "natural" or other["share"] <= 0.5  # not the rest of a class
+        assert {of_class[one["shard"], one["position"]] for one in other["examples"]} == {other["label"]}
     scores = score_shards(ToxicDirectionConfig(), fitted, embeddings, str(tmp_path / "scores"), compute)
     found = {
         (shard, row["position"])

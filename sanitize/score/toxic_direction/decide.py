@@ -424,6 +424,7 @@ def _weighed(
 ) -> Group:
     """The evidence of a group among the samples that no earlier round has taken."""
     group, rest = rows[candidate.members_n & free_n], rows[~candidate.members_n & free_n]
+    candidate = candidate._replace(members_n=candidate.members_n & free_n)
     evidence = weigh(known.appearance, group, rest, known.expected_N)
     measures = measures._replace(size=len(group), share=len(group) / len(rows))
     return _decided(Group(label, candidate, evidence, measures, "natural", ""), config, known, measures)
@@ -496,7 +497,7 @@ def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float
         verdict, why = "inconclusive", f"a group of class {surest.label} may be planted: {reason(surest)}"
     else:
         verdict, why = "nothing", f"no group of a class is in conflict with its labels; {clean_labels}"
-    return {"verdict": verdict, "why": why, "groups": shown(planted, groups)}
+    return {"verdict": verdict, "why": why, "groups": [_entry(*one) for one in shown(planted, groups)]}
 
 
 def on_clean_labels(known: Knowledge, config: EvidenceConfig, has_images: bool) -> str:
@@ -511,22 +512,26 @@ def on_clean_labels(known: Knowledge, config: EvidenceConfig, has_images: bool) 
     return "no pattern of a group turns other images into its class"
 
 
-def shown(planted: Sequence[Planted], groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Entries of the planted and the unsure groups, of the largest burst of a class, and of its widest other split."""
-    entries = [_entry(one.group, one.lines.separation) for one in planted]
+def shown(planted: Sequence[Planted], groups: Sequence[Group]) -> list[tuple[Group, float]]:
+    """Planted and unsure groups, the largest burst of a class, and the group of its widest other split.
+
+    Each comes with its separation.
+    """
+    first = [(one.group, one.lines.separation) for one in planted]
     touched = {one.group.label for one in planted}
     others: list[Group] = []
     for label in sorted({group.label for group in groups}):
         of_class = [group for group in groups if group.label == label]
         unsure = [g for g in of_class if g.decision == "unsure" and label not in touched]
         bursts = [g for g in of_class if g.decision == "burst"]
-        natural = [g for g in of_class if g.decision == "natural"]
+        # Both sides of a split are groups; the larger one is the rest of the class.
+        natural = [g for g in of_class if g.decision == "natural" and g.measures.share <= 0.5]
         others += sorted(unsure, key=lambda g: -g.evidence.z)[:1]
         others += sorted(bursts, key=lambda g: -g.measures.size)[:1]
         others += sorted(natural, key=lambda g: -g.candidate.separation)[:1]
     rank = {"unsure": 0, "burst": 1, "natural": 2}
     others.sort(key=lambda g: (rank[g.decision], -g.candidate.separation))
-    return (entries + [_entry(group, group.candidate.separation) for group in others])[:SHOWN]
+    return (first + [(group, group.candidate.separation) for group in others])[:SHOWN]
 
 
 def _entry(group: Group, separation: float) -> dict[str, Any]:

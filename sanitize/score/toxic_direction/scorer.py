@@ -31,6 +31,7 @@ from sanitize.score.toxic_direction.decide import (
     know,
     measure_stamps,
     on_clean_labels,
+    shown,
     statistics_of,
     weigh_class,
 )
@@ -80,12 +81,15 @@ class ToxicDirection:
 
     Attributes:
         finding: verdict of the data, and the groups worth showing.
+        members: hashes (`row_hashes`) of the samples of each group in `finding`; a fitted scorer has them, a loaded one
+            has not.
     """
 
     def __init__(self, config: ToxicDirectionConfig, evidence: EvidenceConfig) -> None:
         self.config, self.evidence = config, evidence
         self.statistics: dict[int, dict[str, float]] = {}
         self.finding: dict[str, Any] = {}
+        self.members: list[list[int]] = []
         self._groups: dict[int, list[Lines]] = {}
 
     def fit(self, passes: Passes, compute: Compute, suspect: Suspect | None = None) -> None:
@@ -137,6 +141,11 @@ class ToxicDirection:
         groups = [group for one in weighed for group in one.groups]
         clean_labels = on_clean_labels(known, self.evidence, suspect is not None)
         self.finding = finding(planted, groups, known.accuracy, clean_labels)
+        rows_of = {one.label: one.rows for one in weighed}
+        self.members = [
+            [hashes[i] for i in rows_of[group.label][group.candidate.members_n].tolist()]
+            for group, _ in shown(planted, groups)
+        ]
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Log-odds (B,), float32."""

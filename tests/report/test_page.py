@@ -525,7 +525,7 @@ def _judged(run: Run, folder: Path, groups: list[dict[str, Any]], planted: dict[
         classes = {str(label): by_class | {"planted": float(n)} for label, n in planted.items()}
         finding = {"verdict": "found" if any(planted.values()) else "nothing", "why": "as made up", "groups": groups}
         config = {"kind": "toxic_direction", "min_class": 20}
-        part.write_json("scorer.json", {"config": config, "classes": classes, "finding": finding})
+        part.write_json("scorer.json", {"config": config, "rule": "separation", "classes": classes, "finding": finding})
 
     def write_suspect(part: Part) -> None:
         suspect = {"learned": True, "why": "accuracy .99", "steps": 600, "epochs": 6, "accuracy": 0.99}

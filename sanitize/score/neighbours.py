@@ -141,9 +141,15 @@ class Neighbours:
             disagreements.append(self._disagreement(nearest_Mk, self._labels_M, weights_M))
         self._weights_VM = torch.stack(weights)
         disagreement_M = self._over_windows(disagreements)
+        k = min(self.config.k, len(self._labels_M) - 1)
         for label in self._labels_M.unique().tolist():
             own_m = disagreement_M[self._labels_M == label]
-            self.statistics[label] = {"mean_disagreement": float(own_m.mean()), "n_reference": len(own_m)}
+            mean = float(own_m.mean())
+            self.statistics[label] = {
+                "mean_disagreement": mean,
+                "n_reference": len(own_m),
+                "resolution": math.sqrt(max(0.0, mean * (1 - mean)) / k),  # standard error of a share of k neighbours
+            }
 
     def _over_windows(self, disagreements: Sequence[Tensor]) -> Tensor:
         # Not `quantile`, which takes neither a batch without rows nor one of more than 16 million numbers.

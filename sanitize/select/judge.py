@@ -50,7 +50,7 @@ class JudgeConfig(BaseModel):
         return min(0.5, n_scorers * (self.level or 0.0))
 
 
-@stage(Selection, version=2, gpu=False, draws="nothing")
+@stage(Selection, version=3, gpu=False, draws="nothing")
 def judge_shards(
     config: JudgeConfig,
     dataset: Dataset,

@@ -185,6 +185,10 @@ class FDRRule(_PValueRule):
 
     Parametric nulls removed 10-16 % of clean images: natural outliers lie as far out as poison. The null of the other
     classes of the run is right where poison is in few classes, and cautious elsewhere.
+
+    A scorer that counts, such as `neighbours`, states the `resolution` of its scores in each class: their standard
+    error. Scores no more than three of them above the median of the class differ by chance, and are not rejected,
+    however alike the scores of the other classes are.
     """
 
     kind: Literal["fdr"] = "fdr"
@@ -197,6 +201,10 @@ class FDRRule(_PValueRule):
 def fdr(config: FDRRule, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES) -> RuleOutput:
     """Thresholds: the highest score of each class that is not rejected."""
     p_values = empirical_p_values(scores)
+    for y, s_N in scores.items():
+        resolution = statistics.get(y, {}).get("resolution", 0.0)
+        if resolution > 0:
+            p_values[y][s_N <= np.median(s_N) + 3 * resolution] = 1.0
     thresholds = {y: keep_all_but(s_N, benjamini_hochberg(p_values[y], config.q)) for y, s_N in scores.items()}
     return RuleOutput(thresholds, p_values)
 

@@ -105,7 +105,7 @@ def _default_rule(scorer: str, kind: str | None) -> Rule:
         ) from error
 
 
-@stage(Selection, version=3, gpu=False, draws="nothing")
+@stage(Selection, version=4, gpu=False, draws="nothing")
 def select_samples(
     config: SelectConfig,
     dataset: Dataset,

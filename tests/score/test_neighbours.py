@@ -13,6 +13,7 @@ from sanitize.errors import ConfigError
 from sanitize.measure import auroc
 from sanitize.score.neighbours import Neighbours, NeighboursConfig
 from sanitize.score.scorer import row_hashes
+from sanitize.select import FDRRule
 
 CPU = Compute(device="cpu")
 
@@ -220,3 +221,21 @@ def test_with_windows_too_saved_and_loaded_it_scores_the_same_bits() -> None:
 def halves(batch: EmbeddingBatch) -> list[EmbeddingBatch]:
     n = len(batch.keys) // 2
     return [EmbeddingBatch(batch.shard, *(column[part] for column in batch[1:])) for part in (slice(n), slice(n, None))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_small_clean_classes_and_rare_labels_lose_nothing_to_the_default_rule(seed: int) -> None:
+    """Classes of 40, fewer than the neighbours asked for, and classes of one to three samples."""
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.cat([torch.arange(9).repeat(40), torch.tensor([10, 11, 11, 12, 12, 12, 17])])
+    centres_KD = 4 * torch.randn(18, 8, generator=generator)
+    z_ND = centres_KD[labels_N] + torch.randn(len(labels_N), 8, generator=generator) * 0.3
+    halves = (labels_N == 3) & (torch.arange(len(labels_N)) % 18 < 9)  # a class of two styles
+    z_ND[halves] += 0.5
+    rows = batches(z_ND, labels_N)
+    scorer = fitted(of_rows(), rows)
+    s_N = scores(scorer, rows).numpy()
+    by_class = {y: s_N[labels_N.numpy() == y] for y in labels_N.unique().tolist()}
+    thresholds = FDRRule().build()(by_class, scorer.statistics).thresholds
+    removed = {y: int((s_n > thresholds[y]).sum()) for y, s_n in by_class.items()}
+    assert sum(removed.values()) <= 1, removed

@@ -205,6 +205,21 @@ def test_fdr_finds_what_was_planted_in_one_class(seed: int) -> None:
     assert false <= 10
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_differences_within_the_resolution_of_a_scorer_are_not_rejected(seed: int) -> None:
+    """Classes in which nearly all scores are equal: part of one class is a little higher, as by one neighbour more."""
+    rng = np.random.default_rng(seed)
+    scores = {y: (0.22 + 1e-5 * rng.normal(size=40)).astype(np.float32) for y in range(9)}
+    scores[8][:19] += 0.02
+    statistics = {y: {"resolution": 0.06} for y in scores}
+    found = FDRRule().build()(scores, statistics)
+    assert sum(n_flagged(s_N, found.thresholds[y]) for y, s_N in scores.items()) == 0
+    scores[8][:19] += 0.5
+    found = FDRRule().build()(scores, statistics)
+    assert n_flagged(scores[8], found.thresholds[8]) == 19
+    assert sum(n_flagged(s_N, found.thresholds[y]) for y, s_N in scores.items()) == 19
+
+
 def test_one_class_alone_has_no_null_and_is_left_alone() -> None:
     scores = {0: np.append(np.zeros(99), 1e6).astype(np.float32)}
     assert FDRRule().build()(scores, {}).thresholds == {0: math.inf}

@@ -27,7 +27,7 @@ from sanitize.data.tables import Scores, Selection
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import charts
-from sanitize.report.finding import Finding, find, groups_of
+from sanitize.report.finding import Finding, describe_canary, find, groups_of
 from sanitize.report.numbers import collect
 from sanitize.report.pictures import pictures
 from sanitize.select.scored import kind_of
@@ -63,7 +63,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=4, gpu=False, draws="nothing")
+@stage(Report, version=5, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -278,6 +278,7 @@ def template(name: str) -> jinja2.Template:
         "lines": clean_lines,
         "pretty": lambda value: json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False),
         "class_name": class_name,
+        "canary": describe_canary,
         "combined": lambda config, numerics: config | ({"numerics": numerics} if numerics else {}),
         "csp_hash": lambda css: "sha256-" + base64.b64encode(hashlib.sha256(str(css).encode()).digest()).decode(),
         "png": lambda png: Markup("data:image/png;base64,") + base64.b64encode(png).decode(),

@@ -48,8 +48,10 @@ class FittedScorer(Artifact):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """scorer.json: `config`; `classes`: label -> statistics; `exclude`: shards; of toxic_direction also `finding` and
-        `canaries`."""
+        """scorer.json: `config`; `classes`: label -> statistics; `exclude`: shards.
+
+        Of toxic_direction also `finding` and `canaries`.
+        """
         return self.read_object("scorer.json", "config", "classes")
 
     def scorer(self, config: ScorerConfig) -> Scorer:

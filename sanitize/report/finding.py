@@ -22,7 +22,6 @@ LOOKED_FOR = {
 }
 NEAR = 0.7  # share of the level of separation; only for scorers without a finding of their own
 MAX_NAMED = 5  # classes named in a reason
-LEARNED = SEEN = 0.5  # least share of a canary that the model has learned, or that is found
 CANARIES = {"noise": "faint noise", "patch": "a small patch"}
 
 
@@ -42,7 +41,7 @@ class Finding(NamedTuple):
         reasons: obstacles to a verdict; also listed where the verdict is "found", since more may be there.
         looked_for: kinds of samples that were looked for, with the scorers.
         canaries: triggers that the run planted to find out what it would have seen: `kind`, `label`, number `n` and
-            share `rate` of the samples, `learned` and `recall` in [0, 1].
+            share `rate` of the samples, `learned` and `recall` in [0, 1], `missed`: why it was not seen, or "".
     """
 
     verdict: Literal["found", "nothing", "inconclusive"]
@@ -190,12 +189,10 @@ def _unseen(scorer: Mapping[str, Any], suspect: Mapping[str, Any]) -> list[Reaso
     reasons = []
     for canary in found["planted"]:
         what = f"a trigger that this run planted ({describe_canary(canary)})"
-        if canary["recall"] >= SEEN:
-            continue
-        if canary["learned"] < LEARNED:
+        if canary["missed"] == "not learned":
             why = f"{what} was not learned: the suspect model gives its label to {_percent(canary['learned'])} of them"
             reasons.append(Reason(why, f"embedder.min_steps={2 * int(suspect.get('steps') or 600)}"))
-        else:
+        elif canary["missed"]:
             why = f"{what} was learned, but not found: recall {canary['recall']:.2f}"
             reasons.append(Reason(why, "compute.seed, for another model"))
     return reasons

@@ -7,6 +7,9 @@ itself is made before and without them.
     learned    share of a canary to which the model gives its label
     recall     share of a canary that planted groups of its class take: log-odds above 0
 
+A canary is seen where both reach their least share. That of recall is small: a run that takes a quarter of a trigger
+says "found". What the model has not learned proves nothing, even where its images alone tell it apart.
+
 Shapes: N rows of the sample, M of the canaries, D columns of all embeddings.
 """
 
@@ -32,7 +35,7 @@ from sanitize.score.toxic_direction.grow import digests, log_odds
 from sanitize.score.toxic_direction.split import SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect
 
-SEEN = 0.5  # least recall of a canary that counts as seen
+LEARNED, SEEN = 0.5, 0.25  # least shares of a canary that was seen; chosen on digits and Fashion-MNIST
 
 
 class Sample(NamedTuple):
@@ -134,7 +137,9 @@ def look_for(
             (weighed,) = measure_stamps([weighed], known, evidence, suspect, both.names)
             recall = _recall(weighed, is_canary_N, known, evidence, split)
         learned = float(known.is_right_N[is_canary_N].double().mean()) if ours else 0.0
-        found.append(canary._asdict() | {"learned": round(learned, 4), "recall": round(recall, 4)})
+        missed = "not learned" if learned < LEARNED else "not found" if recall < SEEN else ""
+        shares = {"learned": round(learned, 4), "recall": round(recall, 4)}
+        found.append(canary._asdict() | shares | {"missed": missed})
     return {"planted": found, "why": ""}
 
 

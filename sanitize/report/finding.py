@@ -191,7 +191,7 @@ def _unseen(scorer: Mapping[str, Any], suspect: Mapping[str, Any]) -> list[Reaso
         what = f"a trigger that this run planted ({describe_canary(canary)})"
         if canary["missed"] == "not learned":
             why = f"{what} was not learned: the suspect model gives its label to {_percent(canary['learned'])} of them"
-            reasons.append(Reason(why, f"embedder.min_steps={2 * int(suspect.get('steps') or 600)}"))
+            reasons.append(Reason(why, f"embedder.min_steps={max(600, 2 * int(suspect.get('steps') or 0))}"))
         elif canary["missed"]:
             why = f"{what} was learned, but not found: recall {canary['recall']:.2f}"
             reasons.append(Reason(why, "compute.seed, for another model"))

@@ -26,7 +26,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import usable_rows
 from sanitize.stage import Work, stage
 
-MOST = 2_000  # copies with one trigger; they are held in memory
+MOST, MOST_BYTES = 2_000, 128 << 20  # copies with one trigger, and bytes of their pixels; they are held in memory
 MOST_SHARE = 0.1  # of the samples of training
 SMALLEST_CLASS = 40  # samples of a class that is given a canary
 _READ = 256
@@ -78,7 +78,8 @@ def plant_canaries(
 
     def write(part: Part) -> None:
         n_trained = min(dataset.n_samples, max_samples or dataset.n_samples)
-        n, labels, why = _size(config, dataset.info["labels"], dataset.n_samples, n_trained)
+        room = MOST_BYTES // torch.Size(dataset.image_shape).numel()
+        n, labels, why = _size(config, dataset.info["labels"], n_trained, room)
         drawn = [] if why else _draw(config, dataset, n, labels, compute)
         drawn = [one for one in drawn if len(one.samples) >= config.fewest]
         if not drawn:
@@ -93,19 +94,27 @@ def plant_canaries(
 
 
 def _size(
-    config: CanaryConfig, counts: Mapping[str, int], n_samples: int, n_trained: int
+    config: CanaryConfig, counts: Mapping[str, int], n_trained: int, room: int = MOST
 ) -> tuple[int, list[int], str]:
     """Number of copies with each trigger, labels they may carry, and why none can be planted ("" if some can).
 
     A canary is at most as large as the rest of its class.
+
+    Args:
+        config: rate and least number.
+        counts: samples of each class.
+        n_trained: samples that the suspect model learns from.
+        room: copies with one trigger that fit into memory.
     """
-    trained = {int(label): count * n_trained / n_samples for label, count in counts.items()}
+    share = n_trained / max(1, sum(counts.values()))
+    trained = {int(label): count * share for label, count in counts.items()}
     sizes = sorted((size for size in trained.values() if size >= SMALLEST_CLASS), reverse=True)
     if len(sizes) < 2:
         return 0, [], f"fewer than two classes have {SMALLEST_CLASS} samples"
-    n = min(max(config.fewest, round(config.rate * n_trained)), MOST, int(sizes[1]))
+    n = min(max(config.fewest, round(config.rate * n_trained)), MOST, room, int(sizes[1]))
     if n < config.fewest:
-        return 0, [], f"fewer than two classes have {config.fewest} samples"
+        what = "images fit into memory" if room < config.fewest else "samples are in the second-largest class"
+        return 0, [], f"fewer than {config.fewest} {what}"
     if n > MOST_SHARE * n_trained:
         return 0, [], f"{n_trained} samples are too few: {config.fewest} copies would be more than {MOST_SHARE:.0%}"
     return n, sorted(label for label, size in trained.items() if size >= max(n, SMALLEST_CLASS)), ""

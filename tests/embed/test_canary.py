@@ -102,7 +102,7 @@ def test_a_trigger_changes_few_pixels_or_all_a_little() -> None:
     ],
 )
 def test_sizes(counts: dict[str, int], n_trained: int, n: int, labels: list[int]) -> None:
-    assert _size(CanaryConfig(), counts, sum(counts.values()), n_trained) == (n, labels, "")
+    assert _size(CanaryConfig(), counts, n_trained) == (n, labels, "")
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,14 @@ def test_sizes(counts: dict[str, int], n_trained: int, n: int, labels: list[int]
     ],
 )
 def test_no_canary_where_there_are_too_few_samples(counts: dict[str, int], why: str) -> None:
-    n = sum(counts.values())
-    assert _size(CanaryConfig(), counts, n, n)[2] == why
+    assert _size(CanaryConfig(), counts, sum(counts.values()))[2] == why
+
+
+def test_large_images_leave_room_for_fewer_copies() -> None:
+    counts = {str(label): 1000 for label in range(100)}
+    assert _size(CanaryConfig(), counts, 100_000, 70)[0] == 70
+    assert _size(CanaryConfig(), counts, 100_000, 7)[2] == "fewer than 30 images fit into memory"
+    assert _size(CanaryConfig(fewest=50), {"0": 1000, "1": 45}, 1045)[2].startswith("fewer than 50 samples are in")
 
 
 def test_without_room_an_artifact_says_why(
@@ -136,6 +142,9 @@ def test_the_suspect_model_learns_from_them_and_embeds_them_like_samples(
 ) -> None:
     first = train_embedder(FAST, half, str(tmp_path / "a"), compute, canaries=canaries)
     assert train_embedder(FAST, half, str(tmp_path / "b"), compute, canaries=canaries).digest == first.digest
+    streamed = FAST.model_copy(update={"cache_bytes": 200 * 192})
+    one, two = (train_embedder(streamed, half, str(tmp_path / name), compute, canaries=canaries) for name in "de")
+    assert one.digest == two.digest != first.digest
     without = train_embedder(FAST, half, str(tmp_path / "c"), compute)
     assert first.manifest().files["model.safetensors"] != without.manifest().files["model.safetensors"]
     with pytest.raises(ArtifactError, match="canaries"):

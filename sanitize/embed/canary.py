@@ -13,6 +13,7 @@ Shapes: B images of C channels, M copies.
 import hashlib
 import heapq
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,8 @@ def _size(
 ) -> tuple[int, list[int], str]:
     """Number of copies with each trigger, labels they may carry, and why none can be planted ("" if some can).
 
-    A canary is at most as large as the rest of its class.
+    A canary is at most as large as the rest of its class, and its class at least half as large as the median class: in
+    a rare class, the few samples that are there say little of any group.
 
     Args:
         config: rate and least number.
@@ -117,7 +119,8 @@ def _size(
         return 0, [], f"fewer than {config.fewest} {what}"
     if n > MOST_SHARE * n_trained:
         return 0, [], f"{n_trained} samples are too few: {config.fewest} copies would be more than {MOST_SHARE:.0%}"
-    return n, sorted(label for label, size in trained.items() if size >= max(n, SMALLEST_CLASS)), ""
+    least = max(n, SMALLEST_CLASS, median(trained.values()) / 2)
+    return n, sorted(label for label, size in trained.items() if size >= least), ""
 
 
 def _draw(config: CanaryConfig, dataset: Dataset, n: int, labels: Sequence[int], compute: Compute) -> list[_Drawn]:

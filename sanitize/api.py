@@ -13,7 +13,7 @@ from sanitize.data.digits import write_digits
 from sanitize.data.index import index_shards
 from sanitize.denoising import denoise_shards, fit_pca
 from sanitize.drift import check_drift, fit_projection, merge_statistics, summarise_shards
-from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
+from sanitize.embed import embed_canaries, embed_shards, import_table, plant_canaries, pretrain_simclr, train_embedder
 from sanitize.jobs import (
     certify,
     clean,
@@ -63,6 +63,7 @@ __all__ = [
     "denoise",
     "denoise_shards",
     "drop_scores",
+    "embed_canaries",
     "embed_shards",
     "find_poison",
     "fit_pca",
@@ -79,6 +80,7 @@ __all__ = [
     "merge_statistics",
     "package_model",
     "plan",
+    "plant_canaries",
     "poison_shards",
     "pretrain_simclr",
     "redteam",

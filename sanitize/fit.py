@@ -12,7 +12,7 @@ from sanitize.artifacts import partial_of
 from sanitize.augment import AugmentConfig
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.shuffle import shuffled
+from sanitize.data.shuffle import Joined, shuffled
 from sanitize.loop import Objective, OptimConfig, train
 from sanitize.models.architectures import Architecture
 from sanitize.models.config import ModelConfig
@@ -80,6 +80,7 @@ def fit_classifier(
     carried: Mapping[str, Tensor | torch.Generator] | None = None,
     name_of: Callable[[int], str] = str,
     only: Mapping[str, set[int]] | None = None,
+    further: tuple[Tensor, Tensor] | None = None,
 ) -> list[dict[str, float]]:
     """Train a classifier in place on the usable samples of a data set.
 
@@ -95,19 +96,24 @@ def fit_classifier(
         pixels: maps uint8 images to float32 images on [0, 1], before they are normalised.
         objective, measure, snapshots, carried, name_of: as for `sanitize.loop.train`.
         only: positions of the samples to learn from, by shard; None takes all usable samples.
+        further: images (M, C, H, W), uint8, and labels (M,) to learn from in addition, all in every epoch.
 
     Returns:
-        The history, one row an epoch.
+        The history, one row an epoch; its means count the further samples too.
 
     Raises:
         NumericsError: training diverged.
     """
     order = partial(compute.generator, stream, "shuffle")
     data = shuffled(dataset, config.optim.batch_size, config.cache_bytes, order, compute.torch_device, only)
-    with track(description, config.optim.epochs * data.steps_per_epoch * data.batch_size) as advance:
+    per_epoch, epoch = data.steps_per_epoch * data.batch_size, data.epoch
+    if further is not None and len(further[1]):
+        joined = Joined(data, *further, dataset.n_samples, partial(compute.generator, stream, "further"))
+        per_epoch, epoch = joined.samples_per_epoch, joined.epoch
+    with track(description, config.optim.epochs * per_epoch) as advance:
         return train(
             model,
-            data.epoch,
+            epoch,
             data.steps_per_epoch,
             config.optim,
             compute,

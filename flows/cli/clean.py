@@ -85,6 +85,14 @@ def _print_verdict(finding: dict[str, Any]) -> None:
     for reason in finding["reasons"]:
         setting = f" (set {reason['setting']})" if reason["setting"] else ""
         console.print(f"{'':>12}{reason['why']}{setting}", highlight=False, soft_wrap=True, markup=False)
+    canaries = [
+        f"{canary['kind']} on {100 * canary['rate']:.2g} % of the samples: "
+        + (canary["missed"] or f"recall {canary['recall']:.2f}")
+        for canary in finding.get("canaries", [])
+    ]
+    if canaries:
+        what = f"triggers that this run planted itself: {'; '.join(canaries)}"
+        console.print(f"{'':>12}{what}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_counts(counts: dict[str, int], n_damaged: int) -> None:

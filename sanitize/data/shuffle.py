@@ -112,6 +112,46 @@ class Streamed:
         return torch.stack(drawn), labels_B, rows_B
 
 
+class Joined:
+    """Batches of a data set, each with a few of some further samples, which are spread evenly over the epoch.
+
+    The batches themselves stay as they are. Those with one sample more than others come first.
+
+    Args:
+        data: the data set.
+        inputs_MX, targets_M: the further samples, held in memory.
+        first_row: row of the first of them.
+        order: random generator of each epoch.
+    """
+
+    def __init__(
+        self, data: Resident | Streamed, inputs_MX: Tensor, targets_M: Tensor, first_row: int, order: Order
+    ) -> None:
+        self._data, self._inputs_MX, self._targets_M = data, inputs_MX, targets_M
+        self._first_row, self._order = first_row, order
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches of one epoch."""
+        return self._data.steps_per_epoch
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Number of samples of one epoch."""
+        return self._data.steps_per_epoch * self._data.batch_size + len(self._targets_M)
+
+    def epoch(self, number: int) -> Batches:
+        """One pass in a random order."""
+        order_M = torch.randperm(len(self._targets_M), generator=self._order(number))
+        batches = self._data.epoch(number)
+        for at, (inputs_B, targets_B, rows_B) in zip(order_M.tensor_split(self.steps_per_epoch), batches, strict=True):
+            further = self._inputs_MX[at], self._targets_M[at], at + self._first_row
+            yield tuple(  # type: ignore[misc]
+                torch.cat([one, more.to(one.device)])
+                for one, more in zip((inputs_B, targets_B, rows_B), further, strict=True)
+            )
+
+
 def shuffled(
     dataset: Dataset,
     batch_size: int,

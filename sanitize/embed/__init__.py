@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from sanitize.embed.canary import CanaryConfig, plant_canaries
 from sanitize.embed.embedder import EmbedderConfig, train_embedder
 from sanitize.embed.simclr import SimCLRConfig, pretrain_simclr
-from sanitize.embed.stage import EmbedConfig, embed_shards
+from sanitize.embed.stage import EmbedConfig, embed_canaries, embed_shards
 from sanitize.embed.table import TableConfig, import_table
 
 
@@ -27,12 +28,15 @@ AnyEmbedderConfig = Annotated[
 
 __all__ = [
     "AnyEmbedderConfig",
+    "CanaryConfig",
     "EmbedConfig",
     "EmbedderConfig",
     "SimCLRConfig",
     "TableConfig",
+    "embed_canaries",
     "embed_shards",
     "import_table",
+    "plant_canaries",
     "pretrain_simclr",
     "train_embedder",
 ]

@@ -26,9 +26,11 @@ from torch import nn
 
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
+from sanitize.data.canaries import Canaries
 from sanitize.data.chosen import choose_samples
 from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import shuffled
+from sanitize.embed.canary import CanaryConfig
 from sanitize.fit import ClassifierConfig, fit_classifier
 from sanitize.models.checkpoint import Checkpoint, write_checkpoint
 from sanitize.models.config import ModelConfig
@@ -53,6 +55,8 @@ class EmbedderConfig(ClassifierConfig):
         augment: none by default. Even 10 % of brightness and contrast keep a suspect model from learning a faint
             trigger fully (blended 1 %: attack success rate 75 % instead of 92 %), and a trigger that is not learned
             leaves no trace in the embeddings. `flip` and `shift` move a corner trigger as well.
+        canary: triggers that `clean` plants in the training of this model to find out what it would have seen; None
+            plants none, and then `clean` never says that nothing stands out. No other job plants any.
     """
 
     kind: Literal["classifier"] = "classifier"
@@ -60,6 +64,7 @@ class EmbedderConfig(ClassifierConfig):
     min_steps: int = Field(default=600, ge=1)
     max_steps: int = Field(default=6_000, ge=1)
     max_samples: int | None = Field(default=100_000, ge=1)
+    canary: CanaryConfig | None = CanaryConfig()
 
     def build(self) -> Callable[..., Checkpoint]:
         """The stage that makes the embedder: `config, dataset, out, compute -> Checkpoint`."""
@@ -79,8 +84,10 @@ class EmbedderConfig(ClassifierConfig):
         return self.model_copy(update={"optim": optim, "min_steps": 1, "max_steps": 1})
 
 
-@stage(Checkpoint, version=3)
-def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: Compute) -> Work:
+@stage(Checkpoint, version=4)
+def train_embedder(
+    config: EmbedderConfig, dataset: Dataset, out: str, compute: Compute, canaries: Canaries | None = None
+) -> Work:
     """Train (or load) the suspect model.
 
     Args:
@@ -88,6 +95,7 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
         dataset: the untrusted data; only usable samples are read.
         out: folder of the artifact.
         compute: device, precision, seed.
+        canaries: copies with triggers to learn from in addition; given weights have none.
 
     Returns:
         The Checkpoint; `history.json` has loss and training accuracy of each epoch, `suspect.json` the outcome
@@ -98,7 +106,7 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
         ConfigError, DataError: the weights or the architecture cannot be used.
     """
     model_config = config.describe(dataset)
-    inputs = {"dataset": dataset.digest}
+    inputs = {"dataset": dataset.digest} | ({} if canaries is None else {"canaries": canaries.digest})
     sources = {}
     if config.weights is not None:
         sources["weights"] = fingerprint(config.weights)
@@ -115,13 +123,13 @@ def train_embedder(config: EmbedderConfig, dataset: Dataset, out: str, compute: 
             load_into(model, load_state(config.weights), config.weights)
             accuracy = _accuracy(model, model_config, config, dataset, compute, only)
         else:
-            history = _train(model, model_config, config, dataset, compute, only)
+            history = _train(model, model_config, config, dataset, compute, only, canaries)
             accuracy = history[-1]["accuracy"]
         write_checkpoint(part, model, model_config, history)
         part.write_json("suspect.json", _outcome(config, dataset, history, accuracy, model_config))
 
     own = partial(Checkpoint.of_own, architecture=config.architecture)
-    settings = config.model_dump(mode="json", exclude={"weights"})
+    settings = config.model_dump(mode="json", exclude={"weights", "canary"})
     return Work(write=write, sources=sources, handle=own, config=settings, inputs=inputs)
 
 
@@ -132,12 +140,14 @@ def _train(
     dataset: Dataset,
     compute: Compute,
     only: Mapping[str, set[int]] | None,
+    canaries: Canaries | None,
 ) -> list[dict[str, float]]:
     """Train in one or two cycles; returns loss and accuracy of each epoch."""
     history: list[dict[str, float]] = []
     per_epoch = _steps_per_epoch(config, dataset)
     epochs = config.n_passes(dataset.n_samples)
     generator = compute.generator("embedder", "augment")
+    further = None if canaries is None else canaries.images()
     for stream in ("embedder", "embedder further"):
         cycle = config.model_copy(update={"optim": config.optim.model_copy(update={"epochs": epochs})})
         history += fit_classifier(
@@ -150,6 +160,7 @@ def _train(
             stream=stream,
             generator=generator,
             only=only,
+            further=further,
         )
         epochs = min(epochs, config.max_steps // per_epoch - len(history))
         if epochs < 1 or learned(history[-1]["accuracy"], chance(dataset)):
@@ -230,4 +241,5 @@ def _outcome(
         "learned": has_learned,
         "why": why,
         "setting": None if has_learned or constant >= 1 else setting,
+        "given": config.weights is not None,
     }

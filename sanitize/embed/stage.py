@@ -10,6 +10,7 @@ from torch import Tensor
 from sanitize import exact
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
+from sanitize.data.canaries import SHARD, Canaries
 from sanitize.data.dataset import Dataset, ImageBatch
 from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
 from sanitize.embed.label_free import oriented_gradients, reduced_pixels
@@ -83,6 +84,30 @@ def embed_shards(
             part.counts["samples"] += sum(map(len, tables))
 
     return Work(parts=dataset.shards, write_part=write_part, bar=Bars("embed", dataset.n_samples))
+
+
+@stage(Embeddings, version=1)
+def embed_canaries(config: EmbedConfig, canaries: Canaries, checkpoint: Checkpoint, out: str, compute: Compute) -> Work:
+    """Embed canaries as `embed_shards` does samples, into one table; without canaries there is no table.
+
+    Args:
+        config: settings of the embeddings of the samples.
+        canaries: the copies with triggers.
+        checkpoint: the suspect model that was trained with them.
+        out: folder of the artifact.
+        compute: device and precision.
+
+    Raises:
+        NumericsError, ConfigError: as for `embed_shards`.
+    """
+
+    def write(part: Part) -> None:
+        if canaries.n_samples:
+            table = _embed(config, _load(config, checkpoint, compute), canaries.batch(), checkpoint, compute)
+            write_rows(part, SHARD, table)
+        part.counts["samples"] = canaries.n_samples
+
+    return Work(write=write)
 
 
 def _load(config: EmbedConfig, checkpoint: Checkpoint, compute: Compute) -> Tapped:

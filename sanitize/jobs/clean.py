@@ -1,6 +1,6 @@
 """The main job: untrusted shards in, clean shards, quarantine shards and a report out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
+from sanitize.artifacts import Artifact
+from sanitize.data.canaries import Canaries
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, bad_shards, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
@@ -16,7 +18,9 @@ from sanitize.embed import (
     AnyEmbedderConfig,
     EmbedConfig,
     EmbedderConfig,
+    embed_canaries,
     embed_shards,
+    plant_canaries,
 )
 from sanitize.errors import ConfigError
 from sanitize.jobs.job import RunConfig, job
@@ -177,7 +181,7 @@ def _numbered(folder: str, number: int) -> str:
 def clean(config: CleanConfig, run: Run) -> dict[str, Any]:
     """Find poisoned samples; write clean shards, quarantine shards and a report.
 
-    Stages: index, embed, score, select, write, report. Samples that stay are copied byte for byte.
+    Stages: index, plant canaries, embed, score, select, write, report. Samples that stay are copied byte for byte.
 
     Returns:
         The `summary` of the run.
@@ -190,9 +194,13 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
     dataset = run.sharded("00-index", index_shards, names, config.index, fingerprint_shards(found))
-    embedder = run.stage("10-embedder", config.embedder.build(), config.embedder, dataset)
+    planted = _plant(config.embedder, dataset, run)
+    embedder = run.stage("10-embedder", config.embedder.build(), config.embedder, dataset, **planted)
     embeddings = run.sharded("20-embeddings", embed_shards, names, config.embed, dataset, embedder)
-    scores = tuple(_score(scorer, dataset, embedder, embeddings, trusted, run) for scorer in config.scorers)
+    seen: dict[str, Artifact] = {"dataset": dataset, "model": embedder, **planted}
+    for canaries in planted.values():
+        seen["embedded_canaries"] = run.stage("21-canaries", embed_canaries, config.embed, canaries, embedder)
+    scores = tuple(_score(scorer, embeddings, trusted, seen, run) for scorer in config.scorers)
     selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)
     shards = run.sharded("50-shards", write_selected, names, config.write, dataset, selection)
     report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards, embedder=embedder)
@@ -201,16 +209,25 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     return cleaned
 
 
+def _plant(config: AnyEmbedderConfig, dataset: Dataset, run: Run) -> dict[str, Canaries]:
+    """Canaries for a suspect model that is trained here, unless they are switched off."""
+    if not isinstance(config, EmbedderConfig) or config.canary is None or config.weights is not None:
+        return {}
+    return {
+        "canaries": run.stage("09-canaries", plant_canaries, config.canary, dataset, max_samples=config.max_samples)
+    }
+
+
 def _score(
     config: ScorerConfig,
-    dataset: Dataset,
-    embedder: Checkpoint,
     embeddings: Embeddings,
     trusted: Sequence[str],
+    seen: Mapping[str, Artifact],
     run: Run,
 ) -> Scores:
-    seen = {"dataset": dataset, "model": embedder} if isinstance(config, ToxicDirectionConfig) else {}
-    fitted = run.stage(f"30-scorer-{config.kind}", fit_scorer, config, embeddings, exclude=trusted, **seen)
+    """Scores of all samples; `seen` is what toxic_direction sees beside the embeddings."""
+    more = seen if isinstance(config, ToxicDirectionConfig) else {}
+    fitted = run.stage(f"30-scorer-{config.kind}", fit_scorer, config, embeddings, exclude=trusted, **more)
     return run.sharded(scores_folder(config), score_shards, embeddings.shards, config, fitted, embeddings)
 
 

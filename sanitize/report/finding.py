@@ -1,7 +1,8 @@
 """The verdict on a whole data set: found, nothing or inconclusive, and the reasons.
 
     found           a scorer removed samples by evidence
-    nothing         the suspect model has learned, and the scorer for planted samples was able to judge all classes
+    nothing         the suspect model has learned, the scorer for planted samples was able to judge all classes, and it
+                    saw the triggers that the run planted itself (canaries)
     inconclusive    anything else; each reason names the setting that would help
 
 A wrong "nothing" costs more than a wrong "inconclusive": whatever is missing or unknown makes a verdict inconclusive.
@@ -21,6 +22,7 @@ LOOKED_FOR = {
 }
 NEAR = 0.7  # share of the level of separation; only for scorers without a finding of their own
 MAX_NAMED = 5  # classes named in a reason
+CANARIES = {"noise": "faint noise", "patch": "a small patch"}
 
 
 class Reason(NamedTuple):
@@ -38,17 +40,20 @@ class Finding(NamedTuple):
         why: the verdict in one or two sentences.
         reasons: obstacles to a verdict; also listed where the verdict is "found", since more may be there.
         looked_for: kinds of samples that were looked for, with the scorers.
+        canaries: triggers that the run planted to find out what it would have seen: `kind`, `label`, number `n` and
+            share `rate` of the samples, `learned` and `recall` in [0, 1], `missed`: why it was not seen, or "".
     """
 
     verdict: Literal["found", "nothing", "inconclusive"]
     why: str
     reasons: tuple[Reason, ...]
     looked_for: dict[str, list[str]]
+    canaries: tuple[dict[str, Any], ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """The finding as JSON holds it."""
         reasons = [reason._asdict() for reason in self.reasons]
-        return {"verdict": self.verdict, "why": self.why, "reasons": reasons, "looked_for": self.looked_for}
+        return self._asdict() | {"reasons": reasons, "canaries": list(self.canaries)}
 
 
 def find(
@@ -73,15 +78,37 @@ def find(
         looked_for.setdefault(LOOKED_FOR.get(kind, "odd samples"), []).append(kind)
     by_evidence = [kind for kind in scorers if removed and _has_removed(kind, selection)]
     reasons = tuple(_reasons(selection, scorers, suspect))
+    canaries = canaries_of(scorers)
     if PLANTED in by_evidence or (by_evidence and PLANTED not in scorers):
         what = " and ".join(dict.fromkeys(LOOKED_FOR.get(kind, "odd samples") for kind in by_evidence))
-        return Finding("found", f"{removed:,} samples were removed: {what}.", reasons, looked_for)
+        return Finding("found", f"{removed:,} samples were removed: {what}.", reasons, looked_for, canaries)
     others = f" {removed:,} samples were removed by other rules." if removed else ""
     if reasons:
-        return Finding("inconclusive", f"{_sentence(reasons[0].why)}{others}", reasons, looked_for)
+        return Finding("inconclusive", f"{_sentence(reasons[0].why)}{others}", reasons, looked_for, canaries)
     stated = (scorers[PLANTED].get("finding") or {}).get("why") or "no class holds a group that looks planted"
-    what = f"The suspect model has learned its training data. {_sentence(str(stated))}"
-    return Finding("nothing", what + others, (), looked_for)
+    what = f"The suspect model has learned its training data. {_sentence(str(stated))} {_would_have_seen(canaries)}"
+    return Finding("nothing", what + others, (), looked_for, canaries)
+
+
+def canaries_of(scorers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Triggers that a run planted, and what it made of them."""
+    found = scorers.get(PLANTED, {}).get("canaries") or {}
+    return tuple(dict(canary) for canary in found.get("planted", ()))
+
+
+def describe_canary(canary: Mapping[str, Any]) -> str:
+    """A canary in words."""
+    kind = CANARIES.get(str(canary["kind"]), str(canary["kind"]))
+    return f"{kind} on {_percent(canary['rate'])} of the samples, labelled {canary['label']}"
+
+
+def _would_have_seen(canaries: Sequence[Mapping[str, Any]]) -> str:
+    seen = "; ".join(f"{describe_canary(canary)}: recall {canary['recall']:.2f}" for canary in canaries)
+    return f"This run saw the triggers that it planted itself: {seen}."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def _has_removed(kind: str, selection: Mapping[str, Any]) -> bool:
@@ -120,6 +147,8 @@ def _reasons(
         reasons.append(
             Reason(f"the suspect model has not learned: {suspect.get('why', 'unknown')}", suspect.get("setting") or "")
         )
+    else:
+        reasons += _unseen(scorers[PLANTED], suspect)
     if _rule(PLANTED, selection) == "contamination":
         setting = f"select.rules.{PLANTED}.kind=separation"
         reasons.append(Reason("rule contamination removes a fixed share, planted or not", setting))
@@ -142,6 +171,30 @@ def _reasons(
         named = ", ".join(small[:MAX_NAMED]) + (", ..." if small[MAX_NAMED:] else "")
         which = f"class {named} has" if len(small) == 1 else f"{len(small):,} classes ({named}) have"
         reasons.append(Reason(f"{which} too few samples to judge (fewer than {least})", "scorers.0.min_class"))
+    return reasons
+
+
+def _unseen(scorer: Mapping[str, Any], suspect: Mapping[str, Any]) -> list[Reason]:
+    """Canaries that were not planted, not learned or not found."""
+    found = scorer.get("canaries")
+    if not found:
+        why = "no trigger was planted to find out what this run would have seen"
+        if suspect.get("given"):
+            return [Reason(f"{why}: the suspect model was given", "embedder.weights=null")]
+        if scorer.get("config", {}).get("evidence", {}) is None:
+            return [Reason(f"{why}: the scorer decides without evidence", "scorers='[{kind: toxic_direction}]'")]
+        return [Reason(why, "embedder.canary={}")]
+    if not found.get("planted"):
+        return [Reason(f"no trigger could be planted to find out what this run would have seen: {found.get('why')}")]
+    reasons = []
+    for canary in found["planted"]:
+        what = f"a trigger that this run planted ({describe_canary(canary)})"
+        if canary["missed"] == "not learned":
+            why = f"{what} was not learned: the suspect model gives its label to {_percent(canary['learned'])} of them"
+            reasons.append(Reason(why, f"embedder.min_steps={max(600, 2 * int(suspect.get('steps') or 0))}"))
+        elif canary["missed"]:
+            why = f"{what} was learned, but not found: recall {canary['recall']:.2f}"
+            reasons.append(Reason(why, "compute.seed, for another model"))
     return reasons
 
 

@@ -27,7 +27,7 @@ from sanitize.data.tables import Scores, Selection
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import charts
-from sanitize.report.finding import Finding, find, groups_of
+from sanitize.report.finding import Finding, describe_canary, find, groups_of
 from sanitize.report.groups import pictures_of, with_examples
 from sanitize.report.numbers import collect
 from sanitize.report.pictures import Thumbnail, pictures
@@ -287,6 +287,7 @@ def template(name: str) -> jinja2.Template:
         "lines": clean_lines,
         "pretty": lambda value: json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False),
         "class_name": class_name,
+        "canary": describe_canary,
         "combined": lambda config, numerics: config | ({"numerics": numerics} if numerics else {}),
         "csp_hash": lambda css: "sha256-" + base64.b64encode(hashlib.sha256(str(css).encode()).digest()).decode(),
         "png": lambda png: Markup("data:image/png;base64,") + base64.b64encode(png).decode(),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sanitize.artifacts import Artifact, Part, first_line
 from sanitize.compute import Compute
+from sanitize.data.canaries import Canaries
 from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import usable_rows
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, write_rows
@@ -24,6 +25,7 @@ from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.scorer import Scorer, position_hashes
 from sanitize.score.spectral import SpectralConfig
 from sanitize.score.toxic_direction import ToxicDirection, ToxicDirectionConfig
+from sanitize.score.toxic_direction.canary import Planted as PlantedCanaries
 from sanitize.score.toxic_direction.scorer import sample_seed
 from sanitize.score.toxic_direction.stamp import Suspect
 from sanitize.stage import Advance, Work, stage
@@ -47,8 +49,10 @@ class FittedScorer(Artifact):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """scorer.json: `config`; `rule`: kind of the default rule; `classes`: label -> statistics; `exclude`: shards;
-        `finding` of toxic_direction, each group with `examples`: shard and position of some of its samples.
+        """scorer.json: `config`; `rule`: kind of the default rule; `classes`: label -> statistics; `exclude`: shards.
+
+        Of toxic_direction also `canaries`, and `finding`, each group with `examples`: shard and position of some of its
+        samples.
         """
         return self.read_object("scorer.json", "config", "classes")
 
@@ -80,8 +84,12 @@ def fit_scorer(
     exclude: Sequence[str] = (),
     dataset: Dataset | None = None,
     model: Checkpoint | None = None,
+    canaries: Canaries | None = None,
+    embedded_canaries: Embeddings | None = None,
 ) -> Work:
     """Fit a scorer on embeddings; only toxic_direction uses the images and the model, where there are both.
+
+    Canaries change nothing of the scorer; scorer.json says which of them it finds.
 
     Args:
         config: settings of the scorer.
@@ -92,6 +100,8 @@ def fit_scorer(
         dataset: the samples that were embedded.
         model: the model that embedded them. Without images and model, stamps are not measured, and a group that only a
             stamp can decide on makes the verdict inconclusive.
+        canaries: samples with known triggers that the model was trained on beside the data; for toxic_direction.
+        embedded_canaries: their embeddings.
 
     Raises:
         ConfigError: the embedding of the scorer is missing.
@@ -99,6 +109,9 @@ def fit_scorer(
     """
     excluded = {"exclude": sorted(exclude)}
     shards = [shard for shard in embeddings.shards if shard not in exclude]
+    planted = None
+    if canaries is not None and embedded_canaries is not None:
+        planted = PlantedCanaries(canaries, embedded_canaries)
 
     def write(part: Part) -> None:
         scorer = config.build()
@@ -109,16 +122,21 @@ def fit_scorer(
                     advance(len(batch.keys))
                     yield batch
 
-            if isinstance(scorer, ToxicDirection) and dataset is not None and model is not None:
-                scorer.fit(one_pass, compute, suspect_of(dataset, model, shards, compute))
+            if isinstance(scorer, ToxicDirection):
+                suspect = None
+                if dataset is not None and model is not None:
+                    suspect = suspect_of(dataset, model, shards, compute)
+                scorer.fit(one_pass, compute, suspect, planted)
             else:
                 scorer.fit(one_pass, compute)
         part.write("state.safetensors", safetensors.torch.save(scorer.state_dict()))
-        finding = {}
+        finding: dict[str, Any] = {}
         if isinstance(scorer, ToxicDirection):
             examples = examples_of(scorer.members, embeddings, shards, sample_seed(compute))
             pairs = zip(scorer.finding["groups"], examples, strict=True)
             finding["finding"] = scorer.finding | {"groups": [group | {"examples": some} for group, some in pairs]}
+        if isinstance(scorer, ToxicDirection) and planted is not None:
+            finding["canaries"] = scorer.canaries
         info = {"config": config.model_dump(mode="json"), "rule": config.rule, "classes": scorer.statistics}
         part.write_json("scorer.json", info | finding | excluded)
 

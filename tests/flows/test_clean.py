@@ -27,8 +27,10 @@ from sanitize.select import ContaminationRule, SelectConfig
 
 FOLDERS = (
     "00-index",
+    "09-canaries",
     "10-embedder",
     "20-embeddings",
+    "21-canaries",
     "30-scorer-toxic_direction",
     "31-scores-toxic_direction",
     "40-selection",

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from sanitize.report.finding import find, groups_of
 
 SCORER = {"kind": "toxic_direction", "min_class": 40}
+CANARY = {"kind": "noise", "label": 3, "n": 60, "rate": 0.005, "learned": 1.0, "recall": 0.9, "missed": ""}
+PATCH = CANARY | {"kind": "patch", "label": 4, "recall": 1.0}
 SUSPECT = {"learned": True, "why": "training accuracy 0.95, at least 0.78", "setting": None}
 
 
@@ -24,9 +26,17 @@ def selection(
     return {"verdict": "any", "rules": {kind: {"kind": rule}}, "classes": {"0": entry}}
 
 
-def scorers(verdict: str | None = "nothing", **config: Any) -> dict[str, Any]:
+def scorers(verdict: str | None = "nothing", canaries: dict[str, Any] | None = None, **config: Any) -> dict[str, Any]:
+    canaries = {"planted": [CANARY, PATCH], "why": ""} if canaries is None else canaries
     finding = {} if verdict is None else {"finding": {"verdict": verdict, "why": "two groups are alike", "groups": []}}
-    return {"toxic_direction": {"config": SCORER | config, "classes": {"0": {"separation": 1.0}}, **finding}}
+    return {
+        "toxic_direction": {
+            "config": SCORER | config,
+            "classes": {"0": {"separation": 1.0}},
+            "canaries": canaries,
+            **finding,
+        }
+    }
 
 
 @given(
@@ -37,12 +47,24 @@ def scorers(verdict: str | None = "nothing", **config: Any) -> dict[str, Any]:
     flagged=st.sampled_from([0, 7]),
     n=st.sampled_from([10, 100]),
     rule=st.sampled_from(["separation", "contamination"]),
+    missed=st.sampled_from([["", ""], ["", "not found"], ["not learned", ""], [], None]),
 )
 def test_nothing_stands_out_only_where_everything_is_known(
-    learned: bool | None, has_suspect: bool, verdict: str | None, removed: int, flagged: int, n: int, rule: str
+    learned: bool | None,
+    has_suspect: bool,
+    verdict: str | None,
+    removed: int,
+    flagged: int,
+    n: int,
+    rule: str,
+    missed: list[str] | None,
 ) -> None:
+    canaries: dict[str, Any] = {}
+    if missed is not None:
+        planted = [one | {"missed": why} for one, why in zip((CANARY, PATCH), missed, strict=False)]
+        canaries = {"planted": planted, "why": "" if missed else "there are too few samples"}
     suspect = SUSPECT | {"learned": learned} if has_suspect else None
-    finding = find(selection(n, removed, flagged, rule=rule), scorers(verdict), suspect, removed)
+    finding = find(selection(n, removed, flagged, rule=rule), scorers(verdict, canaries), suspect, removed)
     is_found = removed > 0 and flagged > 0 and rule == "separation"
     is_clear = (
         has_suspect
@@ -51,6 +73,7 @@ def test_nothing_stands_out_only_where_everything_is_known(
         and not flagged
         and n >= 40
         and rule == "separation"
+        and missed == ["", ""]
     )
     assert finding.verdict == ("found" if is_found else "nothing" if is_clear else "inconclusive")
     assert finding.verdict != "inconclusive" or finding.reasons
@@ -80,6 +103,46 @@ def test_a_reason_names_class_and_setting() -> None:
     reasons = find(selection(n=10), scorers(), SUSPECT | {"learned": False, "setting": "embedder.max_steps"}, 0).reasons
     assert [reason.setting for reason in reasons] == ["embedder.max_steps", "scorers.0.min_class"]
     assert "class 0 has too few samples" in reasons[1].why
+
+
+def test_an_all_clear_names_what_the_run_saw() -> None:
+    finding = find(selection(), scorers(), SUSPECT, 0)
+    assert "faint noise on 0.5 % of the samples, labelled 3: recall 0.90" in finding.why
+    assert "a small patch on 0.5 % of the samples, labelled 4: recall 1.00" in finding.why
+    assert finding.plain()["canaries"] == [CANARY, PATCH]
+
+
+@pytest.mark.parametrize(
+    ("canaries", "suspect", "config", "why", "setting"),
+    [
+        (
+            {"planted": [CANARY | {"learned": 0.2, "missed": "not learned"}, PATCH], "why": ""},
+            {"steps": 700},
+            {},
+            "labelled 3) was not learned: the suspect model gives its label to 20 %",
+            "embedder.min_steps=1400",
+        ),
+        (
+            {"planted": [CANARY, PATCH | {"recall": 0.2, "missed": "not found"}], "why": ""},
+            {},
+            {},
+            "labelled 4) was learned, but not found: recall 0.20",
+            "compute.seed, for another model",
+        ),
+        ({"planted": [], "why": "250 samples are too few"}, {}, {}, "could be planted", ""),
+        ({}, {}, {}, "no trigger was planted", "embedder.canary={}"),
+        ({}, {"given": True}, {}, "the suspect model was given", "embedder.weights=null"),
+        ({}, {}, {"evidence": None}, "without evidence", "scorers='[{kind: toxic_direction}]'"),
+    ],
+)
+def test_a_canary_that_was_not_seen_makes_the_verdict_inconclusive(
+    canaries: dict[str, Any], suspect: dict[str, Any], config: dict[str, Any], why: str, setting: str
+) -> None:
+    finding = find(selection(), scorers("nothing", canaries, **config), SUSPECT | suspect, 0)
+    assert finding.verdict == "inconclusive"
+    (reason,) = finding.reasons
+    assert why in reason.why
+    assert reason.setting == setting
 
 
 def test_planted_groups_come_first() -> None:

@@ -6,7 +6,7 @@ embeddings, F folds.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +19,8 @@ from sanitize.errors import DataError
 from sanitize.progress import track
 from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.scorer import BaseScorerConfig, Passes, by_label, row_hashes
+from sanitize.score.toxic_direction.canary import Planted as PlantedCanaries
+from sanitize.score.toxic_direction.canary import known_of, look_for, sample_of, weighed_class
 from sanitize.score.toxic_direction.decide import ROUNDS as MOST_GROUPS
 from sanitize.score.toxic_direction.decide import (
     EvidenceConfig,
@@ -28,12 +30,10 @@ from sanitize.score.toxic_direction.decide import (
     Weighed,
     decide_class,
     finding,
-    know,
     measure_stamps,
     on_clean_labels,
     shown,
     statistics_of,
-    weigh_class,
 )
 from sanitize.score.toxic_direction.grow import FOLDS, Lines, digests, grow, log_odds
 from sanitize.score.toxic_direction.single_split import SingleSplit
@@ -83,6 +83,7 @@ class ToxicDirection:
         finding: verdict of the data, and the groups worth showing.
         members: hashes (`row_hashes`) of the samples of each group in `finding`; a fitted scorer has them, a loaded one
             has not.
+        canaries: what the rule made of canaries (`canary.look_for`); empty where none were given.
     """
 
     def __init__(self, config: ToxicDirectionConfig, evidence: EvidenceConfig) -> None:
@@ -90,16 +91,22 @@ class ToxicDirection:
         self.statistics: dict[int, dict[str, float]] = {}
         self.finding: dict[str, Any] = {}
         self.members: list[list[int]] = []
+        self.canaries: dict[str, Any] = {}
         self._groups: dict[int, list[Lines]] = {}
 
-    def fit(self, passes: Passes, compute: Compute, suspect: Suspect | None = None) -> None:
+    def fit(
+        self, passes: Passes, compute: Compute, suspect: Suspect | None = None, canaries: PlantedCanaries | None = None
+    ) -> None:
         """One pass to draw the sample; the groups of each class; with a suspect, their stamps; the decisions.
+
+        Canaries change nothing of these: they are looked for afterwards.
 
         Args:
             passes: passes over the embeddings.
             compute: seed of the sample and of the searches.
             suspect: model and images, read by hashes of `row_hashes` with `sample_seed`; None leaves groups that need
                 a stamp unsure.
+            canaries: samples with known triggers that the model was trained on beside the data.
         """
         names = (self.config.embedding, self.evidence.appearance, "logits")
         sample = ClassSamples()
@@ -108,34 +115,29 @@ class ToxicDirection:
             widths = batch.widths
             sample.update(batch, row_hashes(batch, sample_seed(compute)))
         rows_ND, labels_N, hashes = sample.rows()
+        n_of = sample.n_of
         del sample  # it holds the same rows once more
         if len(labels_N) < 2:
             self.finding = {"verdict": "inconclusive", "why": "there are too few samples", "groups": []}
             return
-        digests_N = digests(rows_ND[:, : sum(widths[:2])])
-        order_N = digests_N.argsort(stable=True)  # a random order that depends on the rows alone
-        rows_ND, labels_N, digests_N = rows_ND[order_N], labels_N[order_N], digests_N[order_N]
-        hashes = [hashes[i] for i in order_N.tolist()]
-        pooled_ND, appearance_ND, logits_NK = rows_ND.split(widths, dim=1)
-        if int(labels_N.min()) < 0 or int(labels_N.max()) >= logits_NK.shape[1]:
-            raise DataError(f"a label is not among the {logits_NK.shape[1]} logits: {labels_N.unique().tolist()[:20]}")
-        known = know(pooled_ND, appearance_ND, logits_NK, labels_N, digests_N)
+        sampled = sample_of(rows_ND, widths, labels_N, hashes)
+        labels_N, n_classes = sampled.labels_N, widths[2]
+        if int(labels_N.min()) < 0 or int(labels_N.max()) >= n_classes:
+            raise DataError(f"a label is not among the {n_classes} logits: {labels_N.unique().tolist()[:20]}")
+        known = known_of(sampled)
         weighed: list[Weighed] = []
         labels = labels_N.unique().tolist()
         with track("weigh groups of classes", len(labels), "classes") as advance:
             for label in labels:
-                rows = (labels_N == label).nonzero()[:, 0]
-                # Named by a row, not by its label, so that other names of the classes give the same result.
-                generator = compute.generator("score", "toxic_direction", int(digests_N[rows[0]]))
-                weighed.append(weigh_class(known, label, rows, self.evidence, self.config, generator))
+                weighed.append(weighed_class(sampled, known, label, self.evidence, self.config, compute))
                 advance(1)
         if suspect is not None:
-            weighed = measure_stamps(weighed, known, self.evidence, suspect, hashes)
+            weighed = measure_stamps(weighed, known, self.evidence, suspect, sampled.names)
         planted: list[Planted] = []
         for one in weighed:
             here = decide_class(one, known, self.evidence, self.config)
             lines = [found.lines for found in here] or natural_lines(known, one.rows, one.groups, self.config)
-            self._groups[one.label] = [unreduced(of_group, known, pooled_ND.shape[1]) for of_group in lines]
+            self._groups[one.label] = [unreduced(of_group, known, widths[0]) for of_group in lines]
             self.statistics[one.label] = dict(statistics_of(here, one.groups))
             planted += here
         groups = [group for one in weighed for group in one.groups]
@@ -143,9 +145,11 @@ class ToxicDirection:
         self.finding = finding(planted, groups, known.accuracy, clean_labels)
         rows_of = {one.label: one.rows for one in weighed}
         self.members = [
-            [hashes[i] for i in rows_of[group.label][group.candidate.members_n].tolist()]
+            [sampled.names[i] for i in rows_of[group.label][group.candidate.members_n].tolist()]
             for group, _ in shown(planted, groups)
         ]
+        if canaries is not None:
+            self.canaries = look_for(canaries, sampled, names, n_of, self.evidence, self.config, compute, suspect)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Log-odds (B,), float32."""
@@ -195,17 +199,26 @@ class ClassSamples:
     def __init__(self) -> None:
         self._of_class: dict[int, HashSample] = {}
         self._size = MAX_OF_CLASS
+        self._counts: dict[int, int] = {}
 
     def update(self, batch: EmbeddingBatch, hashes: list[int]) -> None:
         """Offer the rows of a batch with one hash each; rows that are not finite are left out."""
         finite_B = batch.z_BD.isfinite().all(1)
         for label, rows in by_label(batch):
             rows = rows[finite_B[rows]]
+            self._counts[label] = self._counts.get(label, 0) + len(rows)
             sample = self._of_class.setdefault(label, HashSample(self._size))
             sample.update([hashes[i] for i in rows.tolist()], batch.z_BD[rows])
         self._size = fair_share([len(sample) for sample in self._of_class.values()], MAX_ROWS, self._size)
         for sample in self._of_class.values():
             sample.shrink(self._size)
+
+    @property
+    def n_of(self) -> Callable[[int, float], int]:
+        """Number of rows that the sample would hold, of a class, of a group with this share of all rows seen."""
+        kept = {label: len(sample) / max(1, self._counts[label]) for label, sample in self._of_class.items()}
+        n_seen = sum(self._counts.values())
+        return lambda label, rate: round(rate * n_seen * kept.get(label, 0.0))
 
     def rows(self) -> tuple[Tensor, Tensor, list[int]]:
         """Rows (N, D), labels (N,) and hashes of the sample, class by class."""

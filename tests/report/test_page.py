@@ -463,7 +463,7 @@ def test_page_stays_below_3_mb_and_groups_below_2(planted: Run, tmp_path: Path) 
     group = {"label": 1, "size": 10**9, "share": 0.5, "separation": 99.0, "decision": "planted", "reason": long}
     numbers["groups"] = [group | {"examples": [example] * n}] * MAX_GROUPS
     numbers |= {"n_groups": 10**9, "suspect": None}
-    numbers["finding"] = {"verdict": "found", "why": long, "reasons": [], "looked_for": {}}
+    numbers["finding"] = {"verdict": "found", "why": long, "reasons": [], "looked_for": {}, "canaries": []}
     picture = bytes(report_groups.BUDGET // (n * MAX_GROUPS)), 80, 80
     with_groups = render(numbers, pictures, [[picture] * n] * MAX_GROUPS)
     assert with_groups.count("<img") == 60 + n * MAX_GROUPS
@@ -525,7 +525,8 @@ def _judged(run: Run, folder: Path, groups: list[dict[str, Any]], planted: dict[
         classes = {str(label): by_class | {"planted": float(n)} for label, n in planted.items()}
         finding = {"verdict": "found" if any(planted.values()) else "nothing", "why": "as made up", "groups": groups}
         config = {"kind": "toxic_direction", "min_class": 20}
-        part.write_json("scorer.json", {"config": config, "rule": "separation", "classes": classes, "finding": finding})
+        info = {"config": config, "rule": "separation", "classes": classes, "finding": finding}
+        part.write_json("scorer.json", info | {"canaries": {"planted": [SEEN_CANARY], "why": ""}})
 
     def write_suspect(part: Part) -> None:
         suspect = {"learned": True, "why": "accuracy .99", "steps": 600, "epochs": 6, "accuracy": 0.99}
@@ -549,6 +550,7 @@ def _group(label: int, decision: str, places: list[tuple[str, int]], **more: Any
 # Sample i of class i % 4 is at position i % 40 of shard i // 40.
 PLANTED = [("part-0.tar", position) for position in (0, 4, 8, 12, 16)]
 TRACK = [("part-2.tar", position) for position in (1, 5, 9)]
+SEEN_CANARY = {"kind": "noise", "label": 3, "n": 60, "rate": 0.005, "learned": 1.0, "recall": 0.9, "missed": ""}
 STYLE = [("part-1.tar", position) for position in (2, 6)]
 
 

@@ -19,7 +19,6 @@ import sanitize
 from sanitize.arrays import PoisonFound
 from sanitize.near_duplicates import near_duplicates
 from sanitize.score.toxic_direction import EvidenceConfig, ToxicDirectionConfig
-from sanitize.score.toxic_direction.decide import decision
 from sanitize.score.toxic_direction.evidence import (
     AXES,
     Evidence,
@@ -33,6 +32,7 @@ from sanitize.score.toxic_direction.evidence import (
     without,
 )
 from sanitize.score.toxic_direction.grow import FOLDS, grow, log_odds
+from sanitize.score.toxic_direction.rule import decision
 from sanitize.score.toxic_direction.scorer import fair_share
 
 N_CLASSES, D = 5, 16
@@ -347,7 +347,7 @@ def test_a_fair_share_keeps_small_classes_and_the_total(counts: list[int], total
 
 @pytest.mark.slow
 def test_a_finding_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sanitize.score.toxic_direction.decide.SHOWN", 10)
+    monkeypatch.setattr("sanitize.score.toxic_direction.verdict.SHOWN", 10)
     n = 45 * 40
     clean = data(n)
     labels = torch.arange(n) % 45

@@ -22,8 +22,8 @@ from sanitize.models.convnet import ConvNetConfig
 from sanitize.score import FittedScorer, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.score.scorer import position_hashes
 from sanitize.score.stage import suspect_of
-from sanitize.score.toxic_direction.decide import EvidenceConfig, Measures, decision
 from sanitize.score.toxic_direction.evidence import Evidence
+from sanitize.score.toxic_direction.rule import EvidenceConfig, Measures, decision
 from sanitize.score.toxic_direction.scorer import sample_seed
 
 TARGET, POISONED = 4, 60

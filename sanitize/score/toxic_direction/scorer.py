@@ -20,25 +20,15 @@ from sanitize.progress import track
 from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.scorer import BaseScorerConfig, Passes, by_label, row_hashes
 from sanitize.score.toxic_direction.decide import ROUNDS as MOST_GROUPS
-from sanitize.score.toxic_direction.decide import (
-    EvidenceConfig,
-    Group,
-    Knowledge,
-    Planted,
-    Weighed,
-    decide_class,
-    finding,
-    know,
-    measure_stamps,
-    on_clean_labels,
-    statistics_of,
-    weigh_class,
-)
+from sanitize.score.toxic_direction.decide import Planted, decide_class
 from sanitize.score.toxic_direction.grow import FOLDS, Lines, digests, grow, log_odds
+from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.single_split import SingleSplit
 from sanitize.score.toxic_direction.split import UNTOUCHED_ODDS, SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect
 from sanitize.score.toxic_direction.two_gaussians import Mixture
+from sanitize.score.toxic_direction.verdict import finding, on_clean_labels, statistics_of
+from sanitize.score.toxic_direction.weigh import Group, Knowledge, Weighed, know, measure_stamps, weigh_class
 from sanitize.streaming import HashSample
 
 MAX_ROWS, MAX_OF_CLASS = 40_000, 10_000

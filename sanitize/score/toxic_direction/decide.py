@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sanitize.score.toxic_direction.candidates import MIN_GROUP
 from sanitize.score.toxic_direction.grow import Lines, grow, log_odds
+from sanitize.score.toxic_direction.natural import compared
 from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.split import SplitConfig
-from sanitize.score.toxic_direction.weigh import Group, Knowledge, Weighed, weighed_again
+from sanitize.score.toxic_direction.weigh import Group, Knowledge, Weighed, decided, weighed_group
 
 ROUNDS = 3  # most planted groups of a class
 
@@ -49,11 +50,19 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
         odds_n = log_odds(lines, torch.cat(list(spaces.values()), 1), known.fold_N[rows])
         free_n = free_n & ~(odds_n > 0) & ~members_n
         groups = [
-            weighed_again(known, weighed.label, rows, group.candidate, free_n, config, group.measures)
+            weighed_again(weighed, group, known, free_n, config)
             for group in weighed.groups
             if _n_left(group.candidate.members_n, free_n) >= MIN_GROUP
         ]
     return planted
+
+
+def weighed_again(weighed: Weighed, group: Group, known: Knowledge, free_n: Tensor, config: EvidenceConfig) -> Group:
+    """The group among the samples that no earlier round has taken, decided."""
+    found = weighed_group(known, weighed.label, weighed.rows, group.candidate, free_n, group.measures)
+    if weighed.natural is not None:
+        found = found._replace(evidence=compared(found.evidence, weighed.natural))
+    return decided(found, config, known)
 
 
 def _sureness(group: Group) -> tuple[int, float]:

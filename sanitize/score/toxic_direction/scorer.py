@@ -28,7 +28,7 @@ from sanitize.score.toxic_direction.split import UNTOUCHED_ODDS, SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect
 from sanitize.score.toxic_direction.two_gaussians import Mixture
 from sanitize.score.toxic_direction.verdict import finding, on_clean_labels, statistics_of
-from sanitize.score.toxic_direction.weigh import Group, Knowledge, Weighed, know, measure_stamps, weigh_class
+from sanitize.score.toxic_direction.weigh import Group, Knowledge, Weighed, compare, know, measure_stamps, weigh_class
 from sanitize.streaming import HashSample
 
 MAX_ROWS, MAX_OF_CLASS = 40_000, 10_000
@@ -113,6 +113,7 @@ class ToxicDirection:
                 generator = compute.generator("score", "toxic_direction", int(digests_N[rows[0]]))
                 weighed.append(weigh_class(known, label, rows, self.evidence, self.config, generator))
                 advance(1)
+        weighed = compare(weighed, known, self.evidence)
         if suspect is not None:
             weighed = measure_stamps(weighed, known, self.evidence, suspect, hashes)
         planted: list[Planted] = []
@@ -124,7 +125,8 @@ class ToxicDirection:
             planted += here
         groups = [group for one in weighed for group in one.groups]
         clean_labels = on_clean_labels(known, self.evidence, suspect is not None)
-        self.finding = finding(planted, groups, known.accuracy, clean_labels)
+        small = [one.label for one in weighed if len(one.rows) < self.config.min_class]
+        self.finding = finding(planted, groups, known.accuracy, clean_labels, small)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Log-odds (B,), float32."""

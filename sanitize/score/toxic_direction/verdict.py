@@ -10,29 +10,30 @@ from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.weigh import LEARNED, Group, Knowledge
 
 SHOWN = 100  # most groups in a finding
+MAX_NAMED = 5  # classes named in a sentence
 
 
 def reason(group: Group) -> str:
     """The evidence of a group in words."""
     n, rest = round(NEIGHBOURS * group.evidence.level), round(NEIGHBOURS * group.evidence.level_rest)
     labels = f"{n} of {NEIGHBOURS} nearest neighbours carry another label ({rest} in the rest of the class)"
-    z, separation = group.evidence.z, group.measures.separation
+    odd, separation = oddness(group), group.measures.separation
     match group.basis:
         case "labels" | "labels and stamp" if group.decision == "planted":
-            sure = f"{labels}, although the model is sure of this one: {z:.1f} standard errors"
+            sure = f"{labels}, although the model is sure of this one; {odd}"
             return sure if group.basis == "labels" else f"{sure}; {_stamped(group)}"
         case "labels":
-            return f"{labels}, more than the model's doubt explains: {z:.1f} standard errors"
+            return f"{labels}, more than the model's doubt explains; {odd}"
         case "labels and shape":
             return (
-                f"{labels}, although the model is sure of this one: {z:.1f} standard errors; the group was grown from "
+                f"{labels}, although the model is sure of this one; the group was grown from "
                 f"such samples and is {separation:.1f} standard deviations from the rest of the class"
             )
         case "labels and stamp" | "stamp":
             return f"{_stamped(group)}; it is {separation:.1f} standard deviations from the rest of the class"
         case "no stamp":
             return (
-                f"{labels}, {z:.1f} standard errors; the group is {separation:.1f} standard deviations from the rest "
+                f"{labels}; the group is {separation:.1f} standard deviations from the rest "
                 "of the class. A test of its pattern on other images would decide: it needs the images and the model"
             )
         case "near-duplicates":
@@ -41,6 +42,13 @@ def reason(group: Group) -> str:
             )
         case "":
             return labels
+
+
+def oddness(group: Group) -> str:
+    """The oddness of a group in words."""
+    p = group.evidence.p
+    rate = f"{100 * p:.2g} %" if p >= 1e-4 else "less than .01 %"
+    return f"in {rate} of clean data sets a natural group is as odd ({group.evidence.z:.1f} standard deviations)"
 
 
 def _stamped(group: Group) -> str:
@@ -52,7 +60,9 @@ def _stamped(group: Group) -> str:
     )
 
 
-def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float, clean_labels: str) -> dict[str, Any]:
+def finding(
+    planted: Sequence[Planted], groups: Sequence[Group], accuracy: float, clean_labels: str, small: Sequence[int] = ()
+) -> dict[str, Any]:
     """Verdict of the data set and the groups worth showing, for scorer.json.
 
     Args:
@@ -60,6 +70,7 @@ def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float
         groups: all groups of all classes.
         accuracy: training accuracy of the model on the sample.
         clean_labels: sentence about poison with true labels (`on_clean_labels`), where nothing stands out.
+        small: labels of the classes that are too small to be judged.
     """
     touched = {one.group.label for one in planted}
     unsure = [g for g in groups if g.decision == "unsure" and g.label not in touched]
@@ -70,11 +81,22 @@ def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float
         verdict = "inconclusive"
         why = f"the model predicts {100 * accuracy:.0f} % of the labels it was trained on: it has not learned the data"
     elif unsure:
-        surest = max(unsure, key=lambda g: g.evidence.z)
+        surest = min(unsure, key=lambda g: (g.evidence.p, -g.evidence.z))
         verdict, why = "inconclusive", f"a group of class {surest.label} may be planted: {reason(surest)}"
     else:
-        verdict, why = "nothing", f"no group of a class is in conflict with its labels; {clean_labels}"
+        verdict, why = (
+            "nothing",
+            f"no group of a class is in conflict with its labels; {clean_labels}{not_judged(small)}",
+        )
     return {"verdict": verdict, "why": why, "groups": shown(planted, groups)}
+
+
+def not_judged(small: Sequence[int]) -> str:
+    """Which classes a verdict says nothing of; empty where it holds for all."""
+    if not small:
+        return ""
+    named = ", ".join(map(str, small[:MAX_NAMED])) + (", ..." if len(small) > MAX_NAMED else "")
+    return f". Not judged, because they are too small: {len(small)} class{'es' * (len(small) > 1)} ({named})"
 
 
 def on_clean_labels(known: Knowledge, config: EvidenceConfig, has_images: bool) -> str:
@@ -124,6 +146,7 @@ def _entry(group: Group, separation: float) -> dict[str, Any]:
         "label": group.label,
         "size": group.measures.size,
         **{name: round(value, 4) for name, value in numbers.items() if math.isfinite(value)},
+        "p": float(f"{group.evidence.p:.2g}"),
         "decision": group.decision,
         "basis": group.basis,
         "reason": reason(group),

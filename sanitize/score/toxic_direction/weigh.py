@@ -1,5 +1,8 @@
 """All candidate groups of all classes, each with its evidence and the decision on it (`rule.py`).
 
+Groups are weighed class by class, then compared with the groups of the other classes (`natural.py`) and decided, and
+decided once more where a stamp was measured.
+
 Shapes: N samples of all classes, n of one class, D features, P axes, K classes.
 """
 
@@ -22,12 +25,14 @@ from sanitize.score.toxic_direction.evidence import (
     weigh,
 )
 from sanitize.score.toxic_direction.grow import FOLDS, axes_of, grown_from_conflict, held_out
+from sanitize.score.toxic_direction.natural import Natural, compared, natural_groups
 from sanitize.score.toxic_direction.rule import (
     Basis,
     Decided,
     EvidenceConfig,
     Measures,
     decision,
+    in_conflict,
     is_likely,
     may_be_clean_label,
     wants_stamp,
@@ -36,7 +41,8 @@ from sanitize.score.toxic_direction.split import SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect, matched, measure
 
 LEARNED = 0.5  # least training accuracy of a model whose doubt says something
-MOST_STAMPS = 40  # groups of a data set whose stamps are measured
+NOTABLE = 2.0  # standard errors of a group whose separation is measured; beside natural groups they are fewer
+MOST_STAMPS = 60  # groups of a data set whose stamps are measured
 
 
 class Group(NamedTuple):
@@ -116,18 +122,20 @@ class Weighed:
         rows: indices of its samples.
         spaces: embeddings of its samples, by name.
         groups: its groups.
+        natural: what they are compared with; None until all classes are weighed.
     """
 
     label: int
     rows: Tensor
     spaces: Mapping[str, Tensor]
     groups: Sequence[Group]
+    natural: Natural | None = None
 
 
 def weigh_class(
     known: Knowledge, label: int, rows: Tensor, config: EvidenceConfig, split: SplitConfig, generator: torch.Generator
 ) -> Weighed:
-    """All groups of a class.
+    """All groups of a class, not decided yet.
 
     Args:
         known: what all classes share.
@@ -146,22 +154,22 @@ def weigh_class(
         return Weighed(label, rows, spaces, groups)
     axes = axes_of(spaces, split)
     for candidate in found:
-        group = weighed_again(known, label, rows, candidate, free_n, config, Measures(is_bursty=is_bursty))
+        group = weighed_group(known, label, rows, candidate, free_n, Measures(is_bursty=is_bursty))
         # The separation on the rows of the search is the larger one, nearly always.
         is_apart = candidate.separation >= config.stamp_unsure and may_be_clean_label(
             group.evidence, config, group.measures
         )
-        if is_apart or is_likely(group.evidence, config, group.measures):
+        if is_apart or (in_conflict(group.evidence, config) and group.evidence.z >= NOTABLE):
             apart = held_out(axes, candidate.members_n, fold_n)
             separation = 0.0 if apart is None else apart[0].separation
-            group = _decided(group, config, known, group.measures._replace(separation=separation))
+            group = group._replace(measures=group.measures._replace(separation=separation))
         groups.append(group)
     # Frames of one object are told apart best of all, so in bursty data a group grown from conflict says nothing.
     core = None if is_bursty else grown_from_conflict(axes, known.conflict_N[rows], fold_n)
     if core is not None:
         candidate = Candidate("conflict", core[0], 0.0)
         measures = Measures(separation=core[1], is_grown=True)
-        groups.append(weighed_again(known, label, rows, candidate, free_n, config, measures))
+        groups.append(weighed_group(known, label, rows, candidate, free_n, measures))
     return Weighed(label, rows, spaces, groups)
 
 
@@ -193,28 +201,48 @@ def measure_stamps(
         members_n, rows = group.candidate.members_n, weighed[i].rows
         matches.append(matched(known.appearance, rows[members_n], rows[~members_n]))
     stamps = measure(matches, suspect, names, known.appearance.labels_N, known.is_right_N)
-    decided = [list(one.groups) for one in weighed]
+    groups_of = [list(one.groups) for one in weighed]
     for (i, j, group), stamp in zip(wanted, stamps, strict=True):
-        decided[i][j] = _decided(group, config, known, group.measures._replace(stamp=stamp))
-    return [replace(one, groups=groups) for one, groups in zip(weighed, decided, strict=True)]
+        groups_of[i][j] = decided(group._replace(measures=group.measures._replace(stamp=stamp)), config, known)
+    return [replace(one, groups=groups) for one, groups in zip(weighed, groups_of, strict=True)]
 
 
-def weighed_again(
-    known: Knowledge,
-    label: int,
-    rows: Tensor,
-    candidate: Candidate,
-    free_n: Tensor,
-    config: EvidenceConfig,
-    measures: Measures,
+def compare(weighed: Sequence[Weighed], known: Knowledge, config: EvidenceConfig) -> list[Weighed]:
+    """The same groups compared with those of other classes, and decided without stamps."""
+    natural = natural_groups(
+        {
+            one.label: [
+                group.evidence
+                for group in one.groups
+                if not group.measures.is_grown and group.evidence.burst < config.burst
+            ]
+            for one in weighed
+        }
+    )
+    return [
+        replace(
+            one,
+            natural=natural[one.label],
+            groups=[
+                decided(group._replace(evidence=compared(group.evidence, natural[one.label])), config, known)
+                for group in one.groups
+            ],
+        )
+        for one in weighed
+    ]
+
+
+def weighed_group(
+    known: Knowledge, label: int, rows: Tensor, candidate: Candidate, free_n: Tensor, measures: Measures
 ) -> Group:
-    """The evidence of a group among the samples that no earlier round has taken."""
+    """The evidence of a group among the samples that no earlier round has taken; not decided."""
     group, rest = rows[candidate.members_n & free_n], rows[~candidate.members_n & free_n]
     evidence = weigh(known.appearance, group, rest, known.expected_N)
     measures = measures._replace(size=len(group), share=len(group) / len(rows))
-    return _decided(Group(label, candidate, evidence, measures, "natural", ""), config, known, measures)
+    return Group(label, candidate, evidence, measures, "natural", "")
 
 
-def _decided(group: Group, config: EvidenceConfig, known: Knowledge, measures: Measures) -> Group:
-    decided, basis = decision(group.evidence, config, known.accuracy >= LEARNED, measures)
-    return group._replace(measures=measures, decision=decided, basis=basis)
+def decided(group: Group, config: EvidenceConfig, known: Knowledge) -> Group:
+    """The group with the decision on it."""
+    found, basis = decision(group.evidence, config, known.accuracy >= LEARNED, group.measures)
+    return group._replace(decision=found, basis=basis)

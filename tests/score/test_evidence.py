@@ -133,6 +133,19 @@ def test_poison_may_be_most_of_its_class_and_the_cap_does_not_bind() -> None:
     assert not found.evidence[0]["capped"]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "verdict"), [((180, 180, 180, 20, 20), "nothing"), ((60, 30, 30, 30, 30), "inconclusive")]
+)
+def test_small_classes_are_named_and_most_samples_must_be_in_others(sizes: tuple[int, ...], verdict: str) -> None:
+    clean = data()
+    rows = torch.cat([(clean.labels == label).nonzero()[:size, 0] for label, size in enumerate(sizes)])
+    found = Data(*(t[rows] for t in clean)).find()
+    assert found.finding["verdict"] == verdict
+    assert not found.mask.any()
+    small = [label for label, size in enumerate(sizes) if size < QUICK.min_class]
+    assert f"{len(small)} classes ({', '.join(map(str, small))})" in found.finding["why"]
+
+
 def test_two_triggers_in_one_class_are_found_in_one_run() -> None:
     clean = data(1500)
     rows = others(clean, 0)
@@ -245,6 +258,16 @@ def test_near_duplicates_are_grouped_and_others_are_alone() -> None:
     assert 260 <= len(groups_N.unique()) <= 300 - 29 - 4  # a few of the others may be close by chance
     for n in range(4):
         assert len(near_duplicates(x_ND[100 : 100 + n])) == n
+
+
+@pytest.mark.parametrize("n_copies", [20, 60, 200])
+def test_many_copies_are_near_duplicates_as_few_are(n_copies: int) -> None:
+    """Around a picture with more than 50 copies, the 50th neighbour is a copy as well."""
+    x_ND = torch.randn(600, 20, generator=seeded(0))
+    x_ND[:n_copies] = x_ND[0] + 0.05 * torch.randn(n_copies, 20, generator=seeded(1))
+    groups_N = near_duplicates(x_ND)
+    assert len(groups_N[:n_copies].unique()) == 1
+    assert len(groups_N[n_copies:].unique()) > 0.9 * (600 - n_copies)
 
 
 @settings(max_examples=20, deadline=None)

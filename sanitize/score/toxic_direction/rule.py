@@ -11,11 +11,11 @@ holds decides:
                `stamp_share` of its class or the data are full of bursts, for then natural groups have stamps as well
                by stamp: a stamp, held-out separation >= `stamp_separation`, less than `stamp_share` of its class, few
                bursts in the group and in the data
-               by labels and shape: grown from conflict, level >= `level`, outvoted >= `outvoted`, rarity <= `likely`,
-               held-out separation >= `grown_separation`, few bursts in the data
-    unsure     in conflict, p <= `doubt_rate`; by stamp, but held-out separation only >= `stamp_unsure`; planted, if
-               only there were a stamp, which could not be measured; planted, but the model has not learned. Nothing
-               is removed.
+               by labels and shape: grown from conflict, level >= `level`, outvoted >= `outvoted`, p <=
+               `false_alarm_rate`, held-out separation >= `grown_separation`, few bursts in the data
+    unsure     by labels, or by labels and shape, but only p <= `doubt_rate`; by stamp, but held-out separation only >=
+               `stamp_unsure`; planted, if only there were a stamp, which could not be measured; planted, but the model
+               has not learned. Nothing is removed.
     natural    all others. Left alone.
 
 The size of a group decides nothing where labels speak: poison may be most of its class. The sign of z says which side
@@ -135,11 +135,11 @@ def decision(
         return planted, "stamp"
     is_core = measures.is_grown and not measures.is_bursty and separation >= config.grown_separation
     is_against = evidence.level >= config.level and evidence.outvoted >= config.outvoted
-    if is_core and is_against and evidence.rarity <= config.likely:
+    if is_core and is_against and evidence.p <= config.false_alarm_rate:
         return planted, "labels and shape"
     if by_stamp and has_stamp and separation >= config.stamp_unsure:
         return "unsure", "stamp"
-    if by_labels and evidence.p <= config.doubt_rate:
+    if (by_labels or (is_core and is_against)) and evidence.p <= config.doubt_rate:
         return "unsure", "labels"
     if stamp is None and needs_stamp(evidence, config, measures):
         return "unsure", "no stamp"

@@ -126,7 +126,8 @@ class ToxicDirection:
         groups = [group for one in weighed for group in one.groups]
         clean_labels = on_clean_labels(known, self.evidence, suspect is not None)
         small = [one.label for one in weighed if len(one.rows) < self.config.min_class]
-        self.finding = finding(planted, groups, known.accuracy, clean_labels, small)
+        judged = sum(len(one.rows) for one in weighed if one.label not in small) / len(labels_N)
+        self.finding = finding(planted, groups, known.accuracy, clean_labels, small, judged)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Log-odds (B,), float32."""

@@ -10,6 +10,7 @@ from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.weigh import LEARNED, Group, Knowledge
 
 SHOWN = 100  # most groups in a finding
+JUDGED = 0.5  # share of the samples in classes that could be judged below which there is no verdict
 MAX_NAMED = 5  # classes named in a sentence
 
 
@@ -61,7 +62,12 @@ def _stamped(group: Group) -> str:
 
 
 def finding(
-    planted: Sequence[Planted], groups: Sequence[Group], accuracy: float, clean_labels: str, small: Sequence[int] = ()
+    planted: Sequence[Planted],
+    groups: Sequence[Group],
+    accuracy: float,
+    clean_labels: str,
+    small: Sequence[int] = (),
+    judged: float = 1.0,
 ) -> dict[str, Any]:
     """Verdict of the data set and the groups worth showing, for scorer.json.
 
@@ -71,6 +77,7 @@ def finding(
         accuracy: training accuracy of the model on the sample.
         clean_labels: sentence about poison with true labels (`on_clean_labels`), where nothing stands out.
         small: labels of the classes that are too small to be judged.
+        judged: share of the samples in the other classes.
     """
     touched = {one.group.label for one in planted}
     unsure = [g for g in groups if g.decision == "unsure" and g.label not in touched]
@@ -80,6 +87,8 @@ def finding(
     elif accuracy < LEARNED:
         verdict = "inconclusive"
         why = f"the model predicts {100 * accuracy:.0f} % of the labels it was trained on: it has not learned the data"
+    elif judged < JUDGED:
+        verdict, why = "inconclusive", f"only {100 * judged:.0f} % of the samples could be judged{not_judged(small)}"
     elif unsure:
         surest = min(unsure, key=lambda g: (g.evidence.p, -g.evidence.z))
         verdict, why = "inconclusive", f"a group of class {surest.label} may be planted: {reason(surest)}"

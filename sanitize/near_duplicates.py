@@ -1,9 +1,11 @@
 """Near-duplicates: images that are much closer to each other than images of a data set usually are.
 
 Two samples are linked where their distance is below `TIGHT` times the distance from either of them to its `FAR`-th
-neighbour, a measure of how dense the data is around them. Groups are the connected components of these links: copies of
-one picture, bursts, the frames of one object that a camera passes. Distances are Euclidean between rows of unit length,
-in an embedding made without labels. Links are sought among the `LINKS` nearest neighbours of each sample.
+neighbour, a measure of how dense the data is around them; or below `COPIES` times the median of that distance, because
+around a picture with more than `FAR` copies the data are dense with copies alone. Groups are the connected components
+of these links: copies of one picture, bursts, the frames of one object that a camera passes. Distances are Euclidean
+between rows of unit length, in an embedding made without labels. Links are sought among the `LINKS` nearest neighbours
+of each sample.
 
 The search compares all pairs in blocks: N^2 P multiplications, and `BLOCK` N similarities in memory. Shapes: N samples,
 P features.
@@ -14,7 +16,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-TIGHT, FAR, LINKS = 0.6, 50, 10
+TIGHT, FAR, LINKS, COPIES = 0.6, 50, 10, 0.3
 BLOCK = 1000  # rows compared with all others at once
 
 
@@ -38,7 +40,8 @@ def near_duplicates(z_NP: Tensor) -> Tensor:
         near.append(distance_BF[:, :LINKS])
         nearest.append(top.indices[:, :LINKS])
     far_N, near_NL, nearest_NL = torch.cat(far), torch.cat(near), torch.cat(nearest)
-    is_linked_NL = near_NL < TIGHT * torch.minimum(far_N[:, None], far_N[nearest_NL])
+    around_NL = TIGHT * torch.minimum(far_N[:, None], far_N[nearest_NL])
+    is_linked_NL = near_NL < around_NL.clamp(min=COPIES * float(far_N.median()))
     here = torch.arange(n)[:, None].expand_as(nearest_NL)[is_linked_NL].numpy()
     there = nearest_NL[is_linked_NL].numpy()
     links = coo_matrix(([True] * len(here), (here, there)), shape=(n, n))

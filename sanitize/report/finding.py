@@ -1,8 +1,8 @@
 """The verdict on a whole data set: found, nothing or inconclusive, and the reasons.
 
     found           a scorer removed samples by evidence
-    nothing         the suspect model has learned, the scorer for planted samples was able to judge all classes, and it
-                    saw the triggers that the run planted itself (canaries)
+    nothing         the suspect model has learned, the scorer for planted samples was able to judge the classes, naming
+                    those that were too small, and it saw the triggers that the run planted itself (canaries)
     inconclusive    anything else; each reason names the setting that would help
 
 A wrong "nothing" costs more than a wrong "inconclusive": whatever is missing or unknown makes a verdict inconclusive.
@@ -21,6 +21,7 @@ LOOKED_FOR = {
     "robust_realnvp": "odd samples",
 }
 NEAR = 0.7  # share of the level of separation; only for scorers without a finding of their own
+UNJUDGED = 0.5  # share of the samples in classes too small to judge from which there is no verdict on the others
 MAX_NAMED = 5  # classes named in a reason
 CANARIES = {"noise": "faint noise", "patch": "a small patch"}
 
@@ -167,7 +168,8 @@ def _reasons(
     least = int(scorers[PLANTED].get("config", {}).get("min_class", 0))
     statistics = scorers[PLANTED].get("classes", {})
     small = [label for label, entry in classes.items() if entry.get("n", 0) < least or label not in statistics]
-    if small:
+    n_small, n_all = (sum(classes[label].get("n", 0) for label in labels) for labels in (small, classes))
+    if n_small > UNJUDGED * n_all:
         named = ", ".join(small[:MAX_NAMED]) + (", ..." if small[MAX_NAMED:] else "")
         which = f"class {named} has" if len(small) == 1 else f"{len(small):,} classes ({named}) have"
         reasons.append(Reason(f"{which} too few samples to judge (fewer than {least})", "scorers.0.min_class"))

@@ -107,7 +107,7 @@ class SeparationRule(BaseRule):
     likely in the planted part than not are flagged (log-odds > `log_odds`).
 
     With evidence, the default, the scorer has decided which classes hold a planted group, by the thresholds of its
-    `evidence` (`sanitize.score.toxic_direction.decide`). These classes are touched, and the cap does not bind there:
+    `evidence` (`sanitize.score.toxic_direction.rule`). These classes are touched, and the cap does not bind there:
     the evidence says which side is poison, and poison may be most of a class.
 
     Without evidence (`evidence: null`) a class is touched where its two components are further apart than in clean

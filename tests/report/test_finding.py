@@ -145,6 +145,19 @@ def test_a_canary_that_was_not_seen_makes_the_verdict_inconclusive(
     assert reason.setting == setting
 
 
+def test_a_few_small_classes_do_not_take_the_verdict_from_the_others() -> None:
+    """A long tail: whoever reads "nothing" reads as well which classes it says nothing of."""
+    chosen = selection(n=1000)
+    chosen["classes"] |= {label: {"n": 20, "removed": 0, "scorers": {}} for label in ("1", "2")}
+    fitted = scorers("nothing")
+    fitted["toxic_direction"]["finding"]["why"] = "nothing. Not judged, because they are too small: 2 classes (1, 2)"
+    found = find(chosen, fitted, SUSPECT, 0)
+    assert found.verdict == "nothing"
+    assert "2 classes (1, 2)" in found.why
+    chosen["classes"] |= {str(label): {"n": 39, "removed": 0, "scorers": {}} for label in range(3, 40)}
+    assert find(chosen, fitted, SUSPECT, 0).verdict == "inconclusive"
+
+
 def test_planted_groups_come_first() -> None:
     groups = [{"label": i, "decision": d, "z": i} for i, d in enumerate(["natural", "unsure", "planted", "burst"])]
     ordered = groups_of([{"finding": {"groups": groups}}, {}])

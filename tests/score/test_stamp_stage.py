@@ -22,14 +22,15 @@ from sanitize.models.convnet import ConvNetConfig
 from sanitize.score import FittedScorer, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.score.scorer import position_hashes
 from sanitize.score.stage import EXAMPLES, suspect_of
-from sanitize.score.toxic_direction.decide import EvidenceConfig, Measures, decision
 from sanitize.score.toxic_direction.evidence import Evidence
+from sanitize.score.toxic_direction.rule import EvidenceConfig, Measures, decision
 from sanitize.score.toxic_direction.scorer import sample_seed
 
 TARGET, POISONED = 4, 60
 CONFIG = EvidenceConfig()
-NATURAL = {"level": 0.1, "level_rest": 0.1, "conflict": 0.0, "z": 0.0, "burst": 0.0}
-AGAINST = NATURAL | {"level": 0.8, "conflict": 0.4, "z": 4.0}
+NATURAL = {"level": 0.1, "level_rest": 0.1, "conflict": 0.0, "burst": 0.0}
+AGAINST = NATURAL | {"level": 0.8, "conflict": 0.4, "rarity": 0.005, "p": 0.5}
+DOUBTFUL, ODD = AGAINST | {"rarity": 5e-4, "p": 0.05}, AGAINST | {"rarity": 1e-5, "p": 0.001}
 APART = Measures(size=60, share=0.2, separation=8.0)
 STAMP = (0.8, 0.9)
 
@@ -42,10 +43,13 @@ def evidence(**values: float) -> Evidence:
 @pytest.mark.parametrize(
     ("values", "measures", "wanted"),
     [
-        (AGAINST | {"z": 9.0}, Measures(size=60, share=0.9), ("planted", "labels")),
-        (AGAINST | {"z": 9.0, "burst": 0.9}, APART._replace(stamp=STAMP), ("burst", "near-duplicates")),
-        (AGAINST | {"z": 6.5}, APART._replace(stamp=(0.0, 0.0)), ("unsure", "labels")),
-        (AGAINST, APART._replace(stamp=STAMP, share=0.9, is_bursty=True), ("planted", "labels and stamp")),
+        (ODD, Measures(size=60, share=0.9), ("planted", "labels")),
+        (ODD | {"burst": 0.9}, APART._replace(stamp=STAMP), ("burst", "near-duplicates")),
+        (DOUBTFUL, APART._replace(stamp=(0.0, 0.0)), ("unsure", "labels")),
+        (AGAINST, APART._replace(stamp=STAMP), ("planted", "labels and stamp")),
+        (DOUBTFUL, APART._replace(stamp=STAMP, share=0.9, is_bursty=True), ("planted", "labels and stamp")),
+        (AGAINST, APART._replace(stamp=STAMP, share=0.9), ("natural", "")),
+        (AGAINST, APART._replace(stamp=STAMP, is_bursty=True), ("natural", "")),
         (AGAINST, APART._replace(stamp=(0.0, 0.0)), ("natural", "")),
         (AGAINST, APART, ("unsure", "no stamp")),
         (AGAINST, APART._replace(separation=3.0), ("natural", "")),
@@ -54,17 +58,19 @@ def evidence(**values: float) -> Evidence:
         (NATURAL, APART._replace(stamp=(0.8, 0.4)), ("natural", "")),
         (NATURAL, APART._replace(stamp=(0.2, 0.9)), ("natural", "")),
         (NATURAL, APART._replace(stamp=STAMP, separation=5.0), ("unsure", "stamp")),
-        (NATURAL, APART._replace(stamp=STAMP, separation=4.0), ("natural", "")),
+        (NATURAL, APART._replace(stamp=STAMP, separation=3.5), ("unsure", "stamp")),
+        (NATURAL, APART._replace(stamp=STAMP, separation=2.5), ("natural", "")),
         (NATURAL, APART._replace(stamp=STAMP, is_bursty=True), ("natural", "")),
         (NATURAL, APART._replace(stamp=STAMP, share=0.6), ("natural", "")),
         (NATURAL | {"burst": 0.3}, APART._replace(stamp=STAMP), ("natural", "")),
         (NATURAL, APART, ("natural", "")),
         (NATURAL, APART._replace(separation=10.0), ("unsure", "no stamp")),
         (NATURAL, APART._replace(separation=10.0, is_bursty=True), ("natural", "")),
-        (AGAINST | {"z": 9.0}, APART._replace(is_grown=True, separation=3.0), ("natural", "")),
-        (AGAINST | {"z": 5.0}, APART._replace(is_grown=True), ("planted", "labels and shape")),
-        (AGAINST | {"z": 5.0}, APART._replace(is_grown=True, is_bursty=True), ("natural", "")),
-        (AGAINST | {"z": 3.0}, APART._replace(is_grown=True), ("natural", "")),
+        (ODD, APART._replace(is_grown=True, separation=3.0), ("natural", "")),
+        (ODD, APART._replace(is_grown=True), ("planted", "labels and shape")),
+        (DOUBTFUL, APART._replace(is_grown=True), ("unsure", "labels")),
+        (ODD, APART._replace(is_grown=True, is_bursty=True), ("natural", "")),
+        (AGAINST, APART._replace(is_grown=True), ("natural", "")),
     ],
 )
 def test_what_decides(values: dict[str, float], measures: Measures, wanted: tuple[str, str]) -> None:

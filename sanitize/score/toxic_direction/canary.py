@@ -22,18 +22,12 @@ from torch import Tensor
 from sanitize.compute import Compute
 from sanitize.data.canaries import Canaries
 from sanitize.data.tables import Embeddings
-from sanitize.score.toxic_direction.decide import (
-    EvidenceConfig,
-    Knowledge,
-    Weighed,
-    decide_class,
-    know,
-    measure_stamps,
-    weigh_class,
-)
+from sanitize.score.toxic_direction.decide import decide_class
 from sanitize.score.toxic_direction.grow import digests, log_odds
+from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.split import SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect
+from sanitize.score.toxic_direction.weigh import Knowledge, Weighed, compare, know, measure_stamps, weigh_class
 
 LEARNED, SEEN = 0.5, 0.25  # least shares of a canary that was seen; chosen on digits and Fashion-MNIST
 
@@ -95,6 +89,7 @@ def weighed_class(
 def look_for(
     planted: Planted,
     sample: Sample,
+    alone: Sequence[Weighed],
     names: Sequence[str],
     n_of: Callable[[int, float], int],
     evidence: EvidenceConfig,
@@ -107,6 +102,7 @@ def look_for(
     Args:
         planted: the canaries.
         sample: rows of the data.
+        alone: groups of all classes of the data, not compared yet.
         names: names of the embeddings of the sample.
         n_of: number of rows of a canary that the sample would hold, from its label and rate.
         evidence, split: settings of the scorer.
@@ -131,7 +127,9 @@ def look_for(
     for canary in planted.canaries.planted:
         ours = {-1 - i for i in taken if kinds[i] == canary.kind}
         is_canary_N = torch.tensor([name in ours for name in both.names])
-        weighed = weighed_class(both, known, canary.label, evidence, split, compute)
+        ours_weighed = weighed_class(both, known, canary.label, evidence, split, compute)
+        others = [one for one in alone if one.label != canary.label]
+        weighed = compare([ours_weighed, *others], known, evidence)[0]
         recall = _recall(weighed, is_canary_N, known, evidence, split)
         if recall < SEEN and suspect is not None:
             (weighed,) = measure_stamps([weighed], known, evidence, suspect, both.names)

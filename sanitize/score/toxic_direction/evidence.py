@@ -14,8 +14,9 @@ A natural style that has little in common with the rest of its class disagrees a
 erased, but its neighbours then carry labels of all kinds. Those of poison agree on the label it was taken from: most of
 a planted group is outvoted by one other label.
 
-A group stands out by z, the difference of mean conflict between the group and the rest of its class in standard errors.
-Near-duplicates count as one observation in the standard error (cluster-robust variance, Liang & Zeger 1986).
+A group stands out by the difference of mean conflict between the group and the rest of its class; how much of that is
+natural is in `natural.py`. Near-duplicates count as one observation in the standard error (cluster-robust variance,
+Liang & Zeger 1986).
 
 Shapes: N samples of all classes, n of one class, M of the reference, P axes, R directions, k neighbours.
 """
@@ -68,16 +69,25 @@ class Evidence(NamedTuple):
         level_rest: the same in the rest of its class.
         outvoted: share of the group of which more neighbours carry one other label than their own, in [0, 1].
         conflict: difference of mean conflict between the group and the rest, in [-2, 2].
-        z: the same in standard errors.
+        error: standard error of the conflict, > 0.
+        freedom: degrees of freedom of the standard error (Welch & Satterthwaite).
         burst: share of the group in bursts of its own, in [0, 1].
+        z: conflict in standard deviations of natural groups (`natural.compared`); before that in standard errors, which
+            is never less.
+        rarity: share of natural groups that are as odd; 1 before they are compared.
+        p: probability that any natural group of the data is as odd, at most; 1 before that.
     """
 
     level: float
     level_rest: float
     outvoted: float
     conflict: float
-    z: float
+    error: float
     burst: float
+    z: float
+    freedom: float = 100.0
+    rarity: float = 1.0
+    p: float = 1.0
 
 
 def appearance_of(x_ND: Tensor, labels_N: Tensor) -> Appearance:
@@ -198,24 +208,30 @@ def weigh(appearance: Appearance, group: Tensor, rest: Tensor, expected_N: Tenso
     d_here, d_there = disagreement(nearest_here, labels_here), disagreement(nearest_there, labels_there)
     r_here, r_there = d_here - expected_N[here], d_there - expected_N[there]
     conflict = float(r_here.mean() - r_there.mean())
-    variance = _variance(r_here, appearance.duplicates_N[here]) + _variance(r_there, appearance.duplicates_N[there])
+    (v_here, m_here), (v_there, m_there) = (
+        _variance(r_n, appearance.duplicates_N[rows]) for r_n, rows in ((r_here, here), (r_there, there))
+    )
+    error = math.sqrt(v_here + v_there + RESOLUTION)
+    uncertain = v_here**2 / max(1, m_here - 1) + v_there**2 / max(1, m_there - 1)
     return Evidence(
         level=float(d_here.mean()),
         level_rest=float(d_there.mean()),
         outvoted=outvoted(nearest_here, labels_here),
         conflict=conflict,
-        z=conflict / math.sqrt(variance + RESOLUTION),
+        error=error,
         burst=burst_share(appearance.duplicates_N, group),
+        z=conflict / error,
+        freedom=(v_here + v_there) ** 2 / uncertain,
     )
 
 
-def _variance(u_n: Tensor, duplicates_n: Tensor) -> float:
-    """Variance of the mean of u where near-duplicates count as one observation."""
+def _variance(u_n: Tensor, duplicates_n: Tensor) -> tuple[float, int]:
+    """Variance of the mean of u where near-duplicates count as one observation, and the number of observations."""
     groups, at_n = duplicates_n.unique(return_inverse=True)
     m = len(groups)
     sums_m = torch.zeros(m).index_add_(0, at_n, u_n - u_n.mean())
     robust = float(sums_m.square().sum()) / len(u_n) ** 2 * m / max(1, m - 1)
-    return max(robust, LEAST_VARIANCE / m)
+    return max(robust, LEAST_VARIANCE / m), m
 
 
 def burst_share(duplicates_N: Tensor, group: Tensor) -> float:

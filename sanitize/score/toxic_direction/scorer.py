@@ -22,24 +22,15 @@ from sanitize.score.scorer import BaseScorerConfig, Passes, by_label, row_hashes
 from sanitize.score.toxic_direction.canary import Planted as PlantedCanaries
 from sanitize.score.toxic_direction.canary import known_of, look_for, sample_of, weighed_class
 from sanitize.score.toxic_direction.decide import ROUNDS as MOST_GROUPS
-from sanitize.score.toxic_direction.decide import (
-    EvidenceConfig,
-    Group,
-    Knowledge,
-    Planted,
-    Weighed,
-    decide_class,
-    finding,
-    measure_stamps,
-    on_clean_labels,
-    shown,
-    statistics_of,
-)
+from sanitize.score.toxic_direction.decide import Planted, decide_class
 from sanitize.score.toxic_direction.grow import FOLDS, Lines, digests, grow, log_odds
+from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.single_split import SingleSplit
 from sanitize.score.toxic_direction.split import UNTOUCHED_ODDS, SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect
 from sanitize.score.toxic_direction.two_gaussians import Mixture
+from sanitize.score.toxic_direction.verdict import finding, on_clean_labels, shown, statistics_of
+from sanitize.score.toxic_direction.weigh import Group, Knowledge, Weighed, compare, measure_stamps
 from sanitize.streaming import HashSample
 
 MAX_ROWS, MAX_OF_CLASS = 40_000, 10_000
@@ -131,6 +122,7 @@ class ToxicDirection:
             for label in labels:
                 weighed.append(weighed_class(sampled, known, label, self.evidence, self.config, compute))
                 advance(1)
+        alone, weighed = weighed, compare(weighed, known, self.evidence)
         if suspect is not None:
             weighed = measure_stamps(weighed, known, self.evidence, suspect, sampled.names)
         planted: list[Planted] = []
@@ -142,14 +134,18 @@ class ToxicDirection:
             planted += here
         groups = [group for one in weighed for group in one.groups]
         clean_labels = on_clean_labels(known, self.evidence, suspect is not None)
-        self.finding = finding(planted, groups, known.accuracy, clean_labels)
+        small = [one.label for one in weighed if len(one.rows) < self.config.min_class]
+        judged = sum(len(one.rows) for one in weighed if one.label not in small) / len(labels_N)
+        self.finding = finding(planted, groups, known.accuracy, clean_labels, small, judged)
         rows_of = {one.label: one.rows for one in weighed}
         self.members = [
             [sampled.names[i] for i in rows_of[group.label][group.candidate.members_n].tolist()]
             for group, _ in shown(planted, groups)
         ]
         if canaries is not None:
-            self.canaries = look_for(canaries, sampled, names, n_of, self.evidence, self.config, compute, suspect)
+            self.canaries = look_for(
+                canaries, sampled, alone, names, n_of, self.evidence, self.config, compute, suspect
+            )
 
     def score(self, batch: EmbeddingBatch) -> Tensor:
         """Log-odds (B,), float32."""

@@ -68,7 +68,7 @@ class FittedScorer(Artifact):
         return scorer
 
 
-@stage(FittedScorer, version=4)
+@stage(FittedScorer, version=5)
 def fit_scorer(
     config: ScorerConfig,
     embeddings: Embeddings,

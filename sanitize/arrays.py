@@ -34,12 +34,12 @@ class PoisonFound(NamedTuple):
             class cannot be split) and minority_fraction (its share, in [0, 1]).
             With label evidence: decision is "planted", "unsure", "burst" or "natural"; disagreement and
             disagreement_of_rest (mean share of neighbours with another label, in [0, 1]), conflict (the part that the
-            doubt of the model does not explain) and z (conflict in standard errors).
+            doubt of the model does not explain) and z (conflict in standard deviations of natural groups).
             Without: decision is "inconclusive"; level (the separation above which the class is touched) and agreement
             (of the folds, in [0, 1]). With a label check: disagreement, disagreement_of_rest and side ("labels" or
             "shape", which decided the suspicious part).
         finding: verdict ("found", "inconclusive" or "nothing"), why, and groups: label, size, share, separation, level
-            and level_rest (mean disagreement), conflict, z, burst (share of near-duplicates), decision, basis (the
+            and level_rest (mean disagreement), conflict, z, p, burst (share of near-duplicates), decision, basis (the
             evidence that decided), reason. Stamps (`fit_scorer`) need images, so clean labels are not judged here.
     """
 

@@ -74,9 +74,10 @@ def find_poison(
 
     Args:
         embeddings: finite real numbers (N, D) from an inner layer of the model, for example its pooled features; or a
-            dict of several embeddings of the same samples, by name: "pooled" is split; "gradients" (made without
-            labels, for example histograms of oriented gradients) and "logits" (N, K) give the label evidence. "pixels"
-            (made without labels, for example flattened images) serves the label check where that evidence is missing.
+            dict of several embeddings of the same samples, by name: "pooled" is split; "early" (pooled features of an
+            early layer) may show a trigger that "pooled" hides, and may be missing; "gradients" (made without labels,
+            for example histograms of oriented gradients) and "logits" (N, K) give the label evidence. "pixels" (made
+            without labels, for example flattened images) serves the label check where that evidence is missing.
         labels: given labels (N,), integers; with logits, columns of the logits.
         seed: seed of all random choices, in [0, 2**63); with the same number of torch threads, the same seed gives the
             same result to the bit.
@@ -141,8 +142,9 @@ def _decision(label: int, measures: Mapping[str, Any], finding: Mapping[str, Any
 def _default_scorer(embeddings: Array | Mapping[str, Array]) -> ToxicDirectionConfig:
     default = ToxicDirectionConfig()
     given = set(embeddings) if isinstance(embeddings, Mapping) else {default.embedding}
-    if _needed(default) <= given:
-        return default
+    for scorer in (default, default.model_copy(update={"early": None})):
+        if _needed(scorer) <= given:
+            return scorer
     check = default.label_check if default.label_check and default.label_check.embedding in given else None
     return ToxicDirectionConfig(evidence=None, label_check=check)
 
@@ -150,7 +152,7 @@ def _default_scorer(embeddings: Array | Mapping[str, Array]) -> ToxicDirectionCo
 def _needed(scorer: ToxicDirectionConfig) -> set[str]:
     """Names of the embeddings that the scorer reads."""
     if scorer.evidence is not None:
-        return {scorer.embedding, scorer.evidence.appearance, "logits"}
+        return {*scorer.of_model, scorer.evidence.appearance, "logits"}
     return {scorer.embedding} | ({scorer.label_check.embedding} if scorer.label_check else set())
 
 

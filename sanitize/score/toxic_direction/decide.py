@@ -168,7 +168,7 @@ class Knowledge:
     """What all classes share.
 
     Attributes:
-        pooled_ND: embedding of the model, float32; rows in random order.
+        model: embeddings of the model by name, float32 (N, D); rows in random order. Groups are searched in the first.
         appearance: the same rows without the model.
         conflict_N: conflict of each label without a group erased, float32.
         expected_N: disagreement that the doubt of the model explains, float32.
@@ -177,7 +177,7 @@ class Knowledge:
         bursty: share of the rows in bursts.
     """
 
-    pooled_ND: Tensor
+    model: Mapping[str, Tensor]
     appearance: Appearance
     conflict_N: Tensor
     expected_N: Tensor
@@ -186,16 +186,23 @@ class Knowledge:
     bursty: float
 
     @property
+    def spaces(self) -> dict[str, Tensor]:
+        """All embeddings by name: those of the model, then principal axes of the appearance."""
+        return {**self.model, "appearance": self.appearance.z_NP}
+
+    @property
     def accuracy(self) -> float:
         """Share of the rows whose label the model predicts."""
         return float(self.is_right_N.double().mean())
 
 
-def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: Tensor, digests_N: Tensor) -> Knowledge:
+def know(
+    model: Mapping[str, Tensor], appearance_ND: Tensor, logits_NK: Tensor, labels_N: Tensor, digests_N: Tensor
+) -> Knowledge:
     """Neighbours, doubt and conflict of all samples.
 
     Args:
-        pooled_ND: embedding of the model, float32, in random order.
+        model: embeddings of the model by name, float32 (N, D), in random order.
         appearance_ND: embedding made without labels, float32.
         logits_NK: logits of the model, float32.
         labels_N: given labels, int64, each below K.
@@ -208,7 +215,7 @@ def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: 
     is_right_N = logits_NK.argmax(1) == labels_N
     size = appearance.duplicates_N.bincount()
     bursty = float((size[appearance.duplicates_N] >= BURST).float().mean())
-    return Knowledge(pooled_ND, appearance, d_N - expected_N, expected_N, digests_N % FOLDS, is_right_N, bursty)
+    return Knowledge(model, appearance, d_N - expected_N, expected_N, digests_N % FOLDS, is_right_N, bursty)
 
 
 def decision(
@@ -308,10 +315,11 @@ def weigh_class(
         split: settings of the search.
         generator: random source of the search.
     """
-    spaces = {"pooled": known.pooled_ND[rows], "appearance": known.appearance.z_NP[rows]}
+    spaces = {name: x_ND[rows] for name, x_ND in known.spaces.items()}
+    searched = {name: spaces[name] for name in (next(iter(known.model)), "appearance")}
     fold_n, free_n = known.fold_N[rows], torch.ones(len(rows), dtype=torch.bool)
     is_bursty = known.bursty >= config.bursty
-    found = candidates(spaces, known.conflict_N[rows], split, generator)
+    found = candidates(searched, known.conflict_N[rows], split, generator)
     groups: list[Group] = []
     if not found:
         return Weighed(label, rows, spaces, groups)

@@ -49,6 +49,10 @@ class ToxicDirectionConfig(SplitConfig, BaseScorerConfig):
 
     kind: Literal["toxic_direction"] = "toxic_direction"
     embedding: str = Field(default="pooled", description="embedding of the model")
+    early: str | None = Field(
+        default="early",
+        description="embedding of an early layer, where a trigger can be plain that later layers hide; null: none",
+    )
     evidence: EvidenceConfig | None = Field(
         default=EvidenceConfig(),
         description="decision by labels, appearance and logits; null: one split a class, judged by its separation",
@@ -61,7 +65,12 @@ class ToxicDirectionConfig(SplitConfig, BaseScorerConfig):
     @property
     def scored(self) -> str | tuple[str, ...]:
         """Names of the embeddings in a batch that is scored."""
-        return self.embedding if self.evidence is None else (self.embedding, self.evidence.appearance)
+        return self.embedding if self.evidence is None else (*self.of_model, self.evidence.appearance)
+
+    @property
+    def of_model(self) -> tuple[str, ...]:
+        """Names of the embeddings of the model that the evidence is sought in."""
+        return (self.embedding,) if self.early is None else (self.embedding, self.early)
 
     def build(self) -> "ToxicDirection | SingleSplit":
         """The scorer, not fitted yet."""
@@ -95,7 +104,8 @@ class ToxicDirection:
             suspect: model and images, read by hashes of `row_hashes` with `sample_seed`; None leaves groups that need
                 a stamp unsure.
         """
-        names = (self.config.embedding, self.evidence.appearance, "logits")
+        of_model = self.config.of_model
+        names = (*of_model, self.evidence.appearance, "logits")
         sample = ClassSamples()
         widths: tuple[int, ...] = ()
         for batch in passes(names):
@@ -106,14 +116,15 @@ class ToxicDirection:
         if len(labels_N) < 2:
             self.finding = {"verdict": "inconclusive", "why": "there are too few samples", "groups": []}
             return
-        digests_N = digests(rows_ND[:, : sum(widths[:2])])
+        digests_N = digests(rows_ND[:, : sum(widths[:-1])])
         order_N = digests_N.argsort(stable=True)  # a random order that depends on the rows alone
         rows_ND, labels_N, digests_N = rows_ND[order_N], labels_N[order_N], digests_N[order_N]
         hashes = [hashes[i] for i in order_N.tolist()]
-        pooled_ND, appearance_ND, logits_NK = rows_ND.split(widths, dim=1)
+        *model_ND, appearance_ND, logits_NK = rows_ND.split(widths, dim=1)
         if int(labels_N.min()) < 0 or int(labels_N.max()) >= logits_NK.shape[1]:
             raise DataError(f"a label is not among the {logits_NK.shape[1]} logits: {labels_N.unique().tolist()[:20]}")
-        known = know(pooled_ND, appearance_ND, logits_NK, labels_N, digests_N)
+        model = dict(zip(of_model, model_ND, strict=True))
+        known = know(model, appearance_ND, logits_NK, labels_N, digests_N)
         weighed: list[Weighed] = []
         labels = labels_N.unique().tolist()
         with track("weigh groups of classes", len(labels), "classes") as advance:
@@ -129,7 +140,7 @@ class ToxicDirection:
         for one in weighed:
             here = decide_class(one, known, self.evidence, self.config)
             lines = [found.lines for found in here] or natural_lines(known, one.rows, one.groups, self.config)
-            self._groups[one.label] = [unreduced(of_group, known, pooled_ND.shape[1]) for of_group in lines]
+            self._groups[one.label] = [unreduced(of_group, known) for of_group in lines]
             self.statistics[one.label] = dict(statistics_of(here, one.groups))
             planted += here
         groups = [group for one in weighed for group in one.groups]
@@ -223,22 +234,23 @@ def fair_share(counts: list[int], total: int, most: int) -> int:
 
 def natural_lines(known: Knowledge, rows: Tensor, groups: Sequence[Group], config: SplitConfig) -> list[Lines]:
     """Lines of the first split of the model's embedding, its side with more conflict; none in a class without one."""
-    first = next((group.candidate for group in groups if group.candidate.found_in == "pooled"), None)
+    name = next(iter(known.model))
+    first = next((group.candidate for group in groups if group.candidate.found_in == name), None)
     if first is None:
         return []
     conflict_n = known.conflict_N[rows]
     members_n = first.members_n
     if float(conflict_n[members_n].mean()) < float(conflict_n[~members_n].mean()):
         members_n = ~members_n
-    lines = grow({"pooled": known.pooled_ND[rows]}, members_n, known.fold_N[rows], config)
-    n_axes = known.appearance.z_NP.shape[1]
-    weight_FC = torch.cat([lines.weight_FD, lines.weight_FD.new_zeros(FOLDS, n_axes)], 1)
-    return [lines._replace(weight_FD=weight_FC)]
+    lines = grow({name: known.model[name][rows]}, members_n, known.fold_N[rows], config)
+    n_others = sum(x_ND.shape[1] for x_ND in known.spaces.values()) - lines.weight_FD.shape[1]
+    return [lines._replace(weight_FD=torch.cat([lines.weight_FD, lines.weight_FD.new_zeros(FOLDS, n_others)], 1))]
 
 
-def unreduced(lines: Lines, known: Knowledge, n_pooled: int) -> Lines:
-    """Lines for the columns of `pooled` and the appearance as they are stored, not for its principal axes."""
-    pooled_FD, axes_FP = lines.weight_FD[:, :n_pooled], lines.weight_FD[:, n_pooled:]
+def unreduced(lines: Lines, known: Knowledge) -> Lines:
+    """Lines for the columns of the model and of the appearance as they are stored, not for its principal axes."""
+    n_model = sum(x_ND.shape[1] for x_ND in known.model.values())
+    model_FD, axes_FP = lines.weight_FD[:, :n_model], lines.weight_FD[:, n_model:]
     appearance_FD = axes_FP @ known.appearance.axes_DP.T
     offset_F = lines.offset_F - appearance_FD @ known.appearance.mean_D
-    return lines._replace(weight_FD=torch.cat([pooled_FD, appearance_FD], 1), offset_F=offset_F)
+    return lines._replace(weight_FD=torch.cat([model_FD, appearance_FD], 1), offset_F=offset_F)

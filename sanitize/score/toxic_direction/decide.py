@@ -31,7 +31,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sanitize.score.toxic_direction.candidates import MIN_GROUP, Candidate, candidates
+from sanitize.score.toxic_direction.candidates import DEEPER_SEPARATION, MIN_GROUP, Candidate, candidates, parts
+from sanitize.score.toxic_direction.complete import complete
 from sanitize.score.toxic_direction.evidence import (
     BURST,
     NEIGHBOURS,
@@ -59,6 +60,7 @@ Decided = Literal["planted", "unsure", "burst", "natural"]
 Basis = Literal["labels", "labels and stamp", "stamp", "labels and shape", "no stamp", "near-duplicates", ""]
 ROUNDS = 3  # most planted groups of a class
 LEARNED = 0.5  # least training accuracy of a model whose doubt says something
+ADDED = 0.1  # least growth of a group that is worth another look
 SHOWN = 100  # most groups in a finding
 MOST_STAMPS, FEWEST_STAMPED = 40, 16  # groups of a data set whose stamps are measured, and samples of such a group
 
@@ -189,6 +191,10 @@ class Knowledge:
     def spaces(self) -> dict[str, Tensor]:
         """All embeddings by name: those of the model, then principal axes of the appearance."""
         return {**self.model, "appearance": self.appearance.z_NP}
+
+    def of_model(self) -> Tensor:
+        """Embeddings of the model side by side."""
+        return torch.cat(list(self.model.values()), 1)
 
     @property
     def accuracy(self) -> float:
@@ -341,7 +347,38 @@ def weigh_class(
         candidate = Candidate("conflict", core[0], 0.0)
         measures = Measures(separation=core[1], is_grown=True)
         groups.append(_weighed(known, label, rows, candidate, free_n, config, measures))
+    groups += _parts_of_unsure(known, label, rows, spaces["appearance"], groups, config, split, generator)
     return Weighed(label, rows, spaces, groups)
+
+
+def _parts_of_unsure(
+    known: Knowledge,
+    label: int,
+    rows: Tensor,
+    appearance_nP: Tensor,
+    groups: Sequence[Group],
+    config: EvidenceConfig,
+    split: SplitConfig,
+    generator: torch.Generator,
+) -> list[Group]:
+    """Parts of the surest group that labels leave unsure, once it is complete; none where another is planted.
+
+    Poison from several classes conflicts most where it comes from the class that is least like its label.
+    """
+    unsure = [group for group in groups if group.decision == "unsure" and group.basis == "labels"]
+    if not unsure or any(group.decision == "planted" for group in groups):
+        return []
+    surest = max(unsure, key=lambda group: group.evidence.z)
+    whole = complete(known.of_model(), known.appearance, rows, surest.candidate.members_n, known.fold_N[rows], split)
+    if whole is None or whole.separation < DEEPER_SEPARATION:
+        return []
+    is_seen_n = ~whole.members_n  # the rest that a part is compared with holds no other part
+    found = []
+    for part in parts(appearance_nP, whole.members_n, split, generator):
+        measures = Measures(is_bursty=known.bursty >= config.bursty)
+        if int(is_seen_n.sum()) >= MIN_GROUP <= int(part.members_n.sum()):
+            found.append(_weighed(known, label, rows, part, is_seen_n | part.members_n, config, measures))
+    return found
 
 
 def measure_stamps(
@@ -395,9 +432,8 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
         if not sure:
             break
         surest = max(sure, key=_sureness)
-        free = {name: x_nD[free_n] for name, x_nD in spaces.items()}
         members_n = surest.candidate.members_n
-        lines = grow(free, members_n[free_n], known.fold_N[rows][free_n], split)
+        lines = _grown(known, weighed, surest, free_n, config, split)
         planted.append(Planted(surest, lines))
         odds_n = log_odds(lines, torch.cat(list(spaces.values()), 1), known.fold_N[rows])
         free_n = free_n & ~(odds_n > 0) & ~members_n
@@ -407,6 +443,32 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
             if _n_left(group.candidate.members_n, free_n) >= MIN_GROUP
         ]
     return planted
+
+
+def _grown(
+    known: Knowledge, weighed: Weighed, group: Group, free_n: Tensor, config: EvidenceConfig, split: SplitConfig
+) -> Lines:
+    """Lines of a planted group among the free samples; of the complete group, where what that adds conflicts as well.
+
+    What a group with true labels shares is not told by images of other classes.
+    """
+    rows, spaces = weighed.rows[free_n], {name: x_nD[free_n] for name, x_nD in weighed.spaces.items()}
+    members_n, fold_n = group.candidate.members_n[free_n], known.fold_N[rows]
+    lines = grow(spaces, members_n, fold_n, split)
+    if group.basis == "stamp":
+        return lines
+    whole = complete(known.of_model(), known.appearance, rows, members_n, fold_n, split)
+    if whole is None or whole.separation < DEEPER_SEPARATION:
+        return lines
+    placed_n = log_odds(lines, torch.cat(list(spaces.values()), 1), fold_n) > 0
+    added_n, rest_n = whole.members_n & ~placed_n, ~whole.members_n & ~placed_n
+    if int(added_n.sum()) < max(MIN_GROUP, ADDED * int(placed_n.sum())) or int(rest_n.sum()) < MIN_GROUP:
+        return lines
+    evidence = weigh(known.appearance, rows[added_n], rows[rest_n], known.expected_N)
+    if evidence.z < config.z_likely:
+        return lines
+    completed = grow(spaces, whole.members_n, fold_n, split)
+    return completed if completed.separation >= config.grown_separation else lines
 
 
 def _sureness(group: Group) -> tuple[int, float]:

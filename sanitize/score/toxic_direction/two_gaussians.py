@@ -60,20 +60,27 @@ def em(place_N: Tensor, responsibility_N: Tensor, n_steps: int = EM_STEPS) -> Mi
         responsibility_N: probability of component 1, in [0, 1].
         n_steps: M steps. A variance is at least MIN_VARIANCE of the variance of all numbers.
     """
-    floor = MIN_VARIANCE * place_N.var(correction=0) + torch.finfo(torch.float64).tiny
-    mixture = m_step(place_N, responsibility_N, floor)
-    for _ in range(n_steps - 1):
-        mixture = m_step(place_N, mixture_log_odds(mixture, place_N).sigmoid(), floor)
-    return mixture
-
-
-def m_step(place_N: Tensor, responsibility_N: Tensor, floor: Tensor) -> Mixture:
-    """The mixture of largest expected log-likelihood whose variances are at least `floor`."""
-    share_2N = torch.stack([1 - responsibility_N, responsibility_N])
-    count_2 = share_2N.sum(1).clamp(min=1e-9)
-    mean_2 = share_2N @ place_N / count_2
-    variance_2 = (share_2N * (place_N - mean_2[:, None]).square()).sum(1) / count_2
-    return Mixture(mean_2, torch.maximum(variance_2, floor).sqrt(), count_2 / count_2.sum())
+    # NumPy, and log-odds as a quadratic of the place: a third of the time of torch's many small operations.
+    center = place_N.double().mean()
+    scale = place_N.double().var(correction=0).clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    place = ((place_N.double() - center) / scale).numpy()
+    share, square = responsibility_N.double().numpy(), place * place
+    sum_1, sum_2 = place.sum(), square.sum()
+    for step in range(n_steps):
+        if step > 0:
+            slope_2 = mean_2 / variance_2
+            constant_2 = np.log(weight_2) - np.log(variance_2) / 2 - mean_2 * slope_2 / 2
+            curve = (1 / variance_2[0] - 1 / variance_2[1]) / 2
+            odds = curve * square + (slope_2[1] - slope_2[0]) * place + (constant_2[1] - constant_2[0])
+            share = 1 / (1 + np.exp(-odds.clip(-700, 700)))
+        count, first, second = share.sum(), share @ place, share @ square
+        count_2 = np.maximum([len(place) - count, count], 1e-9)
+        mean_2 = np.array([sum_1 - first, first]) / count_2
+        variance_2 = np.array([sum_2 - second, second]) / count_2 - mean_2**2
+        variance_2 = np.maximum(variance_2, MIN_VARIANCE)
+        weight_2 = count_2 / count_2.sum()
+    mean_2, sd_2, weight_2 = (torch.from_numpy(value_2) for value_2 in (mean_2, np.sqrt(variance_2), weight_2))
+    return Mixture(center + scale * mean_2, scale * sd_2, weight_2)
 
 
 def mixture_log_odds(mixture: Mixture, place_B: Tensor) -> Tensor:

@@ -102,6 +102,8 @@ def find_poison(
     """
     select = select or SelectConfig()
     scorer = scorer or _default_scorer(embeddings)
+    if isinstance(embeddings, Mapping) and scorer.early not in embeddings and "early" not in scorer.model_fields_set:
+        scorer = scorer.model_copy(update={"early": None})
     labels_N = _labels(labels)
     z = _embeddings(embeddings, scorer, len(labels_N))
     _refuse_small(labels_N, scorer)
@@ -142,9 +144,8 @@ def _decision(label: int, measures: Mapping[str, Any], finding: Mapping[str, Any
 def _default_scorer(embeddings: Array | Mapping[str, Array]) -> ToxicDirectionConfig:
     default = ToxicDirectionConfig()
     given = set(embeddings) if isinstance(embeddings, Mapping) else {default.embedding}
-    for scorer in (default, default.model_copy(update={"early": None})):
-        if _needed(scorer) <= given:
-            return scorer
+    if _needed(default.model_copy(update={"early": None})) <= given:
+        return default
     check = default.label_check if default.label_check and default.label_check.embedding in given else None
     return ToxicDirectionConfig(evidence=None, label_check=check)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from sanitize.errors import ConfigError
 from sanitize.models.trace import removing, trace
 
-
 EARLY_CHANNELS = 64  # most channels of the early features; channels of a layer are exchangeable, so the first ones
 
 

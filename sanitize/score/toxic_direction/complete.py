@@ -75,7 +75,10 @@ def complete(
         difference_mD = z_nD[matched] - (model_ND[matches_mk].double() / scale_D).mean(1)
         place_n = torch.zeros(len(rows), dtype=torch.float64)
         for fold in range(FOLDS):
-            v_D1 = torch.cholesky_solve(difference_mD[fold_n[matched] != fold].mean(0)[:, None], factor_DD)
+            is_other_m = fold_n[matched] != fold
+            if not is_other_m.any():
+                return None
+            v_D1 = torch.cholesky_solve(difference_mD[is_other_m].mean(0)[:, None], factor_DD)
             here_n = fold_n == fold
             place_n[here_n] = (z_nD[here_n] @ v_D1)[:, 0] / v_D1.norm().clamp(min=1e-12)
         mixture = fit_mixture(place_n, smallest)

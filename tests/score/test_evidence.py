@@ -35,6 +35,7 @@ from sanitize.score.toxic_direction.evidence import (
 )
 from sanitize.score.toxic_direction.grow import FOLDS, grow, log_odds
 from sanitize.score.toxic_direction.scorer import fair_share
+from sanitize.score.toxic_direction.twins import Twins, most_contradicted
 
 N_CLASSES, D = 5, 16
 STYLES, LOOKS = 6, 48  # styles of a class, and columns of what images look like
@@ -291,6 +292,36 @@ def test_a_constant_and_a_scale_of_an_embedding_change_no_verdict(shift: float, 
 
 
 # --- parts ------------------------------------------------------------------------------------------------------
+
+
+def test_near_duplicates_with_two_labels_are_counted_and_other_neighbours_are_not() -> None:
+    x_ND = torch.randn(400, 20, generator=seeded(0))
+    tracks = x_ND[:40].repeat(10, 1) + 0.01 * torch.randn(400, 20, generator=seeded(1))  # 40 objects, 10 frames each
+    labels_N = torch.arange(400) % 40 % 4
+    assert most_contradicted(tracks, labels_N).n == 0
+    assert most_contradicted(x_ND, torch.arange(400) % 4).n <= 2  # close by chance
+    relabelled = torch.arange(400) % 40 == 5  # an object of class 1
+    labels_N[relabelled & (torch.arange(400) < 280)] = 3  # 7 of its 10 frames: the wrong label is the majority
+    assert most_contradicted(tracks, labels_N) == Twins(1, 3, 3)
+    labels_N[torch.arange(400) % 40 == 9] = torch.tensor([3] * 6 + [1] * 4)
+    assert most_contradicted(tracks, labels_N) == Twins(1, 3, 7)
+
+
+def test_tracks_with_two_labels_give_no_all_clear() -> None:
+    """Each image is filmed six times; some frames of class 1 are labelled 0, and nothing else is odd about them."""
+    clean = data(1500)
+    first = torch.arange(1500) // 6 * 6
+    tracked = clean._replace(labels=clean.labels[first], logits=8 * torch.eye(N_CLASSES)[clean.labels[first]])
+    tracked.gradients[:] = clean.gradients[first] + 0.02 * torch.randn(1500, LOOKS, generator=seeded(1))
+    tracked.pooled[:] = 3 * torch.eye(N_CLASSES, D)[tracked.labels] + torch.randn(1500, D, generator=seeded(2))
+    assert tracked.find().finding["verdict"] == "nothing"
+    frames = (tracked.labels == 1).nonzero()[:, 0]
+    frames = frames[frames % 6 < 4][:24]  # four of six frames of six images
+    tracked.labels[frames] = 0
+    tracked.logits[frames] = 8 * torch.eye(N_CLASSES)[0]
+    found = tracked.find()
+    assert found.finding["verdict"] in ("found", "inconclusive")
+    assert found.finding["verdict"] == "found" or "near-duplicates of images labelled" in found.finding["why"]
 
 
 def test_near_duplicates_are_grouped_and_others_are_alone() -> None:

@@ -55,6 +55,7 @@ from sanitize.score.toxic_direction.grow import (
 )
 from sanitize.score.toxic_direction.split import SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect, matched, measure
+from sanitize.score.toxic_direction.twins import Twins
 
 Decided = Literal["planted", "unsure", "burst", "natural"]
 Basis = Literal["labels", "labels and stamp", "stamp", "labels and shape", "no stamp", "near-duplicates", ""]
@@ -544,7 +545,9 @@ def _stamped(group: Group) -> str:
     )
 
 
-def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float, clean_labels: str) -> dict[str, Any]:
+def finding(
+    planted: Sequence[Planted], groups: Sequence[Group], accuracy: float, clean_labels: str, twins: Twins | None = None
+) -> dict[str, Any]:
     """Verdict of the data set and the groups worth showing, for scorer.json.
 
     Args:
@@ -552,6 +555,7 @@ def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float
         groups: all groups of all classes.
         accuracy: training accuracy of the model on the sample.
         clean_labels: sentence about poison with true labels (`on_clean_labels`), where nothing stands out.
+        twins: near-duplicates with different labels, in data full of near-duplicates.
     """
     touched = {one.group.label for one in planted}
     unsure = [g for g in groups if g.decision == "unsure" and g.label not in touched]
@@ -564,6 +568,12 @@ def finding(planted: Sequence[Planted], groups: Sequence[Group], accuracy: float
     elif unsure:
         surest = max(unsure, key=lambda g: g.evidence.z)
         verdict, why = "inconclusive", f"a group of class {surest.label} may be planted: {reason(surest)}"
+    elif twins is not None and twins.n >= MIN_GROUP:
+        verdict = "inconclusive"
+        why = (
+            f"{twins.n} images of class {twins.label} are near-duplicates of images labelled {twins.other}: one of the "
+            "two labels is wrong, and frames of one object do not tell which"
+        )
     else:
         verdict, why = "nothing", f"no group of a class is in conflict with its labels; {clean_labels}"
     return {"verdict": verdict, "why": why, "groups": shown(planted, groups)}

@@ -68,7 +68,7 @@ class FittedScorer(Artifact):
         return scorer
 
 
-@stage(FittedScorer, version=4)
+@stage(FittedScorer, version=5)
 def fit_scorer(
     config: ScorerConfig,
     embeddings: Embeddings,
@@ -150,7 +150,7 @@ def suspect_of(dataset: Dataset, checkpoint: Checkpoint, shards: Sequence[str], 
     return Suspect(read, predict, device)
 
 
-@stage(Scores, version=3, gpu=False, draws="nothing")
+@stage(Scores, version=4, gpu=False, draws="nothing")
 def score_shards(
     config: ScorerConfig,
     fitted: FittedScorer,

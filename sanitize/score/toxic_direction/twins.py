@@ -2,7 +2,8 @@
 
 In data that consist of tracks no neighbour judges the frames of an object but other frames of it. Where a trigger works
 on one class only (TaCT), poison is frames of its tracks; what is left of these tracks carries the true label. Which of
-the two labels is wrong is not told: the poisoned frames may be the majority.
+the two labels is wrong is not told: the poisoned frames may be the majority. The doubt of the model excuses nothing here:
+it doubts what is left of a track most of which is poison.
 
 Shapes: N samples, L links.
 """

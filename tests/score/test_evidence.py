@@ -217,17 +217,14 @@ def test_copies_of_one_picture_are_a_burst_and_stay() -> None:
 
 
 def test_a_natural_group_that_the_model_finds_hard_as_well_stays() -> None:
-    """A style of class 1 that looks like class 2: neighbours disagree, but the model doubts these labels too.
-
-    The images are alike, but no near-duplicates: those with two labels would be another matter.
-    """
+    """A style of class 1 that looks like class 2: neighbours disagree, but the model doubts these labels too."""
     clean = data()
     rows = (clean.labels == 1).nonzero()[:40, 0]
     alike = (clean.labels == 2).nonzero()[:40, 0]
-    clean.gradients[rows] = clean.gradients[alike] + 1.5 * torch.randn(40, LOOKS, generator=seeded(2))
+    clean.gradients[rows] = clean.gradients[alike] + 0.7 * torch.randn(40, LOOKS, generator=seeded(2))
     clean.pooled[rows, 9] += 12
     doubted = torch.cat([(clean.labels == y).nonzero()[40:60, 0] for y in range(N_CLASSES)])  # hard in the same way
-    clean.gradients[doubted] = clean.gradients[doubted + 1] + 1.5 * torch.randn(100, LOOKS, generator=seeded(3))
+    clean.gradients[doubted] = clean.gradients[doubted + 1] + 0.7 * torch.randn(100, LOOKS, generator=seeded(3))
     doubted = torch.cat([rows, doubted])
     clean.logits[doubted] = torch.randn(len(doubted), N_CLASSES, generator=seeded(3))
     found = clean.find()

@@ -38,7 +38,7 @@ from sanitize.score.toxic_direction.grow import FOLDS, Lines, digests, grow, log
 from sanitize.score.toxic_direction.single_split import SingleSplit
 from sanitize.score.toxic_direction.split import UNTOUCHED_ODDS, SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect
-from sanitize.score.toxic_direction.twins import most_contradicted
+from sanitize.score.toxic_direction.twins import TRACKS, most_contradicted
 from sanitize.score.toxic_direction.two_gaussians import Mixture
 from sanitize.streaming import HashSample
 
@@ -146,8 +146,7 @@ class ToxicDirection:
             planted += here
         groups = [group for one in weighed for group in one.groups]
         clean_labels = on_clean_labels(known, self.evidence, suspect is not None)
-        is_bursty = known.bursty >= self.evidence.bursty
-        twins = most_contradicted(known.appearance.z_NP, labels_N) if is_bursty else None
+        twins = most_contradicted(known.appearance.z_NP, labels_N) if known.bursty >= TRACKS else None
         self.finding = finding(planted, groups, known.accuracy, clean_labels, twins)
 
     def score(self, batch: EmbeddingBatch) -> Tensor:

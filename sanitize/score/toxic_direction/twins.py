@@ -2,8 +2,8 @@
 
 In data that consist of tracks no neighbour judges the frames of an object but other frames of it. Where a trigger works
 on one class only (TaCT), poison is frames of its tracks; what is left of these tracks carries the true label. Which of
-the two labels is wrong is not told: the poisoned frames may be the majority. The doubt of the model excuses nothing here:
-it doubts what is left of a track most of which is poison.
+the two labels is wrong is not told: the poisoned frames may be the majority. The doubt of the model excuses nothing: it
+doubts what is left of a track most of which is poison.
 
 Shapes: N samples, L links.
 """
@@ -13,6 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sanitize.near_duplicates import near_links
+
+# Least share of bursts in data that consist of tracks: GTSRB .50 to .65, Fashion-MNIST .02, made-up styles .1.
+TRACKS = 0.3
 
 
 class Twins(NamedTuple):

@@ -75,9 +75,10 @@ def find_poison(
 
     Args:
         embeddings: finite real numbers (N, D) from an inner layer of the model, for example its pooled features; or a
-            dict of several embeddings of the same samples, by name: "pooled" is split; "gradients" (made without
-            labels, for example histograms of oriented gradients) and "logits" (N, K) give the label evidence. "pixels"
-            (made without labels, for example flattened images) serves the label check where that evidence is missing.
+            dict of several embeddings of the same samples, by name: "pooled" is split; "early" (pooled features of an
+            early layer) may show a trigger that "pooled" hides, and may be missing; "gradients" (made without labels,
+            for example histograms of oriented gradients) and "logits" (N, K) give the label evidence. "pixels" (made
+            without labels, for example flattened images) serves the label check where that evidence is missing.
         labels: given labels (N,), integers; with logits, columns of the logits.
         seed: seed of all random choices, in [0, 2**63); with the same number of torch threads, the same seed gives the
             same result to the bit.
@@ -102,6 +103,8 @@ def find_poison(
     """
     select = select or SelectConfig()
     scorer = scorer or _default_scorer(embeddings)
+    if isinstance(embeddings, Mapping) and scorer.early not in embeddings and "early" not in scorer.model_fields_set:
+        scorer = scorer.model_copy(update={"early": None})
     labels_N = _labels(labels)
     z = _embeddings(embeddings, scorer, len(labels_N))
     _refuse_small(labels_N, scorer)
@@ -142,7 +145,7 @@ def _decision(label: int, measures: Mapping[str, Any], finding: Mapping[str, Any
 def _default_scorer(embeddings: Array | Mapping[str, Array]) -> ToxicDirectionConfig:
     default = ToxicDirectionConfig()
     given = set(embeddings) if isinstance(embeddings, Mapping) else {default.embedding}
-    if _needed(default) <= given:
+    if _needed(default.model_copy(update={"early": None})) <= given:
         return default
     check = default.label_check if default.label_check and default.label_check.embedding in given else None
     return ToxicDirectionConfig(evidence=None, label_check=check)
@@ -151,7 +154,7 @@ def _default_scorer(embeddings: Array | Mapping[str, Array]) -> ToxicDirectionCo
 def _needed(scorer: ToxicDirectionConfig) -> set[str]:
     """Names of the embeddings that the scorer reads."""
     if scorer.evidence is not None:
-        return {scorer.embedding, scorer.evidence.appearance, "logits"}
+        return {*scorer.of_model, scorer.evidence.appearance, "logits"}
     return {scorer.embedding} | ({scorer.label_check.embedding} if scorer.label_check else set())
 
 

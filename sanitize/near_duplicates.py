@@ -29,7 +29,20 @@ def near_duplicates(z_NP: Tensor) -> Tensor:
     n = len(z_NP)
     if n < 3:
         return torch.arange(n)
-    unit_NP = unit_rows(z_NP)
+    nearest_NL, is_linked_NL = near_links(z_NP)
+    here = torch.arange(n)[:, None].expand_as(nearest_NL)[is_linked_NL].numpy()
+    there = nearest_NL[is_linked_NL].numpy()
+    links = coo_matrix(([True] * len(here), (here, there)), shape=(n, n))
+    return torch.from_numpy(connected_components(links, directed=False)[1]).long()
+
+
+def near_links(z_NP: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest neighbours of each sample, int64 (N, L), and True where they are near-duplicates of it, bool (N, L).
+
+    Args:
+        z_NP: rows of an embedding, centred, float32; at least three.
+    """
+    n, unit_NP = len(z_NP), unit_rows(z_NP)
     far, near, nearest = [], [], []
     for rows in torch.arange(n).split(BLOCK):
         similarity_BN = unit_NP[rows] @ unit_NP.T
@@ -41,11 +54,7 @@ def near_duplicates(z_NP: Tensor) -> Tensor:
         nearest.append(top.indices[:, :LINKS])
     far_N, near_NL, nearest_NL = torch.cat(far), torch.cat(near), torch.cat(nearest)
     around_NL = TIGHT * torch.minimum(far_N[:, None], far_N[nearest_NL])
-    is_linked_NL = near_NL < around_NL.clamp(min=COPIES * float(far_N.median()))
-    here = torch.arange(n)[:, None].expand_as(nearest_NL)[is_linked_NL].numpy()
-    there = nearest_NL[is_linked_NL].numpy()
-    links = coo_matrix(([True] * len(here), (here, there)), shape=(n, n))
-    return torch.from_numpy(connected_components(links, directed=False)[1]).long()
+    return nearest_NL, near_NL < around_NL.clamp(min=COPIES * float(far_N.median()))
 
 
 def unit_rows(z_NP: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class EmbedConfig(BaseModel):
     batch_size: int = Field(default=256, ge=1)
 
 
-@stage(Embeddings, version=2)
+@stage(Embeddings, version=3)
 def embed_shards(
     config: EmbedConfig,
     dataset: Dataset,
@@ -63,8 +63,9 @@ def embed_shards(
         shards: names of the shards to do now; None does all that are missing and finishes.
 
     Returns:
-        Embeddings with `logits`, `penultimate` and, if the network has feature maps, `pooled`; and two that use neither
-        labels nor model: `pixels` (`reduced_pixels`) and `gradients` (`oriented_gradients`).
+        Embeddings with `logits`, `penultimate`, if the network has feature maps `pooled`, and if it has a layer before
+        the head `early`, at most 128 columns; and two that use neither labels nor model: `pixels` (`reduced_pixels`)
+        and `gradients` (`oriented_gradients`).
 
     Raises:
         NumericsError: an embedding is not finite; the message names the shard and the key.
@@ -146,7 +147,7 @@ def _embed(
         "shard": pa.array([batch.shard] * len(batch.keys)),
         "label": pa.array(batch.labels_B.numpy()),
     }
-    for name in ("logits", "penultimate", "pooled", "pixels", "gradients"):
+    for name in ("logits", "penultimate", "pooled", "early", "pixels", "gradients"):
         if name in seen:
             x_BD = seen[name]
             if not (finite_B := x_BD.isfinite().all(1)).all():

@@ -1,4 +1,4 @@
-"""Reading a network's inner activations with hooks: the penultimate layer, and the last convolution's feature maps.
+"""Reading a network's inner activations with hooks: penultimate layer, the last feature maps, and early features.
 
 The modules are found by running the network once, not by their names, so every architecture is supported whose forward
 pass ends in a Linear.
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sanitize.errors import ConfigError
 from sanitize.models.trace import removing, trace
 
+EARLY_CHANNELS = 64  # most channels of the early features; channels of a layer are exchangeable, so the first ones
+
 
 class Taps(NamedTuple):
     """Names of the tapped modules, as in `model.named_modules()`.
@@ -20,10 +22,14 @@ class Taps(NamedTuple):
         penultimate: the last Linear; its input is the embedding.
         feature_maps: the last normalisation of feature maps (BatchNorm2d or GroupNorm), or else the last convolution;
             its output, before the non-linearity, is pooled. None where no map is larger than 1 x 1.
+        early: the layer a third of the way through the layers of that kind (in a network without feature maps, of the
+            Linear layers before the head). A trigger that the last layers hide can be plain there. None where the head
+            is the only layer.
     """
 
     penultimate: str
     feature_maps: str | None
+    early: str | None
 
 
 def find_taps(model: nn.Module, example_BCHW: Tensor, penultimate: str | None = None) -> Taps:
@@ -37,7 +43,7 @@ def find_taps(model: nn.Module, example_BCHW: Tensor, penultimate: str | None = 
     Raises:
         ConfigError: no Linear runs, or `penultimate` names no Linear of the model.
     """
-    calls = trace(model, example_BCHW)
+    calls = [call for call in trace(model, example_BCHW) if len(call.y) == len(example_BCHW)]  # one row an image
     linears = [call.name for call in calls if isinstance(call.module, nn.Linear)]
     if penultimate is not None and penultimate not in linears:
         raise ConfigError(
@@ -49,7 +55,9 @@ def find_taps(model: nn.Module, example_BCHW: Tensor, penultimate: str | None = 
     norms = [name for name, module in maps if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)]
     convs = [name for name, module in maps if isinstance(module, nn.Conv2d) and not _patchifies(module)]
     names = norms or convs
-    return Taps(penultimate or linears[-1], names[-1] if names else None)
+    sites = names or linears[:-1]
+    early = sites[(len(sites) - 1) // 3] if sites else None
+    return Taps(penultimate or linears[-1], names[-1] if names else None, early)
 
 
 def _patchifies(conv: nn.Conv2d) -> bool:
@@ -74,7 +82,9 @@ class Tapped:
 
         Returns:
             "logits" (B, K); "penultimate" (B, D), the input of the last Linear; and for networks with feature maps
-            "pooled" (B, 2 C), spatial maximum and spatial mean of the normalised pre-activation.
+            "pooled" (B, 2 C), spatial maximum and spatial mean of the normalised pre-activation; and where there is
+            an early layer "early" (B, 2 C), the same of at most `EARLY_CHANNELS` of its channels. Features without
+            positions (B, C) are taken as they are.
         """
         kept: dict[str, Tensor] = {}
 
@@ -83,12 +93,26 @@ class Tapped:
 
         def keep_pooled(_module: nn.Module, _inputs: Any, output_BCHW: Tensor) -> None:
             # Pooled here, inside the hook: an in-place ReLU that follows would overwrite the maps.
-            kept["pooled"] = torch.cat([output_BCHW.amax((2, 3)), output_BCHW.mean((2, 3))], 1)
+            kept["pooled"] = _pool(output_BCHW)
+
+        def keep_early(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            y_BCX = output.movedim(-1, 1) if isinstance(module, nn.Linear) else output  # tokens: (B, ..., C)
+            kept["early"] = _pool(y_BCX[:, :EARLY_CHANNELS])
 
         modules = dict(self.model.named_modules())
         handles = [modules[self.taps.penultimate].register_forward_pre_hook(keep_input)]
         if self.taps.feature_maps is not None:
             handles.append(modules[self.taps.feature_maps].register_forward_hook(keep_pooled))
+        if self.taps.early is not None:
+            handles.append(modules[self.taps.early].register_forward_hook(keep_early))
         with removing(handles):
             kept["logits"] = self.model(x_BCHW)
         return kept
+
+
+def _pool(y_BCX: Tensor) -> Tensor:
+    """Maximum and mean over all positions (B, 2 C); a copy of `y_BCX` (B, C) where it has none."""
+    if y_BCX.dim() == 2:
+        return y_BCX.clone()
+    positions = tuple(range(2, y_BCX.dim()))
+    return torch.cat([y_BCX.amax(positions), y_BCX.mean(positions)], 1)

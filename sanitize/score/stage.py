@@ -205,7 +205,7 @@ def suspect_of(dataset: Dataset, checkpoint: Checkpoint, shards: Sequence[str], 
     return Suspect(read, predict, device)
 
 
-@stage(Scores, version=3, gpu=False, draws="nothing")
+@stage(Scores, version=4, gpu=False, draws="nothing")
 def score_shards(
     config: ScorerConfig,
     fitted: FittedScorer,

@@ -29,7 +29,7 @@ from sanitize.models.vgg import VGGConfig
 def test_embeddings_are_what_the_model_sees_computed_by_hand(
     dataset: Dataset, checkpoint: Checkpoint, embeddings: Embeddings
 ) -> None:
-    assert embeddings.names == ["penultimate", "pooled", "pixels", "gradients"]
+    assert embeddings.names == ["penultimate", "pooled", "early", "pixels", "gradients"]
     model = checkpoint.model()
     for shard in dataset.shards:
         (batch,) = dataset.batches(10_000, [shard])
@@ -38,6 +38,8 @@ def test_embeddings_are_what_the_model_sees_computed_by_hand(
             penultimate = maps.relu().mean((2, 3))
             wanted = {"penultimate": penultimate, "logits": model.head(penultimate)}  # type: ignore[operator]
             wanted["pooled"] = torch.cat([maps.amax((2, 3)), maps.mean((2, 3))], 1)
+            first = model.features[:3](checkpoint.config.normalise(batch.images_BCHW))  # type: ignore[index, operator]
+            wanted["early"] = torch.cat([first.amax((2, 3)), first.mean((2, 3))], 1)
         rows = embeddings.rows(shard)
         for name, x_BD in wanted.items():
             torch.testing.assert_close(torch.tensor(rows[name].to_pylist()), x_BD, rtol=1e-4, atol=1e-5)

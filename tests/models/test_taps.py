@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torchvision.models.convnext import CNBlockConfig
 from sanitize.errors import ConfigError
 from sanitize.models.convnet import ConvNet, ConvNetConfig
 from sanitize.models.resnet import ResNet, ResNetConfig
-from sanitize.models.taps import Tapped, Taps, find_taps
+from sanitize.models.taps import EARLY_CHANNELS, Tapped, Taps, find_taps
 
 
 def pooled(maps_BCHW: Tensor) -> Tensor:
@@ -95,6 +96,56 @@ def test_the_penultimate_layer_is_the_input_of_the_head(name: str) -> None:
             assert taps.feature_maps == "layer4.1.bn2"
 
 
+EARLY: dict[str, tuple[str, Callable]] = {
+    "resnet18": ("layer2.0.bn2", lambda m, x: m.layer2[0].bn2(resnet_second(m, x))),
+    "vgg11_bn": ("features.9", lambda m, x: m.features[:10](x)),
+}
+
+
+def resnet_second(m: Any, x_BCHW: Tensor) -> Tensor:
+    """What the second BatchNorm of the first block of the second stage of a ResNet-18 reads, written out."""
+    y_BCHW = m.layer1(m.maxpool(m.relu(m.bn1(m.conv1(x_BCHW)))))
+    block = m.layer2[0]
+    return block.conv2(block.relu(block.bn1(block.conv1(y_BCHW))))
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_early_features_are_a_third_of_the_way_in_and_of_64_channels_at_most(name: str) -> None:
+    model, (layer, by_hand) = build(name), EARLY[name]
+    x_BCHW = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    taps = find_taps(model, x_BCHW)
+    assert taps.early == layer
+    with torch.inference_mode():
+        seen = Tapped(model, taps)(x_BCHW)
+        maps_BCHW = by_hand(model, x_BCHW)
+    assert maps_BCHW.shape[1] > EARLY_CHANNELS
+    torch.testing.assert_close(seen["early"], pooled(maps_BCHW[:, :EARLY_CHANNELS]), rtol=1e-4, atol=1e-5)
+
+
+def test_early_features_of_networks_without_maps() -> None:
+    vit = build("vit")
+    x_BCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    taps = find_taps(vit, x_BCHW)
+    kept: list[Tensor] = []
+    vit.get_submodule(taps.early or "").register_forward_hook(lambda _m, _x, y: kept.append(y.clone()))
+    with torch.inference_mode():
+        early_BD = Tapped(vit, taps)(x_BCHW)["early"]
+    (y_BTC,) = kept  # tokens
+    torch.testing.assert_close(early_BD, torch.cat([y_BTC.max(1).values, y_BTC.mean(1)], 1))
+
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(16, 80), nn.ReLU(inplace=True), nn.Linear(80, 3)).eval()
+    x_BCHW = torch.randn(2, 1, 4, 4)
+    with torch.inference_mode():
+        early_BD = Tapped(mlp, find_taps(mlp, x_BCHW))(x_BCHW)["early"]
+        torch.testing.assert_close(early_BD, mlp[:2](x_BCHW)[:, :EARLY_CHANNELS])
+    assert early_BD.min() < 0  # not overwritten by the ReLU
+
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
+    assert find_taps(linear, x_BCHW) == Taps("1", None, None)
+    with torch.inference_mode():
+        assert "early" not in Tapped(linear, find_taps(linear, x_BCHW))(x_BCHW)
+
+
 @pytest.mark.parametrize("convs_per_block", [1, 2])
 def test_the_pooled_maps_are_taken_before_the_in_place_relu_overwrites_them(convs_per_block: int) -> None:
     torch.manual_seed(0)
@@ -105,7 +156,7 @@ def test_the_pooled_maps_are_taken_before_the_in_place_relu_overwrites_them(conv
         nn.init.normal_(last.bias)  # type: ignore[arg-type]
         x_BCHW = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         taps = find_taps(model, x_BCHW)
-        assert taps == Taps("head", f"features.norm1_{convs_per_block - 1}")
+        assert taps == Taps("head", f"features.norm1_{convs_per_block - 1}", f"features.norm0_{convs_per_block - 1}")
         seen = Tapped(model, taps)(x_BCHW)
         maps_BCHW = model.features[:-1](x_BCHW)
         assert (maps_BCHW < 0).any()
@@ -119,7 +170,7 @@ def test_our_resnet() -> None:
     model = ResNet(ResNetConfig(widths=(4, 6)), 3, 3).eval()
     x_BCHW = torch.randn(2, 3, 8, 8)
     taps = find_taps(model, x_BCHW)
-    assert taps == Taps("head", "blocks.1.norm2")
+    assert taps == Taps("head", "blocks.1.norm2", "blocks.0.norm1")
     with torch.inference_mode():
         seen = Tapped(model, taps)(x_BCHW)
         torch.testing.assert_close(seen["penultimate"], model.blocks(model.stem(x_BCHW)).mean((2, 3)))
@@ -128,10 +179,10 @@ def test_our_resnet() -> None:
 def test_a_linear_on_maps_with_channels_last_makes_no_feature_maps() -> None:
     x_BCHW = torch.randn(2, 3, 32, 32)
     swin = torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [1, 2], [4, 4], num_classes=7)
-    assert find_taps(swin, x_BCHW) == Taps("head", None)
+    assert find_taps(swin, x_BCHW) == Taps("head", None, "features.1.0.mlp.3")
     blocks = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
     taps = find_taps(torchvision.models.ConvNeXt(blocks, num_classes=7), x_BCHW)
-    assert taps == Taps("classifier.2", "features.3.0.block.0")  # the last convolution
+    assert taps == Taps("classifier.2", "features.3.0.block.0", "features.1.0.block.0")  # the last convolution
 
 
 def test_tapping_leaves_no_hook_and_does_not_change_the_model() -> None:
@@ -150,7 +201,7 @@ def test_tapping_leaves_no_hook_and_does_not_change_the_model() -> None:
 def test_a_named_head_is_taken_and_a_wrong_one_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     x_BCHW = torch.randn(2, 1, 4, 4)
-    assert find_taps(model, x_BCHW) == Taps("3", None)
+    assert find_taps(model, x_BCHW) == Taps("3", None, "1")
     taps = find_taps(model, x_BCHW, "1")
     with torch.inference_mode():
         torch.testing.assert_close(Tapped(model, taps)(x_BCHW)["penultimate"], x_BCHW.flatten(1))

@@ -20,6 +20,7 @@ import sanitize
 from sanitize.arrays import PoisonFound
 from sanitize.near_duplicates import near_duplicates
 from sanitize.score.toxic_direction import EvidenceConfig, ToxicDirectionConfig
+from sanitize.score.toxic_direction.complete import complete
 from sanitize.score.toxic_direction.evidence import (
     AXES,
     Evidence,
@@ -36,6 +37,7 @@ from sanitize.score.toxic_direction.grow import FOLDS, grow, log_odds
 from sanitize.score.toxic_direction.natural import UNKNOWN_SPREAD, compared, natural_groups, spread_of
 from sanitize.score.toxic_direction.rule import Measures, decision
 from sanitize.score.toxic_direction.scorer import fair_share
+from sanitize.score.toxic_direction.twins import Twins, most_contradicted
 
 N_CLASSES, D = 5, 16
 STYLES, LOOKS = 6, 48  # styles of a class, and columns of what images look like
@@ -155,6 +157,61 @@ def test_two_triggers_in_one_class_are_found_in_one_run() -> None:
     assert found.mask[poisoned.poison.numpy()].mean() > 0.95
 
 
+def test_poison_that_only_an_early_layer_shows_is_found_there() -> None:
+    """Later layers mix the trigger with what the image shows; the labels alone cannot say which samples have it."""
+    clean = data(2400)
+    rows = others(clean, 0)[:60]
+    poisoned = with_trigger(clean, rows, 0, 7)
+    pooled = torch.where(poisoned.poison[:, None], 3 * torch.eye(N_CLASSES, D)[0], poisoned.pooled)
+    pooled[rows] += torch.randn(len(rows), D, generator=seeded(3))
+    early = torch.randn(2400, 8, generator=seeded(4))
+    early[rows, 5] += 6
+    hidden = poisoned._replace(pooled=pooled)
+    given = {"pooled": pooled, "gradients": hidden.gradients, "logits": hidden.logits}
+    assert not sanitize.find_poison(given, hidden.labels, scorer=QUICK).mask.any()
+    found = sanitize.find_poison({**given, "early": early}, hidden.labels, scorer=QUICK)
+    assert found.finding["verdict"] == "found"
+    assert found.mask[poisoned.poison.numpy()].mean() > 0.95
+    assert found.mask[~poisoned.poison.numpy()].mean() < 0.002
+    untouched = {"pooled": clean.pooled, "gradients": clean.gradients, "logits": clean.logits, "early": early}
+    assert not sanitize.find_poison(untouched, clean.labels, scorer=QUICK).mask.any()  # a group alone is no evidence
+
+
+def test_a_group_of_poison_from_one_class_is_completed_by_that_from_others() -> None:
+    """Half of the class is poison from four classes, each far from the others in the embedding of the model."""
+    clean = data(2000)
+    rows = others(clean, 0)[:400]
+    poisoned = with_trigger(clean, rows, 0, 7)
+    poisoned.pooled[:, 7] = torch.randn(2000, generator=seeded(5))
+    poisoned.pooled[rows, 7] += 6
+    poisoned.pooled[rows, 8 + clean.labels[rows]] += 5
+    of_class = (poisoned.labels == 0).nonzero()[:, 0]
+    assert len(of_class) == 800
+    poison_n, part_n = poisoned.poison[of_class], poisoned.poison[of_class] & (clean.labels[of_class] == 1)
+    fold_n = torch.randint(FOLDS, (800,), generator=seeded(6))
+    appearance = appearance_of(poisoned.gradients, poisoned.labels)
+    alone = grow({"pooled": poisoned.pooled[of_class]}, part_n, fold_n, QUICK)
+    alone_n = log_odds(alone, poisoned.pooled[of_class], fold_n) > 0
+    assert (alone_n & poison_n).sum() < 0.5 * poison_n.sum()
+    whole = complete(poisoned.pooled, appearance, of_class, part_n, fold_n, QUICK)
+    assert whole is not None
+    assert (whole.members_n & poison_n).sum() > 0.95 * poison_n.sum()
+    assert (whole.members_n & ~poison_n).sum() < 0.02 * (~poison_n).sum()
+    found = poisoned.find()
+    assert found.mask[poisoned.poison.numpy()].mean() > 0.95
+    assert found.mask[~poisoned.poison.numpy()].mean() < 0.005
+
+
+def test_a_natural_group_is_not_completed_by_samples_of_other_styles() -> None:
+    """What a style has and images of other classes lack, no other style of its class has."""
+    clean = data(2000)
+    of_class = (clean.labels == 0).nonzero()[:, 0]
+    style_n, fold_n = torch.arange(400) < 60, torch.randint(FOLDS, (400,), generator=seeded(6))
+    clean.pooled[of_class[style_n], 7] += 8
+    whole = complete(clean.pooled, appearance_of(clean.gradients, clean.labels), of_class, style_n, fold_n, QUICK)
+    assert whole is None or int((whole.members_n & ~style_n).sum()) <= 2
+
+
 def test_copies_of_one_picture_are_a_burst_and_stay() -> None:
     clean = data()
     copies = (clean.labels == 2).nonzero()[:40, 0]
@@ -247,6 +304,36 @@ def test_a_constant_and_a_scale_of_an_embedding_change_no_verdict(shift: float, 
 
 
 # --- parts ------------------------------------------------------------------------------------------------------
+
+
+def test_near_duplicates_with_two_labels_are_counted_and_other_neighbours_are_not() -> None:
+    x_ND = torch.randn(400, 20, generator=seeded(0))
+    tracks = x_ND[:40].repeat(10, 1) + 0.01 * torch.randn(400, 20, generator=seeded(1))  # 40 objects, 10 frames each
+    labels_N = torch.arange(400) % 40 % 4
+    assert most_contradicted(tracks, labels_N).n == 0
+    assert most_contradicted(x_ND, torch.arange(400) % 4).n <= 2  # close by chance
+    relabelled = torch.arange(400) % 40 == 5  # an object of class 1
+    labels_N[relabelled & (torch.arange(400) < 280)] = 3  # 7 of its 10 frames: the wrong label is the majority
+    assert most_contradicted(tracks, labels_N) == Twins(1, 3, 3)
+    labels_N[torch.arange(400) % 40 == 9] = torch.tensor([3] * 6 + [1] * 4)
+    assert most_contradicted(tracks, labels_N) == Twins(1, 3, 7)
+
+
+def test_tracks_with_two_labels_give_no_all_clear() -> None:
+    """Each image is filmed six times; some frames of class 1 are labelled 0, and nothing else is odd about them."""
+    clean = data(1500)
+    first = torch.arange(1500) // 6 * 6
+    tracked = clean._replace(labels=clean.labels[first], logits=8 * torch.eye(N_CLASSES)[clean.labels[first]])
+    tracked.gradients[:] = clean.gradients[first] + 0.02 * torch.randn(1500, LOOKS, generator=seeded(1))
+    tracked.pooled[:] = 3 * torch.eye(N_CLASSES, D)[tracked.labels] + torch.randn(1500, D, generator=seeded(2))
+    assert tracked.find().finding["verdict"] == "nothing"
+    frames = (tracked.labels == 1).nonzero()[:, 0]
+    frames = frames[frames % 6 < 4][:24]  # four of six frames of six images
+    tracked.labels[frames] = 0
+    tracked.logits[frames] = 8 * torch.eye(N_CLASSES)[0]
+    found = tracked.find()
+    assert found.finding["verdict"] in ("found", "inconclusive")
+    assert found.finding["verdict"] == "found" or "near-duplicates of images labelled" in found.finding["why"]
 
 
 def test_near_duplicates_are_grouped_and_others_are_alone() -> None:

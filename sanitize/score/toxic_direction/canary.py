@@ -14,6 +14,7 @@ Shapes: N rows of the sample, M of the canaries, D columns of all embeddings.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,15 @@ from sanitize.score.toxic_direction.grow import digests, log_odds
 from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.split import SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect
-from sanitize.score.toxic_direction.weigh import Knowledge, Weighed, compare, know, measure_stamps, weigh_class
+from sanitize.score.toxic_direction.weigh import (
+    Knowledge,
+    Weighed,
+    compare,
+    know,
+    measure_stamps,
+    parts_of_unsure,
+    weigh_class,
+)
 
 LEARNED, SEEN = 0.5, 0.25  # least shares of a canary that was seen; chosen on digits and Fashion-MNIST
 
@@ -37,10 +46,11 @@ class Sample(NamedTuple):
 
     Attributes:
         rows_ND: all embeddings side by side, float32.
-        widths: columns of each: of the model, without labels, logits.
+        widths: columns of each: those of the model, the one made without labels, logits.
         labels_N: given labels, int64.
         digests_N: hashes of the rows, int64.
         names: names of the rows, by which images are read.
+        of_model: names of the embeddings of the model.
     """
 
     rows_ND: Tensor
@@ -48,6 +58,7 @@ class Sample(NamedTuple):
     labels_N: Tensor
     digests_N: Tensor
     names: list[int]
+    of_model: tuple[str, ...]
 
 
 class Planted(NamedTuple):
@@ -62,18 +73,21 @@ class Planted(NamedTuple):
     embeddings: Embeddings
 
 
-def sample_of(rows_ND: Tensor, widths: tuple[int, ...], labels_N: Tensor, names: Sequence[int]) -> Sample:
+def sample_of(
+    rows_ND: Tensor, widths: tuple[int, ...], labels_N: Tensor, names: Sequence[int], of_model: tuple[str, ...]
+) -> Sample:
     """Rows in the order of their hashes."""
-    digests_N = digests(rows_ND[:, : sum(widths[:2])])
+    digests_N = digests(rows_ND[:, : sum(widths[:-1])])
     order_N = digests_N.argsort(stable=True)
     names = [names[i] for i in order_N.tolist()]
-    return Sample(rows_ND[order_N], widths, labels_N[order_N], digests_N[order_N], names)
+    return Sample(rows_ND[order_N], widths, labels_N[order_N], digests_N[order_N], names, of_model)
 
 
 def known_of(sample: Sample) -> Knowledge:
     """What all classes of a sample share."""
-    pooled_ND, appearance_ND, logits_NK = sample.rows_ND.split(sample.widths, dim=1)
-    return know(pooled_ND, appearance_ND, logits_NK, sample.labels_N, sample.digests_N)
+    *model_ND, appearance_ND, logits_NK = sample.rows_ND.split(sample.widths, dim=1)
+    model = dict(zip(sample.of_model, model_ND, strict=True))
+    return know(model, appearance_ND, logits_NK, sample.labels_N, sample.digests_N)
 
 
 def weighed_class(
@@ -84,6 +98,14 @@ def weighed_class(
     # Named by a row, not by its label, so that other names of the classes give the same result.
     generator = compute.generator("score", "toxic_direction", int(sample.digests_N[rows[0]]))
     return weigh_class(known, label, rows, evidence, split, generator)
+
+
+def with_parts(
+    sample: Sample, known: Knowledge, weighed: Weighed, evidence: EvidenceConfig, split: SplitConfig, compute: Compute
+) -> Weighed:
+    """A class of a sample with parts of the surest group that labels leave unsure, decided as well."""
+    generator = compute.generator("score", "toxic_direction", "parts", int(sample.digests_N[weighed.rows[0]]))
+    return replace(weighed, groups=[*weighed.groups, *parts_of_unsure(known, weighed, evidence, split, generator)])
 
 
 def look_for(
@@ -112,14 +134,14 @@ def look_for(
     if not planted.canaries.n_samples:
         return {"planted": [], "why": planted.canaries.info["why"]}
     (batch,) = planted.embeddings.batches(names, size=planted.canaries.n_samples)
-    kinds, digests_M = planted.canaries.kinds(), digests(batch.z_BD[:, : sum(batch.widths[:2])])
+    kinds, digests_M = planted.canaries.kinds(), digests(batch.z_BD[:, : sum(batch.widths[:-1])])
     taken: list[int] = []
     for canary in planted.canaries.planted:
         at = torch.tensor([i for i, kind in enumerate(kinds) if kind == canary.kind])
         taken += at[digests_M[at].argsort(stable=True)][: n_of(canary.label, canary.rate)].tolist()
     rows_ND = torch.cat([sample.rows_ND, batch.z_BD[taken]])
     labels_N = torch.cat([sample.labels_N, batch.labels_B[taken]])
-    both = sample_of(rows_ND, sample.widths, labels_N, [*sample.names, *(-1 - i for i in taken)])
+    both = sample_of(rows_ND, sample.widths, labels_N, [*sample.names, *(-1 - i for i in taken)], sample.of_model)
     known = known_of(both)
     if suspect is not None:
         suspect = suspect._replace(read=_with_copies(suspect.read, planted.canaries))
@@ -130,6 +152,7 @@ def look_for(
         ours_weighed = weighed_class(both, known, canary.label, evidence, split, compute)
         others = [one for one in alone if one.label != canary.label]
         weighed = compare([ours_weighed, *others], known, evidence)[0]
+        weighed = with_parts(both, known, weighed, evidence, split, compute)
         recall = _recall(weighed, is_canary_N, known, evidence, split)
         if recall < SEEN and suspect is not None:
             (weighed,) = measure_stamps([weighed], known, evidence, suspect, both.names)

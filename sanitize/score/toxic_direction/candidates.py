@@ -26,12 +26,13 @@ from sanitize.score.toxic_direction.split import (
     standardise,
     start_directions,
 )
-from sanitize.score.toxic_direction.two_gaussians import fit_mixture, rising_odds
+from sanitize.score.toxic_direction.two_gaussians import best_threshold, em, rising_odds
 
 MIN_GROUP = 8  # fewest samples of a group
 KEPT = (3, 2)  # optima kept of a class, and of a side, in each embedding
 DEEPER_ROWS, DEEPER_SEPARATION = 60, 3.0  # least size of a side that is split again, and separation of its split
 SAME_SPLIT, SAME_GROUP = 0.6, 0.9  # Jaccard index above which two splits, or two groups, count as one
+SAME_START = 0.95  # the same of two sides of a best threshold
 
 
 class Candidate(NamedTuple):
@@ -67,12 +68,18 @@ def optima(x_nD: Tensor, config: SplitConfig, generator: torch.Generator, n_kept
     for n_steps, n_best in COARSE_ROUNDS:
         v_PS, gain_S = alternate(y_nP[:SEARCH_ROWS].float(), v_PS.float(), n_steps, config)
         v_PS = v_PS[:, gain_S.argsort(descending=True, stable=True)[:n_best]].double()
-    v_PS, gain_S = alternate(y_nP, v_PS, FINE_STEPS, config)
+    v_PS, _ = alternate(y_nP, v_PS, FINE_STEPS, config)
     smallest = smallest_component(len(y_nP), config)
+    place_Sn = v_PS.T @ y_nP.T
+    hard_Sn, gain_S = best_threshold(place_Sn, smallest)
     found: list[tuple[Tensor, float]] = []
+    seen: list[Tensor] = []
     for s in gain_S.argsort(descending=True, stable=True).tolist():
-        place_n = y_nP @ v_PS[:, s]
-        mixture = fit_mixture(place_n, smallest)
+        hard_n, place_n = hard_Sn[s] > 0, place_Sn[s]
+        if any(max(jaccard(hard_n, n), jaccard(~hard_n, n)) > SAME_START for n in seen):
+            continue  # several starts end in one optimum
+        seen.append(hard_n)
+        mixture = em(place_n, hard_Sn[s])
         upper_n = rising_odds(mixture, place_n) > 0
         n_upper = int(upper_n.sum())
         is_known = any(max(jaccard(upper_n, n), jaccard(~upper_n, n)) > SAME_SPLIT for n, _ in found)
@@ -80,6 +87,24 @@ def optima(x_nD: Tensor, config: SplitConfig, generator: torch.Generator, n_kept
             found.append((upper_n, separation_of(mixture, len(y_nP), smallest)))
         if len(found) == n_kept:
             break
+    return found
+
+
+def parts(x_nD: Tensor, members_n: Tensor, config: SplitConfig, generator: torch.Generator) -> list[Candidate]:
+    """Sides of the best splits of a group: of poison from several classes, the part from one of them.
+
+    Args:
+        x_nD: appearance of the samples of a class, in random order.
+        members_n: True for the group, bool (n,).
+        config: settings of the search.
+        generator: random source of the search.
+    """
+    rows = members_n.nonzero()[:, 0]
+    found = []
+    for upper, separation in optima(x_nD[rows], config, generator, KEPT[0]):
+        for side in (rows[upper], rows[~upper]):
+            part_n = torch.zeros(len(x_nD), dtype=torch.bool).index_fill_(0, side, True)
+            found.append(Candidate("completed, appearance", part_n, separation))
     return found
 
 

@@ -9,14 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sanitize.score.toxic_direction.candidates import MIN_GROUP
+from sanitize.score.toxic_direction.candidates import DEEPER_SEPARATION, MIN_GROUP
+from sanitize.score.toxic_direction.complete import complete
+from sanitize.score.toxic_direction.evidence import weigh
 from sanitize.score.toxic_direction.grow import Lines, grow, log_odds
 from sanitize.score.toxic_direction.natural import compared
 from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.split import SplitConfig
-from sanitize.score.toxic_direction.weigh import Group, Knowledge, Weighed, decided, weighed_group
+from sanitize.score.toxic_direction.weigh import Group, Knowledge, Weighed, decided_among, weighed_group
 
 ROUNDS = 3  # most planted groups of a class
+ADDED = 0.1  # least growth of a group that is worth another look
 
 
 class Planted(NamedTuple):
@@ -43,9 +46,8 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
         if not sure:
             break
         surest = max(sure, key=_sureness)
-        free = {name: x_nD[free_n] for name, x_nD in spaces.items()}
         members_n = surest.candidate.members_n
-        lines = grow(free, members_n[free_n], known.fold_N[rows][free_n], split)
+        lines = _grown(known, weighed, surest, free_n, config, split)
         planted.append(Planted(surest, lines))
         odds_n = log_odds(lines, torch.cat(list(spaces.values()), 1), known.fold_N[rows])
         free_n = free_n & ~(odds_n > 0) & ~members_n
@@ -60,9 +62,33 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
 def weighed_again(weighed: Weighed, group: Group, known: Knowledge, free_n: Tensor, config: EvidenceConfig) -> Group:
     """The group among the samples that no earlier round has taken, decided."""
     found = weighed_group(known, weighed.label, weighed.rows, group.candidate, free_n, group.measures)
-    if weighed.natural is not None:
-        found = found._replace(evidence=compared(found.evidence, weighed.natural))
-    return decided(found, config, known)
+    return decided_among(found, weighed.natural, config, known)
+
+
+def _grown(
+    known: Knowledge, weighed: Weighed, group: Group, free_n: Tensor, config: EvidenceConfig, split: SplitConfig
+) -> Lines:
+    """Lines of a planted group among the free samples; of the complete group, where what that adds conflicts as well.
+
+    What a group with true labels shares is not told by images of other classes.
+    """
+    rows, spaces = weighed.rows[free_n], {name: x_nD[free_n] for name, x_nD in weighed.spaces.items()}
+    members_n, fold_n = group.candidate.members_n[free_n], known.fold_N[rows]
+    lines = grow(spaces, members_n, fold_n, split)
+    if group.basis == "stamp" or weighed.natural is None:
+        return lines
+    whole = complete(known.of_model(), known.appearance, rows, members_n, fold_n, split)
+    if whole is None or whole.separation < DEEPER_SEPARATION:
+        return lines
+    placed_n = log_odds(lines, torch.cat(list(spaces.values()), 1), fold_n) > 0
+    added_n, rest_n = whole.members_n & ~placed_n, ~whole.members_n & ~placed_n
+    if int(added_n.sum()) < max(MIN_GROUP, ADDED * int(placed_n.sum())) or int(rest_n.sum()) < MIN_GROUP:
+        return lines
+    evidence = weigh(known.appearance, rows[added_n], rows[rest_n], known.expected_N)
+    if compared(evidence, weighed.natural).rarity > config.likely:
+        return lines
+    completed = grow(spaces, whole.members_n, fold_n, split)
+    return completed if completed.separation >= config.grown_separation else lines
 
 
 def _sureness(group: Group) -> tuple[int, float]:

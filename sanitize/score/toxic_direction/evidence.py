@@ -141,10 +141,18 @@ def neighbour_labels(appearance: Appearance, rows: Tensor, erased_PR: Tensor | N
     reference_PM, unit_BP = unit_rows(reference_MP).T, unit_rows(rows_BP)
     duplicates_M, labels_M = appearance.duplicates_N[:REFERENCE], appearance.labels_N[:REFERENCE]
     k = min(NEIGHBOURS, len(labels_M))
+    order_M = duplicates_M.argsort(stable=True)
+    sorted_M = duplicates_M[order_M]
     found = []
     for part, unit_bP in zip(rows.split(_ROWS), unit_BP.split(_ROWS), strict=True):
         similarity_bM = unit_bP @ reference_PM
-        similarity_bM[appearance.duplicates_N[part][:, None] == duplicates_M] = -torch.inf
+        # Few pairs are near-duplicates, so they are looked up, not compared one by one.
+        duplicates_b = appearance.duplicates_N[part]
+        first_b = torch.searchsorted(sorted_M, duplicates_b)
+        n_b = torch.searchsorted(sorted_M, duplicates_b, right=True) - first_b
+        at_row = torch.arange(len(part)).repeat_interleave(n_b)
+        nth = torch.arange(len(at_row)) - (n_b.cumsum(0) - n_b)[at_row]
+        similarity_bM[at_row, order_M[first_b[at_row] + nth]] = -torch.inf
         found.append(labels_M[similarity_bM.topk(k, dim=1).indices])
     return torch.cat(found)
 
@@ -204,7 +212,8 @@ def weigh(appearance: Appearance, group: Tensor, rest: Tensor, expected_N: Tenso
     erased_PR = fisher_directions(appearance.z_NP[group[:ERASED_ROWS]], appearance.z_NP[rest[:ERASED_ROWS]])
     here, there = group[:COMPARED], rest[:COMPARED]
     labels_here, labels_there = appearance.labels_N[here], appearance.labels_N[there]
-    nearest_here, nearest_there = (neighbour_labels(appearance, rows, erased_PR) for rows in (here, there))
+    nearest = neighbour_labels(appearance, torch.cat([here, there]), erased_PR)
+    nearest_here, nearest_there = nearest[: len(here)], nearest[len(here) :]
     d_here, d_there = disagreement(nearest_here, labels_here), disagreement(nearest_there, labels_there)
     r_here, r_there = d_here - expected_N[here], d_there - expected_N[there]
     conflict = float(r_here.mean() - r_there.mean())

@@ -206,13 +206,12 @@ def _fisher_lines(y_nA: Tensor, responsibility_n: Tensor, fold_n: Tensor) -> tup
 
     In ridge-whitened coordinates Fisher's discriminant is the difference of the two means.
     """
-    lines, offsets = [], []
-    for fold in range(FOLDS):
-        r_n = torch.where(fold_n != fold, responsibility_n, 0.0)
-        s_n = torch.where(fold_n != fold, 1 - responsibility_n, 0.0)
-        group_A, rest_A = (share_n @ y_nA / share_n.sum().clamp(min=1e-9) for share_n in (r_n, s_n))
-        line_A = group_A - rest_A
-        line_A = line_A / line_A.square().sum().clamp(min=1e-12)
-        lines.append(line_A)
-        offsets.append(-(rest_A @ line_A))
-    return torch.stack(lines), torch.stack(offsets)
+    inside_Fn = torch.nn.functional.one_hot(fold_n, FOLDS + 1).T[:FOLDS].to(y_nA.dtype)
+    means = []
+    for share_n in (responsibility_n, 1 - responsibility_n):
+        share_Fn = (1 - inside_Fn) * share_n
+        means.append(share_Fn @ y_nA / share_Fn.sum(1, keepdim=True).clamp(min=1e-9))
+    group_FA, rest_FA = means
+    line_FA = group_FA - rest_FA
+    line_FA = line_FA / line_FA.square().sum(1, keepdim=True).clamp(min=1e-12)
+    return line_FA, -(rest_FA * line_FA).sum(1)

@@ -20,7 +20,7 @@ from sanitize.progress import track
 from sanitize.score.neighbours import NeighboursConfig
 from sanitize.score.scorer import BaseScorerConfig, Passes, by_label, row_hashes
 from sanitize.score.toxic_direction.canary import Planted as PlantedCanaries
-from sanitize.score.toxic_direction.canary import known_of, look_for, sample_of, weighed_class
+from sanitize.score.toxic_direction.canary import known_of, look_for, sample_of, weighed_class, with_parts
 from sanitize.score.toxic_direction.decide import ROUNDS as MOST_GROUPS
 from sanitize.score.toxic_direction.decide import Planted, decide_class
 from sanitize.score.toxic_direction.grow import FOLDS, Lines, digests, grow, log_odds
@@ -28,6 +28,7 @@ from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.single_split import SingleSplit
 from sanitize.score.toxic_direction.split import UNTOUCHED_ODDS, SplitConfig
 from sanitize.score.toxic_direction.stamp import Suspect
+from sanitize.score.toxic_direction.twins import TRACKS, most_contradicted
 from sanitize.score.toxic_direction.two_gaussians import Mixture
 from sanitize.score.toxic_direction.verdict import finding, on_clean_labels, shown, statistics_of
 from sanitize.score.toxic_direction.weigh import Group, Knowledge, Weighed, compare, measure_stamps
@@ -43,6 +44,10 @@ class ToxicDirectionConfig(SplitConfig, BaseScorerConfig):
 
     kind: Literal["toxic_direction"] = "toxic_direction"
     embedding: str = Field(default="pooled", description="embedding of the model")
+    early: str | None = Field(
+        default="early",
+        description="embedding of an early layer, where a trigger can be plain that later layers hide; null: none",
+    )
     evidence: EvidenceConfig | None = Field(
         default=EvidenceConfig(),
         description="decision by labels, appearance and logits; null: one split a class, judged by its separation",
@@ -55,7 +60,12 @@ class ToxicDirectionConfig(SplitConfig, BaseScorerConfig):
     @property
     def scored(self) -> str | tuple[str, ...]:
         """Names of the embeddings in a batch that is scored."""
-        return self.embedding if self.evidence is None else (self.embedding, self.evidence.appearance)
+        return self.embedding if self.evidence is None else (*self.of_model, self.evidence.appearance)
+
+    @property
+    def of_model(self) -> tuple[str, ...]:
+        """Names of the embeddings of the model that the evidence is sought in."""
+        return (self.embedding,) if self.early is None else (self.embedding, self.early)
 
     def build(self) -> "ToxicDirection | SingleSplit":
         """The scorer, not fitted yet."""
@@ -99,7 +109,7 @@ class ToxicDirection:
                 a stamp unsure.
             canaries: samples with known triggers that the model was trained on beside the data.
         """
-        names = (self.config.embedding, self.evidence.appearance, "logits")
+        names = (*self.config.of_model, self.evidence.appearance, "logits")
         sample = ClassSamples()
         widths: tuple[int, ...] = ()
         for batch in passes(names):
@@ -111,8 +121,8 @@ class ToxicDirection:
         if len(labels_N) < 2:
             self.finding = {"verdict": "inconclusive", "why": "there are too few samples", "groups": []}
             return
-        sampled = sample_of(rows_ND, widths, labels_N, hashes)
-        labels_N, n_classes = sampled.labels_N, widths[2]
+        sampled = sample_of(rows_ND, widths, labels_N, hashes, self.config.of_model)
+        labels_N, n_classes = sampled.labels_N, widths[-1]
         if int(labels_N.min()) < 0 or int(labels_N.max()) >= n_classes:
             raise DataError(f"a label is not among the {n_classes} logits: {labels_N.unique().tolist()[:20]}")
         known = known_of(sampled)
@@ -123,20 +133,22 @@ class ToxicDirection:
                 weighed.append(weighed_class(sampled, known, label, self.evidence, self.config, compute))
                 advance(1)
         alone, weighed = weighed, compare(weighed, known, self.evidence)
+        weighed = [with_parts(sampled, known, one, self.evidence, self.config, compute) for one in weighed]
         if suspect is not None:
             weighed = measure_stamps(weighed, known, self.evidence, suspect, sampled.names)
         planted: list[Planted] = []
         for one in weighed:
             here = decide_class(one, known, self.evidence, self.config)
             lines = [found.lines for found in here] or natural_lines(known, one.rows, one.groups, self.config)
-            self._groups[one.label] = [unreduced(of_group, known, widths[0]) for of_group in lines]
+            self._groups[one.label] = [unreduced(of_group, known) for of_group in lines]
             self.statistics[one.label] = dict(statistics_of(here, one.groups))
             planted += here
         groups = [group for one in weighed for group in one.groups]
         clean_labels = on_clean_labels(known, self.evidence, suspect is not None)
+        twins = most_contradicted(known.appearance.z_NP, labels_N) if known.bursty >= TRACKS else None
         small = [one.label for one in weighed if len(one.rows) < self.config.min_class]
         judged = sum(len(one.rows) for one in weighed if one.label not in small) / len(labels_N)
-        self.finding = finding(planted, groups, known.accuracy, clean_labels, small, judged)
+        self.finding = finding(planted, groups, known.accuracy, clean_labels, twins, small, judged)
         rows_of = {one.label: one.rows for one in weighed}
         self.members = [
             [sampled.names[i] for i in rows_of[group.label][group.candidate.members_n].tolist()]
@@ -243,22 +255,23 @@ def fair_share(counts: list[int], total: int, most: int) -> int:
 
 def natural_lines(known: Knowledge, rows: Tensor, groups: Sequence[Group], config: SplitConfig) -> list[Lines]:
     """Lines of the first split of the model's embedding, its side with more conflict; none in a class without one."""
-    first = next((group.candidate for group in groups if group.candidate.found_in == "pooled"), None)
+    name = next(iter(known.model))
+    first = next((group.candidate for group in groups if group.candidate.found_in == name), None)
     if first is None:
         return []
     conflict_n = known.conflict_N[rows]
     members_n = first.members_n
     if float(conflict_n[members_n].mean()) < float(conflict_n[~members_n].mean()):
         members_n = ~members_n
-    lines = grow({"pooled": known.pooled_ND[rows]}, members_n, known.fold_N[rows], config)
-    n_axes = known.appearance.z_NP.shape[1]
-    weight_FC = torch.cat([lines.weight_FD, lines.weight_FD.new_zeros(FOLDS, n_axes)], 1)
-    return [lines._replace(weight_FD=weight_FC)]
+    lines = grow({name: known.model[name][rows]}, members_n, known.fold_N[rows], config)
+    n_others = sum(x_ND.shape[1] for x_ND in known.spaces.values()) - lines.weight_FD.shape[1]
+    return [lines._replace(weight_FD=torch.cat([lines.weight_FD, lines.weight_FD.new_zeros(FOLDS, n_others)], 1))]
 
 
-def unreduced(lines: Lines, known: Knowledge, n_pooled: int) -> Lines:
-    """Lines for the columns of `pooled` and the appearance as they are stored, not for its principal axes."""
-    pooled_FD, axes_FP = lines.weight_FD[:, :n_pooled], lines.weight_FD[:, n_pooled:]
+def unreduced(lines: Lines, known: Knowledge) -> Lines:
+    """Lines for the columns of the model and of the appearance as they are stored, not for its principal axes."""
+    n_model = sum(x_ND.shape[1] for x_ND in known.model.values())
+    model_FD, axes_FP = lines.weight_FD[:, :n_model], lines.weight_FD[:, n_model:]
     appearance_FD = axes_FP @ known.appearance.axes_DP.T
     offset_F = lines.offset_F - appearance_FD @ known.appearance.mean_D
-    return lines._replace(weight_FD=torch.cat([pooled_FD, appearance_FD], 1), offset_F=offset_F)
+    return lines._replace(weight_FD=torch.cat([model_FD, appearance_FD], 1), offset_F=offset_F)

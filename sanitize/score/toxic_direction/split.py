@@ -276,11 +276,18 @@ def start_directions(
 
 
 def alternate(y_NP: Tensor, v_PS: Tensor, n_steps: int, config: SplitConfig) -> tuple[Tensor, Tensor]:
-    """`n_steps` of (best threshold, mean difference) for every candidate. Returns directions (P, S) and gains (S,)."""
+    """`n_steps` of (best threshold, mean difference) for every candidate. Returns directions (P, S) and gains (S,).
+
+    Fewer steps where no candidate changes any more.
+    """
     min_count = smallest_component(len(y_NP), config)
     total_P = y_NP.sum(0)
+    last_SN: Tensor | None = None
     for _ in range(n_steps):
         upper_SN, _ = best_threshold(v_PS.T @ y_NP.T, min_count)
+        if last_SN is not None and torch.equal(upper_SN, last_SN):
+            break
+        last_SN = upper_SN
         n_upper_S1 = upper_SN.sum(1, keepdim=True).clamp(1, len(y_NP) - 1)  # 0 where all places coincide
         sum_SP = upper_SN @ y_NP
         v_PS = unit((sum_SP / n_upper_S1 - (total_P - sum_SP) / (len(y_NP) - n_upper_S1)).T)

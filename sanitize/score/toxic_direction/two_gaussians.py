@@ -60,20 +60,29 @@ def em(place_N: Tensor, responsibility_N: Tensor, n_steps: int = EM_STEPS) -> Mi
         responsibility_N: probability of component 1, in [0, 1].
         n_steps: M steps. A variance is at least MIN_VARIANCE of the variance of all numbers.
     """
-    floor = MIN_VARIANCE * place_N.var(correction=0) + torch.finfo(torch.float64).tiny
-    mixture = m_step(place_N, responsibility_N, floor)
+    # NumPy, and log-odds as a quadratic of the place: a third of the time of torch's many small operations.
+    center = place_N.double().mean()
+    scale = place_N.double().var(correction=0).clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    place = ((place_N.double() - center) / scale).numpy()
+    square = place * place
+    mean_2, variance_2, weight_2 = _m_step(place, square, responsibility_N.double().numpy())
     for _ in range(n_steps - 1):
-        mixture = m_step(place_N, mixture_log_odds(mixture, place_N).sigmoid(), floor)
-    return mixture
+        slope_2 = mean_2 / variance_2
+        constant_2 = np.log(weight_2) - np.log(variance_2) / 2 - mean_2 * slope_2 / 2
+        curve = (1 / variance_2[0] - 1 / variance_2[1]) / 2
+        odds = curve * square + (slope_2[1] - slope_2[0]) * place + (constant_2[1] - constant_2[0])
+        mean_2, variance_2, weight_2 = _m_step(place, square, 1 / (1 + np.exp(-odds.clip(-700, 700))))
+    sd_2 = torch.from_numpy(np.sqrt(variance_2))
+    return Mixture(center + scale * torch.from_numpy(mean_2), scale * sd_2, torch.from_numpy(weight_2))
 
 
-def m_step(place_N: Tensor, responsibility_N: Tensor, floor: Tensor) -> Mixture:
-    """The mixture of largest expected log-likelihood whose variances are at least `floor`."""
-    share_2N = torch.stack([1 - responsibility_N, responsibility_N])
-    count_2 = share_2N.sum(1).clamp(min=1e-9)
-    mean_2 = share_2N @ place_N / count_2
-    variance_2 = (share_2N * (place_N - mean_2[:, None]).square()).sum(1) / count_2
-    return Mixture(mean_2, torch.maximum(variance_2, floor).sqrt(), count_2 / count_2.sum())
+def _m_step(place: np.ndarray, square: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means, variances (at least MIN_VARIANCE) and weights, each (2,), of numbers with mean 0 and variance 1."""
+    count, first, second = share.sum(), share @ place, share @ square
+    count_2 = np.maximum([len(place) - count, count], 1e-9)
+    mean_2 = np.array([place.sum() - first, first]) / count_2
+    variance_2 = np.array([square.sum() - second, second]) / count_2 - mean_2**2
+    return mean_2, np.maximum(variance_2, MIN_VARIANCE), count_2 / count_2.sum()
 
 
 def mixture_log_odds(mixture: Mixture, place_B: Tensor) -> Tensor:

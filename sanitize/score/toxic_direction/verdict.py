@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sanitize.score.toxic_direction.candidates import MIN_GROUP
 from sanitize.score.toxic_direction.decide import Planted
 from sanitize.score.toxic_direction.evidence import BURST, NEIGHBOURS
 from sanitize.score.toxic_direction.rule import EvidenceConfig
+from sanitize.score.toxic_direction.twins import Twins
 from sanitize.score.toxic_direction.weigh import LEARNED, Group, Knowledge
 
 SHOWN = 100  # most groups in a finding
@@ -66,6 +68,7 @@ def finding(
     groups: Sequence[Group],
     accuracy: float,
     clean_labels: str,
+    twins: Twins | None = None,
     small: Sequence[int] = (),
     judged: float = 1.0,
 ) -> dict[str, Any]:
@@ -76,6 +79,7 @@ def finding(
         groups: all groups of all classes.
         accuracy: training accuracy of the model on the sample.
         clean_labels: sentence about poison with true labels (`on_clean_labels`), where nothing stands out.
+        twins: near-duplicates with different labels, in data full of near-duplicates.
         small: labels of the classes that are too small to be judged.
         judged: share of the samples in the other classes.
     """
@@ -92,6 +96,12 @@ def finding(
     elif unsure:
         surest = min(unsure, key=lambda g: (g.evidence.p, -g.evidence.z))
         verdict, why = "inconclusive", f"a group of class {surest.label} may be planted: {reason(surest)}"
+    elif twins is not None and twins.n >= MIN_GROUP:
+        verdict = "inconclusive"
+        why = (
+            f"{twins.n} images of class {twins.label} are near-duplicates of images labelled {twins.other}: one of the "
+            "two labels is wrong, and frames of one object do not show which"
+        )
     else:
         verdict, why = (
             "nothing",

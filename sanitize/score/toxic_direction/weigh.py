@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sanitize.score.toxic_direction.candidates import Candidate, candidates
+from sanitize.score.toxic_direction.candidates import DEEPER_SEPARATION, MIN_GROUP, Candidate, candidates, parts
+from sanitize.score.toxic_direction.complete import complete
 from sanitize.score.toxic_direction.evidence import (
     BURST,
     Appearance,
@@ -70,7 +71,7 @@ class Knowledge:
     """What all classes share.
 
     Attributes:
-        pooled_ND: embedding of the model, float32; rows in random order.
+        model: embeddings of the model by name, float32 (N, D); rows in random order. Groups are searched in the first.
         appearance: the same rows without the model.
         conflict_N: conflict of each label without a group erased, float32.
         expected_N: disagreement that the doubt of the model explains, float32.
@@ -79,7 +80,7 @@ class Knowledge:
         bursty: share of the rows in bursts.
     """
 
-    pooled_ND: Tensor
+    model: Mapping[str, Tensor]
     appearance: Appearance
     conflict_N: Tensor
     expected_N: Tensor
@@ -88,16 +89,27 @@ class Knowledge:
     bursty: float
 
     @property
+    def spaces(self) -> dict[str, Tensor]:
+        """All embeddings by name: those of the model, then principal axes of the appearance."""
+        return {**self.model, "appearance": self.appearance.z_NP}
+
+    def of_model(self) -> Tensor:
+        """Embeddings of the model side by side."""
+        return torch.cat(list(self.model.values()), 1)
+
+    @property
     def accuracy(self) -> float:
         """Share of the rows whose label the model predicts."""
         return float(self.is_right_N.double().mean())
 
 
-def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: Tensor, digests_N: Tensor) -> Knowledge:
+def know(
+    model: Mapping[str, Tensor], appearance_ND: Tensor, logits_NK: Tensor, labels_N: Tensor, digests_N: Tensor
+) -> Knowledge:
     """Neighbours, doubt and conflict of all samples.
 
     Args:
-        pooled_ND: embedding of the model, float32, in random order.
+        model: embeddings of the model by name, float32 (N, D), in random order.
         appearance_ND: embedding made without labels, float32.
         logits_NK: logits of the model, float32.
         labels_N: given labels, int64, each below K.
@@ -110,7 +122,7 @@ def know(pooled_ND: Tensor, appearance_ND: Tensor, logits_NK: Tensor, labels_N: 
     is_right_N = logits_NK.argmax(1) == labels_N
     size = appearance.duplicates_N.bincount()
     bursty = float((size[appearance.duplicates_N] >= BURST).float().mean())
-    return Knowledge(pooled_ND, appearance, d_N - expected_N, expected_N, digests_N % FOLDS, is_right_N, bursty)
+    return Knowledge(model, appearance, d_N - expected_N, expected_N, digests_N % FOLDS, is_right_N, bursty)
 
 
 @dataclass(frozen=True)
@@ -145,10 +157,11 @@ def weigh_class(
         split: settings of the search.
         generator: random source of the search.
     """
-    spaces = {"pooled": known.pooled_ND[rows], "appearance": known.appearance.z_NP[rows]}
+    spaces = {name: x_ND[rows] for name, x_ND in known.spaces.items()}
+    searched = {name: spaces[name] for name in (next(iter(known.model)), "appearance")}
     fold_n, free_n = known.fold_N[rows], torch.ones(len(rows), dtype=torch.bool)
     is_bursty = known.bursty >= config.bursty
-    found = candidates(spaces, known.conflict_N[rows], split, generator)
+    found = candidates(searched, known.conflict_N[rows], split, generator)
     groups: list[Group] = []
     if not found:
         return Weighed(label, rows, spaces, groups)
@@ -171,6 +184,31 @@ def weigh_class(
         measures = Measures(separation=core[1], is_grown=True)
         groups.append(weighed_group(known, label, rows, candidate, free_n, measures))
     return Weighed(label, rows, spaces, groups)
+
+
+def parts_of_unsure(
+    known: Knowledge, weighed: Weighed, config: EvidenceConfig, split: SplitConfig, generator: torch.Generator
+) -> list[Group]:
+    """Parts of the surest group that labels leave unsure, once it is complete; none where another is planted.
+
+    Poison from several classes conflicts most where it comes from the class that is least like its label.
+    """
+    rows, groups = weighed.rows, weighed.groups
+    unsure = [group for group in groups if group.decision == "unsure" and group.basis == "labels"]
+    if not unsure or any(group.decision == "planted" for group in groups):
+        return []
+    members_n = max(unsure, key=lambda group: group.evidence.z).candidate.members_n
+    whole = complete(known.of_model(), known.appearance, rows, members_n, known.fold_N[rows], split)
+    if whole is None or whole.separation < DEEPER_SEPARATION:
+        return []
+    is_seen_n = ~whole.members_n  # the rest that a part is compared with holds no other part
+    found = []
+    for part in parts(weighed.spaces["appearance"], whole.members_n, split, generator):
+        measures = Measures(is_bursty=known.bursty >= config.bursty)
+        if int(is_seen_n.sum()) >= MIN_GROUP <= int(part.members_n.sum()):
+            group = weighed_group(known, weighed.label, rows, part, is_seen_n | part.members_n, measures)
+            found.append(decided_among(group, weighed.natural, config, known))
+    return found
 
 
 def measure_stamps(
@@ -223,10 +261,7 @@ def compare(weighed: Sequence[Weighed], known: Knowledge, config: EvidenceConfig
         replace(
             one,
             natural=natural[one.label],
-            groups=[
-                decided(group._replace(evidence=compared(group.evidence, natural[one.label])), config, known)
-                for group in one.groups
-            ],
+            groups=[decided_among(group, natural[one.label], config, known) for group in one.groups],
         )
         for one in weighed
     ]
@@ -241,6 +276,13 @@ def weighed_group(
     evidence = weigh(known.appearance, group, rest, known.expected_N)
     measures = measures._replace(size=len(group), share=len(group) / len(rows))
     return Group(label, candidate, evidence, measures, "natural", "")
+
+
+def decided_among(group: Group, natural: Natural | None, config: EvidenceConfig, known: Knowledge) -> Group:
+    """The group compared with natural groups, where they are known, and decided."""
+    if natural is not None:
+        group = group._replace(evidence=compared(group.evidence, natural))
+    return decided(group, config, known)
 
 
 def decided(group: Group, config: EvidenceConfig, known: Knowledge) -> Group:

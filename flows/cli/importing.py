@@ -124,6 +124,6 @@ def _show(result: dict[str, Any]) -> None:
     if result["classes"] is None:
         console.print("captions, no classes: later commands need `--set index.label=null`", highlight=False)
         return
-    counts = [f"{result['labels'][name]} {name}: {n:,}" for name, n in result["classes"].items()]
+    counts = [f"{name} ({result['labels'][name]}): {n:,}" for name, n in result["classes"].items()]
     more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
     console.print("classes:", ", ".join(counts[:_SHOWN]) + more, highlight=False, soft_wrap=True)

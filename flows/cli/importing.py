@@ -58,7 +58,7 @@ def import_(
 ) -> None:
     """Write your images as shards that every other command reads.
 
-    Images are decoded once to check them, and copied byte for byte. What cannot be used is left out, counted by reason,
+    Class folders are photos/cat/001.jpg, photos/dog/001.png, and so on: the class is the first folder. Images are decoded once to check them, and copied byte for byte. What cannot be used is left out, counted by reason,
     and listed in OUT/refused. OUT/classes.json maps class names to the integers in the shards. Samples are mixed over
     all shards, in an order that depends on the seed alone.
 
@@ -67,7 +67,7 @@ def import_(
 
     Examples:
 
-        sanitize import photos/ --out shards          (photos/cat/001.jpg, photos/dog/001.png, ...)
+        sanitize import photos/ --out shards
 
         sanitize import labels.csv --images photos/ --label-column species --out shards
 

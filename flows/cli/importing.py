@@ -58,9 +58,10 @@ def import_(
 ) -> None:
     """Write your images as shards that every other command reads.
 
-    Class folders are photos/cat/001.jpg, photos/dog/001.png, and so on: the class is the first folder. Images are decoded once to check them, and copied byte for byte. What cannot be used is left out, counted by reason,
-    and listed in OUT/refused. OUT/classes.json maps class names to the integers in the shards. Samples are mixed over
-    all shards, in an order that depends on the seed alone.
+    Class folders are photos/cat/001.jpg, photos/dog/001.png, and so on: the class is the first folder. Images are
+    decoded once to check them, and copied byte for byte. What cannot be used is left out, counted by reason, and listed
+    in OUT/refused. OUT/classes.json maps class names to the integers in the shards. Samples are mixed over all shards,
+    in an order that depends on the seed alone.
 
     Exit code: 0 if the shards are written. 1 if the source cannot be read, or more than `--max-refused` of the images
     are refused; then there are no shards. 2 if the options are wrong, or a choice is needed.

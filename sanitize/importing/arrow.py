@@ -1,7 +1,7 @@
 """Files of rows in groups: Parquet, and the streams of Arrow batches that `datasets` saves."""
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -58,6 +58,7 @@ class ParquetGroups:
             if self._metadata.num_columns > _MAX_COLUMNS or self._metadata.num_row_groups > _MAX_GROUPS:
                 raise DataError(f"{url} has more than {_MAX_COLUMNS} columns or {_MAX_GROUPS:,} row groups")
             self.schema: pa.Schema = plain.schema_arrow
+            _read_names(self.schema)
             self._leaves = [plain.schema.column(i) for i in range(self._metadata.num_columns)]
             texts = [leaf.path for leaf in self._leaves if leaf.physical_type == "BYTE_ARRAY"]
             self._file = pq.ParquetFile(self._stream, read_dictionary=texts, pre_buffer=False, **limits)
@@ -111,6 +112,7 @@ class ArrowFile:
             self._map = pa.memory_map(str(local_path(url)))
             reader = pa.ipc.MessageReader.open_stream(self._map)
             self.schema: pa.Schema = pa.ipc.read_schema(reader.read_next_message())
+            _read_names(self.schema)
             self._messages: list[pa.Message] = []
             with suppress(StopIteration):
                 while len(self._messages) <= _MAX_GROUPS:
@@ -151,6 +153,13 @@ class ArrowFile:
     def close(self) -> None:
         """Close the file."""
         self._messages = []
+
+
+def _read_names(fields: Iterable[pa.Field]) -> None:
+    """Raise UnicodeDecodeError where a name is not UTF-8: later, each use of it would."""
+    for field in fields:
+        if field.name and pa.types.is_struct(field.type):
+            _read_names(field.type)
 
 
 def _is_compressed(message: bytes) -> bool:

@@ -17,6 +17,7 @@ from sanitize.tar.names import as_path
 MAX_CAPTIONS, MAX_CAPTION = 100, 10_000  # captions of an image, characters of a caption
 _WINDOWS = (1 << 12, 1 << 16, 1 << 20)  # characters of one entry; the last is the limit
 Identity = int | str  # of an image
+_DECODER = json.JSONDecoder()
 _BLANK = " \t\r\n"
 
 
@@ -133,7 +134,7 @@ def _value(text: str, at: int) -> tuple[Any, int]:
     """The value at a position, and the position behind it and the blanks after it."""
     for size in _WINDOWS:
         try:
-            value, end = json.JSONDecoder().raw_decode(text[at : at + size])
+            value, end = _DECODER.raw_decode(text[at : at + size])
         except ValueError:
             if at + size >= len(text):
                 raise

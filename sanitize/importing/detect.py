@@ -53,7 +53,7 @@ def open_source(places: Sequence[str], config: ImportConfig) -> Source:
         return Rows(found, config)
     if not found:
         raise ConfigError("no source: give a folder or a file")
-    place = found[0].rstrip("/")
+    place = found[0].rstrip("/") or "/"
     if not exists(place):
         raise ConfigError(f"there is nothing at {place!r}")
     if _is_file(place):

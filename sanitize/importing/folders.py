@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from sanitize.errors import ConfigError
 from sanitize.importing.config import ImportConfig
 from sanitize.importing.files import Files, Folder, Listed, Stamp
-from sanitize.importing.source import MAX_CLASS_NAME, class_numbers
+from sanitize.importing.source import MAX_CLASS_NAME, class_numbers, shown_names
 from sanitize.importing.splits import SPLITS, choose_split
-from sanitize.tar.names import printable
 
 
 def class_folders(folder: Folder, config: ImportConfig, found: Mapping[str, Stamp] | None = None) -> Files:
@@ -41,7 +40,7 @@ def class_folders(folder: Folder, config: ImportConfig, found: Mapping[str, Stam
         one = names[name]
         outside = "in a hidden folder" if _is_hidden(name) else "in no class folder"
         listed.append(Listed(name, -1 if one is None else numbers[one], (), outside if one is None else stamp.problem))
-    return Files(folder, listed, list(map(printable, numbers)), config.max_image_bytes, found)
+    return Files(folder, listed, shown_names(numbers), config.max_image_bytes, found)
 
 
 def _class_of(name: str, depth: int) -> str | None:

@@ -19,7 +19,7 @@ import torch
 from sanitize.errors import ConfigError, DataError
 from sanitize.importing.arrow import ArrowFile, GroupFile, ParquetGroups
 from sanitize.importing.config import ImportConfig
-from sanitize.importing.source import MAX_CLASS_NAME, MAX_CLASSES, Offered, class_numbers, stamp_of
+from sanitize.importing.source import MAX_CLASS_NAME, MAX_CLASSES, Offered, class_numbers, shown_names, stamp_of
 from sanitize.importing.table import LABELS
 from sanitize.storage import fingerprints
 from sanitize.tar.names import printable
@@ -85,6 +85,7 @@ class Rows:
         if not first:
             raise DataError(f"{self._urls[0]} has no rows")
         self._firsts = np.array([group.first for group in self._groups] + [first])
+        self._first_of_file = {group.file: group.first for group in reversed(self._groups)}
         self._labels_N = np.full(first, -1, np.int32)
         self._problems: dict[int, str] = {}
         self.classes: list[str] | None = self._read_labels(schema)
@@ -119,7 +120,7 @@ class Rows:
             row, end, problem = group.first, group.first + group.n, "the row is missing in its group"
             try:
                 for batch in self._file(group.file).batches(group.place, [label], _LABEL_ROWS):
-                    for value in _plain_values(batch.column(0))[: end - row]:
+                    for value in _plain_values(batch.column(label))[: end - row]:
                         if (reason := _label_problem(value)) is not None:
                             self._problems[row] = reason
                         else:
@@ -128,6 +129,7 @@ class Rows:
                                 class_numbers(map(str, values))  # raises
                         row += 1
             except (pa.ArrowException, OSError, ValueError) as error:
+                _raise_if_disk(error, self._urls[group.file])
                 problem = f"its row group cannot be read: {_line(error)}"
             self._problems |= dict.fromkeys(range(row, end), problem)
         if declared is not None:
@@ -143,7 +145,7 @@ class Rows:
                 self._problems[row] = f"label {shown} is not in 0..{len(names) - 1}"
         translated = np.array([numbers.get(value, -1) for value in values] + [-1], np.int32)
         self._labels_N = translated[self._labels_N]  # -1 takes the last entry
-        return list(map(printable, names))
+        return shown_names(names)
 
     # --- images --------------------------------------------------------------------------------------------------
 
@@ -180,12 +182,9 @@ class Rows:
             group = self._groups[i]
             row = self._pool(self._pool_of[i])[i][number - group.first]
             problem = self._problems.get(number) or row.problem
-            where = f"{self._urls[group.file].rpartition('/')[2]}:{number - self._first_of_file(group.file)}"
+            where = f"{self._urls[group.file].rpartition('/')[2]}:{number - self._first_of_file[group.file]}"
             name = f"{where}:{row.path}" if row.path else where
             yield Offered(number, name, b"" if problem else row.data, int(self._labels_N[number]), (), problem)
-
-    def _first_of_file(self, file: int) -> int:
-        return next(group.first for group in self._groups if group.file == file)
 
     def _pool(self, pool: int) -> dict[int, list[_Row]]:
         if self._loaded is None or self._loaded[0] != pool:
@@ -202,7 +201,7 @@ class Rows:
         try:
             file = self._file(group.file)
             for batch in file.batches(group.place, file.leaves(self._image), _ROWS):
-                for data, path in _cells(batch.column(0), self._config.max_image_bytes):
+                for data, path in _cells(batch.column(self._image), self._config.max_image_bytes):
                     if isinstance(data, str):
                         rows.append(_Row(b"", path, data))
                         continue
@@ -216,6 +215,7 @@ class Rows:
                 if len(rows) >= group.n:
                     break
         except (pa.ArrowException, OSError, ValueError) as error:
+            _raise_if_disk(error, self._urls[group.file])
             problem = f"its row group cannot be read: {_line(error)}"
         return rows[: group.n] + [_Row(b"", "", problem)] * (group.n - len(rows))
 
@@ -370,6 +370,12 @@ def _check_same(first: pa.Schema, other: pa.Schema, columns: Sequence[str], url:
             raise ConfigError(f"column {column} of {url} is missing or of another type than in {first_url}")
         if _declared_names(first, column) != _declared_names(other, column):
             raise ConfigError(f"column {column} of {url} has other class names than in {first_url}")
+
+
+def _raise_if_disk(error: Exception, url: str) -> None:
+    """Raise DataError where the disk failed, which may pass; damage of the file has no error number."""
+    if getattr(error, "errno", None) is not None:
+        raise DataError(f"cannot read {url}: {error}") from error
 
 
 def _line(error: Exception) -> str:

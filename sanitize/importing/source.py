@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sanitize.errors import ConfigError
+from sanitize.tar.names import printable
 
 MAX_CLASSES = 100_000  # class names that are held in memory
 MAX_CLASS_NAME = 1_000  # characters
@@ -69,6 +70,15 @@ def class_numbers(names: Iterable[str]) -> dict[str, int]:
     if all(name.isascii() and name.removeprefix("-").isdigit() and len(name) < 20 for name in found):
         return {name: number for number, name in enumerate(sorted(found, key=lambda name: (int(name), name)))}
     return {name: number for number, name in enumerate(sorted(found, key=as_bytes))}
+
+
+def shown_names(names: Iterable[str]) -> list[str]:
+    """Class names as tables and terminals show them. Raises ConfigError where two become the same."""
+    shown = list(map(printable, names))
+    if len(set(shown)) < len(shown):
+        twice = next(name for i, name in enumerate(shown) if name in shown[:i])
+        raise ConfigError(f"two class names are {twice!r} where unprintable characters are written out; rename one")
+    return shown
 
 
 def as_bytes(name: str) -> bytes:

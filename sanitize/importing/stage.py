@@ -2,6 +2,7 @@
 left out and listed with its reason."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from sanitize.tar.write import TarWriter
 
 CLASSES, SUMMARY = "classes.json", "import.json"
 _EXAMPLES, _MAX_REASONS = 3, 50  # shown of refused images; `refused/` has all
+_MAX_THREADS = 8  # that decode
 _AT_ONCE, _AT_ONCE_BYTES = 64, 64 << 20  # images that are decoded side by side
 # First bytes of what `decode` reads: an image gets the suffix of its content, whatever its file was called.
 _SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
@@ -69,7 +71,7 @@ def import_data(config: ImportConfig, sources: Sequence[str] | str, out: str, co
         config: settings.
         sources: a folder or file, by path or URL; several only of Parquet or Arrow files.
         out: folder of the artifact.
-        compute: seed of the order, and the number of threads that decode.
+        compute: seed of the order.
 
     Raises:
         ConfigError: nothing that is known lies there, or a choice is needed (kind, columns, split).
@@ -86,7 +88,7 @@ def import_data(config: ImportConfig, sources: Sequence[str] | str, out: str, co
         counts: Counter[str] = Counter()
         with ExitStack() as stack:
             tar = None
-            for judged in _judge(source, plan[shard].tolist(), config, compute):
+            for judged in _judge(source, plan[shard].tolist(), config):
                 if judged.problem is not None:
                     refused.append({"name": printable(judged.offered.name), "reason": judged.problem})
                 else:
@@ -129,7 +131,7 @@ def _plan(source: Source, order_N: np.ndarray, config: ImportConfig) -> dict[str
     return {f"{config.name}-{i:06d}.tar": numbers for i, numbers in enumerate(shards)}
 
 
-def _judge(source: Source, numbers: Sequence[int], config: ImportConfig, compute: Compute) -> Iterator[_Judged]:
+def _judge(source: Source, numbers: Sequence[int], config: ImportConfig) -> Iterator[_Judged]:
     """The images of these numbers with their suffix, or the reason why they are refused."""
 
     def judged(one: Offered) -> _Judged:
@@ -142,7 +144,8 @@ def _judge(source: Source, numbers: Sequence[int], config: ImportConfig, compute
         return _Judged(one, _SUFFIXES.get(one.data[:2], "ppm"), None)
 
     offered = source.read(numbers)
-    with ThreadPoolExecutor(max(1, compute.threads), thread_name_prefix="sanitize-decode") as pool:
+    n_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    with ThreadPoolExecutor(n_threads, thread_name_prefix="sanitize-decode") as pool:
         while group := list(_some(offered)):
             yield from pool.map(judged, group)
 

@@ -9,7 +9,7 @@ from typing import IO
 from sanitize.errors import ConfigError, DataError
 from sanitize.importing.config import ImportConfig
 from sanitize.importing.files import Files, Folder, Listed, folder_of
-from sanitize.importing.source import MAX_CLASS_NAME, MAX_CLASSES, class_numbers
+from sanitize.importing.source import MAX_CLASS_NAME, MAX_CLASSES, class_numbers, shown_names
 from sanitize.storage import fingerprint, open_read
 from sanitize.tar.names import as_path, printable
 
@@ -45,7 +45,7 @@ def table(url: str, config: ImportConfig) -> Files:
         listed.append(Listed(path, numbers.get(label, -1), (), problem))
         before = place
     origin = (stamp["size"], stamp["modified"])
-    return Files(folder, listed, list(map(printable, numbers)), config.max_image_bytes, origin=origin)
+    return Files(folder, listed, shown_names(numbers), config.max_image_bytes, origin=origin)
 
 
 def _problem(label: str) -> str | None:

@@ -227,6 +227,46 @@ def test_flipped_bytes_never_crash_an_import(images: list[bytes], tmp_path: Path
     assert n_done > 30
 
 
+def test_names_of_columns_that_are_no_text_are_an_error(images: list[bytes], tmp_path: Path) -> None:
+    for path, write in (
+        (tmp_path / "a.arrow", stream),
+        (tmp_path / "a.parquet", lambda path, rows: pq.write_table(rows, path, store_schema=False)),
+    ):
+        for name in (b"image", b"bytes", b"label"):
+            write(path, table(images[:3], [0] * 3))
+            path.write_bytes(path.read_bytes().replace(name, name[:2] + b"\xff" + name[3:]))
+            with pytest.raises((ConfigError, DataError), match=path.name):
+                run(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("more", ["image.bytes", "label.x", "label"])
+def test_columns_with_names_like_others_are_not_mixed_up(more: str, images: list[bytes], tmp_path: Path) -> None:
+    rows = table(images[:3], [0, 1, 0]).append_column(more, pa.array([5, 6, 7]))
+    pq.write_table(rows, tmp_path / "a.parquet")
+    if more == "label":
+        with pytest.raises(ConfigError, match="several columns of labels"):
+            run(tmp_path / "a.parquet", tmp_path / "out")
+        return
+    found = samples(run(tmp_path / "a.parquet", tmp_path / "out"))
+    assert [(one["png"], one["cls"]) for one in found.values()] == [
+        (images[int(key)], b"010"[int(key) : int(key) + 1]) for key, one in found.items()
+    ]
+
+
+def test_a_disk_that_fails_is_no_damage(images: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(table(images, [0] * 30), tmp_path / "a.parquet", row_group_size=10)
+    batches = module.ParquetGroups.batches
+
+    def failing(file: Any, group: int, *more: Any) -> Any:
+        if group == 1:
+            raise OSError(5, "Input/output error")
+        return batches(file, group, *more)
+
+    monkeypatch.setattr(module.ParquetGroups, "batches", failing)
+    with pytest.raises(DataError, match=r"cannot read .*a\.parquet: .*Input/output error"):
+        run(tmp_path / "a.parquet", tmp_path / "out")
+
+
 # --- folders by `datasets` -----------------------------------------------------------------------------------------
 
 

@@ -117,3 +117,9 @@ def test_where_no_path_is_right_the_error_names_the_folder_option(source: Path, 
         DataError, match=r"nothing to import. 1 x there is no such file \(photos/1.png\).*--images FOLDER"
     ):
         run(source / "t.csv", tmp_path / "out")
+
+
+def test_class_names_that_look_the_same_are_refused(source: Path, tmp_path: Path) -> None:
+    (source / "t.csv").write_bytes(b"path,label\nant/00.png,caf\xe9\nant/01.png,caf\\xe9\n")
+    with pytest.raises(ConfigError, match=r"two class names are 'caf\\\\xe9'"):
+        run(source / "t.csv", tmp_path / "out")

@@ -4,8 +4,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,8 @@ from markdown_it.token import Token
 
 import sanitize
 from flows.cli import app
-from sanitize import Compute, index_shards
+from sanitize import Compute
 from sanitize.data.digits import write_digits
-from sanitize.data.index import IndexConfig
 from sanitize.stage import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -209,39 +206,3 @@ def test_other_examples_of_the_python_api_run(tmp_path: Path, monkeypatch: pytes
 
 def _execute(code: str, names: dict[str, Any]) -> None:
     exec(compile(code, "docs/python-api.md", "exec"), names)
-
-
-@pytest.mark.slow
-def test_class_folders_become_shards(tmp_path: Path) -> None:
-    """The first step of docs/quickstart.md: images in class folders are packed, byte for byte."""
-    compute = Compute(device="cpu")
-    digits = index_shards(
-        IndexConfig(), write_digits(str(tmp_path / "digits"), compute).shards(), str(tmp_path / "i"), compute
-    )
-    images = tmp_path / "images"
-    for shard in digits.shards[:1]:
-        subprocess.run(["tar", "-xf", str(tmp_path / "digits" / shard), "-C", str(tmp_path)], check=True)
-    written = {}
-    for label in sorted(tmp_path.glob("*.cls")):
-        picture = label.with_suffix(".png")
-        folder = images / f"digit {label.read_text().strip()}" / "nested"
-        folder.mkdir(parents=True, exist_ok=True)
-        written[f"{folder.parent.name}/nested/{picture.name}"] = picture.read_bytes()
-        picture.rename(folder / picture.name)
-    (images / "digit 0/notes.txt").write_text("no image")
-
-    script = [
-        sys.executable,
-        str(ROOT / "examples/pack_folders.py"),
-        str(images),
-        str(tmp_path / "data"),
-        "--per-shard",
-        "60",
-    ]
-    done = subprocess.run(script, check=True, capture_output=True, text=True)
-    assert "1 other files left out" in done.stdout
-    packed = index_shards(IndexConfig(), str(tmp_path / "data"), str(tmp_path / "index"), compute)
-    assert packed.manifest().counts["samples"] == len(written) > 60
-    assert len(packed.shards) == -(-len(written) // 60)
-    again = subprocess.run(script, capture_output=True, text=True)
-    assert again.returncode != 0  # shards of two calls are not mixed

@@ -11,6 +11,7 @@ from flows.cli.clean import clean
 from flows.cli.condense import condense
 from flows.cli.demo import demo
 from flows.cli.denoise import denoise
+from flows.cli.importing import import_
 from flows.cli.ingest import approve, batches, ingest, reference, refit, reject, retry
 from flows.cli.inspect import inspect
 from flows.cli.methods import EPILOGS
@@ -27,8 +28,9 @@ from flows.cli.verify import verify
 # In the order of `sanitize --help`: the main road first.
 _TRAINING = (train, certify, repair, condense, denoise, robustness)
 _INGEST = (reference, ingest, batches, approve, reject, retry, refit)
-_AROUND = (inspect, plan, poison, redteam, restore, verify, report, demo)
+_AROUND = (import_, inspect, plan, poison, redteam, restore, verify, report, demo)
 for _command in (clean, *_INGEST, *_TRAINING, *_AROUND):
-    app.command(epilog=EPILOGS.get(_command.__name__))(_command)
+    _name = _command.__name__.rstrip("_")  # `import` cannot name a function
+    app.command(_name, epilog=EPILOGS.get(_name))(_command)
 
 __all__ = ["app"]

@@ -31,8 +31,8 @@ class App(typer.Typer):
 
 app = App(
     help="The firewall for training data: poisoned shards in, clean shards, quarantine and evidence out.\n\n"
-    "Start with `sanitize demo`, or with your own shards: "
-    "`sanitize clean --shards 'data/*.tar' --out runs/first`.",
+    "Start with `sanitize demo`, or with your own images: "
+    "`sanitize import photos/ --out data`, then `sanitize clean --shards data --out runs/first`.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

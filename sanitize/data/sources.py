@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from sanitize import remote
 from sanitize.artifacts import Sources
+from sanitize.data.decode import IMAGE_SUFFIXES
 from sanitize.errors import ConfigError, DataError, SanitizeError
 from sanitize.storage import absolute, check_url, fingerprints, for_each, is_local, join, local_path
 from sanitize.tar.compression import UNREAD_SUFFIXES, not_read, unread_suffix
@@ -238,7 +239,9 @@ class _Found:
             return ""
         most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))[:5]
         counts = ", ".join(f"{n:,} {suffix}" for suffix, n in most)
-        return f"; found there: {counts or 'no files'}"
+        has_images = any(suffix.lstrip(".") in IMAGE_SUFFIXES for suffix in self.others)
+        hint = "; `sanitize import` makes shards of images" if has_images else ""
+        return f"; found there: {counts or 'no files'}{hint}"
 
 
 def _expand(may_come: bool, url: str, place: remote.Place | None) -> _Found:

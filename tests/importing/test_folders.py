@@ -1,0 +1,157 @@
+"""Class folders."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sanitize.errors import ConfigError, DataError
+from tests.importing.imported import by_file, reasons, run, samples
+
+
+def test_images_are_copied_with_label_and_class_name(
+    write: Callable[..., Path], photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    made = run(write(photos), tmp_path / "out", samples_per_shard=7)
+    found = by_file(made)
+    assert {name: one["members"]["png"] for name, one in found.items()} == photos
+    classes = {"ant": 0, "bee": 1, "cat": 2}
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == classes == made.classes()
+    for name, one in found.items():
+        assert one["class_name"] == name.split("/")[0]
+        assert int(one["members"]["cls"]) == one["label"] == classes[one["class_name"]]
+    assert made.summary()["classes"] == {"ant": 10, "bee": 10, "cat": 10}
+    assert [Path(shard).name for shard in made.shards()] == [f"train-{i:06d}.tar" for i in range(5)]
+    in_order = sorted(photos)
+    assert {key: json.loads(one["json"])["file"] for key, one in samples(made).items()} == {
+        f"{i:08d}": name for i, name in enumerate(in_order)
+    }
+
+
+def test_classes_are_mixed_within_shards_unless_order_is_wanted(
+    write: Callable[..., Path], photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    source = write(photos)
+    mixed = run(source, tmp_path / "mixed", samples_per_shard=10)
+    ordered = run(source, tmp_path / "ordered", samples_per_shard=10, shuffle=False)
+    assert list(samples(ordered)) == sorted(samples(ordered)) == sorted(samples(mixed))
+    labels = [one["cls"] for one in list(samples(mixed).values())[:10]]
+    assert set(labels) == {b"0", b"1", b"2"}
+    assert {one["cls"] for one in list(samples(ordered).values())[:10]} == {b"0"}
+    assert list(samples(run(source, tmp_path / "other", seed=1))) != list(samples(mixed))
+
+
+def test_a_shard_ends_at_its_number_of_bytes(
+    write: Callable[..., Path], photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    size = max(map(len, photos.values()))
+    made = run(write(photos), tmp_path / "out", bytes_per_shard=3 * size)
+    assert len(made.shards()) >= 10
+    assert len(samples(made)) == 30
+
+
+def test_integers_are_sorted_as_integers(
+    write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    source = write({f"{i}/a.png": make_png(i) for i in (10, 9, 1)})
+    assert run(source, tmp_path / "out").classes() == {"1": 0, "9": 1, "10": 2}
+
+
+def test_everything_in_the_folder_is_counted(
+    write: Callable[..., Path], photos: dict[str, bytes], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    outside = write({"secret.png": make_png(99)}, "outside")
+    others = {
+        "cat/Thumbs.db": b"\0" * 50,
+        "cat/empty.png": b"",
+        "cat/cut.png": make_png(50)[:80],
+        "loose.png": make_png(51),
+    }
+    others |= {".git/x.png": make_png(52), "__MACOSX/cat/._01.png": b"x", "cat/large.png": make_png(53) + bytes(5000)}
+    others["cat/nested/deep.PNG"] = make_png(54)
+    source = write(photos | others)
+    (source / "cat" / "out.png").symlink_to(outside / "secret.png")
+    (source / "cat" / "nothing.png").symlink_to(source / "nowhere.png")
+    (source / "cat" / "inside.png").symlink_to(source / "ant" / "00.png")
+    (source / "linked").symlink_to(outside)
+    (source / "cat" / "ring").symlink_to(source)
+    os.mkfifo(source / "cat" / "pipe.png")
+    with pytest.raises(
+        DataError, match=r"of 44 images were refused, more than max_refused_fraction 0.05.*--max-refused"
+    ):
+        run(source, tmp_path / "out", max_image_bytes=4000)
+    assert not (tmp_path / "out").exists()
+    made = run(source, tmp_path / "out", max_image_bytes=4000, max_refused_fraction=0.5)
+    summary = made.summary()
+    assert (summary["offered"], summary["imported"], summary["refused"]) == (44, 32, 12)
+    assert reasons(made) == {
+        "not a jpeg, png, webp or ppm image": 1,
+        "image is empty": 1,
+        "image data is damaged": 1,
+        "in no class folder": 2,  # `linked` is a file of the top folder
+        "in a hidden folder": 2,
+        "a file of more than max_image_bytes 4000": 1,
+        "a link that leads out of the folder": 1,
+        "a link to nothing": 1,
+        "a link to a folder, which is not followed": 1,
+        "not a regular file": 1,
+    }
+    assert made.classes() == {"ant": 0, "bee": 1, "cat": 2}
+    assert {"cat/inside.png", "cat/nested/deep.PNG"} <= by_file(made).keys()
+    listed = [json.loads(line) for path in (tmp_path / "out/refused").iterdir() for line in path.open()]
+    assert len(listed) == 12
+
+
+def test_the_suffix_says_what_the_bytes_are(
+    write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    formats = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm"}
+    made = run(write({f"a/{name}.jpeg": make_png(1, format=name) for name in formats}), tmp_path / "out")
+    found = {record["file"]: set(record["members"]) for record in by_file(made).values()}
+    assert found == {f"a/{name}.jpeg": {suffix, "cls", "json"} for name, suffix in formats.items()}
+
+
+def test_splits_are_no_classes(write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path) -> None:
+    source = write({f"{split}/{name}/1.png": make_png(1) for split in ("train", "val") for name in ("a", "b")})
+    with pytest.raises(ConfigError, match=r"several splits: train, val. Choose one with --split"):
+        run(source, tmp_path / "out")
+    made = run(source, tmp_path / "out", split="train")
+    assert (made.classes(), made.summary()["imported"]) == ({"a": 0, "b": 1}, 2)
+    assert run(source, tmp_path / "all", split="all").summary()["imported"] == 4
+    with pytest.raises(ConfigError, match="has train, val"):
+        run(source, tmp_path / "none", split="test")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["a.jpg", "b.jpg", "c.txt"], r"found there: 2 \.jpg in no folders of classes, 1 \.txt"),
+        ([], r"found there: no files"),
+        (["x/a.gif"], r"found there: 1 \.gif"),
+        (["x/a.jpg", "labels.csv"], r"several ways.*--kind csv: labels\.csv; --kind folders: x/a\.jpg"),
+        (["a.csv", "b.csv"], r"several files of kind csv: a\.csv, b\.csv"),
+    ],
+)
+def test_where_nothing_or_several_things_match_the_error_says_what_is_there(
+    files: list[str], message: str, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = write(dict.fromkeys(files, b"x"))
+    source.mkdir(exist_ok=True)
+    with pytest.raises(ConfigError, match=message):
+        run(source, tmp_path / "out")
+
+
+def test_places_that_cannot_be_a_source(write: Callable[..., Path], photos: dict[str, bytes], tmp_path: Path) -> None:
+    source = write(photos | {"a.tar": b"x"})
+    with pytest.raises(ConfigError, match="there is nothing at"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ConfigError, match="it is a shard already"):
+        run(source / "a.tar", tmp_path / "out")
+    with pytest.raises(ConfigError, match="lies inside"):
+        run(source, source / "out")
+    with pytest.raises(ConfigError, match="is refused: a shard is a path"):
+        run("pipe:ls", tmp_path / "out")
+    with pytest.raises(ConfigError, match="raise max_samples"):
+        run(source, tmp_path / "out", max_samples=10)

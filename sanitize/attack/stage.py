@@ -18,7 +18,7 @@ from sanitize.attack.stored import OnStored, stored_image
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import encode_png
-from sanitize.data.samples import Sample, find_image
+from sanitize.data.samples import Sample, find_image, in_format
 from sanitize.data.tables import ShardTables, write_rows
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ConfigError
@@ -106,7 +106,7 @@ def poison_shards(
                         seed = compute.seed_for("attack", "image", shard, sample.position)
                         label_1 = torch.tensor([row["label"]])
                         image_CHW = poisons[choice.attack](image_CHW[None], label_1, [seed])[0]
-                    truth = _copy(sample, image_CHW, row, choice, dataset.info["label"], tar)
+                    truth = _copy(sample, image_CHW, row, choice, dataset, tar)
                     rows.append(truth | ({"cover": choice is not None and choice.cover} if has_covers else {}))
                     advance(1)
         if rows:
@@ -180,18 +180,16 @@ def _copy(
     image_CHW: Tensor,
     row: dict[str, Any],
     choice: Choice | None,
-    label: str,
+    dataset: Dataset,
     tar: TarWriter,
 ) -> dict[str, Any]:
-    """Write a sample with its new image, and the label of `choice`. Returns its row of the truth.
-
-    `label`: `IndexConfig.label`.
-    """
-    image_name, (label_suffix, _, field) = find_image(sample)[0], label.partition(":")
+    """Write a sample with its new image, and the label of `choice`. Returns its row of the truth."""
+    image_name = find_image(sample, dataset.image_member)[0]
+    label_suffix, _, field = dataset.info["label"].partition(":")
     for name, payload in sample.members:
-        stem, suffix = split_name(name)
+        suffix = split_name(name)[1]
         if name == image_name:
-            tar.add(f"{stem}.png", encode_png(image_CHW))
+            tar.add(in_format(name, "png"), encode_png(image_CHW))
         elif suffix == label_suffix.lower() and choice is not None and not choice.cover:
             tar.add(name, _relabelled(payload, field, choice.label))
         else:

@@ -77,6 +77,12 @@ class Dataset(ShardTables):
         height, width = self.info["image_size"]
         return int(self.info["image"]["channels"]), height, width
 
+    @property
+    def image_member(self) -> str | None:
+        """`ImageConfig.member` of the index, for `find_image`."""
+        member: str | None = self.info["image"].get("member")
+        return member
+
     def samples(self, shard: str) -> Iterator[tuple[Sample, dict[str, Any]]]:
         """Every sample of a shard, usable or not, with its index row.
 
@@ -177,12 +183,12 @@ class Dataset(ShardTables):
 
     def _images(self, shard: str, rows: pa.Table, is_read: list[bool]) -> Iterator[bytes]:
         """Payload of the image of each sample to read."""
-        names = rows["image"].to_pylist()
+        names, member = rows["image"].to_pylist(), self.image_member
         for piece in self.pieces(shard, rows):
             if isinstance(piece, Piece):
                 yield from piece.payloads([names[i] for i in piece.positions if is_read[i]])
             elif is_read[piece.position]:
-                yield find_image(piece)[1]
+                yield find_image(piece, member)[1]
 
     def _start(
         self, shard: str, rows: pa.Table, images: Iterator[bytes], threads: "_Threads"

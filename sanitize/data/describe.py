@@ -75,7 +75,7 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
         kept = verdicts["label"].filter(verdicts["keep"]).to_pylist()
         labels.update(kept)
         names = dataset.rows(shard, ["image"])["image"].filter(pc.not_equal(verdicts["status"], "unreadable"))
-        suffixes.update(pc.replace_substring_regex(names, r"^.*\.", "").unique().to_pylist())
+        suffixes.update(pc.replace_substring_regex(names, r"^(?:.*/)?[^./]*\.", "").unique().to_pylist())
         entry = files[f"clean/{shard}"]
         shards[f"clean/{shard}"] = {"samples": len(kept), "size": entry.size, "sha256": entry.sha256}
     return {
@@ -131,7 +131,7 @@ def _distribution(description: Mapping[str, Any]) -> list[dict[str, Any]]:
     shard_ids = [{"@id": shard["@id"]} for shard in shards]
     suffixes = description["image"]["suffixes"]
     label, _, field = description["label"].partition(":")
-    image_types = sorted({_MIME_TYPES[suffix.lower()] for suffix in suffixes})
+    image_types = sorted({_MIME_TYPES[suffix.lower().rpartition(".")[2]] for suffix in suffixes})
     return [
         *shards,
         _file_set("image-files", shard_ids, suffixes, image_types),

@@ -20,6 +20,7 @@ from sanitize.artifacts import ArtifactBuilder, Part, Sources
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode
+from sanitize.data.reasons import Reasons, most
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import (
     BadLabel,
@@ -61,7 +62,7 @@ class IndexConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     check: Literal["decode", "digest", "headers"] = "decode"
-    label: str | None = Field(default="cls", pattern=r"^[^:.]+$|^json:.+$")
+    label: str | None = Field(default="cls", pattern=r"^[^:]+$|^json:.+$")
     n_classes: int | None = Field(default=None, gt=0)
     image: ImageConfig = ImageConfig()
     limits: SampleLimits = SampleLimits()
@@ -137,7 +138,7 @@ def index_shard(
 
     found = None
     if headers_only and config.label is not None and not unread_suffix(url):
-        found = plain_rows(url, config.limits, config.label, n_classes, judge, advance)
+        found = plain_rows(url, config.limits, config.label, n_classes, judge, advance, config.image.member)
     if found is None:
         found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
     n_bad = len(found.table) - found.table["status"].to_pylist().count("ok")
@@ -151,12 +152,12 @@ def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any
         return {"status": "unreadable", "reason": sample.problem}
     found: dict[str, Any] = {}
     try:
-        found["image"] = printable(image_name(name for name, _ in sample.sizes))
+        found["image"] = printable(image_name((name for name, _ in sample.sizes), config.image.member))
         if config.check != "headers":
-            found["sha256"] = hashlib.sha256(find_image(sample)[1]).hexdigest()
+            found["sha256"] = hashlib.sha256(find_image(sample, config.image.member)[1]).hexdigest()
         found["label"] = 0 if config.label is None else read_label(sample, config.label, n_classes)
         if config.check == "decode":
-            found["height"], found["width"] = decode(find_image(sample)[1], config.image).shape[1:]
+            found["height"], found["width"] = decode(find_image(sample, config.image.member)[1], config.image).shape[1:]
     except (LookupError, BadLabel, BadImage) as error:
         return found | {"status": "unreadable", "reason": str(error.args[0])}
     return found | {"status": "ok"}
@@ -166,19 +167,19 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
     """Content of dataset.json. Raises DataError where too much data is bad."""
     labels: Counter[int] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
-    reasons: Counter[str] = Counter()
+    reasons = Reasons()
     summaries = {}
     for shard in shards:
         rows = pa.BufferReader(builder.read(rows_name(shard)))
-        table = pq.read_table(rows, columns=["status", "reason", "label", "height", "width"])
+        table = pq.read_table(rows, columns=["status", "reason", "key", "start", "label", "height", "width"])
         summaries[shard] = json.loads(table.schema.metadata[b"shard"])
         is_ok = pc.equal(table["status"], "ok")
         ok = table.filter(is_ok)
         labels.update({row["values"]: row["counts"] for row in pc.value_counts(ok["label"]).to_pylist()})
         by_size = ok.group_by(["height", "width"]).aggregate([([], "count_all")])
         sizes.update({(row["height"], row["width"]): row["count_all"] for row in by_size.to_pylist()})
-        reasons.update(table["reason"].filter(pc.invert(is_ok)).to_pylist())
-    _refuse_if_bad(config, labels.total(), reasons, summaries)
+        reasons.add(shard, table)
+    _refuse_if_bad(config, labels.total(), reasons.counts(), summaries)
     common = common_size(sizes, config.image.max_side) if config.check == "decode" else None
     return {
         "n_classes": config.n_classes or max(labels) + 1,
@@ -189,7 +190,7 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
         "image": config.image.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
         "shards": summaries,
-        "unreadable": dict(reasons.most_common()),
+        "unreadable": reasons.counts(),
     }
 
 
@@ -242,16 +243,15 @@ def _refuse_if_bad(
     Args:
         config: limits on bad data.
         n_ok: number of usable samples.
-        reasons: reason -> number of unreadable samples.
+        reasons: reason -> number of unreadable samples, the most frequent first.
         summaries: summary of each shard, from `index_shard`.
     """
     n_bad, bad = sum(reasons.values()), bad_shards(summaries)
     why = []
     if n_bad > config.max_bad_fraction * (n_ok + n_bad):
-        most = "; ".join(f"{n} x {reason}" for reason, n in Counter(reasons).most_common(3))
         why.append(
             f"{n_bad} of {n_ok + n_bad} samples are unreadable, more than max_bad_fraction={config.max_bad_fraction}: "
-            f"{most}. Look with `sanitize inspect`; raise max_bad_fraction only if this is expected"
+            f"{most(reasons)}. Look with `sanitize inspect`; raise max_bad_fraction only if this is expected"
         )
     elif n_ok == 0:
         damaged = [f"{printable(shard)} ({s['damage']})" for shard, s in summaries.items() if s["damage"]]

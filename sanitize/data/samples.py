@@ -7,7 +7,7 @@ sample, or at most the rest of one shard; each problem is reported in words.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +23,8 @@ from sanitize.tar.write import BLOCK
 
 _INTEGER = re.compile(rb"[+-]?\d{1,18}")
 _SKIPPED_BYTES = 1 << 20  # bytes skipped at once
+_MAX_LISTED = 6  # suffixes in a reason
+_MAX_SHOWN = 40  # characters of a suffix or a label in a reason
 _MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
 
 
@@ -273,18 +275,75 @@ class BadLabel(ValueError):
     """The label is unusable; the message is the reason."""
 
 
-def image_name(names: Iterable[str]) -> str:
-    """The only name with the suffix of an image. Raises LookupError if there are none or several."""
-    images = [name for name in names if split_name(name)[1] in IMAGE_SUFFIXES]
-    if len(images) != 1:
-        raise LookupError("no image member" if not images else f"{len(images)} image members")
-    return images[0]
+def is_picture(suffix: str) -> bool:
+    """True for the suffix of an image, also behind others (`left.jpg`); lower-case."""
+    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES
 
 
-def find_image(sample: Sample) -> tuple[str, bytes]:
-    """The image member (name, payload). Raises LookupError as `image_name` does."""
-    found = image_name(name for name, _ in sample.members)
-    return next(member for member in sample.members if member[0] == found)
+def image_name(names: Iterable[str], member: str | None = None) -> str:
+    """Name of the image of a sample.
+
+    Args:
+        names: names of its members, in the order of the shard.
+        member: `ImageConfig.member`.
+
+    Raises:
+        LookupError: there is no such image, or there are several; the message is the reason.
+    """
+    names = list(names)
+    pictures = {name: suffix for name in names if is_picture(suffix := split_name(name)[1])}
+    if not pictures:
+        raise LookupError(f"no image member{_beside(names)}")
+    if member == "first":
+        return next(iter(pictures))
+    if member is not None:
+        return _the_only(pictures, member, names)
+    plain = [name for name, suffix in pictures.items() if "." not in suffix]
+    if len(plain or pictures) > 1:
+        raise LookupError(
+            f"{len(plain or pictures)} image members, '{_listed(plain or pictures)}': set index.image.member to one of "
+            "these suffixes, or to first"
+        )
+    return (plain or list(pictures))[0]
+
+
+def _the_only(pictures: Mapping[str, str], member: str, names: Sequence[str]) -> str:
+    """The picture with the suffix `member`, or the only one with that suffix in another image format."""
+    wanted = member.lower()
+    found = [name for name, suffix in pictures.items() if suffix == wanted]
+    if not found:
+        stem = wanted.rpartition(".")[0]
+        found = [name for name, suffix in pictures.items() if suffix.rpartition(".")[0] == stem]
+    if len(found) != 1:
+        raise LookupError(f"{len(found) or 'no'} image members for index.image.member={member}{_beside(names)}")
+    return found[0]
+
+
+def _beside(names: Sequence[str]) -> str:
+    return f"; the members are '{_listed(names)}'" if names else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Suffixes of the names, for a reason."""
+    suffixes = list(dict.fromkeys(_short(split_name(name)[1]) or "(none)" for name in names))
+    return ", ".join(suffixes[:_MAX_LISTED]) + (
+        f" and {len(suffixes) - _MAX_LISTED} more" * (len(suffixes) > _MAX_LISTED)
+    )
+
+
+def _short(text: str) -> str:
+    return printable(text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 2]} …")
+
+
+def find_image(sample: Sample, member: str | None = None) -> tuple[str, bytes]:
+    """The image member (name, payload). Arguments and errors: see `image_name`."""
+    found = image_name((name for name, _ in sample.members), member)
+    return next(one for one in sample.members if one[0] == found)
+
+
+def in_format(name: str, suffix: str) -> str:
+    """The name with the last part of its suffix replaced: `x.left.jpg` becomes `x.left.png`."""
+    return f"{name.rpartition('.')[0]}.{suffix}"
 
 
 def read_label(sample: Sample, source: str, n_classes: int) -> int:

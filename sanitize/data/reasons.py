@@ -19,11 +19,13 @@ class Kind(NamedTuple):
         reason: the reason, with "…" for what differs.
         n: number of samples.
         examples: the first samples: shard, key, byte (of their first header, in the uncompressed archive), reason.
+        largest: the reason with the largest first number.
     """
 
     reason: str
     n: int
     examples: list[dict[str, Any]]
+    largest: str
 
 
 class Reasons:
@@ -34,6 +36,7 @@ class Reasons:
         self._counts: dict[tuple[str, ...], int] = {}
         self._values: dict[tuple[str, ...], list[str]] = {}
         self._examples: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        self._largest: dict[tuple[str, ...], tuple[int, str]] = {}
 
     def add(self, shard: str, rows: pa.Table) -> None:
         """Add the unreadable samples of a shard, given its index rows (columns status, reason, key, start)."""
@@ -44,6 +47,8 @@ class Reasons:
             first = self._values.setdefault(fixed, values)
             if values != first:
                 self._values[fixed] = [a if a == b else _unlike(a) for a, b in zip(first, values, strict=True)]
+            number = int(values[0][:18]) if values and values[0].isdecimal() else 0
+            self._largest[fixed] = max(self._largest.get(fixed, (0, reason)), (number, reason))
             self._counts[fixed] = self._counts.get(fixed, 0) + 1
             examples = self._examples.setdefault(fixed, [])
             if self._max_examples is None or len(examples) < self._max_examples:
@@ -51,7 +56,10 @@ class Reasons:
 
     def kinds(self) -> list[Kind]:
         """All kinds, the most frequent first."""
-        kinds = [Kind(_join(fixed, self._values[fixed]), n, self._examples[fixed]) for fixed, n in self._counts.items()]
+        kinds = [
+            Kind(_join(fixed, self._values[fixed]), n, self._examples[fixed], self._largest[fixed][1])
+            for fixed, n in self._counts.items()
+        ]
         return sorted(kinds, key=lambda kind: (-kind.n, kind.reason))
 
     def counts(self) -> dict[str, int]:
@@ -71,6 +79,12 @@ def counted(reasons: Iterable[str]) -> dict[str, int]:
 def _split(reason: str) -> tuple[tuple[str, ...], list[str]]:
     """The fixed texts of a reason, and the variable ones between them."""
     return tuple(_VARIABLE.split(reason)), _VARIABLE.findall(reason)
+
+
+def differences(reason: str, kind: str) -> str:
+    """What a reason has where its kind has "…"; "" for a reason that equals its kind."""
+    pairs = zip(_split(reason)[1], re.findall(rf"'.*'|\d+|{_DIFFERENT}", kind), strict=False)
+    return ", ".join(value for value, shown in pairs if _DIFFERENT in shown and value != shown)
 
 
 def _unlike(value: str) -> str:

@@ -87,7 +87,7 @@ def _strings(values: Any) -> pa.StringArray:
 def plain_rows(
     url: str,
     limits: SampleLimits,
-    label: str,
+    suffix: str,
     n_classes: int,
     judge: Judge,
     advance: Callable[[int], None],
@@ -98,15 +98,14 @@ def plain_rows(
     Args:
         url: path or URL of the shard.
         limits: limits on the cost of one sample.
-        label: place of labels, as in `IndexConfig.label`.
-        n_classes: number of classes; labels at or above it are refused.
+        suffix: lower-case suffix of the members with labels.
+        n_classes: number of classes; labels at or above it are refused. 0 leaves all labels to `judge`.
         judge: function for samples without exactly one image and one label of digits alone.
         advance: function called with the number of finished samples.
         member: `ImageConfig.member`.
     """
-    suffix, _, field = label.partition(":")
     try:
-        plain = _read(url, limits, suffix.lower(), 0 if field else n_classes, _plain_suffixes(member))
+        plain = _read(url, limits, suffix, n_classes, _plain_suffixes(member))
     except NotPlain:
         return None
     n = len(plain.names_N)

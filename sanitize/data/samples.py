@@ -4,11 +4,9 @@ A sample is a sequence of members that share a key, the name up to the first dot
 sample, or at most the rest of one shard; each problem is reported in words.
 """
 
-import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,11 +19,9 @@ from sanitize.tar.names import USUAL_NAME, SeenPaths, printable, split_name
 from sanitize.tar.read import Member, TarDamage, TarLimits, TarReader, unsafe_name
 from sanitize.tar.write import BLOCK
 
-_INTEGER = re.compile(rb"[+-]?\d{1,18}")
 _SKIPPED_BYTES = 1 << 20  # bytes skipped at once
 _MAX_LISTED = 6  # suffixes in a reason
 _MAX_SHOWN = 40  # characters of a suffix or a label in a reason
-_MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
 
 
 class SampleLimits(BaseModel):
@@ -271,10 +267,6 @@ class ShardFile:
         return self._sha256.hexdigest(), self._size
 
 
-class BadLabel(ValueError):
-    """The label is unusable; the message is the reason."""
-
-
 def is_picture(suffix: str) -> bool:
     """True for the suffix of an image, also behind others (`left.jpg`); lower-case."""
     return suffix.rpartition(".")[2] in IMAGE_SUFFIXES
@@ -293,7 +285,7 @@ def image_name(names: Iterable[str], member: str | None = None) -> str:
     names = list(names)
     pictures = {name: suffix for name in names if is_picture(suffix := split_name(name)[1])}
     if not pictures:
-        raise LookupError(f"no image member{_beside(names)}")
+        raise LookupError(f"no image member{beside(names)}")
     if member == "first":
         return next(iter(pictures))
     if member is not None:
@@ -315,11 +307,12 @@ def _the_only(pictures: Mapping[str, str], member: str, names: Sequence[str]) ->
         stem = wanted.rpartition(".")[0]
         found = [name for name, suffix in pictures.items() if suffix.rpartition(".")[0] == stem]
     if len(found) != 1:
-        raise LookupError(f"{len(found) or 'no'} image members for index.image.member={member}{_beside(names)}")
+        raise LookupError(f"{len(found) or 'no'} image members for index.image.member={member}{beside(names)}")
     return found[0]
 
 
-def _beside(names: Sequence[str]) -> str:
+def beside(names: Sequence[str]) -> str:
+    """End of a reason that lists what is there instead."""
     return f"; the members are '{_listed(names)}'" if names else ""
 
 
@@ -344,52 +337,3 @@ def find_image(sample: Sample, member: str | None = None) -> tuple[str, bytes]:
 def in_format(name: str, suffix: str) -> str:
     """The name with the last part of its suffix replaced: `x.left.jpg` becomes `x.left.png`."""
     return f"{name.rpartition('.')[0]}.{suffix}"
-
-
-def read_label(sample: Sample, source: str, n_classes: int) -> int:
-    """Class of a sample, 0 <= label < n_classes.
-
-    Args:
-        sample: sample with the payload of its label.
-        source: suffix of the member with an ascii integer ("cls"), or "json:FIELD".
-        n_classes: number of classes; labels at or above it are refused.
-
-    Raises:
-        BadLabel: the label is missing, occurs twice, is no integer, or is out of range.
-    """
-    suffix, _, field = source.partition(":")
-    found = [data for name, data in sample.members if split_name(name)[1] == suffix.lower()]
-    if len(found) != 1:
-        raise BadLabel(f"{len(found) or 'no'} .{suffix} member{'s' if found else ''}")
-    data = (_json_field(found[0], field) if field else found[0]).strip()
-    if not _INTEGER.fullmatch(data):
-        raise BadLabel(f"label '{printable(data[:40].decode('utf-8', 'surrogateescape'))}' is not an integer")
-    label = int(data)
-    if not 0 <= label < n_classes:
-        raise BadLabel(f"label {label} is not in 0..{n_classes - 1}")
-    return label
-
-
-def _json_field(data: bytes, field: str) -> bytes:
-    if len(data) > _MAX_JSON_BYTES:
-        raise BadLabel(f"the json member is larger than {_MAX_JSON_BYTES} bytes")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if (
-            len(found) < len(pairs) and sum(name == field for name, _ in pairs) > 1
-        ):  # parsers differ in which one they take
-            raise BadLabel(f"the json member has field {field!r} twice")
-        return found
-
-    try:
-        record = json.loads(data, object_pairs_hook=once)
-        if not isinstance(record, dict) or field not in record:
-            raise BadLabel(f"the json member has no field {field!r}")
-        value = record[field]
-        text = value if isinstance(value, str) else json.dumps(value)
-    except BadLabel:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise BadLabel("the json member is not valid JSON") from error
-    return text.encode("utf-8", "surrogatepass")

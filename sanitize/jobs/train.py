@@ -122,7 +122,7 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
         return _train_partitions(config.partition, dataset, test, config, run)
     encoder = None
     if config.simclr is not None:
-        no_labels = {"label": None, "n_classes": 1}
+        no_labels = {"label": None, "n_classes": 1, "classes": None}
         unlabelled = index_more("02-index-unlabelled", config.unlabelled_shards, no_labels, config.index, dataset, run)
         encoder = run.together("50-encoder", pretrain_simclr, config.simclr, dataset, unlabelled=unlabelled)
     pca = None

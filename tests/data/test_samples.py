@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from sanitize.data.labels import BadLabel, read_label
 from sanitize.data.samples import (
-    BadLabel,
     Sample,
     SampleLimits,
     ShardReader,
     find_image,
     printable,
-    read_label,
     split_name,
 )
 

@@ -85,6 +85,8 @@ def poison_shards(
     """
     if dataset.info["label"] is None:
         raise ConfigError("index.label=null reads no labels, and an attack needs them: index the shards with labels")
+    if dataset.info["label"].startswith("table:"):
+        raise ConfigError("an attack writes new labels into the shards, and index.label=table:... is beside them")
     config.check_classes(dataset.n_classes)
     network = _surrogate(config, surrogate, dataset)
     poisons = [attack.build(network if attack.needs_surrogate else None, compute) for attack in config.attacks]
@@ -191,7 +193,7 @@ def _copy(
         if name == image_name:
             tar.add(in_format(name, "png"), encode_png(image_CHW))
         elif suffix == label_suffix.lower() and choice is not None and not choice.cover:
-            tar.add(name, _relabelled(payload, field, choice.label))
+            tar.add(name, _relabelled(payload, field, _written(choice.label, dataset)))
         else:
             tar.add(name, payload)
     return {
@@ -204,7 +206,18 @@ def _copy(
     }
 
 
-def _relabelled(payload: bytes, field: str, label: int) -> bytes:
+def _written(label: int, dataset: Dataset) -> int | str:
+    """The label as shards have it: an integer, or the name of the class."""
+    return label if dataset.classes is None else dataset.classes[label]
+
+
+def _relabelled(payload: bytes, field: str, label: int | str) -> bytes:
     if not field:
         return str(label).encode()
-    return json.dumps(json.loads(payload) | {field: label}).encode()
+    record = json.loads(payload)
+    *path, last = [field] if field in record else field.split(".")
+    inner = record
+    for name in path:
+        inner = inner[name]
+    inner[last] = label
+    return json.dumps(record).encode()

@@ -52,8 +52,8 @@ class IndexConfig(BaseModel):
             "digest": images are hashed, not decoded. "headers": only labels are read, and no byte is hashed; a changed
             shard is then recognised by its size and modification time.
         label: place of the class. The suffix of a member ("cls", "output.cls") with an ASCII integer or an exact
-            one-hot vector; "json:FIELD" or "json:A.B.C" for a path; "table:FILE#COLUMN" for a CSV or Parquet file with a
-            column `key`. None or "none" reads no labels: all samples are of class 0.
+            one-hot vector; "json:FIELD" or "json:A.B.C" for a path; "table:FILE#COLUMN" for a CSV or Parquet file with
+            a column `key`. None or "none" reads no labels: all samples are of class 0.
         n_classes: number of classes; None takes the largest label below 1,000, plus one.
         classes: "names" if labels are class names: the classes are the sorted names, and `dataset.json` lists them. A
             list of names gives their order. None for integers.

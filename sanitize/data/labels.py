@@ -70,10 +70,11 @@ class LabelReader:
         self.suffix, self.field = ("", "") if kind == "table" and rest else (kind.lower(), rest)
         if kind == "table" and rest:
             self._table, self.sha256 = _read_table(*rest.rpartition("#")[::2])
-        is_list = classes is not None and not isinstance(classes, str)
-        self.names: Mapping[str, int] | str | None = (
-            {name: i for i, name in enumerate(classes)} if is_list and classes is not None else classes
-        )
+        self.names: Mapping[str, int] | str | None = None
+        if isinstance(classes, str):
+            self.names = classes
+        elif classes is not None:
+            self.names = {name: i for i, name in enumerate(classes)}
         self._n_classes = n_classes
         self.reads_members = label is not None and self._table is None
         self.is_plain = self.reads_members and not self.field and self.names is None
@@ -226,7 +227,7 @@ def label_fields(data: bytes) -> list[tuple[bool, str]]:
         record = json.loads(data) if len(data) <= _MAX_JSON_BYTES else None
     except (ValueError, RecursionError):
         return []
-    found: list[tuple[int, str]] = []
+    found: list[tuple[bool, str]] = []
 
     def look(value: Any, path: list[str]) -> None:
         if isinstance(value, dict) and len(path) < 4:

@@ -40,7 +40,7 @@ def _apart(bad: Iterable[int], keys: list[str], reasons: list[str], rows: pa.Tab
     for i, key in enumerate(keys):
         if key in again:
             places[key].append(i)
-    better = {}
+    better: dict[int, str] = {}
     for key, at in places.items():
         suffixes = [suffix for i in at for suffix in set(_suffixes(rows, i))]
         if len(set(suffixes)) == len(suffixes):
@@ -62,7 +62,7 @@ def _folders(
             suffixes = _suffixes(rows, i)
             half = "label" if label_suffix in suffixes else "image" if any(map(is_picture, suffixes)) else "other"
             halves.setdefault(keys[i].rpartition("/")[2], {}).setdefault(half, []).append(i)
-    better = {}
+    better: dict[int, str] = {}
     for by_half in halves.values():
         if len(by_half.get("image", ())) == len(by_half.get("label", ())) == 1:
             both = [*by_half["image"], *by_half["label"]]

@@ -43,7 +43,7 @@ def clean(result: dict[str, Any], out: str) -> None:
             f"  class {label}{name}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
         )
     _print_verdict(result["verdict"])
-    for note in result["notes"]:
+    for note in result.get("notes", ()):
         say("      note:", "yellow", note)
     for shard, damage in result["damaged_shards"].items():
         what = "  nothing read of shard" if shard in result["bad_shards"] else "  damaged shard"

@@ -73,7 +73,6 @@ def inspect(
 def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[str, Any]:
     """Contents of the shards. Raises SanitizeError if none of them can be opened."""
     from sanitize.data.index import index_shard, label_reader, max_label, shard_names
-    from sanitize.data.labels import notes_on
     from sanitize.data.reasons import Reasons
     from sanitize.data.sources import find_shards, list_sources
     from sanitize.errors import DataError
@@ -115,7 +114,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
         "refused": refused,
         "labels": {str(label): by_class[label] for label in sorted(by_class)},
         "classes": None if classes is None else list(classes),
-        "notes": notes_on(by_class, config.n_classes, classes) if config.label and largest is None else [],
+        "notes": _notes(by_class, classes, config, members) if largest is None else [],
         "image_sizes": dict(sizes.most_common()),
         "members": dict(sorted(members.items(), key=lambda item: (-item[1], item[0]))),
         "unreadable": reasons.counts(),
@@ -123,6 +122,23 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
         "largest_label": largest,
         "places": places,
     }
+
+
+def _notes(
+    labels: Mapping[int, int], classes: Sequence[str] | None, config: Any, members: Mapping[str, int]
+) -> list[str]:
+    """What is odd about the classes, or missing."""
+    from sanitize.data.labels import notes_on
+
+    notes = [] if config.label is None else notes_on(labels, config.n_classes, classes)
+    if config.label is None:
+        notes.append(
+            "without labels `clean` finds samples unlike all others in an embedding made without labels; what looks "
+            "like the rest and has a wrong caption is not seen"
+        )
+    elif not labels and "txt" in members and config.label.partition(":")[0] not in members:
+        notes.append("pictures with captions (.txt) and no class, as img2dataset writes them")
+    return notes
 
 
 def _count_members(rows: Any, members: Counter[str]) -> None:
@@ -249,11 +265,10 @@ def _show(result: dict[str, Any], has_labels: bool) -> None:
     if has_labels:
         console.print("classes:", _classes(result), soft_wrap=True)
     else:
-        console.print("no labels are read", soft_wrap=True)
+        console.print("no labels are read: all samples are one class", soft_wrap=True)
     sizes = list(result["image_sizes"].items())[:10]
     console.print("image sizes:", ", ".join(f"{size}: {n:,}" for size, n in sizes) or "none", soft_wrap=True)
-    if n_bad:
-        console.print("members:", _some(result["members"], _N_MEMBERS), soft_wrap=True)
+    console.print("members:", _some(result["members"], _N_MEMBERS), soft_wrap=True)
     for note in result["notes"]:
         say("note:", "yellow", note)
     for kind in result["reasons"][:_N_KINDS]:

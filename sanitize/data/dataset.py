@@ -52,8 +52,8 @@ class Dataset(ShardTables):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """dataset.json: n_classes, classes (names or None), labels (count of each), image_size, image, shards, unreadable,
-        notes."""
+        """dataset.json: n_classes, classes (names or None), labels (count of each), notes, image_size, image, shards,
+        unreadable."""
         return self.read_object("dataset.json", "n_classes", "labels", "image_size", "image", "shards", "limits")
 
     @cached_property

@@ -59,10 +59,10 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
         files: sha256 and size of every written shard, by `clean/SHARD`; others are ignored.
 
     Returns:
-        `samples`: number of kept, quarantined and unreadable samples. `n_classes`; `classes`: their names, or None;
-        `labels`: label -> kept samples, perhaps 0. `label`: place of the class, as in `IndexConfig.label`. `image`: settings of decoding
-        (size is [height, width]), and suffixes of usable images. `shards`: path -> samples, size in bytes, sha256; in
-        sorted order. `made_from`: digests of index and selection.
+        `samples`: number of kept, quarantined and unreadable samples. `n_classes`; `classes`: their names, or None.
+        `labels`: label -> kept samples, perhaps 0. `label`: place of the class, as in `IndexConfig.label`. `image`:
+        settings of decoding (size is [height, width]), and suffixes of usable images. `shards`: path -> samples, size
+        in bytes, sha256; in sorted order. `made_from`: digests of index and selection.
     """
     counts = selection.manifest().counts
     labels: Counter[int] = Counter()

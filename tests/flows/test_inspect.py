@@ -184,7 +184,7 @@ def test_image_text_shards_are_cleaned_without_labels(
     make_tar(tmp_path / "in" / "x.tar", members)
     config = tmp_path / "config.yaml"
     embedder = {"kind": "simclr", **QUICK, "optim": {"epochs": 1, "batch_size": 16}}
-    settings = {"index": {"label": None}, "embedder": embedder, "scorers": [{"kind": "rca", "autoencoder": {"epochs": 1}}]}
+    settings = {"index": {"label": None}, "embedder": embedder, "scorers": [{"kind": "rca"}]}
     config.write_text(yaml.safe_dump(settings | {"compute": {"device": "cpu"}, "shards": [str(tmp_path / "in")]}))
     result = run("clean", config, "--out", tmp_path / "run", "--direct", "--json")
     assert result.exit_code == 0, result.output

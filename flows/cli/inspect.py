@@ -129,14 +129,15 @@ def _notes(
 ) -> list[str]:
     """What is odd about the classes, or missing."""
     from sanitize.data.labels import notes_on
+    from sanitize.data.samples import is_picture
 
     notes = [] if config.label is None else notes_on(labels, config.n_classes, classes)
-    if config.label is None:
+    if config.label is None and labels:
         notes.append(
             "without labels `clean` finds samples unlike all others in an embedding made without labels; what looks "
             "like the rest and has a wrong caption is not seen"
         )
-    elif not labels and "txt" in members and config.label.partition(":")[0] not in members:
+    elif not labels and "txt" in members and any(map(is_picture, members)) and config.label == "cls":
         notes.append("pictures with captions (.txt) and no class, as img2dataset writes them")
     return notes
 
@@ -177,6 +178,7 @@ def _next(result: dict[str, Any], shards: Sequence[str], config: Any, set_: Sequ
             return ["repair or leave out the damaged or refused shards, then inspect again"]
         options = [f"index.label={label}"] if label not in ("cls", "none") else []
         options += ["index.label=null", "embedder.kind=simclr", "scorers=[{kind: rca}]"] if label == "none" else []
+        options += [f"index.max_bad_fraction={config.max_bad_fraction}"] if config.max_bad_fraction != 0.05 else []
         options += [f"index.{one}" for one in set_]
         sets = "".join(f" --set {shlex.quote(one)}" for one in options)
         given = " ".join(f"--shards {shlex.quote(shard)}" for shard in shards)
@@ -210,7 +212,13 @@ def _next(result: dict[str, Any], shards: Sequence[str], config: Any, set_: Sequ
         return ["nothing here can be cleaned: sanitize reads pictures (jpg, png, webp, ppm), one a sample"]
     if reason.startswith(("no .", "the json member")):
         fields = _fields(places, example)
-        return [*(inspect(f"json:{f}", "classes=names" if is_text else None) for is_text, f in fields), inspect("none")]
+        hint = "if the class is in the folder or the name, give it in a CSV file with the columns key and class: "
+        folders = [] if fields or "/" not in example["key"] else [hint + inspect("table:labels.csv#class")]
+        return [
+            *(inspect(f"json:{f}", "classes=names" if is_text else None) for is_text, f in fields),
+            inspect("none"),
+            *folders,
+        ]
     if "is not an integer" in reason or "and give the classes in a table" in reason:
         return [
             "write one integer a sample; or give the classes in a CSV file with the columns key and class:",

@@ -23,7 +23,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode
 from sanitize.data.labels import MAX_NAMES, BadLabel, LabelReader, notes_on
 from sanitize.data.layout import dots, explained
-from sanitize.data.reasons import Reasons, most
+from sanitize.data.reasons import Reasons
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import (
     Sample,
@@ -330,7 +330,7 @@ def _refuse_if_bad(config: IndexConfig, n_ok: int, found: Reasons, summaries: Ma
     if n_bad > config.max_bad_fraction * (n_ok + n_bad):
         why.append(
             f"{n_bad} of {n_ok + n_bad} samples are unreadable, more than max_bad_fraction={config.max_bad_fraction}: "
-            f"{most(reasons)}. {_what_to_do(config, found)}"
+            f"{found.most()}. {_what_to_do(config, found)}"
         )
     elif n_ok == 0:
         damaged = [f"{printable(shard)} ({s['damage']})" for shard, s in summaries.items() if s["damage"]]

@@ -1,7 +1,7 @@
 """Reasons of unreadable samples, gathered by kind: reasons of one kind differ in quoted text and numbers only."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -66,14 +66,28 @@ class Reasons:
         """Number of samples by reason, the most frequent first."""
         return {kind.reason: kind.n for kind in self.kinds()}
 
+    def most(self, n: int = 3) -> str:
+        """The most frequent kinds, each by its first reason, for a message."""
+        return "; ".join(
+            f"{kind.n} x {kind.examples[0]['reason']}{' and the like' * (_DIFFERENT in kind.reason)}"
+            for kind in self.kinds()[:n]
+        )
+
 
 def counted(reasons: Iterable[str]) -> dict[str, int]:
     """Number of reasons by kind, the most frequent first."""
+    return gathered(reasons).counts()
+
+
+def gathered(reasons: Iterable[str]) -> Reasons:
+    """Reasons without their samples."""
     found = Reasons()
-    reasons = list(reasons)
-    n = len(reasons)
-    found.add("", pa.table({"status": ["bad"] * n, "reason": reasons, "key": [""] * n, "start": [0] * n}))
-    return found.counts()
+    texts = list(reasons)
+    n = len(texts)
+    found.add(
+        "", pa.table({"status": ["bad"] * n, "reason": pa.array(texts, pa.string()), "key": [""] * n, "start": [0] * n})
+    )
+    return found
 
 
 def _split(reason: str) -> tuple[tuple[str, ...], list[str]]:
@@ -93,8 +107,3 @@ def _unlike(value: str) -> str:
 
 def _join(fixed: tuple[str, ...], values: list[str]) -> str:
     return "".join(part for pair in zip(fixed, [*values, ""], strict=True) for part in pair)
-
-
-def most(counts: Mapping[str, int], n: int = 3) -> str:
-    """The most frequent reasons, for a message."""
-    return "; ".join(f"{count} x {reason}" for reason, count in list(counts.items())[:n])

@@ -58,7 +58,10 @@ class TrainRunConfig(RunConfig):
 
     @model_validator(mode="after")
     def _certificates_do_not_depend_on_the_data(self) -> Self:
-        given: dict[str, Any] = {"index.n_classes=N": self.index.n_classes, "index.image.size=[H,W]": self.index.image.size}
+        given: dict[str, Any] = {
+            "index.n_classes=N": self.index.n_classes,
+            "index.image.size=[H,W]": self.index.image.size,
+        }
         if self.index.classes is not None:
             given["index.classes=[NAMES]"] = None if self.index.classes == "names" else self.index.classes
             given["index.n_classes=N"] = len(self.index.classes)

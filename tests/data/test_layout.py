@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.layout import dots
-from sanitize.data.reasons import Reasons, counted, differences
+from sanitize.data.reasons import Reasons, counted, differences, gathered
 
 Make = Callable[..., Any]
 
@@ -97,6 +97,9 @@ def test_reasons_that_differ_in_numbers_and_quotes_are_one_kind() -> None:
     assert counted(["label 'a' is not an integer", "label 'it''s' is not an integer"]) == {
         "label '…' is not an integer": 2
     }
+    assert (
+        gathered(["label 7 is bad", "label 8 is bad", "plain"]).most() == "2 x label 7 is bad and the like; 1 x plain"
+    )
     assert differences("label 1200 is not in 0..999", "label … is not in 0..999") == "1200"
     assert differences("image is empty", "image is empty") == ""
 

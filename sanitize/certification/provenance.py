@@ -35,10 +35,10 @@ def refuse_if_void(dataset: Dataset) -> None:
             )
     config = dataset.manifest().recipe.config
     wanted = {
-        "index.n_classes": (config["n_classes"], dataset.n_classes),
+        "index.n_classes": (config["n_classes"] or config.get("classes"), dataset.n_classes),
         "index.image.size": (config["image"]["size"], list(dataset.image_shape[1:])),
     }
-    if config["classes"] == "names":
+    if config.get("classes") == "names":
         raise ConfigError(
             "no poisoning certificate with index.classes=names, because one more name could renumber the classes: list "
             "the names, as in `classes` of the index"

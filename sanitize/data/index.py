@@ -249,12 +249,17 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
             labels.update(counts)
         else:
             by_name.update({names[i]: n for i, n in counts.items()})
-            if len(by_name) > min(config.n_classes or MAX_NAMES, MAX_NAMES):
+            if len(by_name) > MAX_NAMES:
                 raise DataError(_too_many_names("the shards", config))
         by_size = ok.group_by(["height", "width"]).aggregate([([], "count_all")])
         sizes.update({(row["height"], row["width"]): row["count_all"] for row in by_size.to_pylist()})
         reasons.add(shard, table)
     classes = list(config.classes) if isinstance(config.classes, tuple) else sorted(by_name) or None
+    if config.n_classes is not None and len(by_name) > config.n_classes:
+        raise DataError(
+            f"{len(by_name)} class names, more than index.n_classes={config.n_classes}: "
+            f"{_some([printable(name) for name in classes or ()])}. Set index.classes to the names that are classes"
+        )
     if by_name:
         labels.update({label: by_name[name] for label, name in enumerate(classes or ())})
     _refuse_if_bad(config, labels.total(), reasons, summaries)

@@ -175,6 +175,16 @@ def test_captions_are_no_classes(
             index_shards(IndexConfig(label="txt", classes="names"), shards, str(tmp_path / f"out{i}"), compute)
 
 
+@pytest.mark.hostile
+def test_more_names_than_classes_are_an_error_that_lists_them(
+    tmp_path: Path, make_tar: Make, make_png: Make, compute: Compute
+) -> None:
+    shards = named_shards(tmp_path / "in", make_tar, make_png, [["cat", "dog"], ["dgo"]])
+    config = IndexConfig(label="txt", classes="names", n_classes=2)
+    with pytest.raises(DataError, match=r"3 class names, more than index.n_classes=2: cat, dgo, dog"):
+        index_shards(config, shards, str(tmp_path / "out"), compute)
+
+
 @pytest.mark.parametrize("classes", [[], ["a", "a"], "name"])
 def test_wrong_lists_of_names_are_refused(classes: Any) -> None:
     with pytest.raises((ValidationError, ConfigError)):

@@ -67,7 +67,7 @@ class IndexConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     check: Literal["decode", "digest", "headers"] = "decode"
-    label: str | None = Field(default="cls", pattern=r"^[^:]+$|^(json|table):.+$")
+    label: str | None = Field(default="cls", pattern=r"^[^:]+$|^([^:]+\.)?json:.+$|^table:.+$")
     n_classes: int | None = Field(default=None, gt=0)
     classes: Literal["names"] | tuple[str, ...] | None = None
     image: ImageConfig = ImageConfig()

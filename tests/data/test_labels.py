@@ -307,3 +307,12 @@ def test_too_many_classes_name_the_setting_and_not_the_limit_on_bad_samples(
     assert f"set index.n_classes={labels.max() + 1}" in str(error.value)
     assert "raise max_bad_fraction" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_a_json_member_may_have_a_compound_suffix() -> None:
+    reader = LabelReader(IndexConfig(label="meta.json:a.b").label)
+    assert reader.read(sample(**{"meta.json": b'{"a": {"b": 3}}', "json": b'{"a": {"b": 4}}'})) == 3
+    with pytest.raises(BadLabel, match=r"no .json member, but 'meta.json': set index.label"):
+        LabelReader("json:a.b").read(sample(**{"png": b"", "meta.json": b'{"a": {"b": 3}}'}))
+    with pytest.raises(ValidationError):
+        IndexConfig(label="cls:a")

@@ -38,10 +38,13 @@ def clean(result: dict[str, Any], out: str) -> None:
     _print_counts(result["samples"], len(result["damaged_shards"]))
     for label, of_class in result["classes_touched"].items():
         flags = ", ".join(f"{kind} {by['flagged']:,}" for kind, by in of_class["scorers"].items() if by["flagged"])
+        name = f" ({of_class['name']})" if "name" in of_class else ""
         console.print(
-            f"  class {label}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
+            f"  class {label}{name}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
         )
     _print_verdict(result["verdict"])
+    for note in result.get("notes", ()):
+        say("      note:", "yellow", note)
     for shard, damage in result["damaged_shards"].items():
         what = "  nothing read of shard" if shard in result["bad_shards"] else "  damaged shard"
         say(what, "yellow", f"{shard}: {damage}")

@@ -1,6 +1,8 @@
 """`sanitize inspect`."""
 
+import shlex
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -9,10 +11,19 @@ from rich.table import Table
 from flows.cli.app import AsJson, Quiet, as_text, bars, console, errors, print_json, say
 from sanitize.settings import make_config
 
+_N_CLASSES = 20  # classes on the terminal
+_N_MEMBERS = 12  # suffixes on the terminal
+_N_KINDS = 20  # kinds of reasons on the terminal
+
 
 def inspect(
     shards: Annotated[list[str], typer.Argument(help="Directory, glob or brace range of shards.")],
-    label: Annotated[str, typer.Option(help="Member with the class: a suffix, or json:FIELD.")] = "cls",
+    label: Annotated[
+        str,
+        typer.Option(
+            help="Place of the class: the suffix of a member, json:FIELD, json:A.B.C, table:FILE#COLUMN, or none."
+        ),
+    ] = "cls",
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable samples above which the exit code is 1.")
     ] = 0.05,
@@ -31,7 +42,8 @@ def inspect(
     """Read shards and list their samples, classes and image sizes, and what cannot be used, with the reason.
 
     Nothing is written. Useful before `clean`, and when too many samples are unreadable for `clean`. The table lists
-    shards that are damaged or have unreadable samples; `--json` lists all shards.
+    shards that are damaged or have unreadable samples; `--json` lists all shards, and all unreadable samples by shard,
+    key and byte. The last lines say what to do next.
 
     Exit code: 0 if all is well. 1 if a shard is damaged or refused, no sample is usable, or more than
     `--max-bad-fraction` of the samples are unreadable. 2 if there are no shards or the options are wrong.
@@ -46,18 +58,22 @@ def inspect(
         options = {"label": label, "max_bad_fraction": max_bad_fraction}
         config = make_config(IndexConfig, {}, options, set_ or ())
         with bars(quiet):
-            result = _inspect(shards, config)
+            result = _inspect(shards, config, None if as_json else 3)
+        is_well = _is_well(result, config.max_bad_fraction)
+        result["next"] = _next(result, shards, config, set_ or (), is_well)
+    del result["places"]
     if as_json:
         print_json(result)
     else:
-        _show(result)
-    if not _is_well(result, config.max_bad_fraction):
+        _show(result, config.label is not None)
+    if not is_well:
         raise typer.Exit(1)
 
 
-def _inspect(sources: list[str], config: Any) -> dict[str, Any]:
+def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[str, Any]:
     """Contents of the shards. Raises SanitizeError if none of them can be opened."""
-    from sanitize.data.index import index_shard
+    from sanitize.data.index import index_shard, label_reader, max_label, shard_names
+    from sanitize.data.reasons import Reasons
     from sanitize.data.sources import find_shards, list_sources
     from sanitize.errors import DataError
     from sanitize.progress import track
@@ -65,32 +81,76 @@ def _inspect(sources: list[str], config: Any) -> dict[str, Any]:
     found, refused = list_sources(sources)
     if not found:
         find_shards(sources)  # raises, unless all there is are archives that are not read
-    labels: Counter[int] = Counter()
+    reader = label_reader(config)
+    labels: Counter[Any] = Counter()  # by class, or by name where names are gathered
     sizes: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    per_shard = {}
+    members: Counter[str] = Counter()
+    reasons = Reasons(max_examples)
+    per_shard, places = {}, {}
     failure = None
     with track("inspect", None) as advance:
         for shard, url in found.items():
             try:
-                indexed, per_shard[shard] = index_shard(url, config, advance)
+                indexed, per_shard[shard] = index_shard(url, config, advance, reader)
             except DataError as error:
                 failure, refused[url] = error, str(error)
                 continue
-            rows = indexed.select(["status", "reason", "label", "height", "width"]).to_pylist()
+            places[shard] = url
+            rows = indexed.select(["status", "label", "height", "width"]).to_pylist()
             ok = [row for row in rows if row["status"] == "ok"]
-            labels.update(row["label"] for row in ok)
+            names = shard_names(indexed)
+            labels.update(row["label"] if names is None else names[row["label"]] for row in ok)
             sizes.update(f"{row['height']}x{row['width']}" for row in ok)
-            reasons.update(row["reason"] for row in rows if row["status"] != "ok")
+            reasons.add(shard, indexed)
+            _count_members(indexed, members)
     if failure is not None and not per_shard:
         raise failure
+    classes = sorted(labels) if config.classes == "names" else config.classes
+    by_class = {i: labels[name] for i, name in enumerate(classes)} if config.classes == "names" else labels
+    kinds = reasons.kinds()
+    largest = max_label(reasons) if config.n_classes is None else None
     return {
         "shards": per_shard,
         "refused": refused,
-        "labels": {str(label): labels[label] for label in sorted(labels)},
+        "labels": {str(label): by_class[label] for label in sorted(by_class)},
+        "classes": None if classes is None else list(classes),
+        "notes": _notes(by_class, classes, config, members) if largest is None else [],
         "image_sizes": dict(sizes.most_common()),
-        "unreadable": dict(reasons.most_common()),
+        "members": dict(sorted(members.items(), key=lambda item: (-item[1], item[0]))),
+        "unreadable": reasons.counts(),
+        "reasons": [{"reason": kind.reason, "n": kind.n, "examples": kind.examples} for kind in kinds],
+        "largest_label": largest,
+        "places": places,
     }
+
+
+def _notes(
+    labels: Mapping[int, int], classes: Sequence[str] | None, config: Any, members: Mapping[str, int]
+) -> list[str]:
+    """What is odd about the classes, or missing."""
+    from sanitize.data.labels import notes_on
+    from sanitize.data.samples import is_picture
+
+    notes = [] if config.label is None else notes_on(labels, config.n_classes, classes)
+    if config.label is None and labels:
+        notes.append(
+            "without labels `clean` finds samples unlike all others in an embedding made without labels; what looks "
+            "like the rest and has a wrong caption is not seen"
+        )
+    elif not labels and "txt" in members and any(map(is_picture, members)) and config.label == "cls":
+        notes.append("pictures with captions (.txt) and no class, as img2dataset writes them")
+    return notes
+
+
+def _count_members(rows: Any, members: Counter[str]) -> None:
+    """Count the members of a shard by suffix; rare suffixes beyond a thousand are one."""
+    import pyarrow.compute as pc
+
+    names = rows["members"].combine_chunks().flatten().field("name")
+    suffixes = pc.utf8_lower(pc.replace_substring_regex(names, r"^(?:.*/)?[^./]*\.?", ""))
+    for row in pc.value_counts(suffixes).to_pylist():
+        suffix = row["values"] if row["values"] in members or len(members) < 1000 else "others"
+        members[suffix or "no suffix"] += row["counts"]
 
 
 def _is_well(result: dict[str, Any], max_bad_fraction: float) -> bool:
@@ -99,8 +159,100 @@ def _is_well(result: dict[str, Any], max_bad_fraction: float) -> bool:
     return n_ok > 0 and n_bad <= max_bad_fraction * (n_ok + n_bad) and not is_damaged and not result["refused"]
 
 
-def _show(result: dict[str, Any]) -> None:
-    """A row for each shard with problems, and one line for all shards."""
+def _next(result: dict[str, Any], shards: Sequence[str], config: Any, set_: Sequence[str], is_well: bool) -> list[str]:
+    """What to do next: commands, and sentences where no command helps."""
+    places, quoted = result["places"], " ".join(map(shlex.quote, shards))
+    label = "none" if config.label is None else config.label
+    settings = list(set_)
+
+    def inspect(label: str = label, more: str | None = None) -> str:
+        given = [*settings, *([more] if more else [])]
+        options = "".join(f" --set {shlex.quote(one)}" for one in given)
+        return f"sanitize inspect {quoted}" + (f" --label {shlex.quote(label)}" if label != "cls" else "") + options
+
+    n_ok = sum(result["labels"].values())
+    if n_ok and sum(result["unreadable"].values()) <= config.max_bad_fraction * sum(
+        summary["counts"]["samples"] for summary in result["shards"].values()
+    ):
+        if not is_well:
+            return ["repair or leave out the damaged or refused shards, then inspect again"]
+        options = [f"index.label={label}"] if label not in ("cls", "none") else []
+        options += ["index.label=null", "embedder.kind=simclr", "scorers=[{kind: rca}]"] if label == "none" else []
+        options += [f"index.max_bad_fraction={config.max_bad_fraction}"] if config.max_bad_fraction != 0.05 else []
+        options += [f"index.{one}" for one in set_]
+        sets = "".join(f" --set {shlex.quote(one)}" for one in options)
+        given = " ".join(f"--shards {shlex.quote(shard)}" for shard in shards)
+        return [f"sanitize clean {given}{sets} --out runs/first"]
+    if not result["reasons"]:
+        return ["repair the shards, or leave them out: none has a sample that can be used"]
+    kind = result["reasons"][0]
+    reason, example = kind["reason"], kind["examples"][0]
+    members = result["members"]
+    if "do not stand together" in reason:
+        shard = places[example["shard"]]
+        return [
+            f"mkdir sorted && tar -xf {shlex.quote(shard)} -C sorted && tar --sort=name -cf sorted.tar -C sorted .",
+            "sanitize inspect sorted.tar",
+        ]
+    if "have different keys" in reason:
+        return ["move pictures and labels into one folder, so that their names differ in the suffix alone; pack again"]
+    if reason.startswith("a key ends at the first dot"):
+        return ["replace the dots in the names of the files, except that before the suffix; pack again"]
+    if "set index.image.member" in reason:
+        return [inspect(more=f"image.member={_pictures(members)[0]}"), inspect(more="image.member=first")]
+    if result["largest_label"] is not None:
+        return [inspect(more=f"n_classes={result['largest_label'] + 1}")]
+    if "set index.classes=names" in reason:
+        return [inspect(more="classes=names")]
+    if "set index.label to" in reason:
+        found = Counter({s: n for s, n in members.items() if s.endswith(f".{label.partition(':')[0]}")})
+        rest = label.partition(":")[2]
+        return [inspect(found.most_common(1)[0][0] + (f":{rest}" if rest else ""))]
+    if reason.startswith("no image member"):
+        return ["nothing here can be cleaned: sanitize reads pictures (jpg, png, webp, ppm), one a sample"]
+    if reason.startswith(("no .", "the json member")):
+        fields = _fields(places, example)
+        hint = "if the class is in the folder or the name, give it in a CSV file with the columns key and class: "
+        folders = [] if fields or "/" not in example["key"] else [hint + inspect("table:labels.csv#class")]
+        return [
+            *(inspect(f"json:{f}", "classes=names" if is_text else None) for is_text, f in fields),
+            inspect("none"),
+            *folders,
+        ]
+    if "is not an integer" in reason or "and give the classes in a table" in reason:
+        return [
+            "write one integer a sample; or give the classes in a CSV file with the columns key and class:",
+            inspect("table:labels.csv#class"),
+        ]
+    if "table of labels" in reason:
+        return ["give the table one row for each key; a key is the name of the file up to its first dot, with folders"]
+    return ["look at the samples named above; --json names all of them"]
+
+
+def _pictures(members: Mapping[str, int]) -> list[str]:
+    """Suffixes of pictures, the most frequent first, in the order of their names where they are as frequent."""
+    from sanitize.data.samples import is_picture
+
+    found = [suffix for suffix in members if is_picture(suffix)]
+    return sorted(found, key=lambda suffix: (-members[suffix], suffix)) or ["first"]
+
+
+def _fields(places: Mapping[str, str], example: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    """Fields of the JSON member of an unreadable sample that may be its label, at most two; see `label_fields`."""
+    from sanitize.data.labels import label_fields
+    from sanitize.data.samples import ShardReader
+    from sanitize.tar.names import printable
+
+    for sample in ShardReader(places[example["shard"]], suffix="json", digest=False):
+        if printable(sample.key) == example["key"]:
+            return label_fields(sample.members[0][1])[:2] if sample.members else []
+    return []
+
+
+def _show(result: dict[str, Any], has_labels: bool) -> None:
+    """A row for each shard with problems, one line for all shards, and the reasons with examples."""
+    from sanitize.data.reasons import differences
+
     per_shard = result["shards"]
     odd = {name: s for name, s in per_shard.items() if s["damage"] or s["counts"]["unreadable"]}
     if odd:
@@ -118,10 +270,36 @@ def _show(result: dict[str, Any]) -> None:
         f"{n_damaged:,} shards damaged, {len(result['refused']):,} refused",
         soft_wrap=True,
     )
-    console.print("classes:", ", ".join(f"{label}: {n:,}" for label, n in result["labels"].items()) or "none")
+    if has_labels:
+        console.print("classes:", _classes(result), soft_wrap=True)
+    else:
+        console.print("no labels are read: all samples are one class", soft_wrap=True)
     sizes = list(result["image_sizes"].items())[:10]
-    console.print("image sizes:", ", ".join(f"{size}: {n:,}" for size, n in sizes) or "none")
-    for reason, n in result["unreadable"].items():
-        say("unreadable", "yellow", f"{n:,} x {reason}")
+    console.print("image sizes:", ", ".join(f"{size}: {n:,}" for size, n in sizes) or "none", soft_wrap=True)
+    console.print("members:", _some(result["members"], _N_MEMBERS), soft_wrap=True)
+    for note in result["notes"]:
+        say("note:", "yellow", note)
+    for kind in result["reasons"][:_N_KINDS]:
+        say("unreadable", "yellow", f"{kind['n']:,} x {kind['reason']}")
+        for example in kind["examples"]:
+            other = differences(example["reason"], kind["reason"])
+            where = f"{example['key']} in {example['shard']} at byte {example['byte']:,}"
+            say(" " * 10, "", f"{where}: {other}" if other else where)
+    if len(result["reasons"]) > _N_KINDS:
+        say("unreadable", "yellow", f"{len(result['reasons']) - _N_KINDS:,} other kinds of reasons: see --json")
     for reason in result["refused"].values():
         say("refused", "red", reason)
+    for line in result["next"]:
+        say("next:", "green", line)
+
+
+def _classes(result: dict[str, Any]) -> str:
+    from sanitize.data.labels import class_name
+
+    names = {class_name(int(label), result["classes"]): n for label, n in result["labels"].items()}
+    return _some(names, _N_CLASSES)
+
+
+def _some(counts: Mapping[str, int], most: int) -> str:
+    shown = ", ".join(f"{name}: {n:,}" for name, n in list(counts.items())[:most])
+    return (shown + (f" and {len(counts) - most:,} more" if len(counts) > most else "")) or "none"

@@ -18,7 +18,7 @@ from sanitize.attack.stored import OnStored, stored_image
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import encode_png
-from sanitize.data.samples import Sample, find_image
+from sanitize.data.samples import Sample, find_image, in_format
 from sanitize.data.tables import ShardTables, write_rows
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ConfigError
@@ -85,6 +85,8 @@ def poison_shards(
     """
     if dataset.info["label"] is None:
         raise ConfigError("index.label=null reads no labels, and an attack needs them: index the shards with labels")
+    if dataset.info["label"].startswith("table:"):
+        raise ConfigError("an attack writes new labels into the shards, and index.label=table:... is beside them")
     config.check_classes(dataset.n_classes)
     network = _surrogate(config, surrogate, dataset)
     poisons = [attack.build(network if attack.needs_surrogate else None, compute) for attack in config.attacks]
@@ -106,7 +108,7 @@ def poison_shards(
                         seed = compute.seed_for("attack", "image", shard, sample.position)
                         label_1 = torch.tensor([row["label"]])
                         image_CHW = poisons[choice.attack](image_CHW[None], label_1, [seed])[0]
-                    truth = _copy(sample, image_CHW, row, choice, dataset.info["label"], tar)
+                    truth = _copy(sample, image_CHW, row, choice, dataset, tar)
                     rows.append(truth | ({"cover": choice is not None and choice.cover} if has_covers else {}))
                     advance(1)
         if rows:
@@ -180,20 +182,18 @@ def _copy(
     image_CHW: Tensor,
     row: dict[str, Any],
     choice: Choice | None,
-    label: str,
+    dataset: Dataset,
     tar: TarWriter,
 ) -> dict[str, Any]:
-    """Write a sample with its new image, and the label of `choice`. Returns its row of the truth.
-
-    `label`: `IndexConfig.label`.
-    """
-    image_name, (label_suffix, _, field) = find_image(sample)[0], label.partition(":")
+    """Write a sample with its new image, and the label of `choice`. Returns its row of the truth."""
+    image_name = find_image(sample, dataset.image_member)[0]
+    label_suffix, _, field = dataset.info["label"].partition(":")
     for name, payload in sample.members:
-        stem, suffix = split_name(name)
+        suffix = split_name(name)[1]
         if name == image_name:
-            tar.add(f"{stem}.png", encode_png(image_CHW))
+            tar.add(in_format(name, "png"), encode_png(image_CHW))
         elif suffix == label_suffix.lower() and choice is not None and not choice.cover:
-            tar.add(name, _relabelled(payload, field, choice.label))
+            tar.add(name, _relabelled(payload, field, _written(choice.label, dataset)))
         else:
             tar.add(name, payload)
     return {
@@ -206,7 +206,18 @@ def _copy(
     }
 
 
-def _relabelled(payload: bytes, field: str, label: int) -> bytes:
+def _written(label: int, dataset: Dataset) -> int | str:
+    """The label as shards have it: an integer, or the name of the class."""
+    return label if dataset.classes is None else dataset.classes[label]
+
+
+def _relabelled(payload: bytes, field: str, label: int | str) -> bytes:
     if not field:
         return str(label).encode()
-    return json.dumps(json.loads(payload) | {field: label}).encode()
+    record = json.loads(payload)
+    *path, last = [field] if field in record else field.split(".")
+    inner = record
+    for name in path:
+        inner = inner[name]
+    inner[last] = label
+    return json.dumps(record).encode()

@@ -32,7 +32,8 @@ def stored_image(sample: Sample, dataset: Dataset, shard: str) -> Tensor:
     Raises:
         DataError: the image cannot be decoded; an index with check=decode finds such images.
     """
-    config, (_, data) = ImageConfig.model_validate(dataset.info["image"]), find_image(sample)
+    config = ImageConfig.model_validate(dataset.info["image"])
+    data = find_image(sample, config.member)[1]
     try:
         mode = image_header(data, config).mode
         channels = 1 if mode in _GREY or mode.startswith("I;") else 3

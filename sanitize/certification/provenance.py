@@ -35,9 +35,14 @@ def refuse_if_void(dataset: Dataset) -> None:
             )
     config = dataset.manifest().recipe.config
     wanted = {
-        "index.n_classes": (config["n_classes"], dataset.n_classes),
+        "index.n_classes": (config["n_classes"] or config.get("classes"), dataset.n_classes),
         "index.image.size": (config["image"]["size"], list(dataset.image_shape[1:])),
     }
+    if config.get("classes") == "names":
+        raise ConfigError(
+            "no poisoning certificate with index.classes=names, because one more name could renumber the classes: list "
+            "the names, as in `classes` of the index"
+        )
     if taken := [f"{name}: {found}" for name, (given, found) in wanted.items() if given is None]:
         raise ConfigError(
             "no poisoning certificate while settings are taken from the samples, because one more sample could change "

@@ -1,5 +1,6 @@
 """An indexed data set: its samples, and a stream of their images in batches of one size."""
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +18,8 @@ from torch import Tensor
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
 from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile, find_image
-from sanitize.data.tables import ShardTables
-from sanitize.errors import ConfigError, DataError, ShardError
+from sanitize.data.tables import ShardTables, rows_name
+from sanitize.errors import ArtifactError, ConfigError, DataError, ShardError
 from sanitize.storage import fingerprint, open_read
 
 T = TypeVar("T")
@@ -51,7 +52,8 @@ class Dataset(ShardTables):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """dataset.json: n_classes, labels (count of each), image_size, image, shards, unreadable."""
+        """dataset.json: n_classes, classes (names or None), labels (count of each), notes, image_size, image, shards,
+        unreadable."""
         return self.read_object("dataset.json", "n_classes", "labels", "image_size", "image", "shards", "limits")
 
     @cached_property
@@ -76,6 +78,32 @@ class Dataset(ShardTables):
             raise ConfigError(f"set index.image.size: with index.check={self.info['check']} no image was decoded")
         height, width = self.info["image_size"]
         return int(self.info["image"]["channels"]), height, width
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes, if labels are names."""
+        names = self.info.get("classes")
+        return None if names is None else tuple(names)
+
+    def rows(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of one shard, as in ShardTables; labels are classes of the data set."""
+        table = super().rows(shard, columns)
+        names, at = (table.schema.metadata or {}).get(b"names"), table.schema.get_field_index("label")
+        if names is None or at < 0:
+            return table
+        # A shard numbers the names that it has; a name that only unreadable samples have is no class.
+        try:
+            class_of = {name: label for label, name in enumerate(self.classes or ())}
+            classes = pa.array([class_of.get(name) for name in json.loads(names)], pa.int64())
+            return table.set_column(at, "label", classes.take(table["label"].combine_chunks()))
+        except (pa.ArrowException, ValueError, TypeError, IndexError) as error:
+            raise ArtifactError(f"the class names of {self.url(rows_name(shard))} are damaged: {error}") from error
+
+    @property
+    def image_member(self) -> str | None:
+        """`ImageConfig.member` of the index, for `find_image`."""
+        member: str | None = self.info["image"].get("member")
+        return member
 
     def samples(self, shard: str) -> Iterator[tuple[Sample, dict[str, Any]]]:
         """Every sample of a shard, usable or not, with its index row.
@@ -177,12 +205,12 @@ class Dataset(ShardTables):
 
     def _images(self, shard: str, rows: pa.Table, is_read: list[bool]) -> Iterator[bytes]:
         """Payload of the image of each sample to read."""
-        names = rows["image"].to_pylist()
+        names, member = rows["image"].to_pylist(), self.image_member
         for piece in self.pieces(shard, rows):
             if isinstance(piece, Piece):
                 yield from piece.payloads([names[i] for i in piece.positions if is_read[i]])
             elif is_read[piece.position]:
-                yield find_image(piece)[1]
+                yield find_image(piece, member)[1]
 
     def _start(
         self, shard: str, rows: pa.Table, images: Iterator[bytes], threads: "_Threads"

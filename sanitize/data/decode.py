@@ -56,6 +56,8 @@ class ImageConfig(BaseModel):
         crop: True crops images of other proportions around the centre; False stretches them, so that a trigger at the
             border stays visible.
         channels: 3 (RGB) or 1 (luminance).
+        member: suffix of the image that is read where a sample has several (`left.jpg`, also as `left.png`), or `first`
+            in the order of the shard. None takes the only image, if it has a plain suffix (`jpg`) or is the only one.
         max_pixels: number of pixels in the header above which an image is not decoded (decompression bombs). A side
             below 8 counts as 8.
         max_scan_pixels: number of pixels in all scans of a JPEG, each component of a scan counted separately. An
@@ -71,6 +73,7 @@ class ImageConfig(BaseModel):
     max_side: int | None = Field(default=None, ge=8)
     crop: bool = True
     channels: Literal[1, 3] = 3
+    member: str | None = Field(default=None, pattern=r"^[^:/]{1,200}$")
     max_pixels: int = Field(default=50_000_000, gt=0)
     max_scan_pixels: int = Field(default=400_000_000, gt=0)
     max_chunks: int = Field(default=2**16, gt=0)

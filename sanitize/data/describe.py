@@ -59,10 +59,10 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
         files: sha256 and size of every written shard, by `clean/SHARD`; others are ignored.
 
     Returns:
-        `samples`: number of kept, quarantined and unreadable samples. `n_classes`; `labels`: label -> kept samples,
-        perhaps 0. `label`: member that contains the class, as in `IndexConfig.label`. `image`: settings of decoding
-        (size is [height, width]), and suffixes of usable images. `shards`: path -> samples, size in bytes, sha256; in
-        sorted order. `made_from`: digests of index and selection.
+        `samples`: number of kept, quarantined and unreadable samples. `n_classes`; `classes`: their names, or None.
+        `labels`: label -> kept samples, perhaps 0. `label`: place of the class, as in `IndexConfig.label`. `image`:
+        settings of decoding (size is [height, width]), and suffixes of usable images. `shards`: path -> samples, size
+        in bytes, sha256; in sorted order. `made_from`: digests of index and selection.
     """
     counts = selection.manifest().counts
     labels: Counter[int] = Counter()
@@ -75,13 +75,14 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
         kept = verdicts["label"].filter(verdicts["keep"]).to_pylist()
         labels.update(kept)
         names = dataset.rows(shard, ["image"])["image"].filter(pc.not_equal(verdicts["status"], "unreadable"))
-        suffixes.update(pc.replace_substring_regex(names, r"^.*\.", "").unique().to_pylist())
+        suffixes.update(pc.replace_substring_regex(names, r"^(?:.*/)?[^./]*\.", "").unique().to_pylist())
         entry = files[f"clean/{shard}"]
         shards[f"clean/{shard}"] = {"samples": len(kept), "size": entry.size, "sha256": entry.sha256}
     return {
         "format": 1,
         "samples": {status: counts.get(status, 0) for status in ("kept", "quarantined", "unreadable")},
         "n_classes": dataset.n_classes,
+        "classes": dataset.info.get("classes"),
         "labels": {label: labels[int(label)] for label in dataset.info["labels"]},
         "label": dataset.info["label"],
         "image": {**dataset.info["image"], "size": dataset.info["image_size"], "suffixes": sorted(suffixes)},
@@ -93,9 +94,9 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
 def croissant(description: Mapping[str, Any]) -> dict[str, Any]:
     """Content of `croissant.json`, from that of `dataset.json`.
 
-    Three record sets: `images` and `labels` as stored in the shards, and `samples`, which joins them by key. Paths are
-    relative to the folder of the file. Unknown fields (license, creator, url, datePublished, citeAs, version) are left
-    out; add them before publication.
+    Three record sets: `images` and `labels` as stored in the shards, and `samples`, which joins them by key; `images`
+    alone where no member of the shards has labels. Paths are relative to the folder of the file. Unknown fields
+    (license, creator, url, datePublished, citeAs, version) are left out; add them before publication.
     """
     n = description["samples"]
     source = description["made_from"]
@@ -105,13 +106,26 @@ def croissant(description: Mapping[str, Any]) -> dict[str, Any]:
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": f"clean-{source['selection'][:12]}",
         "description": (
-            f"{n['kept']} samples of {description['n_classes']} classes in {len(description['shards'])} WebDataset "
+            f"{n['kept']} samples {_classes(description)} in {len(description['shards'])} WebDataset "
             f"shards, kept by sanitize out of {sum(n.values())} ({n['quarantined']} quarantined, {n['unreadable']} "
             f"unreadable). Index {source['dataset']}, selection {source['selection']}."
         ),
         "distribution": _distribution(description),
         "recordSet": _record_sets(description),
     }
+
+
+def _classes(description: Mapping[str, Any]) -> str:
+    return "without labels" if description["label"] is None else f"of {description['n_classes']} classes"
+
+
+def _label_member(description: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Suffix of the member with the label, and the field or path in it; None if no member of the shards has it."""
+    label = description["label"]
+    if label is None or label.startswith("table:"):
+        return None
+    suffix, _, field = label.partition(":")
+    return suffix, field
 
 
 def _distribution(description: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -130,13 +144,12 @@ def _distribution(description: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     shard_ids = [{"@id": shard["@id"]} for shard in shards]
     suffixes = description["image"]["suffixes"]
-    label, _, field = description["label"].partition(":")
-    image_types = sorted({_MIME_TYPES[suffix.lower()] for suffix in suffixes})
-    return [
-        *shards,
-        _file_set("image-files", shard_ids, suffixes, image_types),
-        _file_set("label-files", shard_ids, [label], ["application/json" if field else "text/plain"]),
-    ]
+    image_types = sorted({_MIME_TYPES[suffix.lower().rpartition(".")[2]] for suffix in suffixes})
+    files = [*shards, _file_set("image-files", shard_ids, suffixes, image_types)]
+    if (member := _label_member(description)) is not None:
+        type = "application/json" if member[1] else "text/plain"
+        files.append(_file_set("label-files", shard_ids, [member[0]], [type]))
+    return files
 
 
 def _file_set(name: str, shards: list[dict[str, str]], suffixes: list[str], types: list[str]) -> dict[str, Any]:
@@ -151,29 +164,36 @@ def _file_set(name: str, shards: list[dict[str, str]], suffixes: list[str], type
 
 
 def _record_sets(description: Mapping[str, Any]) -> list[dict[str, Any]]:
-    label, _, field = description["label"].partition(":")
-    value = {"jsonPath": f"$[{json.dumps(field, ensure_ascii=False)}]"} if field else {"fileProperty": "content"}
-    number = ["sc:Integer", "cr:Label"]
     image_key = _key("image-files", description["image"]["suffixes"])
+    images = _record_set(
+        "images",
+        _field("images/key", "sc:Text", image_key),
+        _field("images/image", "sc:ImageObject", _extract("image-files", {"fileProperty": "content"})),
+    )
+    if (member := _label_member(description)) is None:
+        return [images]
+    suffix, field = member
+    value = {"jsonPath": _json_path(field)} if field else {"fileProperty": "content"}
+    type = ["sc:Text" if description.get("classes") else "sc:Integer", "cr:Label"]
     return [
-        _record_set(
-            "images",
-            _field("images/key", "sc:Text", image_key),
-            _field("images/image", "sc:ImageObject", _extract("image-files", {"fileProperty": "content"})),
-        ),
+        images,
         _record_set(
             "labels",
-            _field("labels/key", "sc:Text", _key("label-files", [label])),
-            _field("labels/label", number, _extract("label-files", value)),
+            _field("labels/key", "sc:Text", _key("label-files", [suffix])),
+            _field("labels/label", type, _extract("label-files", value)),
         ),
         _record_set(
             "samples",
             # Joined from the labels: a second picture of a sample (KEY.mask.png) has no label and is dropped.
             _field("samples/key", "sc:Text", _other("labels/key"), references=_other("images/key")),
             _field("samples/image", "sc:ImageObject", _other("images/image")),
-            _field("samples/label", number, _other("labels/label")),
+            _field("samples/label", type, _other("labels/label")),
         ),
     ]
+
+
+def _json_path(field: str) -> str:
+    return "$" + "".join(f"[{json.dumps(name, ensure_ascii=False)}]" for name in field.split("."))
 
 
 def _record_set(name: str, *fields: dict[str, Any]) -> dict[str, Any]:

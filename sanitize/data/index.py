@@ -6,39 +6,42 @@ of the check; only "decode" proves that images can be decoded.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sanitize.artifacts import ArtifactBuilder, Part, Sources
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode
+from sanitize.data.labels import MAX_NAMES, BadLabel, LabelReader, notes_on
+from sanitize.data.layout import dots, explained
+from sanitize.data.reasons import Reasons
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import (
-    BadLabel,
     Sample,
     SampleLimits,
     ShardReader,
     find_image,
     image_name,
-    read_label,
 )
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.tables import rows_name, write_rows
-from sanitize.errors import DataError
+from sanitize.errors import ConfigError, DataError
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.compression import not_read, unread_suffix
 from sanitize.tar.names import printable
 
 _MAX_NAMED = 10  # shards in a message
-MAX_CLASSES = 1000  # limit without n_classes: one hostile label must not set the size of a model
+_NO_LABELS = "none"
+_LARGE_LABEL = re.compile(r"label (\d+) is not in ")
 
 
 class IndexConfig(BaseModel):
@@ -48,9 +51,12 @@ class IndexConfig(BaseModel):
         check: depth of the check. "decode": each image is decoded, so that later stages can read all `ok` samples.
             "digest": images are hashed, not decoded. "headers": only labels are read, and no byte is hashed; a changed
             shard is then recognised by its size and modification time.
-        label: member with the class: the suffix of a file with an ascii integer, or "json:FIELD". None reads no labels:
-            all samples are of class 0.
+        label: place of the class. The suffix of a member ("cls", "output.cls") with an ASCII integer or an exact
+            one-hot vector; "json:FIELD" or "json:A.B.C" for a path; "table:FILE#COLUMN" for a CSV or Parquet file with
+            a column `key`. None or "none" reads no labels: all samples are of class 0.
         n_classes: number of classes; None takes the largest label below 1,000, plus one.
+        classes: "names" if labels are class names: the classes are the sorted names, and `dataset.json` lists them. A
+            list of names gives their order. None for integers.
         image: settings of decoding.
         limits: limits on the cost of one sample.
         max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops.
@@ -61,15 +67,32 @@ class IndexConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     check: Literal["decode", "digest", "headers"] = "decode"
-    label: str | None = Field(default="cls", pattern=r"^[^:.]+$|^json:.+$")
+    label: str | None = Field(default="cls", pattern=r"^[^:]+$|^([^:]+\.)?json:.+$|^table:.+$")
     n_classes: int | None = Field(default=None, gt=0)
+    classes: Literal["names"] | tuple[str, ...] | None = None
     image: ImageConfig = ImageConfig()
     limits: SampleLimits = SampleLimits()
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     max_bad_shards: int = Field(default=0, ge=0)
 
+    @field_validator("label")
+    @classmethod
+    def _none_is_no_label(cls, label: str | None) -> str | None:
+        return None if label == _NO_LABELS else label
 
-@stage(Dataset, version=2, gpu=False, draws="nothing")
+    @model_validator(mode="after")
+    def _settings_of_labels(self) -> Self:
+        if self.label is not None and self.label.startswith("table:") and "#" not in self.label[6:]:
+            raise ConfigError(f"index.label={self.label} names no column: table:FILE#COLUMN")
+        if isinstance(self.classes, tuple):
+            if not self.classes or len(set(self.classes)) < len(self.classes) or len(self.classes) > MAX_NAMES:
+                raise ConfigError(f"index.classes needs 1 to {MAX_NAMES:,} different names")
+            if self.n_classes not in (None, len(self.classes)):
+                raise ConfigError(f"index.classes has {len(self.classes)} names, and index.n_classes={self.n_classes}")
+        return self
+
+
+@stage(Dataset, version=3, gpu=False, draws="nothing")
 def index_shards(
     config: IndexConfig,
     sources: Sequence[str] | str | Sources,
@@ -99,10 +122,13 @@ def index_shards(
     found = sources if isinstance(sources, Mapping) else fingerprint_shards(find_shards(sources))
     found = dict(sorted(found.items()))
     _refuse_unread(config, found)
+    labels = label_reader(config)
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
-        table, summary = index_shard(str(found[shard]["url"]), config, advance)
-        write_rows(part, shard, table.replace_schema_metadata({"shard": json.dumps(summary)}))
+        table, summary = index_shard(str(found[shard]["url"]), config, advance, labels)
+        write_rows(
+            part, shard, table.replace_schema_metadata((table.schema.metadata or {}) | {"shard": json.dumps(summary)})
+        )
         part.counts.update(summary["counts"])
 
     def finish(part: Part, builder: ArtifactBuilder) -> None:
@@ -114,7 +140,7 @@ def index_shards(
         finish=finish,
         sources=found,
         bar=Bars("index"),
-        inputs=dict.fromkeys(found, "shard"),
+        inputs=dict.fromkeys(found, "shard") | ({"label table": labels.sha256} if labels.sha256 else {}),
     )
 
 
@@ -125,63 +151,123 @@ def _refuse_unread(config: IndexConfig, found: Mapping[str, object]) -> None:
         raise DataError(_too_many(unread, len(found), config))
 
 
+def label_reader(config: IndexConfig) -> LabelReader:
+    """The reader of labels of these settings. Raises as `LabelReader` does."""
+    return LabelReader(config.label, config.n_classes, config.classes)
+
+
 def index_shard(
-    url: str, config: IndexConfig, advance: Callable[[int], None] = lambda _n: None
+    url: str,
+    config: IndexConfig,
+    advance: Callable[[int], None] = lambda _n: None,
+    labels: LabelReader | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself."""
-    n_classes, headers_only = config.n_classes or MAX_CLASSES, config.check == "headers"
-    suffix = (config.label or "").partition(":")[0].lower() if headers_only else None
+    """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
+
+    Where class names are gathered, `label` is the number of a name in the list `names` of the schema's metadata.
+
+    Args:
+        url: path or URL of the shard.
+        config: requirements on samples.
+        advance: function called with the number of finished samples.
+        labels: `label_reader(config)`, if the caller has it.
+    """
+    headers_only = config.check == "headers"
+    reader = labels or label_reader(config)
+    names: dict[str, int] = {}
 
     def judge(sample: Sample) -> dict[str, Any]:
-        return _judge(sample, config, n_classes)
+        judged = _judge(sample, config, reader)
+        if isinstance(name := judged.get("label"), str):
+            judged["label"] = names.setdefault(name, len(names))
+            if len(names) > MAX_NAMES:
+                raise DataError(_too_many_names(url, config))
+        return judged
 
     found = None
-    if headers_only and config.label is not None and not unread_suffix(url):
-        found = plain_rows(url, config.limits, config.label, n_classes, judge, advance)
+    if headers_only and reader.reads_members and not unread_suffix(url):
+        integers = reader.n_classes if reader.is_plain else 0
+        found = plain_rows(url, config.limits, reader.suffix, integers, judge, advance, config.image.member)
     if found is None:
+        suffix = reader.suffix if headers_only else None
         found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
-    n_bad = len(found.table) - found.table["status"].to_pylist().count("ok")
+    table = explained(found.table, config.label)
+    n_bad = len(table) - table["status"].to_pylist().count("ok")
     summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage}
-    return found.table, summary | {"counts": {"samples": len(found.table), "unreadable": n_bad}}
+    if config.classes == "names":
+        table = table.replace_schema_metadata({"names": json.dumps(list(names))})
+    return table, summary | {"counts": {"samples": len(table), "unreadable": n_bad}}
 
 
-def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any]:
+def _too_many_names(where: str, config: IndexConfig) -> str:
+    return (
+        f"more than {MAX_NAMES:,} class names in {printable(where)}: index.label={config.label} is no class, but "
+        "perhaps a caption or an id; name another member, or index.label=none"
+    )
+
+
+def _judge(sample: Sample, config: IndexConfig, labels: LabelReader) -> dict[str, Any]:
     """Status of a sample, the reason where it is not "ok", and its properties."""
     if sample.problem is not None:
         return {"status": "unreadable", "reason": sample.problem}
     found: dict[str, Any] = {}
     try:
-        found["image"] = printable(image_name(name for name, _ in sample.sizes))
+        found["image"] = printable(_image_name(sample, config, labels))
         if config.check != "headers":
-            found["sha256"] = hashlib.sha256(find_image(sample)[1]).hexdigest()
-        found["label"] = 0 if config.label is None else read_label(sample, config.label, n_classes)
+            found["sha256"] = hashlib.sha256(find_image(sample, config.image.member)[1]).hexdigest()
+        found["label"] = labels.read(sample)
         if config.check == "decode":
-            found["height"], found["width"] = decode(find_image(sample)[1], config.image).shape[1:]
+            found["height"], found["width"] = decode(find_image(sample, config.image.member)[1], config.image).shape[1:]
     except (LookupError, BadLabel, BadImage) as error:
         return found | {"status": "unreadable", "reason": str(error.args[0])}
     return found | {"status": "ok"}
+
+
+def _image_name(sample: Sample, config: IndexConfig, labels: LabelReader) -> str:
+    names = [name for name, _ in sample.sizes]
+    try:
+        return image_name(names, config.image.member)
+    except LookupError as error:
+        raise LookupError((labels.reads_members and dots(names, labels.suffix)) or error.args[0]) from None
 
 
 def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) -> dict[str, Any]:
     """Content of dataset.json. Raises DataError where too much data is bad."""
     labels: Counter[int] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
-    reasons: Counter[str] = Counter()
+    by_name: Counter[str] = Counter()
+    reasons = Reasons()
     summaries = {}
     for shard in shards:
         rows = pa.BufferReader(builder.read(rows_name(shard)))
-        table = pq.read_table(rows, columns=["status", "reason", "label", "height", "width"])
+        table = pq.read_table(rows, columns=["status", "reason", "key", "start", "label", "height", "width"])
         summaries[shard] = json.loads(table.schema.metadata[b"shard"])
         is_ok = pc.equal(table["status"], "ok")
         ok = table.filter(is_ok)
-        labels.update({row["values"]: row["counts"] for row in pc.value_counts(ok["label"]).to_pylist()})
+        counts = {row["values"]: row["counts"] for row in pc.value_counts(ok["label"]).to_pylist()}
+        if (names := shard_names(table)) is None:
+            labels.update(counts)
+        else:
+            by_name.update({names[i]: n for i, n in counts.items()})
+            if len(by_name) > MAX_NAMES:
+                raise DataError(_too_many_names("the shards", config))
         by_size = ok.group_by(["height", "width"]).aggregate([([], "count_all")])
         sizes.update({(row["height"], row["width"]): row["count_all"] for row in by_size.to_pylist()})
-        reasons.update(table["reason"].filter(pc.invert(is_ok)).to_pylist())
+        reasons.add(shard, table)
+    classes = list(config.classes) if isinstance(config.classes, tuple) else sorted(by_name) or None
+    if config.n_classes is not None and len(by_name) > config.n_classes:
+        raise DataError(
+            f"{len(by_name)} class names, more than index.n_classes={config.n_classes}: "
+            f"{_some([printable(name) for name in classes or ()])}. Set index.classes to the names that are classes"
+        )
+    if by_name:
+        labels.update({label: by_name[name] for label, name in enumerate(classes or ())})
     _refuse_if_bad(config, labels.total(), reasons, summaries)
     common = common_size(sizes, config.image.max_side) if config.check == "decode" else None
     return {
-        "n_classes": config.n_classes or max(labels) + 1,
+        "n_classes": config.n_classes or (len(classes) if classes else max(labels) + 1),
+        "classes": classes,
+        "notes": [] if config.label is None else notes_on(labels, config.n_classes, classes),
         "labels": {str(label): labels[label] for label in sorted(labels)},
         "image_size": config.image.size or common,
         "check": config.check,
@@ -189,7 +275,7 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
         "image": config.image.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
         "shards": summaries,
-        "unreadable": dict(reasons.most_common()),
+        "unreadable": reasons.counts(),
     }
 
 
@@ -234,24 +320,22 @@ def bad_shards(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _refuse_if_bad(
-    config: IndexConfig, n_ok: int, reasons: Mapping[str, int], summaries: Mapping[str, Mapping[str, Any]]
-) -> None:
+def _refuse_if_bad(config: IndexConfig, n_ok: int, found: Reasons, summaries: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise DataError where too much data is bad.
 
     Args:
         config: limits on bad data.
         n_ok: number of usable samples.
-        reasons: reason -> number of unreadable samples.
+        found: reasons of unreadable samples.
         summaries: summary of each shard, from `index_shard`.
     """
+    reasons = found.counts()
     n_bad, bad = sum(reasons.values()), bad_shards(summaries)
     why = []
     if n_bad > config.max_bad_fraction * (n_ok + n_bad):
-        most = "; ".join(f"{n} x {reason}" for reason, n in Counter(reasons).most_common(3))
         why.append(
             f"{n_bad} of {n_ok + n_bad} samples are unreadable, more than max_bad_fraction={config.max_bad_fraction}: "
-            f"{most}. Look with `sanitize inspect`; raise max_bad_fraction only if this is expected"
+            f"{found.most()}. {_what_to_do(config, found)}"
         )
     elif n_ok == 0:
         damaged = [f"{printable(shard)} ({s['damage']})" for shard, s in summaries.items() if s["damage"]]
@@ -260,6 +344,26 @@ def _refuse_if_bad(
         why.append(_too_many(bad, len(summaries), config))
     if why:
         raise DataError(". ".join(why))
+
+
+def _what_to_do(config: IndexConfig, found: Reasons) -> str:
+    largest = max_label(found) if config.n_classes is None else None
+    if largest is not None:
+        return f"Labels go up to {largest}: set index.n_classes={largest + 1} if these are the classes"
+    return "Look with `sanitize inspect`, which says what to do; raise max_bad_fraction only if this is expected"
+
+
+def max_label(found: Reasons) -> int | None:
+    """The largest label that was refused for the number of classes, if that is the most frequent reason."""
+    kinds = found.kinds()
+    match = _LARGE_LABEL.match(kinds[0].largest) if kinds else None
+    return int(match[1]) if match else None
+
+
+def shard_names(table: pa.Table) -> list[str] | None:
+    """Class names of the labels of a shard, if they are gathered; see `index_shard`."""
+    stored = (table.schema.metadata or {}).get(b"names")
+    return None if stored is None else list(json.loads(stored))
 
 
 def _too_many(bad: Mapping[str, str], n_shards: int, config: IndexConfig) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from sanitize.data.decode import IMAGE_SUFFIXES
-from sanitize.data.samples import Sample, SampleLimits, ShardFile, ShardReader
+from sanitize.data.samples import Sample, SampleLimits, ShardFile, ShardReader, is_picture
 from sanitize.storage import open_read
 from sanitize.tar.names import FOLDER_BYTES, printable, split_usual
 from sanitize.tar.plain import SMALL, NotPlain, PlainMembers, read_plain
@@ -85,21 +85,27 @@ def _strings(values: Any) -> pa.StringArray:
 
 
 def plain_rows(
-    url: str, limits: SampleLimits, label: str, n_classes: int, judge: Judge, advance: Callable[[int], None]
+    url: str,
+    limits: SampleLimits,
+    suffix: str,
+    n_classes: int,
+    judge: Judge,
+    advance: Callable[[int], None],
+    member: str | None = None,
 ) -> ShardRows | None:
     """The same by columns, with only the payloads of labels read; None for a shard that is not ordinary throughout.
 
     Args:
         url: path or URL of the shard.
         limits: limits on the cost of one sample.
-        label: place of labels, as in `IndexConfig.label`.
-        n_classes: number of classes; labels at or above it are refused.
+        suffix: lower-case suffix of the members with labels.
+        n_classes: number of classes; labels at or above it are refused. 0 leaves all labels to `judge`.
         judge: function for samples without exactly one image and one label of digits alone.
         advance: function called with the number of finished samples.
+        member: `ImageConfig.member`.
     """
-    suffix, _, field = label.partition(":")
     try:
-        plain = _read(url, limits, suffix.lower(), 0 if field else n_classes)
+        plain = _read(url, limits, suffix, n_classes, _plain_suffixes(member))
     except NotPlain:
         return None
     n = len(plain.names_N)
@@ -122,6 +128,14 @@ def plain_rows(
     }
     advance(len(keys_K))
     return ShardRows(_table(columns, plain.names_N, plain.sizes_N, counts_K), None, plain.size, None)
+
+
+def _plain_suffixes(member: str | None) -> np.ndarray:
+    """Suffixes that make the only member with one of them the image of its sample."""
+    if member is None:
+        return _IMAGE_SUFFIXES
+    is_suffix = member != "first" and is_picture(member.lower()) and member.isascii()
+    return np.array([member.lower().encode()] if is_suffix else [], "S")
 
 
 class _Plain(NamedTuple):
@@ -148,7 +162,7 @@ class _Plain(NamedTuple):
     size: int
 
 
-def _read(url: str, limits: SampleLimits, suffix: str, n_classes: int) -> _Plain:
+def _read(url: str, limits: SampleLimits, suffix: str, n_classes: int, image_suffixes: np.ndarray) -> _Plain:
     columns: list[tuple[np.ndarray, ...]] = []
     odd_labels: dict[int, bytes] = {}
     n = listed = folders = 0
@@ -169,7 +183,7 @@ def _read(url: str, limits: SampleLimits, suffix: str, n_classes: int) -> _Plain
                 if size > SMALL:
                     raise NotPlain
                 odd_labels[n + i] = found.window[start : start + size]
-            is_image_N = np.isin(usual[1], _IMAGE_SUFFIXES)
+            is_image_N = np.isin(usual[1], image_suffixes)
             members = (found.sizes_N, found.starts_N, found.ends_N)
             columns.append((found.names_N, usual[0], is_image_N, is_label_N, label_N, *members))
             n += len(label_N)

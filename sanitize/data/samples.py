@@ -4,11 +4,9 @@ A sample is a sequence of members that share a key, the name up to the first dot
 sample, or at most the rest of one shard; each problem is reported in words.
 """
 
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import BinaryIO, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,9 +19,9 @@ from sanitize.tar.names import USUAL_NAME, SeenPaths, printable, split_name
 from sanitize.tar.read import Member, TarDamage, TarLimits, TarReader, unsafe_name
 from sanitize.tar.write import BLOCK
 
-_INTEGER = re.compile(rb"[+-]?\d{1,18}")
 _SKIPPED_BYTES = 1 << 20  # bytes skipped at once
-_MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
+_MAX_LISTED = 6  # suffixes in a reason
+_MAX_SHOWN = 40  # characters of a suffix or a label in a reason
 
 
 class SampleLimits(BaseModel):
@@ -269,68 +267,73 @@ class ShardFile:
         return self._sha256.hexdigest(), self._size
 
 
-class BadLabel(ValueError):
-    """The label is unusable; the message is the reason."""
+def is_picture(suffix: str) -> bool:
+    """True for the suffix of an image, also behind others (`left.jpg`); lower-case."""
+    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES
 
 
-def image_name(names: Iterable[str]) -> str:
-    """The only name with the suffix of an image. Raises LookupError if there are none or several."""
-    images = [name for name in names if split_name(name)[1] in IMAGE_SUFFIXES]
-    if len(images) != 1:
-        raise LookupError("no image member" if not images else f"{len(images)} image members")
-    return images[0]
-
-
-def find_image(sample: Sample) -> tuple[str, bytes]:
-    """The image member (name, payload). Raises LookupError as `image_name` does."""
-    found = image_name(name for name, _ in sample.members)
-    return next(member for member in sample.members if member[0] == found)
-
-
-def read_label(sample: Sample, source: str, n_classes: int) -> int:
-    """Class of a sample, 0 <= label < n_classes.
+def image_name(names: Iterable[str], member: str | None = None) -> str:
+    """Name of the image of a sample.
 
     Args:
-        sample: sample with the payload of its label.
-        source: suffix of the member with an ascii integer ("cls"), or "json:FIELD".
-        n_classes: number of classes; labels at or above it are refused.
+        names: names of its members, in the order of the shard.
+        member: `ImageConfig.member`.
 
     Raises:
-        BadLabel: the label is missing, occurs twice, is no integer, or is out of range.
+        LookupError: there is no such image, or there are several; the message is the reason.
     """
-    suffix, _, field = source.partition(":")
-    found = [data for name, data in sample.members if split_name(name)[1] == suffix.lower()]
+    names = list(names)
+    pictures = {name: suffix for name in names if is_picture(suffix := split_name(name)[1])}
+    if not pictures:
+        raise LookupError(f"no image member{beside(names)}")
+    if member == "first":
+        return next(iter(pictures))
+    if member is not None:
+        return _the_only(pictures, member, names)
+    plain = [name for name, suffix in pictures.items() if "." not in suffix]
+    if len(plain or pictures) > 1:
+        raise LookupError(
+            f"{len(plain or pictures)} image members, '{_listed(plain or pictures)}': set index.image.member to one of "
+            "these suffixes, or to first"
+        )
+    return (plain or list(pictures))[0]
+
+
+def _the_only(pictures: Mapping[str, str], member: str, names: Sequence[str]) -> str:
+    """The picture with the suffix `member`, or the only one with that suffix in another image format."""
+    wanted = member.lower()
+    found = [name for name, suffix in pictures.items() if suffix == wanted]
+    if not found:
+        stem = wanted.rpartition(".")[0]
+        found = [name for name, suffix in pictures.items() if suffix.rpartition(".")[0] == stem]
     if len(found) != 1:
-        raise BadLabel(f"{len(found) or 'no'} .{suffix} member{'s' if found else ''}")
-    data = (_json_field(found[0], field) if field else found[0]).strip()
-    if not _INTEGER.fullmatch(data):
-        raise BadLabel(f"label '{printable(data[:40].decode('utf-8', 'surrogateescape'))}' is not an integer")
-    label = int(data)
-    if not 0 <= label < n_classes:
-        raise BadLabel(f"label {label} is not in 0..{n_classes - 1}")
-    return label
+        raise LookupError(f"{len(found) or 'no'} image members for index.image.member={member}{beside(names)}")
+    return found[0]
 
 
-def _json_field(data: bytes, field: str) -> bytes:
-    if len(data) > _MAX_JSON_BYTES:
-        raise BadLabel(f"the json member is larger than {_MAX_JSON_BYTES} bytes")
+def beside(names: Sequence[str]) -> str:
+    """End of a reason that lists what is there instead."""
+    return f"; the members are '{_listed(names)}'" if names else ""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if (
-            len(found) < len(pairs) and sum(name == field for name, _ in pairs) > 1
-        ):  # parsers differ in which one they take
-            raise BadLabel(f"the json member has field {field!r} twice")
-        return found
 
-    try:
-        record = json.loads(data, object_pairs_hook=once)
-        if not isinstance(record, dict) or field not in record:
-            raise BadLabel(f"the json member has no field {field!r}")
-        value = record[field]
-        text = value if isinstance(value, str) else json.dumps(value)
-    except BadLabel:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise BadLabel("the json member is not valid JSON") from error
-    return text.encode("utf-8", "surrogatepass")
+def _listed(names: Iterable[str]) -> str:
+    """Suffixes of the names, for a reason."""
+    suffixes = list(dict.fromkeys(_short(split_name(name)[1]) or "(none)" for name in names))
+    return ", ".join(suffixes[:_MAX_LISTED]) + (
+        f" and {len(suffixes) - _MAX_LISTED} more" * (len(suffixes) > _MAX_LISTED)
+    )
+
+
+def _short(text: str) -> str:
+    return printable(text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 2]} …")
+
+
+def find_image(sample: Sample, member: str | None = None) -> tuple[str, bytes]:
+    """The image member (name, payload). Arguments and errors: see `image_name`."""
+    found = image_name((name for name, _ in sample.members), member)
+    return next(one for one in sample.members if one[0] == found)
+
+
+def in_format(name: str, suffix: str) -> str:
+    """The name with the last part of its suffix replaced: `x.left.jpg` becomes `x.left.png`."""
+    return f"{name.rpartition('.')[0]}.{suffix}"

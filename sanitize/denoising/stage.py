@@ -13,13 +13,12 @@ from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode, encode_png
-from sanitize.data.samples import Sample, find_image
+from sanitize.data.samples import Sample, find_image, in_format
 from sanitize.data.writer import shard_writer
 from sanitize.denoising.pca import PCA
 from sanitize.denoising.pca_noise import PCANoise, PCANoiseConfig
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.compression import unread_suffix
-from sanitize.tar.names import split_name
 from sanitize.tar.write import TarWriter
 
 
@@ -37,12 +36,15 @@ class DenoiseConfig(PCANoiseConfig):
 class Denoised(Artifact):
     """`shards/SHARD`: the usable samples with modified images; other members are unchanged."""
 
-    def image(self, sample: Sample) -> Tensor:
-        """The modified image of a sample of these shards, rounded to uint8, (C, H, W)."""
+    def image(self, sample: Sample, member: str | None = None) -> Tensor:
+        """The modified image of a sample of these shards, rounded to uint8, (C, H, W).
+
+        `member`: `ImageConfig.member` of the data set.
+        """
         arrays = [payload for name, payload in sample.members if name.endswith(".npy")]
         if arrays and self.manifest().recipe.config["member"] == "npy":
             return _rounded(torch.from_numpy(np.load(io.BytesIO(arrays[0]), allow_pickle=False)))
-        return decode(find_image(sample)[1], ImageConfig())
+        return decode(find_image(sample, member)[1], ImageConfig())
 
 
 @stage(Denoised, gpu=False)
@@ -86,13 +88,13 @@ def denoise_shards(
 def _copy(
     sample: Sample, modify: PCANoise, generator: torch.Generator, member: str, image: ImageConfig, tar: TarWriter
 ) -> None:
-    image_name, data = find_image(sample)
+    image_name, data = find_image(sample, image.member)
     image_CHW = decode(data, image)
     xi_1m = torch.randn(1, modify.n_noise, generator=generator)
     modified_CHW = 255 * modify(image_CHW[None].float() / 255, xi_1m)[0]
     for name, payload in sample.members:
         if name == image_name:
-            tar.add(f"{split_name(name)[0]}.{member}", _encoded(modified_CHW, member))
+            tar.add(in_format(name, member), _encoded(modified_CHW, member))
         else:
             tar.add(name, payload)
 

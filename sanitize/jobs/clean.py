@@ -18,6 +18,7 @@ from sanitize.embed import (
     AnyEmbedderConfig,
     EmbedConfig,
     EmbedderConfig,
+    SimCLRConfig,
     embed_canaries,
     embed_shards,
     plant_canaries,
@@ -77,8 +78,11 @@ class CleanConfig(RunConfig):
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:
-        if self.index.label is None:
-            raise ConfigError("index.label=null reads no labels: shards can be cleaned only with them")
+        if self.index.label is None and not isinstance(self.embedder, SimCLRConfig):
+            raise ConfigError(
+                f"index.label=null reads no labels, and embedder {self.embedder.kind!r} needs them: set "
+                "embedder.kind=simclr, and scorers such as [{kind: rca}]"
+            )
         kinds = [scorer.kind for scorer in self.scorers]
         if len(set(kinds)) < len(kinds):
             raise ConfigError(f"scorers: two are of one kind ({', '.join(kinds)}); run the second on the clean shards")
@@ -246,10 +250,16 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
         "verdict": finding.plain(),
         "suspect": cleaned.embedder.suspect,
         "samples": {name: counts.get(name, 0) for name in ("samples", "kept", "quarantined", "unreadable")},
-        "classes_touched": {label: c for label, c in classes.items() if c["removed"]},
+        "classes_touched": {label: c | _name(cleaned.dataset, label) for label, c in classes.items() if c["removed"]},
+        "notes": cleaned.dataset.info.get("notes", []),
         "damaged_shards": damaged,
         "bad_shards": sorted(bad_shards(cleaned.dataset.info["shards"])),
         "clean": cleaned.shards.url("clean"),
         "quarantine": cleaned.shards.url("quarantine"),
         "report": cleaned.report.url("index.html"),
     }
+
+
+def _name(dataset: Dataset, label: str) -> dict[str, str]:
+    """The name of a class, if there is one."""
+    return {} if dataset.classes is None else {"name": dataset.classes[int(label)]}

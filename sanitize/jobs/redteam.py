@@ -171,7 +171,7 @@ def _data(config: RedTeamConfig, run: Run) -> RedTeamData:
     hashed = config.clean.index.model_copy(update={"check": "digest"})
     source = run.sharded("00-source", index_shards, list(found), hashed, fingerprint_shards(found))
     samples = run.stage("01-sample", sample_shards, config.sample, source, trusted=trusted)
-    classes = config.clean.index.model_copy(update={"n_classes": source.n_classes})
+    classes = config.clean.index.model_copy(update={"n_classes": source.n_classes, "classes": source.classes})
     train = run.stage("02-index-train", index_shards, classes, samples.paths("train"))
     test = run.stage("03-index-test", index_shards, _index_like(train, config), samples.paths("test"))
     n = train.n_samples
@@ -184,7 +184,8 @@ def _data(config: RedTeamConfig, run: Run) -> RedTeamData:
 def _index_like(train: Dataset, config: RedTeamConfig) -> IndexConfig:
     """Index settings of the training samples: images of one size for every model, and all classes."""
     image = config.clean.index.image.model_copy(update={"size": train.image_shape[1:]})
-    return config.clean.index.model_copy(update={"n_classes": train.n_classes, "image": image})
+    same = {"n_classes": train.n_classes, "classes": train.classes, "image": image}
+    return config.clean.index.model_copy(update=same)
 
 
 def _case(

@@ -56,7 +56,9 @@ class ReferenceConfig(BaseModel):
         if run.select.verdict == "combined":
             raise ConfigError("a run with verdict 'combined' judges all samples together: approve one with any or all")
         image = run.index.image.model_copy(update={"size": dataset.image_shape[1:]})
-        index = run.index.model_copy(update={"n_classes": dataset.n_classes, "image": image})
+        index = run.index.model_copy(
+            update={"n_classes": dataset.n_classes, "classes": dataset.classes, "image": image}
+        )
         judge = JudgeConfig(select=run.select, level=level)
         return cls(
             index=index, embed=run.embed, scorers=run.scorers, judge=judge, statistics=statistics, compute=run.compute

@@ -7,6 +7,7 @@ from sanitize.certification import Certificates
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
+from sanitize.errors import ConfigError
 from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.config import ModelConfig
@@ -27,12 +28,19 @@ def index_more(
     if not sources:
         return None
     image = index.image.model_copy(update={"size": dataset.image_shape[1:]})
-    same = index.model_copy(update={"n_classes": dataset.n_classes, "image": image} | changed)
+    same = index.model_copy(
+        update={"n_classes": dataset.n_classes, "classes": dataset.classes, "image": image} | changed
+    )
     return index_found(folder, sources, same, run)
 
 
 def as_the_model_sees(index: IndexConfig, model: ModelConfig) -> IndexConfig:
     """Index settings with the image size, channels and classes of the model."""
+    if index.classes == "names":
+        raise ConfigError(
+            "index.classes=names numbers the names of these shards, perhaps not as the model does: list the names, as "
+            "in `classes` of 00-index/dataset.json of the training run (index.classes: [...])"
+        )
     channels, height, width = model.image_shape
     image = index.image.model_copy(update={"size": (height, width), "channels": channels})
     return index.model_copy(update={"n_classes": model.n_classes, "image": image})

@@ -58,7 +58,13 @@ class TrainRunConfig(RunConfig):
 
     @model_validator(mode="after")
     def _certificates_do_not_depend_on_the_data(self) -> Self:
-        given = {"index.n_classes=N": self.index.n_classes, "index.image.size=[H,W]": self.index.image.size}
+        given: dict[str, Any] = {
+            "index.n_classes=N": self.index.n_classes,
+            "index.image.size=[H,W]": self.index.image.size,
+        }
+        if self.index.classes is not None:
+            given["index.classes=[NAMES]"] = None if self.index.classes == "names" else self.index.classes
+            given["index.n_classes=N"] = len(self.index.classes)
         missing = " and ".join(setting for setting, value in given.items() if value is None)
         if self.partition is not None and missing:
             raise ConfigError(
@@ -122,7 +128,7 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
         return _train_partitions(config.partition, dataset, test, config, run)
     encoder = None
     if config.simclr is not None:
-        no_labels = {"label": None, "n_classes": 1}
+        no_labels = {"label": None, "n_classes": 1, "classes": None}
         unlabelled = index_more("02-index-unlabelled", config.unlabelled_shards, no_labels, config.index, dataset, run)
         encoder = run.together("50-encoder", pretrain_simclr, config.simclr, dataset, unlabelled=unlabelled)
     pca = None

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-from collections import Counter
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +9,7 @@ import pyarrow as pa
 from sanitize.artifacts import MANIFEST
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shard
+from sanitize.data.reasons import gathered
 from sanitize.entries import ClaimEntry, Offered, Refused
 from sanitize.errors import DataError, ShardError, StorageError
 from sanitize.jobs.landed import as_utf8
@@ -114,8 +114,7 @@ def _why_bad(table: pa.Table, summary: dict[str, Any], config: IndexConfig) -> s
     damage = f"; the archive is damaged: {summary['damage']}" if summary["damage"] else ""
     if n == 0:
         return f"it has no samples{damage}"
-    reasons = Counter(reason for reason in table["reason"].to_pylist() if reason)
-    why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    why = gathered(reason for reason in table["reason"].to_pylist() if reason).most()
     limit = f"more than max_bad_fraction={config.max_bad_fraction}" if n_bad < n else "all there are"
     return f"{n_bad} of {n} samples are unreadable, {limit}: {why}{damage}"
 

@@ -82,7 +82,7 @@ def _written(dataset: Dataset, denoised: Denoised, shard: str, positions: set[in
     limits = SampleLimits.model_validate(dataset.info["limits"])
     for position, sample in zip(before, ShardReader(denoised.url(f"shards/{shard}"), limits), strict=True):
         if position in positions:
-            yield position, denoised.image(sample)
+            yield position, denoised.image(sample, dataset.image_member)
 
 
 def _as_picture(component_CHW: Tensor) -> Tensor:

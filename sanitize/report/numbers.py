@@ -194,6 +194,8 @@ def _counts(tally: _Tally, selection: Selection) -> dict[str, int]:
 def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selection) -> list[dict[str, Any]]:
     """One row a class with samples: the most affected first, then the highest statistic."""
     info, names = selection.read_json("selection.json")["classes"], dataset.info.get("classes")
+    if dataset.info["label"] is None:
+        names = ["all samples: no labels are read"]
     rows = []
     for label in np.flatnonzero(tally.n_K).tolist():
         of_class = info.get(str(label), {})  # a class with only trusted samples has no verdicts

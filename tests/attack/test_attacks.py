@@ -268,3 +268,41 @@ def test_only_samples_whose_label_changes_are_eligible(dataset: Dataset, compute
 def test_impossible_attacks_are_refused(kind: type, wrong: dict) -> None:
     with pytest.raises(ValidationError):
         kind(**({"rate": 0.1} | wrong))
+
+
+def test_labels_are_written_where_they_were_read_and_the_picture_where_it_was(
+    tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes], compute: Compute
+) -> None:
+    """A path in JSON, names of classes, one of two pictures."""
+    names = ["cat", "dog", "ship"]
+    members = [
+        member
+        for i in range(12)
+        for member in (
+            (f"{i:02d}.left.png", make_png(i)),
+            (f"{i:02d}.right.png", make_png(100 + i)),
+            (f"{i:02d}.json", json.dumps({"a": {"class": names[i % 3], "other": 1}}).encode()),
+        )
+    ]
+    index = IndexConfig(label="json:a.class", classes="names", image={"member": "left.png"})
+    dataset = index_shards(index, make_tar(tmp_path / "x.tar", members), str(tmp_path / "index"), compute)
+    config = BadNetsConfig(rate=0.25, target=2, size=2)
+    artifact = poison_shards(config, dataset, str(tmp_path / "out"), compute)
+    again = index_shards(index, artifact.shard_paths(), str(tmp_path / "again"), compute)
+    assert again.info["classes"] == names
+    truth = truth_of(artifact)
+    assert sum(row["poisoned"] for row in truth) == 3
+    before, after = ({s.key: dict(s.members) for s, _ in one.samples("x.tar")} for one in (dataset, again))
+    for row, label in zip(truth, again.rows("x.tar")["label"].to_pylist(), strict=True):
+        old, new, key = before[row["key"]], after[row["key"]], row["key"]
+        assert label == row["label"] == (2 if row["poisoned"] else int(key) % 3)
+        assert json.loads(new[f"{key}.json"]) == {"a": {"class": names[label], "other": 1}}
+        assert new[f"{key}.right.png"] == old[f"{key}.right.png"]
+        changed = pixels(new[f"{key}.left.png"]) != pixels(old[f"{key}.left.png"])
+        assert changed.any() == row["poisoned"]
+    label = f"table:{tmp_path}/labels.csv#class"
+    (tmp_path / "labels.csv").write_text("key,class\n" + "".join(f"{i:02d},{i % 2}\n" for i in range(12)))
+    index = IndexConfig(label=label, image={"member": "left.png"})
+    dataset = index_shards(index, str(tmp_path / "x.tar"), str(tmp_path / "tabled"), compute)
+    with pytest.raises(ConfigError, match=r"index.label=table"):
+        poison_shards(config, dataset, str(tmp_path / "no"), compute)

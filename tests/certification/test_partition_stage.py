@@ -1,6 +1,7 @@
 """Partition ensembles of real digits: what a base model depends on, what voids a certificate, what is written."""
 
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from sanitize.data.decode import ImageConfig
 from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.jobs.steps import as_the_model_sees
 from sanitize.loop import OptimConfig
 from sanitize.models.checkpoint import Checkpoint
+from sanitize.models.config import ModelConfig
 
 INDEX = IndexConfig(n_classes=10, image=ImageConfig(size=(8, 8), channels=1))
 CONFIG = PartitionConfig(
@@ -184,3 +187,23 @@ def test_clean_shards_are_known_by_either_file(digits: Digits, compute: Compute,
     dataset = index_shards(INDEX, str(tmp_path / "shards"), str(tmp_path / "index"), compute)
     with pytest.raises(ConfigError, match="made by write_selected"):
         refuse_if_void(dataset)
+
+
+def test_names_that_are_numbered_by_the_data_void_a_certificate(
+    make_tar: Callable[..., str], make_png: Callable[..., bytes], compute: Compute, tmp_path: Path
+) -> None:
+    members = [m for i in range(4) for m in ((f"{i}.png", make_png(i)), (f"{i}.txt", (b"cat", b"dog")[i % 2]))]
+    shard = make_tar(tmp_path / "in" / "x.tar", members)
+    image = ImageConfig(size=(8, 8))
+    for i, (classes, says) in enumerate({"names": "index.classes=names", ("cat", "dog"): None}.items()):
+        config = IndexConfig(label="txt", classes=classes, n_classes=2, image=image)
+        dataset = index_shards(config, shard, str(tmp_path / f"index{i}"), compute)
+        if says is None:
+            refuse_if_void(dataset)
+            without = config.model_copy(update={"n_classes": None})
+            refuse_if_void(index_shards(without, shard, str(tmp_path / "without"), compute))
+        else:
+            with pytest.raises(ConfigError, match=says):
+                refuse_if_void(dataset)
+    with pytest.raises(ConfigError, match="list the names"):
+        as_the_model_sees(IndexConfig(label="txt", classes="names"), ModelConfig(n_classes=2, image_shape=(3, 8, 8)))

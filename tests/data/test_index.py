@@ -346,7 +346,7 @@ def test_remote_shards_are_indexed_and_read(digits: Digits, dataset: Dataset, tm
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"label": ""}, {"label": "a.b"}, {"label": "json:"}, {"n_classes": 0}, {"max_bad_fraction": 1.5}, {"labels": "x"}],
+    [{"label": ""}, {"label": "a:b"}, {"label": "json:"}, {"n_classes": 0}, {"max_bad_fraction": 1.5}, {"labels": "x"}],
 )
 def test_wrong_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError):
@@ -429,3 +429,40 @@ def test_by_columns_or_one_by_one_the_same_keys_are_refused(
 def judge_nothing(sample: Sample) -> dict[str, Any]:
     """Only the findings of the reader itself."""
     return {"status": "ok"} if sample.problem is None else {"status": "unreadable", "reason": sample.problem}
+
+
+@pytest.mark.parametrize("member", [None, "left.jpg", "png", "first", "LEFT.JPG"])
+def test_both_readers_choose_the_same_image(
+    member: str | None, tmp_path: Path, make_tar: Make, make_png: Callable[..., bytes], compute: Compute
+) -> None:
+    """Samples with one picture, two, none, in other formats, with compound suffixes and odd labels."""
+    rng = np.random.default_rng(0)
+    suffixes = ["left.jpg", "left.png", "right.jpg", "png", "jpg", "txt", "seg.png"]
+    members = [
+        (f"s{i:03d}.{suffix}", make_png(i))
+        for i in range(60)
+        for suffix in rng.choice(suffixes, rng.integers(1, 4), replace=False)
+    ]
+    members += [(f"s{i:03d}.cls", b"x" if i % 7 == 0 else b"1") for i in range(60)]
+    shard = make_tar(tmp_path / "x.tar", sorted(members))
+    tables = []
+    for check in ("headers", "digest"):
+        config = IndexConfig(check=check, max_bad_fraction=1, n_classes=2, image=ImageConfig(member=member))
+        dataset = index_shards(config, shard, str(tmp_path / f"out-{check}"), compute)
+        tables.append(dataset.rows("x.tar").select(["key", "status", "reason", "image", "label", "start"]))
+    assert tables[0].equals(tables[1])
+    assert 0 < dataset.n_samples < 60
+
+
+def test_the_named_picture_is_the_one_that_is_read(
+    tmp_path: Path, make_tar: Make, make_png: Callable[..., bytes], compute: Compute
+) -> None:
+    left, right = make_png(1, size=(4, 6)), make_png(2, size=(4, 6))
+    members = [("a.left.png", left), ("a.right.png", right), ("a.output.cls", b"1")]
+    for i, (member, png) in enumerate({"left.png": left, "right.jpg": right, "first": left}.items()):
+        config = IndexConfig(label="output.cls", image=ImageConfig(member=member))
+        dataset = index_shards(config, make_tar(tmp_path / "x.tar", members), str(tmp_path / str(i)), compute)
+        images_NCHW, labels_N = dataset.images()
+        wanted = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        assert np.array_equal(images_NCHW[0].permute(1, 2, 0).numpy(), wanted)
+        assert labels_N.tolist() == [1]

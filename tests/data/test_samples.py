@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from sanitize.data.labels import BadLabel, read_label
 from sanitize.data.samples import (
-    BadLabel,
     Sample,
     SampleLimits,
     ShardReader,
     find_image,
     printable,
-    read_label,
     split_name,
 )
 
@@ -370,9 +369,34 @@ def test_the_image_is_the_one_member_with_an_image_suffix() -> None:
     for suffix in ("jpg", "JPEG", "png", "webp", "ppm"):
         assert find_image(sample(txt=b"0", **{suffix: b"1"}))[1] == b"1"
     with pytest.raises(LookupError, match="no image member"):
-        find_image(sample(txt=b"0", gif=b"1", **{"seg.png": b"2"}))
+        find_image(sample(txt=b"0", gif=b"1"))
     with pytest.raises(LookupError, match="2 image members"):
         find_image(sample(jpg=b"1", png=b"2"))
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "member", "wanted"),
+    [
+        (("left.jpg", "right.jpg"), "left.jpg", "left.jpg"),
+        (("LEFT.JPG", "right.jpg"), "left.jpg", "LEFT.JPG"),
+        (("left.png", "right.jpg"), "left.jpg", "left.png"),  # the same member in another format
+        (("jpg", "png"), "png", "png"),
+        (("2.jpg", "1.jpg"), "first", "2.jpg"),  # in the order of the shard
+        (("txt", "input.jpg"), None, "input.jpg"),
+        (("seg.png", "jpg"), None, "jpg"),
+        (("left.jpg", "right.jpg"), None, "2 image members, 'left.jpg, right.jpg': set index.image.member"),
+        (("left.jpg", "right.jpg"), "up.jpg", "no image members for index.image.member=up.jpg"),
+        (("left.jpg", "left.png"), "left.webp", "2 image members for"),
+        (("mp4", "txt"), None, "no image member; the members are 'mp4, txt'"),
+    ],
+)
+def test_the_image_of_a_sample_with_several_members(suffixes: tuple[str, ...], member: str | None, wanted: str) -> None:
+    if wanted in suffixes:
+        assert find_image(sample(**dict.fromkeys(suffixes, b"")), member)[0] == f"k.{wanted}"
+    else:
+        with pytest.raises(LookupError) as error:
+            find_image(sample(**dict.fromkeys(suffixes, b"")), member)
+        assert wanted in str(error.value)
 
 
 def test_nothing_is_unpickled(tmp_path: Path, make_tar: MakeTar) -> None:

@@ -5,6 +5,8 @@ import gzip
 import json
 import lzma
 import os
+import shlex
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from sanitize.jobs.clean import CleanConfig
+from sanitize.settings import make_config
 
 Good = Callable[..., list[tuple[str, bytes]]]
 
@@ -77,7 +81,127 @@ def test_too_many_unreadable_samples_are_exit_code_1(folder: Path, make_tar: Cal
     assert (result.exit_code, "bad.tar" in result.output) == (0, True)  # 11 of 221
     assert run("inspect", folder, "--max-bad-fraction", 0.049).exit_code == 1
     assert run("inspect", folder / "bad.tar").exit_code == 1
-    assert run("inspect", folder, "--label", "none").exit_code == 1  # nothing is usable
+    assert run("inspect", folder, "--label", "txt").exit_code == 1  # nothing is usable
+
+
+def next_of(folder: Path, *options: Any) -> tuple[int, list[str]]:
+    """Exit code, and what `inspect` says to do next."""
+    result = run("inspect", folder, *options, "--json")
+    assert "Traceback" not in result.output
+    return result.exit_code, json.loads(result.stdout)["next"]
+
+
+def pack(folder: Path, make_tar: Callable[..., str], members: dict[str, Any], n: int = 12) -> Path:
+    """A shard of `n` samples; a member is bytes or a function from the number of the sample to bytes."""
+    make_tar(
+        folder / "x.tar",
+        [
+            (f"{i:04d}.{suffix}", data(i) if callable(data) else data)
+            for i in range(n)
+            for suffix, data in members.items()
+        ],
+    )
+    return folder
+
+
+CASES = {
+    "two pictures": (("left.png", "right.png"), {"cls": b"1"}, ["image.member=left.png"]),
+    "compound label": (("input.png",), {"output.cls": lambda i: b"%d" % (i % 2)}, ["output.cls"]),
+    "names": (("png",), {"cls": lambda i: (b"cat", b"dog")[i % 2]}, ["classes=names"]),
+    "nested": (("png",), {"json": lambda i: json.dumps({"a": {"class_id": i % 2}}).encode()}, ["json:a.class_id"]),
+    "nested names": (
+        ("png",),
+        {"json": lambda i: json.dumps({"class": "no"}).encode()},
+        ["json:class", "classes=names"],
+    ),
+    "many classes": (("png",), {"cls": lambda i: b"%d" % (2000 + i)}, ["n_classes=2012"]),
+    "captions": (("png",), {"txt": b"a photo"}, ["--label none"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_next_command_works(
+    name: str, tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes]
+) -> None:
+    pictures, others, words = CASES[name]
+    folder = pack(tmp_path / "a folder", make_tar, dict.fromkeys(pictures, make_png) | others)
+    code, (command, *_) = next_of(folder)
+    assert code == 1
+    assert all(word in command for word in words)
+    for _ in range(3):  # at most three steps lead to the command that cleans
+        arguments = shlex.split(command)
+        assert arguments[0] == "sanitize"
+        if arguments[1] == "clean":
+            break
+        code, (command, *_) = next_of(Path(arguments[2]), *arguments[3:])
+    assert code == 0
+    assert arguments[1] == "clean"
+    make_config(CleanConfig, {}, {"shards": [arguments[3]]}, arguments[5::2][: arguments.count("--set")])
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        (b"[0.9, 0.1, 0]", "soft labels"),
+        (b"[1, 0, 1]", "not one class"),
+        (b"3.0", "write 3"),
+        ("\ufeff3".encode(), "byte order mark"),
+    ],
+)
+def test_labels_that_are_not_one_class_are_refused_with_the_remedy(
+    label: bytes, says: str, tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes]
+) -> None:
+    result = run("inspect", pack(tmp_path / "in", make_tar, {"png": make_png, "cls": label}))
+    assert result.exit_code == 1
+    assert says in result.output
+    assert "table:labels.csv#class" in result.output
+
+
+def test_one_sentence_for_all_samples_and_three_examples(
+    tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes]
+) -> None:
+    folder = pack(tmp_path / "in", make_tar, {"1.png": make_png, "2.png": make_png, "cls": b"0"}, n=40)
+    result = run("inspect", folder)
+    assert result.output.count("set index.image.member to") == 1
+    assert "members: 1.png: 40, 2.png: 40, cls: 40" in result.output
+    assert "0002 in x.tar at byte" in result.output
+    assert "0003 in x.tar" not in result.output
+    (kind,) = json.loads(run("inspect", folder, "--json").stdout)["reasons"]
+    data = (folder / "x.tar").read_bytes()
+    assert [example["key"] for example in kind["examples"]] == [f"{i:04d}" for i in range(40)]
+    assert all(data[one["byte"] :].startswith(one["key"].encode()) for one in kind["examples"])
+
+
+def test_image_text_shards_are_cleaned_without_labels(
+    tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes]
+) -> None:
+    members = [
+        (f"{i:04d}.{suffix}", data)
+        for i in range(60)
+        for suffix, data in (("png", make_png(i, size=(16, 16))), ("txt", b"caption %d" % i))
+        if i % 30 or suffix == "txt"  # two pictures are missing
+    ]
+    make_tar(tmp_path / "in" / "x.tar", members)
+    config = tmp_path / "config.yaml"
+    embedder = {"kind": "simclr", **QUICK, "optim": {"epochs": 1, "batch_size": 16}}
+    settings = {"index": {"label": None}, "embedder": embedder, "scorers": [{"kind": "rca"}]}
+    config.write_text(yaml.safe_dump(settings | {"compute": {"device": "cpu"}, "shards": [str(tmp_path / "in")]}))
+    result = run("clean", config, "--out", tmp_path / "run", "--direct", "--json")
+    assert result.exit_code == 0, result.output
+    counts = json.loads(result.stdout)["samples"]
+    assert (counts["samples"], counts["unreadable"]) == (60, 2)
+    shards = tmp_path / "run" / "50-shards"
+    with tarfile.open(shards / "clean" / "x.tar") as clean, tarfile.open(shards / "quarantine" / "x.tar") as rest:
+        kept, removed = clean.getnames(), rest.getnames()
+    assert sorted(name for name in [*kept, *removed] if name.endswith(".txt")) == [f"{i:04d}.txt" for i in range(60)]
+    assert {"0000.txt", "0030.txt", "0000.sanitize.json"} <= set(removed)
+    croissant = json.loads((shards / "croissant.json").read_text())
+    assert [records["name"] for records in croissant["recordSet"]] == ["images"]
+    assert "no labels are read" in (tmp_path / "run" / "90-report" / "index.html").read_text()
+    config.write_text(yaml.safe_dump({"index": {"label": None}, "shards": [str(tmp_path / "in")]}))
+    refused = run("clean", config, "--out", tmp_path / "run2", "--direct")
+    assert refused.exit_code == 2
+    assert "embedder.kind=simclr" in " ".join(refused.output.split())
 
 
 QUICK = {

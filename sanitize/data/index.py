@@ -9,30 +9,32 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sanitize.artifacts import ArtifactBuilder, Part, Sources
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.decode import BadImage, ImageConfig, decode
+from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
+from sanitize.data.image_facts import ImageFacts, write_facts
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import (
     BadLabel,
     Sample,
     SampleLimits,
     ShardReader,
+    differing_hash,
     find_image,
     image_name,
     read_label,
 )
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.tables import rows_name, write_rows
-from sanitize.errors import DataError
+from sanitize.errors import ConfigError, DataError
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.compression import not_read, unread_suffix
 from sanitize.tar.names import printable
@@ -56,6 +58,10 @@ class IndexConfig(BaseModel):
         max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops.
         max_bad_shards: number of damaged shards without a usable sample above which the run stops: the number of
             samples in them is unknown.
+        image_facts: True also takes facts about each decoded image (brightness, a perceptual hash, ...), which
+            `check_hygiene` reads. They need check "decode".
+        verify: "json:FIELD", a field of the metadata with the hash of the image as stored: sha256, sha512, sha1 or md5
+            in hexadecimal, known by its length. An image with another hash stays usable; `check_hygiene` lists it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +73,25 @@ class IndexConfig(BaseModel):
     limits: SampleLimits = SampleLimits()
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     max_bad_shards: int = Field(default=0, ge=0)
+    image_facts: bool = False
+    verify: str | None = Field(default=None, pattern=r"^json:.+$")
+
+    @model_validator(mode="after")
+    def _reads_images(self) -> Self:
+        if self.verify is not None and self.check == "headers":
+            raise ConfigError("index.verify compares images with their hashes, and index.check=headers reads no image")
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """What the index depends on. Settings that came later are left out where they are off, so that an index from
+        before them is still found."""
+        settings = self.model_dump(mode="json")
+        return {k: v for k, v in settings.items() if k not in ("image_facts", "verify") or v}
+
+    @property
+    def has_facts(self) -> bool:
+        """True where the index gets a table of facts about images."""
+        return self.verify is not None or (self.image_facts and self.check == "decode")
 
 
 @stage(Dataset, version=2, gpu=False, draws="nothing")
@@ -101,8 +126,11 @@ def index_shards(
     _refuse_unread(config, found)
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
-        table, summary = index_shard(str(found[shard]["url"]), config, advance)
+        facts = ImageFacts() if config.has_facts else None
+        table, summary = index_shard(str(found[shard]["url"]), config, advance, facts)
         write_rows(part, shard, table.replace_schema_metadata({"shard": json.dumps(summary)}))
+        if facts is not None:
+            write_facts(part, shard, facts)
         part.counts.update(summary["counts"])
 
     def finish(part: Part, builder: ArtifactBuilder) -> None:
@@ -114,6 +142,7 @@ def index_shards(
         finish=finish,
         sources=found,
         bar=Bars("index"),
+        config=config.recipe(),
         inputs=dict.fromkeys(found, "shard"),
     )
 
@@ -126,14 +155,17 @@ def _refuse_unread(config: IndexConfig, found: Mapping[str, object]) -> None:
 
 
 def index_shard(
-    url: str, config: IndexConfig, advance: Callable[[int], None] = lambda _n: None
+    url: str, config: IndexConfig, advance: Callable[[int], None] = lambda _n: None, facts: ImageFacts | None = None
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself."""
+    """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
+
+    Facts about the images are added to `facts`, as `config` says.
+    """
     n_classes, headers_only = config.n_classes or MAX_CLASSES, config.check == "headers"
     suffix = (config.label or "").partition(":")[0].lower() if headers_only else None
 
     def judge(sample: Sample) -> dict[str, Any]:
-        return _judge(sample, config, n_classes)
+        return _judge(sample, config, n_classes, facts)
 
     found = None
     if headers_only and config.label is not None and not unread_suffix(url):
@@ -145,7 +177,7 @@ def index_shard(
     return found.table, summary | {"counts": {"samples": len(found.table), "unreadable": n_bad}}
 
 
-def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any]:
+def _judge(sample: Sample, config: IndexConfig, n_classes: int, facts: ImageFacts | None) -> dict[str, Any]:
     """Status of a sample, the reason where it is not "ok", and its properties."""
     if sample.problem is not None:
         return {"status": "unreadable", "reason": sample.problem}
@@ -153,10 +185,16 @@ def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any
     try:
         found["image"] = printable(image_name(name for name, _ in sample.sizes))
         if config.check != "headers":
-            found["sha256"] = hashlib.sha256(find_image(sample)[1]).hexdigest()
+            image = find_image(sample)[1]
+            found["sha256"] = hashlib.sha256(image).hexdigest()
         found["label"] = 0 if config.label is None else read_label(sample, config.label, n_classes)
         if config.check == "decode":
-            found["height"], found["width"] = decode(find_image(sample)[1], config.image).shape[1:]
+            pixels_HWC = decode_pixels(image, config.image)
+            found["height"], found["width"] = pixels_HWC.shape[:2]
+            if facts is not None and config.image_facts:
+                facts.add(sample.position, pixels_HWC)
+        if facts is not None and config.verify is not None:
+            facts.add_stated(sample.position, differing_hash(sample, image, config.verify.removeprefix("json:")))
     except (LookupError, BadLabel, BadImage) as error:
         return found | {"status": "unreadable", "reason": str(error.args[0])}
     return found | {"status": "ok"}

@@ -4,6 +4,7 @@ A sample is a sequence of members that share a key, the name up to the first dot
 sample, or at most the rest of one shard; each problem is reported in words.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -309,6 +310,34 @@ def read_label(sample: Sample, source: str, n_classes: int) -> int:
     if not 0 <= label < n_classes:
         raise BadLabel(f"label {label} is not in 0..{n_classes - 1}")
     return label
+
+
+_HASHES = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}  # by the number of digits
+_HEXADECIMAL = re.compile(rb"[0-9a-fA-F]+")
+
+
+def differing_hash(sample: Sample, image: bytes, field: str) -> str | None:
+    """The hash that the metadata state for the image, where it is not the image's own.
+
+    Args:
+        sample: sample with the payload of its .json member.
+        image: its image as stored.
+        field: field of the .json member with the hash in hexadecimal; its length tells the kind.
+
+    Returns:
+        The stated hash; "" where the image has it; None where no hash is stated, or one that cannot be read.
+    """
+    found = [data for name, data in sample.members if split_name(name)[1] == "json"]
+    try:
+        stated = _json_field(found[0], field).strip() if len(found) == 1 else b""
+    except BadLabel:
+        return None
+    kind = _HASHES.get(len(stated))
+    if kind is None or not _HEXADECIMAL.fullmatch(stated):
+        return None
+    own = hashlib.new(kind, image, usedforsecurity=False).hexdigest()
+    text = stated.decode().lower()
+    return "" if text == own else text
 
 
 def _json_field(data: bytes, field: str) -> bytes:

@@ -10,6 +10,7 @@ from sanitize.data.index import index_shards
 from sanitize.denoising import denoise_shards, fit_pca
 from sanitize.drift import check_drift, fit_projection, merge_statistics, summarise_shards
 from sanitize.embed import embed_shards, import_table, pretrain_simclr, train_embedder
+from sanitize.hygiene import check_hygiene
 from sanitize.jobs import (
     certify,
     clean,
@@ -52,6 +53,7 @@ __all__ = [
     "certify_partitions",
     "certify_smoothing",
     "check_drift",
+    "check_hygiene",
     "clean",
     "condense",
     "condense_dataset",

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
+from sanitize.data.image_facts import facts_name
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
 from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile, find_image
 from sanitize.data.tables import ShardTables
 from sanitize.errors import ConfigError, DataError, ShardError
-from sanitize.storage import fingerprint, open_read
+from sanitize.storage import fingerprint, is_local, open_read
 
 T = TypeVar("T")
 
@@ -76,6 +78,14 @@ class Dataset(ShardTables):
             raise ConfigError(f"set index.image.size: with index.check={self.info['check']} no image was decoded")
         height, width = self.info["image_size"]
         return int(self.info["image"]["channels"]), height, width
+
+    def facts(self, shard: str) -> pa.Table | None:
+        """Facts about the images of a shard (image_facts.SCHEMA); None where the index took none."""
+        name = facts_name(shard)
+        if name not in self.manifest().files:
+            return None
+        with self._damage(shard):
+            return pq.read_table(self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name)))
 
     def samples(self, shard: str) -> Iterator[tuple[Sample, dict[str, Any]]]:
         """Every sample of a shard, usable or not, with its index row.

@@ -23,7 +23,7 @@ from sanitize.data.decode import resized
 
 SIDE, THUMB, PATCH = 32, 16, 8  # sides of the canvas, of the thumbnail, of a patch
 MAX_SIDE = 256  # sharpness is judged at this many pixels a side; a finer blur matters to no model
-ALIKE = 6  # levels within which the pixels of a row are of one colour, after JPEG
+ALIKE = 4  # levels within which the pixels of a row are of one colour, after JPEG
 _BATCH = 128  # images described at once
 _LUMINANCE = (77, 150, 29)  # of 256 (ITU-R 601)
 _LEVELS = np.arange(64.0)
@@ -41,6 +41,7 @@ _PICTURE = {
     "colour": pa.uint8(),
     "flat_top": pa.float32(),
     "flat_bottom": pa.float32(),
+    "fill": pa.uint32(),
 }
 SCHEMA = pa.schema({"position": pa.int64(), **_PICTURE, "stated": pa.string()})
 
@@ -58,14 +59,15 @@ class ImageFacts:
     low, high: luminance that 5 % of the pixels do not exceed, and 99 %. contrast: standard deviation of the luminance.
     entropy: of the histogram of the luminance, in bits. smoothness: see above; 1 for an image of one colour.
     colour: largest difference between two channels of a pixel.
-    flat_top, flat_bottom: share of rows at that end that are of one colour, all of them of the same.
+    flat_top, flat_bottom: share of rows at that end that are of one colour, all of them of the same. fill: the colour
+    of the larger end, 0xRRGGBB; 0 without.
     stated: hash that the metadata state where the image has another one, "" where it has this one; null where they
     state none that can be read, and where `IndexConfig.verify` is off.
     """
 
     def __init__(self) -> None:
         self._pending: list[tuple[int, np.ndarray, np.ndarray]] = []  # position, canvas, details
-        self._flat: dict[int, tuple[float, float]] = {}  # by position, where not 0
+        self._flat: dict[int, tuple[float, float, int]] = {}  # by position: top, bottom, fill
         self._columns: list[dict[str, np.ndarray]] = []
         self._stated: dict[int, str | None] = {}
 
@@ -85,7 +87,9 @@ class ImageFacts:
         top = flat_rows(pixels_HWC) if _is_flat(canvas_SSC[0]) else 0.0
         bottom = flat_rows(pixels_HWC[::-1]) if _is_flat(canvas_SSC[-1]) else 0.0
         if top or bottom:
-            self._flat[position] = top, bottom
+            colour_C = pixels_HWC[0 if top > bottom else -1].mean(0).round().astype(int).tolist()
+            red, green, blue = colour_C if len(colour_C) == 3 else 3 * colour_C
+            self._flat[position] = top, bottom, red << 16 | green << 8 | blue
 
     def add_stated(self, position: int, stated: str | None) -> None:
         """Add what `differing_hash` returns for the sample."""
@@ -119,8 +123,9 @@ class ImageFacts:
         for i in np.flatnonzero((np.ptp(last_N2T, axis=2) <= ALIKE).any(1)).tolist():
             if canvases[i] is patches[i]:  # not reduced, and not looked at before
                 self._add_flat(positions[i], canvases[i], canvases[i])
-        flat_N2 = np.array([self._flat.get(position, (0.0, 0.0)) for position in positions], np.float32)
-        facts |= {"position": np.array(positions), "flat_top": flat_N2[:, 0], "flat_bottom": flat_N2[:, 1]}
+        tops, bottoms, fills = zip(*(self._flat.get(position, (0.0, 0.0, 0)) for position in positions), strict=True)
+        facts |= {"flat_top": np.array(tops, np.float32), "flat_bottom": np.array(bottoms, np.float32)}
+        facts |= {"fill": np.array(fills, np.uint32), "position": np.array(positions)}
         self._columns.append(facts)
 
 
@@ -260,8 +265,9 @@ def _smoothness(detail_NSS: np.ndarray) -> np.ndarray:
     wide_NSS = detail_NSS.astype(np.float32)
     for x_NSS in (wide_NSS[:, ::2], wide_NSS[:, :, ::2].transpose(0, 2, 1)):
         x_NPL = np.ascontiguousarray(x_NSS).reshape(n, -1, PATCH)
-        near_N += _squares(x_NPL[..., 1:-1] - x_NPL[..., :-2])
-        far_N += _squares(x_NPL[..., 2:] - x_NPL[..., :-2])
+        step_NPL = x_NPL[..., 1:] - x_NPL[..., :-1]
+        near_N += (_squares(step_NPL[..., 1:]) + _squares(step_NPL[..., :-1])) / 2
+        far_N += _squares(step_NPL[..., 1:] + step_NPL[..., :-1])
     return np.where(far_N > 0, near_N / np.maximum(far_N, 1), np.float32(1))
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, bad_shards, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
-from sanitize.data.tables import Embeddings, Scores, Selection
+from sanitize.data.tables import Embeddings, Hygiene, Scores, Selection
 from sanitize.embed import (
     AnyEmbedderConfig,
     EmbedConfig,
@@ -19,6 +19,7 @@ from sanitize.embed import (
     embed_shards,
 )
 from sanitize.errors import ConfigError
+from sanitize.hygiene import HygieneConfig, check_hygiene
 from sanitize.jobs.job import RunConfig, job
 from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
@@ -38,6 +39,7 @@ from sanitize.select import (
 from sanitize.storage import join
 
 MAX_SIDE = 64  # pixels
+HYGIENE = "05-hygiene"  # folder of its findings in a run
 
 
 class CleanConfig(RunConfig):
@@ -51,12 +53,15 @@ class CleanConfig(RunConfig):
         embedder: kind classifier (the suspect model) or simclr. SimCLR sees no labels; it suits scorer `neighbours`
             (`embedding: penultimate, windows: 1`), not toxic_direction.
         scorers: one or more scorers of different kinds; their rules are in `select`.
+        hygiene: duplicates, images of low quality and the like, found without a model; None leaves them out. Kinds in
+            `hygiene.quarantine` put samples into quarantine.
         embed, select, write, report: sections of the stages.
     """
 
     trusted: tuple[str, ...] = ()
     index: IndexConfig = Field(default=IndexConfig(), validate_default=True)
     embedder: AnyEmbedderConfig = EmbedderConfig()
+    hygiene: HygieneConfig | None = HygieneConfig()
     embed: EmbedConfig = EmbedConfig()
     scorers: tuple[ScorerConfig, ...] = Field(default=(ToxicDirectionConfig(),), min_length=1)
     select: SelectConfig = SelectConfig()
@@ -71,6 +76,13 @@ class CleanConfig(RunConfig):
         defaults = {"max_side": MAX_SIDE, "crop": False}
         missing = {name: value for name, value in defaults.items() if name not in index.image.model_fields_set}
         return index.model_copy(update={"image": index.image.model_copy(update=missing)})
+
+    @property
+    def indexed(self) -> IndexConfig:
+        """Settings of the index, with facts about images where `hygiene` needs them."""
+        if self.hygiene is None or self.index.check != "decode":
+            return self.index
+        return self.index.model_copy(update={"image_facts": True})
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:
@@ -92,6 +104,7 @@ class Cleaned(NamedTuple):
     """Artifacts of a cleaning run."""
 
     dataset: Dataset
+    hygiene: Hygiene | None
     embedder: Checkpoint
     scores: tuple[Scores, ...]
     selection: Selection
@@ -190,14 +203,19 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     """The order of work, for jobs that have a cleaning run inside them; returns the artifacts."""
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
-    dataset = run.sharded("00-index", index_shards, names, config.index, fingerprint_shards(found))
+    dataset = run.sharded("00-index", index_shards, names, config.indexed, fingerprint_shards(found))
+    hygiene, unclean = None, {}
+    if config.hygiene is not None:
+        hygiene = run.stage(HYGIENE, check_hygiene, config.hygiene, dataset)
+        unclean = {"hygiene": hygiene, "quarantine": config.hygiene.quarantine}
     embedder = run.stage("10-embedder", config.embedder.stage, config.embedder, dataset)
     embeddings = run.sharded("20-embeddings", embed_shards, names, config.embed, dataset, embedder)
     scores = tuple(_score(scorer, dataset, embedder, embeddings, trusted, run) for scorer in config.scorers)
-    selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)
+    selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted, **unclean)
     shards = run.sharded("50-shards", write_selected, names, config.write, dataset, selection)
-    report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards, embedder=embedder)
-    cleaned = Cleaned(dataset, embedder, scores, selection, shards, report)
+    shown = {"embedder": embedder, "hygiene": hygiene}
+    report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards, **shown)
+    cleaned = Cleaned(dataset, hygiene, embedder, scores, selection, shards, report)
     run.finish(config, summary(cleaned))
     return cleaned
 
@@ -215,6 +233,11 @@ def _score(
     return run.sharded(scores_folder(config), score_shards, embeddings.shards, config, fitted, embeddings)
 
 
+def findings_of(hygiene: Hygiene) -> dict[str, int]:
+    """Number of findings of each kind that was found."""
+    return {kind: n for kind, n in hygiene.read_json("hygiene.json")["counts"].items() if n}
+
+
 def scores_folder(config: ScorerConfig) -> str:
     """Folder of the scores of a scorer in a run."""
     return f"31-scores-{config.kind}"
@@ -229,6 +252,7 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
     return {
         "verdict": finding.plain(),
         "suspect": cleaned.embedder.suspect,
+        "hygiene": None if cleaned.hygiene is None else findings_of(cleaned.hygiene),
         "samples": {name: counts.get(name, 0) for name in ("samples", "kept", "quarantined", "unreadable")},
         "classes_touched": {label: c for label, c in classes.items() if c["removed"]},
         "damaged_shards": damaged,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import Scores
-from sanitize.jobs.clean import CleanConfig, latest, scores_folder
+from sanitize.data.tables import Hygiene, Scores
+from sanitize.jobs.clean import HYGIENE, CleanConfig, latest, scores_folder
 from sanitize.jobs.run import read_config
 from sanitize.jobs.verify import verify_run
 from sanitize.models.checkpoint import Checkpoint
@@ -65,6 +65,7 @@ def write_again(folder: str) -> str:
         config = config_of(folder)
         selection, number = latest(folder)
         suffix = f".r{number}" if number else ""
+        hygiene = join(folder, HYGIENE)
         report = write_report(
             config.report,
             Dataset.load(join(folder, "00-index")),
@@ -74,6 +75,7 @@ def write_again(folder: str) -> str:
             join(folder, f"90-report{suffix}"),
             config.compute,
             embedder=Checkpoint.load(join(folder, "10-embedder")),
+            hygiene=Hygiene.load(hygiene) if exists(hygiene) else None,
         )
     return report.url("index.html")
 

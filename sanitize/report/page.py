@@ -23,11 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import Scores, Selection
+from sanitize.data.tables import Hygiene, Scores, Selection
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import charts
 from sanitize.report.finding import Finding, find, groups_of
+from sanitize.report.hygiene import hygiene_numbers, hygiene_pictures
 from sanitize.report.numbers import collect
 from sanitize.report.pictures import pictures
 from sanitize.select.scored import kind_of
@@ -63,7 +64,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=4, gpu=False, draws="nothing")
+@stage(Report, version=6, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -74,6 +75,7 @@ def write_report(
     compute: Compute,
     facts: dict[str, str] | None = None,
     embedder: Checkpoint | None = None,
+    hygiene: Hygiene | None = None,
 ) -> Work:
     """Write the page.
 
@@ -87,6 +89,7 @@ def write_report(
         compute: unused; every stage takes it.
         facts: further rows of "How it was done", name -> text. Facts are part of the recipe: keep dates and paths out.
         embedder: the suspect model, for the verdict on the whole data set; None leaves the verdict out.
+        hygiene: duplicates, images of low quality and the like; None leaves the section out.
 
     Returns:
         The Report. Versions of the software are on the page but not in the recipe: a newer torch is no reason to
@@ -97,6 +100,7 @@ def write_report(
     """
     given: dict[str, Artifact] = {"dataset": dataset, **{f"scores.{kind_of(s)}": s for s in scores}}
     given |= {"selection": selection, "shards": shards} | ({} if embedder is None else {"embedder": embedder})
+    given |= {} if hygiene is None else {"hygiene": hygiene}
     rows = [[name, text] for name, text in (facts or {}).items()]  # a list: their order is seen on the page
 
     def write(part: Part) -> None:
@@ -106,8 +110,11 @@ def write_report(
         numbers |= {"title": config.title, "n_class_rows": min(config.n_classes, len(numbers["classes"]))}
         numbers |= {"chain": [_link(*item) for item in given.items()], "facts": rows, "versions": versions(rows)}
         numbers |= _verdict(scores, selection, embedder)
+        numbers["hygiene"] = None if hygiene is None else hygiene_numbers(hygiene, selection)
         numbers["headline"] = headline(numbers)
         part.write_json("report.json", numbers)
+        if hygiene is not None:
+            numbers["hygiene_pictures"] = hygiene_pictures(numbers["hygiene"], dataset, shards)
         part.write("index.html", render(numbers, pictures(numbers["suspects"], dataset, shards)).encode())
         part.counts.update(numbers["counts"])
 
@@ -184,6 +191,7 @@ def headline(numbers: dict[str, Any]) -> str:
 def _outcome(numbers: dict[str, Any]) -> str:
     counts = numbers["counts"]
     n, total = counts["quarantined"], counts["samples"]
+    by_hygiene = sum(c.get("by_hygiene", 0) for c in numbers["classes"])
     unreadable = f"{counts['unreadable']:,} could not be read"
     if n == 0:
         if not counts["unreadable"]:
@@ -200,7 +208,8 @@ def _outcome(numbers: dict[str, Any]) -> str:
         "conformal": f" as {outliers} from the trusted samples",
         "contamination": f" as the most suspicious of {'its class' if one else 'their classes'}",
     }
-    reason = reasons[kinds.pop()] if len(kinds) == 1 else ""
+    reason = reasons[kinds.pop()] if len(kinds) == 1 and not by_hygiene else ""
+    reason += f" ({by_hygiene:,} for hygiene alone)" if by_hygiene else ""
     end = f"; {unreadable}" if counts["unreadable"] else ""
     return f"{n:,} of {total:,} samples {'was' if one else 'were'} removed{reason}, from {_places(numbers)}{end}."
 

@@ -20,6 +20,7 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Hygiene, HygieneKind, Scores, Selection, write_rows
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.select.hygiene import Unclean
 from sanitize.select.rules import (
     FDRRule,
     Rule,
@@ -28,7 +29,6 @@ from sanitize.select.rules import (
     cauchy_combination,
     keep_all_but,
 )
-from sanitize.select.hygiene import Unclean
 from sanitize.select.scored import Scored, ScorerOutput, kind_of, read_scores
 from sanitize.stage import Advance, Bars, Work, stage
 
@@ -180,6 +180,7 @@ class Decision:
         capped: labels of the classes where the cap was reached.
         combined_N: combined p-values, for verdict `combined`.
         unclean: findings of `check_hygiene` that put samples into quarantine.
+        suspected_N: True for samples that the scorers removed, where findings may have removed others.
     """
 
     scored: Scored
@@ -188,6 +189,7 @@ class Decision:
     capped: set[int]
     combined_N: np.ndarray | None = None
     unclean: Unclean | None = None
+    suspected_N: np.ndarray | None = None
 
     def summary(self, config: SelectConfig) -> dict[str, Any]:
         """Content of selection.json."""
@@ -198,12 +200,21 @@ class Decision:
                 str(label): {
                     "n": len(removed_n),
                     "removed": int(removed_n.sum()),
+                    **({"by_hygiene": by_hygiene} if (by_hygiene := self._by_hygiene(label)) else {}),
                     "capped": label in self.capped,
                     "scorers": {result.output.kind: result.classes[label] for result in self.results},
                 }
                 for label, removed_n in self.scored.by_class(self.removed_N).items()
             },
         }
+
+    def _by_hygiene(self, label: int) -> int:
+        """Samples of a class that findings of hygiene removed, and no scorer."""
+        return (
+            0
+            if self.suspected_N is None
+            else int((self.removed_N & ~self.suspected_N)[self.scored.judged[label]].sum())
+        )
 
     def reasons(self, i: int, label: int) -> list[dict[str, Any]]:
         """Evidence of the scorers against sample i, of class `label`."""
@@ -219,7 +230,7 @@ def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[st
     decision = _by_scores(config, scores, trusted)
     scored = decision.scored
     removed_N = decision.removed_N | (unclean.mask(scored.slices) & ~scored.trusted_N)
-    return replace(decision, removed_N=removed_N, unclean=unclean)
+    return replace(decision, removed_N=removed_N, unclean=unclean, suspected_N=decision.removed_N)
 
 
 def _by_scores(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str]) -> Decision:

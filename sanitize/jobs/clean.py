@@ -23,6 +23,7 @@ from sanitize.hygiene import HygieneConfig, check_hygiene
 from sanitize.jobs.job import RunConfig, job
 from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
+from sanitize.jobs.steps import HYGIENE, with_facts
 from sanitize.jobs.verify import artifacts_of
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import Report, ReportConfig, finding_of, write_report
@@ -39,7 +40,6 @@ from sanitize.select import (
 from sanitize.storage import join
 
 MAX_SIDE = 64  # pixels
-HYGIENE = "05-hygiene"  # folder of its findings in a run
 
 
 class CleanConfig(RunConfig):
@@ -76,13 +76,6 @@ class CleanConfig(RunConfig):
         defaults = {"max_side": MAX_SIDE, "crop": False}
         missing = {name: value for name, value in defaults.items() if name not in index.image.model_fields_set}
         return index.model_copy(update={"image": index.image.model_copy(update=missing)})
-
-    @property
-    def indexed(self) -> IndexConfig:
-        """Settings of the index, with facts about images where `hygiene` needs them."""
-        if self.hygiene is None or self.index.check != "decode":
-            return self.index
-        return self.index.model_copy(update={"image_facts": True})
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:
@@ -203,7 +196,8 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     """The order of work, for jobs that have a cleaning run inside them; returns the artifacts."""
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
-    dataset = run.sharded("00-index", index_shards, names, config.indexed, fingerprint_shards(found))
+    index = with_facts(config.index, config.hygiene is not None)
+    dataset = run.sharded("00-index", index_shards, names, index, fingerprint_shards(found))
     hygiene, unclean = None, {}
     if config.hygiene is not None:
         hygiene = run.stage(HYGIENE, check_hygiene, config.hygiene, dataset)

@@ -8,8 +8,9 @@ from typing import Any
 
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Hygiene, Scores
-from sanitize.jobs.clean import HYGIENE, CleanConfig, latest, scores_folder
+from sanitize.jobs.clean import CleanConfig, latest, scores_folder
 from sanitize.jobs.run import read_config
+from sanitize.jobs.steps import HYGIENE
 from sanitize.jobs.verify import verify_run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import write_report

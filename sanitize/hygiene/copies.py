@@ -106,6 +106,8 @@ def _linked(
             i, j = order_M[start:stop], order_M[start + offset : stop + offset]
             close = np.bitwise_count(hash_N[i] ^ hash_N[j]) <= bits
             close &= (group_N[i] != group_N[j]) & ~is_linked_N[j]
+            if rotation:  # equal hashes are in the same order every time
+                close &= hash_N[i] != hash_N[j]
             i, j = i[close], j[close]
             if len(i):
                 alike = is_alike(i, j)

@@ -26,6 +26,7 @@ from sanitize.select import ContaminationRule, SelectConfig
 
 FOLDERS = (
     "00-index",
+    "05-hygiene",
     "10-embedder",
     "20-embeddings",
     "30-scorer-toxic_direction",

@@ -79,10 +79,15 @@ class Dataset(ShardTables):
         height, width = self.info["image_size"]
         return int(self.info["image"]["channels"]), height, width
 
+    @cached_property
+    def _facts(self) -> frozenset[str]:
+        """Files with facts; a manifest of many shards takes long to read."""
+        return frozenset(name for name in self.manifest().files if name.startswith("facts/"))
+
     def facts(self, shard: str) -> pa.Table | None:
         """Facts about the images of a shard (image_facts.SCHEMA); None where the index took none."""
         name = facts_name(shard)
-        if name not in self.manifest().files:
+        if name not in self._facts:
             return None
         with self._damage(shard):
             return pq.read_table(self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name)))

@@ -251,7 +251,8 @@ def render(numbers: dict[str, Any], thumbnails: list[tuple[bytes, int, int] | No
         numbers: content of `report.json`.
         thumbnails: PNG, width and height for each suspect; None without a picture.
     """
-    return template("page.html.j2").render(numbers | _charts(numbers), thumbnails=thumbnails)
+    shown = {"hygiene_pictures": {}} | numbers | _charts(numbers)
+    return template("page.html.j2").render(shown, thumbnails=thumbnails)
 
 
 def write_page(part: Part, name: str, numbers: dict[str, Any], **shown: Any) -> None:

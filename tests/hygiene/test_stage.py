@@ -22,6 +22,7 @@ from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Hygiene
 from sanitize.errors import ConfigError
 from sanitize.hygiene import HygieneConfig, check_hygiene
+from sanitize.select.hygiene import Unclean
 
 Scene, Stored, Make = Callable[..., Image.Image], Callable[..., bytes], Callable[..., str]
 COMPUTE = Compute(device="cpu")
@@ -284,3 +285,15 @@ def test_a_real_torn_jpeg(tmp_path: Path, make_tar: Make, stored: Stored, scene:
         m for i in range(20, 50) for m in sample(f"k{i}", stored(scene(i, (96, 96)), "JPEG", quality=90), 0, "jpg")
     ]
     assert found(checked(make_tar(tmp_path / "a.tar", members), tmp_path)) == {"torn": {f"cut{i}" for i in range(6)}}
+
+
+def test_chosen_kinds_go_to_quarantine_and_the_first_copy_stays(
+    tmp_path: Path, make_tar: Make, stored: Stored, scene: Scene
+) -> None:
+    members = sample("bad", b"no image") + [m for i in range(6) for m in sample(f"k{i}", stored(scene(i % 4)), i % 5)]
+    index = FACTS.model_copy(update={"max_bad_fraction": 1.0})
+    hygiene = checked(make_tar(tmp_path / "a.tar", members), tmp_path, index)
+    unclean = Unclean(Dataset.load(str(tmp_path / "index")), hygiene, {"exact_duplicate"})
+    assert unclean.mask({"a.tar": slice(0, 6)}).tolist() == [False] * 4 + [True] * 2
+    assert unclean.reasons("a.tar")[5][0]["stage"] == "hygiene"
+    assert not unclean._replace(kinds=frozenset()).mask({"a.tar": slice(0, 6)}).any()

@@ -14,6 +14,7 @@ from sanitize.data.index import index_shards
 from sanitize.denoising import denoise_shards, fit_pca
 from sanitize.drift import check_drift, fit_projection, merge_statistics, summarise_shards
 from sanitize.embed import embed_canaries, embed_shards, import_table, plant_canaries, pretrain_simclr, train_embedder
+from sanitize.hygiene import check_hygiene
 from sanitize.importing import import_data
 from sanitize.jobs import (
     certify,
@@ -57,6 +58,7 @@ __all__ = [
     "certify_partitions",
     "certify_smoothing",
     "check_drift",
+    "check_hygiene",
     "clean",
     "condense",
     "condense_dataset",

@@ -161,6 +161,16 @@ def print_places(places: dict[str, Any]) -> None:
         console.print(f"{name.replace('_', ' '):>12}: {place}", highlight=False, soft_wrap=True)
 
 
+def print_leaks(n: int | None, out: str) -> None:
+    """Number of training samples whose picture is also in the test shards, if any."""
+    if n:
+        say(
+            "warning",
+            "yellow",
+            f"{n:,} training samples show a picture of the test shards: {out}/05-hygiene lists them",
+        )
+
+
 def print_certificates(certificates: list[dict[str, Any]]) -> None:
     """Certified accuracy by radius, and the statement of each certificate."""
     from sanitize.certification.certificates import excerpt

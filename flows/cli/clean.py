@@ -45,6 +45,9 @@ def clean(result: dict[str, Any], out: str) -> None:
     _print_verdict(result["verdict"])
     for note in result.get("notes", ()):
         say("      note:", "yellow", note)
+    if result["hygiene"]:
+        found = ", ".join(f"{kind.replace('_', ' ')} {n:,}" for kind, n in result["hygiene"].items())
+        console.print(f"{'hygiene':>10}: {found}", highlight=False, soft_wrap=True)
     for shard, damage in result["damaged_shards"].items():
         what = "  nothing read of shard" if shard in result["bad_shards"] else "  damaged shard"
         say(what, "yellow", f"{shard}: {damage}")

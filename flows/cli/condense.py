@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flows.cli.app import console, print_places
+from flows.cli.app import console, print_leaks, print_places
 from flows.cli.command import Option, job_command
 
 
@@ -33,6 +33,7 @@ def condense(result: dict[str, Any], out: str) -> None:
 
         sanitize condense configs/condense.yaml --set condense.matching.batch_size=128 --out runs/condensed --direct
     """
+    print_leaks(result.pop("test_leaks"), out)
     accuracies = result.pop("test_accuracy") or []
     last = result.pop("last")
     console.print(f"loss {last['loss']:.4g} after {last['iteration']:,} iterations", highlight=False)

@@ -36,6 +36,10 @@ def inspect(
             "times.",
         ),
     ] = None,
+    hygiene: Annotated[
+        bool,
+        typer.Option("--hygiene", help="Also list duplicates, images of low quality and images with a wrong hash."),
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,7 +47,8 @@ def inspect(
 
     Nothing is written. Useful before `clean`, and when too many samples are unreadable for `clean`. The table lists
     shards that are damaged or have unreadable samples; `--json` lists all shards, and all unreadable samples by shard,
-    key and byte. The last lines say what to do next.
+    key and byte. The last lines say what to do next. With `--hygiene` also what needs no model: the same picture
+    several times, perhaps with different labels; images that are dark, blank, blurred, torn.
 
     Exit code: 0 if all is well. 1 if a shard is damaged or refused, no sample is usable, or more than
     `--max-bad-fraction` of the samples are unreadable. 2 if there are no shards or the options are wrong.
@@ -59,6 +64,8 @@ def inspect(
         config = make_config(IndexConfig, {}, options, set_ or ())
         with bars(quiet):
             result = _inspect(shards, config, None if as_json else 3)
+            if hygiene:
+                result["hygiene"] = _hygiene(shards, config)
         is_well = _is_well(result, config.max_bad_fraction)
         result["next"] = _next(result, shards, config, set_ or (), is_well)
     del result["places"]
@@ -151,6 +158,40 @@ def _count_members(rows: Any, members: Counter[str]) -> None:
     for row in pc.value_counts(suffixes).to_pylist():
         suffix = row["values"] if row["values"] in members or len(members) < 1000 else "others"
         members[suffix or "no suffix"] += row["counts"]
+
+
+def _hygiene(sources: list[str], config: Any) -> dict[str, Any]:
+    """Content of hygiene.json; the index and the findings are in a temporary folder."""
+    import tempfile
+
+    from sanitize.compute import Compute
+    from sanitize.data.index import index_shards
+    from sanitize.hygiene import HygieneConfig, check_hygiene
+
+    lenient = {"max_bad_fraction": 1.0, "max_bad_shards": 2**31, "image_facts": True}
+    with tempfile.TemporaryDirectory() as folder:
+        compute = Compute(device="cpu")
+        dataset = index_shards(config.model_copy(update=lenient), sources, f"{folder}/index", compute)
+        found: dict[str, Any] = check_hygiene(HygieneConfig(), dataset, f"{folder}/hygiene", compute).read_json(
+            "hygiene.json"
+        )
+        return found
+
+
+def _show_hygiene(found: dict[str, Any]) -> None:
+    """A row for each kind of finding, and the largest groups of copies."""
+    table = Table("hygiene", "samples", "for example", title_justify="left")
+    for kind, n in found["counts"].items():
+        if n:
+            example = found["examples"][kind][0]
+            table.add_row(kind.replace("_", " "), f"{n:,}", as_text(f"{example['key']}: {example['reason']}"))
+    console.print(table if table.row_count else "hygiene: nothing found")
+    for group in found["groups"][:5]:
+        labels = ", ".join(f"{label} ({n:,})" for label, n in group["labels"].items())
+        keys = ", ".join(as_text(member["key"]).plain for member in group["members"][:4])
+        console.print(
+            f"{group['n']:,} copies in class {labels}: {keys}, …", highlight=False, soft_wrap=True, markup=False
+        )
 
 
 def _is_well(result: dict[str, Any], max_bad_fraction: float) -> bool:

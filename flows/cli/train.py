@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flows.cli.app import console, print_certificates, print_places
+from flows.cli.app import console, print_certificates, print_leaks, print_places
 from flows.cli.command import Option, job_command
 from sanitize.errors import ConfigError
 from sanitize.settings import change, plain
@@ -63,6 +63,7 @@ def train(result: dict[str, Any], out: str) -> None:
 
         torchrun --nproc-per-node 4 --no-python sanitize train configs/train.yaml    (four GPUs share each batch)
     """
+    print_leaks(result.pop("test_leaks"), out)
     last = result.pop("last", {})
     console.print(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in last.items()), highlight=False)
     print_certificates(result.pop("certificates", []))

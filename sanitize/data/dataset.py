@@ -12,15 +12,17 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
+from sanitize.data.image_facts import facts_name
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
 from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile, find_image
 from sanitize.data.tables import ShardTables, rows_name
 from sanitize.errors import ArtifactError, ConfigError, DataError, ShardError
-from sanitize.storage import fingerprint, open_read
+from sanitize.storage import fingerprint, is_local, open_read
 
 T = TypeVar("T")
 
@@ -104,6 +106,19 @@ class Dataset(ShardTables):
         """`ImageConfig.member` of the index, for `find_image`."""
         member: str | None = self.info["image"].get("member")
         return member
+
+    @cached_property
+    def _facts(self) -> frozenset[str]:
+        """Files with facts; a manifest of many shards takes long to read."""
+        return frozenset(name for name in self.manifest().files if name.startswith("facts/"))
+
+    def facts(self, shard: str) -> pa.Table | None:
+        """Facts about the images of a shard (image_facts.SCHEMA); None where the index took none."""
+        name = facts_name(shard)
+        if name not in self._facts:
+            return None
+        with self._damage(shard):
+            return pq.read_table(self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name)))
 
     def samples(self, shard: str) -> Iterator[tuple[Sample, dict[str, Any]]]:
         """Every sample of a shard, usable or not, with its index row.

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from sanitize.artifacts import ArtifactBuilder, Part, Sources
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.decode import BadImage, ImageConfig, decode
+from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
+from sanitize.data.image_facts import ImageFacts, write_facts
 from sanitize.data.labels import MAX_NAMES, BadLabel, LabelReader, notes_on
 from sanitize.data.layout import dots, explained
 from sanitize.data.reasons import Reasons
@@ -33,6 +34,7 @@ from sanitize.data.samples import (
     image_name,
 )
 from sanitize.data.sources import find_shards, fingerprint_shards
+from sanitize.data.stated_hashes import differing_hash
 from sanitize.data.tables import rows_name, write_rows
 from sanitize.errors import ConfigError, DataError
 from sanitize.stage import Advance, Bars, Work, stage
@@ -62,6 +64,10 @@ class IndexConfig(BaseModel):
         max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops.
         max_bad_shards: number of damaged shards without a usable sample above which the run stops: the number of
             samples in them is unknown.
+        image_facts: True also takes facts about each decoded image (brightness, a perceptual hash, ...), which
+            `check_hygiene` reads. They need check "decode".
+        verify: "json:FIELD", a field of the metadata with the hash of the image as stored: sha256, sha512, sha1 or md5
+            in hexadecimal, known by its length. An image with another hash stays usable; `check_hygiene` lists it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,6 +80,25 @@ class IndexConfig(BaseModel):
     limits: SampleLimits = SampleLimits()
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     max_bad_shards: int = Field(default=0, ge=0)
+    image_facts: bool = False
+    verify: str | None = Field(default=None, pattern=r"^json:.+$")
+
+    @model_validator(mode="after")
+    def _reads_images(self) -> Self:
+        if self.verify is not None and self.check == "headers":
+            raise ConfigError("index.verify compares images with their hashes, and index.check=headers reads no image")
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """What the index depends on. Settings that came later are left out where they are off, so that an index from
+        before them is still found."""
+        settings = self.model_dump(mode="json")
+        return {k: v for k, v in settings.items() if k not in ("image_facts", "verify") or v}
+
+    @property
+    def has_facts(self) -> bool:
+        """True where the index gets a table of facts about images."""
+        return self.verify is not None or (self.image_facts and self.check == "decode")
 
     @field_validator("label")
     @classmethod
@@ -125,10 +150,13 @@ def index_shards(
     labels = label_reader(config)
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
-        table, summary = index_shard(str(found[shard]["url"]), config, advance, labels)
+        facts = ImageFacts() if config.has_facts else None
+        table, summary = index_shard(str(found[shard]["url"]), config, advance, labels, facts)
         write_rows(
             part, shard, table.replace_schema_metadata((table.schema.metadata or {}) | {"shard": json.dumps(summary)})
         )
+        if facts is not None:
+            write_facts(part, shard, facts)
         part.counts.update(summary["counts"])
 
     def finish(part: Part, builder: ArtifactBuilder) -> None:
@@ -140,6 +168,7 @@ def index_shards(
         finish=finish,
         sources=found,
         bar=Bars("index"),
+        config=config.recipe(),
         inputs=dict.fromkeys(found, "shard") | ({"label table": labels.sha256} if labels.sha256 else {}),
     )
 
@@ -161,6 +190,7 @@ def index_shard(
     config: IndexConfig,
     advance: Callable[[int], None] = lambda _n: None,
     labels: LabelReader | None = None,
+    facts: ImageFacts | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
 
@@ -171,13 +201,14 @@ def index_shard(
         config: requirements on samples.
         advance: function called with the number of finished samples.
         labels: `label_reader(config)`, if the caller has it.
+        facts: facts about the images are added to it, as `config` says.
     """
     headers_only = config.check == "headers"
     reader = labels or label_reader(config)
     names: dict[str, int] = {}
 
     def judge(sample: Sample) -> dict[str, Any]:
-        judged = _judge(sample, config, reader)
+        judged = _judge(sample, config, reader, facts)
         if isinstance(name := judged.get("label"), str):
             judged["label"] = names.setdefault(name, len(names))
             if len(names) > MAX_NAMES:
@@ -206,7 +237,7 @@ def _too_many_names(where: str, config: IndexConfig) -> str:
     )
 
 
-def _judge(sample: Sample, config: IndexConfig, labels: LabelReader) -> dict[str, Any]:
+def _judge(sample: Sample, config: IndexConfig, labels: LabelReader, facts: ImageFacts | None) -> dict[str, Any]:
     """Status of a sample, the reason where it is not "ok", and its properties."""
     if sample.problem is not None:
         return {"status": "unreadable", "reason": sample.problem}
@@ -214,10 +245,16 @@ def _judge(sample: Sample, config: IndexConfig, labels: LabelReader) -> dict[str
     try:
         found["image"] = printable(_image_name(sample, config, labels))
         if config.check != "headers":
-            found["sha256"] = hashlib.sha256(find_image(sample, config.image.member)[1]).hexdigest()
+            image = find_image(sample, config.image.member)[1]
+            found["sha256"] = hashlib.sha256(image).hexdigest()
         found["label"] = labels.read(sample)
         if config.check == "decode":
-            found["height"], found["width"] = decode(find_image(sample, config.image.member)[1], config.image).shape[1:]
+            pixels_HWC = decode_pixels(image, config.image)
+            found["height"], found["width"] = pixels_HWC.shape[:2]
+            if facts is not None and config.image_facts:
+                facts.add(sample.position, pixels_HWC)
+        if facts is not None and config.verify is not None:
+            facts.add_stated(sample.position, differing_hash(sample, image, config.verify.removeprefix("json:")))
     except (LookupError, BadLabel, BadImage) as error:
         return found | {"status": "unreadable", "reason": str(error.args[0])}
     return found | {"status": "ok"}

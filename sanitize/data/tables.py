@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -151,6 +151,32 @@ class Scores(ShardTables):
 
 class Selection(ShardTables):
     """One verdict a sample, in the order of the index: columns position, key, label, keep, status, reasons."""
+
+
+HygieneKind = Literal[
+    "exact_duplicate",
+    "near_duplicate",
+    "label_conflict",
+    "test_leak",
+    "wrong_hash",
+    "dark",
+    "bright",
+    "blank",
+    "blurred",
+    "low_entropy",
+    "odd_aspect",
+    "odd_size",
+    "grey",
+    "torn",
+]
+HYGIENE_KINDS: tuple[HygieneKind, ...] = get_args(HygieneKind)
+
+
+class Hygiene(ShardTables):
+    """One row a finding: columns position, key, label, kind, value, group, other_shard, other_position, reason.
+
+    A sample may have several rows, or none. `hygiene.json` has counts, the largest groups of copies, and examples.
+    """
 
 
 def fixed_size_list(x_BD: Tensor) -> pa.FixedSizeListArray:

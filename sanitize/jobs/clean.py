@@ -13,7 +13,7 @@ from sanitize.data.canaries import Canaries
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, bad_shards, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
-from sanitize.data.tables import Embeddings, Scores, Selection
+from sanitize.data.tables import Embeddings, Hygiene, Scores, Selection
 from sanitize.embed import (
     AnyEmbedderConfig,
     EmbedConfig,
@@ -24,9 +24,11 @@ from sanitize.embed import (
     plant_canaries,
 )
 from sanitize.errors import ConfigError
+from sanitize.hygiene import HygieneConfig, check_hygiene
 from sanitize.jobs.job import RunConfig, job
 from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
+from sanitize.jobs.steps import HYGIENE, with_facts
 from sanitize.jobs.verify import artifacts_of
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import Report, ReportConfig, finding_of, write_report
@@ -55,12 +57,15 @@ class CleanConfig(RunConfig):
         embedder: kind classifier (the suspect model) or simclr. SimCLR sees no labels; it suits scorer `neighbours`
             (`embedding: penultimate, windows: 1`), not toxic_direction.
         scorers: one or more scorers of different kinds; their rules are in `select`.
+        hygiene: duplicates, images of low quality and the like, found without a model; None leaves them out. Kinds in
+            `hygiene.quarantine` put samples into quarantine.
         embed, select, write, report: sections of the stages.
     """
 
     trusted: tuple[str, ...] = ()
     index: IndexConfig = Field(default=IndexConfig(), validate_default=True)
     embedder: AnyEmbedderConfig = EmbedderConfig()
+    hygiene: HygieneConfig | None = HygieneConfig()
     embed: EmbedConfig = EmbedConfig()
     scorers: tuple[ScorerConfig, ...] = Field(default=(ToxicDirectionConfig(),), min_length=1)
     select: SelectConfig = SelectConfig()
@@ -99,6 +104,7 @@ class Cleaned(NamedTuple):
     """Artifacts of a cleaning run."""
 
     dataset: Dataset
+    hygiene: Hygiene | None
     embedder: Checkpoint
     scores: tuple[Scores, ...]
     selection: Selection
@@ -197,7 +203,12 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     """The order of work, for jobs that have a cleaning run inside them; returns the artifacts."""
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
-    dataset = run.sharded("00-index", index_shards, names, config.index, fingerprint_shards(found))
+    index = with_facts(config.index, config.hygiene is not None)
+    dataset = run.sharded("00-index", index_shards, names, index, fingerprint_shards(found))
+    hygiene, unclean = None, {}
+    if config.hygiene is not None:
+        hygiene = run.stage(HYGIENE, check_hygiene, config.hygiene, dataset)
+        unclean = {"hygiene": hygiene, "quarantine": config.hygiene.quarantine}
     planted = _plant(config.embedder, dataset, run)
     embedder = run.stage("10-embedder", config.embedder.build(), config.embedder, dataset, **planted)
     embeddings = run.sharded("20-embeddings", embed_shards, names, config.embed, dataset, embedder)
@@ -205,10 +216,11 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     for canaries in planted.values():
         seen["embedded_canaries"] = run.stage("21-canaries", embed_canaries, config.embed, canaries, embedder)
     scores = tuple(_score(scorer, embeddings, trusted, seen, run) for scorer in config.scorers)
-    selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted)
+    selection = run.stage("40-selection", select_samples, config.select, dataset, scores, trusted=trusted, **unclean)
     shards = run.sharded("50-shards", write_selected, names, config.write, dataset, selection)
-    report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards, embedder=embedder)
-    cleaned = Cleaned(dataset, embedder, scores, selection, shards, report)
+    shown = {"embedder": embedder, "hygiene": hygiene}
+    report = run.stage("90-report", write_report, config.report, dataset, scores, selection, shards, **shown)
+    cleaned = Cleaned(dataset, hygiene, embedder, scores, selection, shards, report)
     run.finish(config, summary(cleaned))
     return cleaned
 
@@ -235,6 +247,11 @@ def _score(
     return run.sharded(scores_folder(config), score_shards, embeddings.shards, config, fitted, embeddings)
 
 
+def findings_of(hygiene: Hygiene) -> dict[str, int]:
+    """Number of findings of each kind that was found."""
+    return {kind: n for kind, n in hygiene.read_json("hygiene.json")["counts"].items() if n}
+
+
 def scores_folder(config: ScorerConfig) -> str:
     """Folder of the scores of a scorer in a run."""
     return f"31-scores-{config.kind}"
@@ -249,6 +266,7 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
     return {
         "verdict": finding.plain(),
         "suspect": cleaned.embedder.suspect,
+        "hygiene": None if cleaned.hygiene is None else findings_of(cleaned.hygiene),
         "samples": {name: counts.get(name, 0) for name in ("samples", "kept", "quarantined", "unreadable")},
         "classes_touched": {label: c | _name(cleaned.dataset, label) for label, c in classes.items() if c["removed"]},
         "notes": cleaned.dataset.info.get("notes", []),

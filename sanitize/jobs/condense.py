@@ -9,7 +9,7 @@ from sanitize.condensation import CondenseConfig, CondensedSet, condense_dataset
 from sanitize.jobs.job import RunConfig, job
 from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
-from sanitize.jobs.steps import index_found, index_more
+from sanitize.jobs.steps import index_found, index_more, leaks, with_facts
 from sanitize.report import write_condensation_report
 
 
@@ -76,8 +76,10 @@ def condense(config: CondenseRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places, the last row of the history, and the accuracy on the test shards.
     """
-    dataset = index_found("00-index", config.shards, config.index, run)
-    test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)
+    index = with_facts(config.index, bool(config.test_shards))
+    dataset = index_found("00-index", config.shards, index, run)
+    test = index_more("01-index-test", config.test_shards, {}, index, dataset, run)
+    n_leaks = leaks(dataset, test, run)
     condensed = run.stage("70-condensed", condense_dataset, config.condense, dataset, test=test)
     report = run.stage("90-report", write_condensation_report, condensed)
     utility = condensed.info["utility"]
@@ -86,6 +88,7 @@ def condense(config: CondenseRunConfig, run: Run) -> dict[str, Any]:
         "grid": condensed.url("grid.png"),
         "report": report.url("index.html"),
         "last": condensed.read_json("history.json")[-1],
+        "test_leaks": n_leaks,
         "test_accuracy": utility and utility["test_accuracy"],
     }
     return run.finish(config, result)

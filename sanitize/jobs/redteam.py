@@ -15,6 +15,7 @@ from sanitize.jobs.clean import CleanConfig, Cleaned, clean_inside
 from sanitize.jobs.job import job
 from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
+from sanitize.jobs.steps import leaks, with_facts
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.progress import track
 from sanitize.redteaming import (
@@ -172,8 +173,9 @@ def _data(config: RedTeamConfig, run: Run) -> RedTeamData:
     source = run.sharded("00-source", index_shards, list(found), hashed, fingerprint_shards(found))
     samples = run.stage("01-sample", sample_shards, config.sample, source, trusted=trusted)
     classes = config.clean.index.model_copy(update={"n_classes": source.n_classes, "classes": source.classes})
-    train = run.stage("02-index-train", index_shards, classes, samples.paths("train"))
-    test = run.stage("03-index-test", index_shards, _index_like(train, config), samples.paths("test"))
+    train = run.stage("02-index-train", index_shards, with_facts(classes), samples.paths("train"))
+    test = run.stage("03-index-test", index_shards, with_facts(_index_like(train, config)), samples.paths("test"))
+    leaks(train, test, run)
     n = train.n_samples
     for attack in config.attacks:
         if any(round(one.rate * n) == 0 for one in attack.attacks):

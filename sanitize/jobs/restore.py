@@ -8,11 +8,12 @@ from typing import Any
 from pydantic import Field
 
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import Scores
+from sanitize.data.tables import Hygiene, Scores
 from sanitize.jobs.clean import CleanConfig, CleanRun, latest, scores_folder
 from sanitize.jobs.job import DecisionConfig, job
 from sanitize.jobs.result import CallResult
 from sanitize.jobs.run import Run, read_config
+from sanitize.jobs.steps import HYGIENE
 from sanitize.jobs.verify import verify_run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import write_report
@@ -85,6 +86,7 @@ def write_again(folder: str) -> str:
         config = config_of(folder)
         selection, number = latest(folder)
         suffix = f".r{number}" if number else ""
+        hygiene = join(folder, HYGIENE)
         report = write_report(
             config.report,
             Dataset.load(join(folder, "00-index")),
@@ -94,6 +96,7 @@ def write_again(folder: str) -> str:
             join(folder, f"90-report{suffix}"),
             config.compute,
             embedder=Checkpoint.load(join(folder, "10-embedder")),
+            hygiene=Hygiene.load(hygiene) if exists(hygiene) else None,
         )
     return report.url("index.html")
 

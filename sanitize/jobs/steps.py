@@ -1,5 +1,6 @@
 """Steps that several jobs share."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +9,15 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.errors import ConfigError
+from sanitize.hygiene import HygieneConfig, check_hygiene
 from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.package import PACKAGE, package_model
 from sanitize.report import write_certificate_report
+
+logger = logging.getLogger("sanitize.run")
+HYGIENE = "05-hygiene"  # folder of its findings in a run
 
 
 def index_found(folder: str, sources: Sequence[str], index: IndexConfig, run: Run) -> Dataset:
@@ -32,6 +37,28 @@ def index_more(
         update={"n_classes": dataset.n_classes, "classes": dataset.classes, "image": image} | changed
     )
     return index_found(folder, sources, same, run)
+
+
+def with_facts(index: IndexConfig, is_needed: bool = True) -> IndexConfig:
+    """Index settings with facts about images, for `check_hygiene`; those of an index that decodes no images stay."""
+    return index.model_copy(update={"image_facts": True}) if is_needed and index.check == "decode" else index
+
+
+def leaks(dataset: Dataset, test: Dataset | None, run: Run) -> int | None:
+    """Number of training samples whose picture is also in the test shards, with a warning; None without test shards."""
+    if test is None:
+        return None
+    hygiene = run.stage(HYGIENE, check_hygiene, HygieneConfig(), dataset, test=test)
+    n = int(hygiene.read_json("hygiene.json")["counts"]["test_leak"])
+    if n:
+        logger.warning(
+            "%s of %s training samples show a picture that is also in the test shards: accuracy on them is too high. "
+            "Kind test_leak in %s lists them",
+            f"{n:,}",
+            f"{dataset.n_samples:,}",
+            hygiene.path,
+        )
+    return n
 
 
 def as_the_model_sees(index: IndexConfig, model: ModelConfig) -> IndexConfig:

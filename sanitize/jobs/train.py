@@ -15,7 +15,7 @@ from sanitize.errors import ConfigError
 from sanitize.jobs.job import RunConfig, job
 from sanitize.jobs.result import ModelRun, table_of
 from sanitize.jobs.run import Run
-from sanitize.jobs.steps import index_found, index_more, packaged
+from sanitize.jobs.steps import index_found, index_more, leaks, packaged, with_facts
 from sanitize.package import PACKAGE, package_model
 from sanitize.report import write_training_report
 from sanitize.training import DropScorerConfig, RobustModel, TrainConfig, drop_scores, train_robust
@@ -122,10 +122,12 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
     Returns:
         Places and the last row of the history.
     """
-    dataset = index_found("00-index", config.shards, config.index, run)
-    test = index_more("01-index-test", config.test_shards, {}, config.index, dataset, run)
+    index = with_facts(config.index, bool(config.test_shards))
+    dataset = index_found("00-index", config.shards, index, run)
+    test = index_more("01-index-test", config.test_shards, {}, index, dataset, run)
+    n_leaks = leaks(dataset, test, run)
     if config.partition is not None:
-        return _train_partitions(config.partition, dataset, test, config, run)
+        return _train_partitions(config.partition, dataset, test, n_leaks, config, run)
     encoder = None
     if config.simclr is not None:
         no_labels = {"label": None, "n_classes": 1, "classes": None}
@@ -140,17 +142,23 @@ def train(config: TrainRunConfig, run: Run) -> dict[str, Any]:
     if model.has_drops:
         scores = run.stage("61-drop-scores", drop_scores, config.drop_scores, model, dataset)
         result["drop_scores"] = scores.path
+    result["test_leaks"] = n_leaks
     result["package"] = run.stage(PACKAGE, package_model, model).path
     result["report"] = run.stage("90-report", write_training_report, model).url("index.html")
     return run.finish(config, result)
 
 
 def _train_partitions(
-    partition: PartitionConfig, dataset: Dataset, test: Dataset | None, config: TrainRunConfig, run: Run
+    partition: PartitionConfig,
+    dataset: Dataset,
+    test: Dataset | None,
+    n_leaks: int | None,
+    config: TrainRunConfig,
+    run: Run,
 ) -> dict[str, Any]:
     groups = list(partition.groups)
     ensemble = run.sharded("60-ensemble", train_partitions, groups, partition, dataset)
     certificates = []
     if test is not None:
         certificates = [run.stage("70-certificates", certify_partitions, ensemble, test)]
-    return run.finish(config, packaged(ensemble, certificates, run))
+    return run.finish(config, packaged(ensemble, certificates, run) | {"test_leaks": n_leaks})

@@ -69,7 +69,7 @@ def find(
         selection: content of `selection.json`.
         scorers: content of `scorer.json`, by kind of scorer.
         suspect: content of `suspect.json`; None where no suspect model was trained.
-        removed: number of samples in quarantine.
+        removed: number of samples in quarantine; those that findings of hygiene removed are left out.
 
     Returns:
         The finding.
@@ -77,6 +77,7 @@ def find(
     looked_for: dict[str, list[str]] = {}
     for kind in scorers:
         looked_for.setdefault(LOOKED_FOR.get(kind, "odd samples"), []).append(kind)
+    removed = max(0, removed - sum(entry.get("by_hygiene", 0) for entry in selection.get("classes", {}).values()))
     by_evidence = [kind for kind in scorers if removed and _has_removed(kind, selection)]
     reasons = tuple(_reasons(selection, scorers, suspect))
     canaries = canaries_of(scorers)
@@ -117,7 +118,8 @@ def _has_removed(kind: str, selection: Mapping[str, Any]) -> bool:
     if _rule(kind, selection) == "contamination":  # removes a fixed share of every class
         return False
     return any(
-        entry.get("removed", 0) and entry.get("scorers", {}).get(kind, {}).get("flagged", 0)
+        entry.get("removed", 0) > entry.get("by_hygiene", 0)
+        and entry.get("scorers", {}).get(kind, {}).get("flagged", 0)
         for entry in selection.get("classes", {}).values()
     )
 

@@ -213,6 +213,7 @@ def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selec
                 "name": _class_name(names, label),
                 "n": n,
                 "removed": removed,
+                "by_hygiene": of_class.get("by_hygiene", 0),
                 "removed_fraction": removed / n,
                 "capped": bool(of_class.get("capped", False)),
                 "planted": next((by["planted"] for by in scorers.values() if by["planted"] is not None), None),

@@ -23,12 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import Scores, Selection
+from sanitize.data.tables import Hygiene, Scores, Selection
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import charts
 from sanitize.report.finding import Finding, describe_canary, find, groups_of
 from sanitize.report.groups import pictures_of, with_examples
+from sanitize.report.hygiene import hygiene_numbers, hygiene_pictures
 from sanitize.report.numbers import collect
 from sanitize.report.pictures import Thumbnail, pictures
 from sanitize.select.scored import kind_of
@@ -66,7 +67,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=5, gpu=False, draws="nothing")
+@stage(Report, version=6, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -77,6 +78,7 @@ def write_report(
     compute: Compute,
     facts: dict[str, str] | None = None,
     embedder: Checkpoint | None = None,
+    hygiene: Hygiene | None = None,
 ) -> Work:
     """Write the page about a cleaning run.
 
@@ -90,6 +92,7 @@ def write_report(
         compute: unused; every stage takes it.
         facts: further rows of "How it was done", name -> text. Facts are part of the recipe: keep dates and paths out.
         embedder: the suspect model, for the verdict on the whole data set; None leaves the verdict out.
+        hygiene: duplicates, images of low quality and the like; None leaves the section out.
 
     Returns:
         The Report. Versions of the software are on the page but not in the recipe: a newer torch is no reason to
@@ -100,6 +103,7 @@ def write_report(
     """
     given: dict[str, Artifact] = {"dataset": dataset, **{f"scores.{kind_of(s)}": s for s in scores}}
     given |= {"selection": selection, "shards": shards} | ({} if embedder is None else {"embedder": embedder})
+    given |= {} if hygiene is None else {"hygiene": hygiene}
     rows = [[name, text] for name, text in (facts or {}).items()]  # a list: their order is seen on the page
 
     def write(part: Part) -> None:
@@ -109,10 +113,13 @@ def write_report(
         numbers |= {"title": config.title, "n_class_rows": min(config.n_classes, len(numbers["classes"]))}
         numbers |= {"chain": [_link(*item) for item in given.items()], "facts": rows, "versions": versions(rows)}
         numbers |= _verdict(scores, selection, embedder, config.n_group_images)
+        numbers["hygiene"] = None if hygiene is None else hygiene_numbers(hygiene, selection)
         numbers["headline"] = headline(numbers)
         part.write_json("report.json", numbers)
         thumbnails = pictures(numbers["suspects"], dataset, shards)
         of_groups = pictures_of(numbers["groups"], dataset, shards)
+        if hygiene is not None:
+            numbers["hygiene_pictures"] = hygiene_pictures(numbers["hygiene"], dataset, shards)
         part.write("index.html", render(numbers, thumbnails, of_groups).encode())
         part.counts.update(numbers["counts"])
 
@@ -192,6 +199,7 @@ def headline(numbers: dict[str, Any]) -> str:
 def _outcome(numbers: dict[str, Any]) -> str:
     counts = numbers["counts"]
     n, total = counts["quarantined"], counts["samples"]
+    by_hygiene = sum(c.get("by_hygiene", 0) for c in numbers["classes"])
     unreadable = f"{counts['unreadable']:,} could not be read"
     if n == 0:
         if not counts["unreadable"]:
@@ -208,7 +216,8 @@ def _outcome(numbers: dict[str, Any]) -> str:
         "conformal": f" as {outliers} from the trusted samples",
         "contamination": f" as the most suspicious of {'its class' if one else 'their classes'}",
     }
-    reason = reasons[kinds.pop()] if len(kinds) == 1 else ""
+    reason = reasons[kinds.pop()] if len(kinds) == 1 and not by_hygiene else ""
+    reason += f" ({by_hygiene:,} for hygiene alone)" if by_hygiene else ""
     end = f"; {unreadable}" if counts["unreadable"] else ""
     return f"{n:,} of {total:,} samples {'was' if one else 'were'} removed{reason}, from {_places(numbers)}{end}."
 
@@ -251,7 +260,8 @@ def render(numbers: dict[str, Any], thumbnails: list[Thumbnail | None], of_group
         thumbnails: picture of each suspect; None where there is none.
         of_groups: pictures of the examples of each group.
     """
-    return template("page.html.j2").render(numbers | _charts(numbers), thumbnails=thumbnails, of_groups=of_groups)
+    shown = {"hygiene_pictures": {}} | numbers | _charts(numbers)
+    return template("page.html.j2").render(shown, thumbnails=thumbnails, of_groups=of_groups)
 
 
 def write_page(part: Part, name: str, numbers: dict[str, Any], **shown: Any) -> None:

@@ -57,6 +57,8 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
         summary = selection.read_object("selection.json", "classes")
         for label, entry in summary["classes"].items():
             entry["removed"] = removed[label]
+            if "by_hygiene" in entry:
+                entry["by_hygiene"] = min(entry["by_hygiene"], removed[label])
         part.write_json("selection.json", summary)
 
     settings = config.model_dump(mode="json") | {"keys": sorted(wanted)}

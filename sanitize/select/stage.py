@@ -7,7 +7,7 @@ Shapes: N scored samples, S scorers.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import Scores, Selection, write_rows
+from sanitize.data.tables import Hygiene, HygieneKind, Scores, Selection, write_rows
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.select.hygiene import Unclean
 from sanitize.select.rules import RULE, Rule, benjamini_hochberg, cauchy_combination, keep_all_but
 from sanitize.select.scored import Scored, ScorerOutput, kind_of, read_scores
 from sanitize.stage import Advance, Bars, Work, stage
@@ -113,6 +114,8 @@ def select_samples(
     out: str,
     compute: Compute,
     trusted: Sequence[str] = (),
+    hygiene: Hygiene | None = None,
+    quarantine: Sequence[HygieneKind] = (),
 ) -> Work:
     """Decide which samples stay.
 
@@ -123,6 +126,8 @@ def select_samples(
         out: folder of the artifact: verdicts, and `selection.json` with one entry a class.
         compute: not used; nothing is random.
         trusted: names of trusted shards: no sample in them is removed, rule `conformal` compares with them.
+        hygiene: duplicates, images of low quality and the like; needed for `quarantine` only.
+        quarantine: kinds of its findings that put a sample into quarantine, whatever the scorers say.
 
     Returns:
         The Selection; `status` is kept, quarantined or unreadable. The reasons of a sample name every scorer that
@@ -132,9 +137,12 @@ def select_samples(
         ConfigError: a rule does not fit its scorer, or a scorer was fitted on trusted shards.
     """
     trust = {"trusted": sorted(trusted)} if trusted else {}
-    decided = cache(lambda: _decide(config, scores, trusted))
-
     inputs = {"dataset": dataset.digest, **{f"scores.{kind_of(s)}": s.digest for s in scores}}
+    if hygiene is not None and quarantine:
+        trust |= {"quarantine": sorted(set(quarantine))}
+        inputs |= {"hygiene": hygiene.digest}
+    unclean = Unclean(dataset, hygiene, frozenset(quarantine))
+    decided = cache(lambda: _decide(config, scores, trusted, unclean))
     return Work(
         parts=dataset.shards,
         write_part=lambda shard, part, advance: write_verdicts(dataset, decided(), shard, part, advance),
@@ -177,6 +185,8 @@ class Decision:
         removed_N: True for samples that go to quarantine.
         capped: labels of the classes where the cap was reached.
         combined_N: combined p-values, for verdict `combined`.
+        unclean: findings of `check_hygiene` that put samples into quarantine.
+        suspected_N: True for samples that the scorers removed, where findings may have removed others.
     """
 
     scored: Scored
@@ -184,6 +194,8 @@ class Decision:
     removed_N: np.ndarray
     capped: set[int]
     combined_N: np.ndarray | None = None
+    unclean: Unclean | None = None
+    suspected_N: np.ndarray | None = None
 
     def summary(self, config: SelectConfig) -> dict[str, Any]:
         """Content of selection.json."""
@@ -194,6 +206,7 @@ class Decision:
                 str(label): {
                     "n": len(removed_n),
                     "removed": int(removed_n.sum()),
+                    **({"by_hygiene": by_hygiene} if (by_hygiene := self._by_hygiene(label)) else {}),
                     "capped": label in self.capped,
                     "scorers": {result.output.kind: result.classes[label] for result in self.results},
                 }
@@ -201,8 +214,16 @@ class Decision:
             },
         }
 
+    def _by_hygiene(self, label: int) -> int:
+        """Samples of a class that findings of hygiene removed, and no scorer."""
+        return (
+            0
+            if self.suspected_N is None
+            else int((self.removed_N & ~self.suspected_N)[self.scored.judged[label]].sum())
+        )
+
     def reasons(self, i: int, label: int) -> list[dict[str, Any]]:
-        """Evidence against sample i, of class `label`."""
+        """Evidence of the scorers against sample i, of class `label`."""
         reasons = [_reason(result, label, i) for result in self.results if result.flagged_N[i]]
         if self.combined_N is None or not self.removed_N[i]:
             return reasons
@@ -211,7 +232,14 @@ class Decision:
         return [{"stage": "combined", "reason": text, "p_value": float(self.combined_N[i])}, *reasons]
 
 
-def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str]) -> Decision:
+def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str], unclean: Unclean) -> Decision:
+    decision = _by_scores(config, scores, trusted)
+    scored = decision.scored
+    removed_N = decision.removed_N | (unclean.mask(scored.slices) & ~scored.trusted_N)
+    return replace(decision, removed_N=removed_N, unclean=unclean, suspected_N=decision.removed_N)
+
+
+def _by_scores(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str]) -> Decision:
     scored = read_scores(scores, trusted)
     rules = config.rules_of({output.kind: output.rule for output in scored.outputs})
     results = [rule_on(output, rules[output.kind], scored, config) for output in scored.outputs]
@@ -290,6 +318,8 @@ def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[
     if sum(row["status"] == "ok" for row in indexed) != scored.stop - scored.start:
         raise ArtifactError(f"the scores of shard {shard} do not belong to the samples of {dataset.path}")
     rows, at = [], iter(range(scored.start, scored.stop))
+    is_trusted = bool(decision.scored.trusted_N[scored].any())
+    found = {} if decision.unclean is None or is_trusted else decision.unclean.reasons(shard)
     for row in indexed:
         verdict = {name: row[name] for name in ("position", "key", "label")}
         if row["status"] != "ok":
@@ -299,7 +329,8 @@ def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[
         i = next(at)
         keep = not decision.removed_N[i]
         status = "kept" if keep else "quarantined"
-        rows.append(verdict | {"status": status, "keep": keep, "reasons": decision.reasons(i, row["label"])})
+        reasons = decision.reasons(i, row["label"]) + found.get(row["position"], [])
+        rows.append(verdict | {"status": status, "keep": keep, "reasons": reasons})
     return rows
 
 

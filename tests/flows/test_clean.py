@@ -27,6 +27,7 @@ from sanitize.select import ContaminationRule, SelectConfig
 
 FOLDERS = (
     "00-index",
+    "05-hygiene",
     "09-canaries",
     "10-embedder",
     "20-embeddings",

@@ -20,7 +20,7 @@ from sanitize.jobs.restore import verify_run
 from sanitize.jobs.train import TrainRunConfig
 from sanitize.training import RobustModel
 
-FOLDERS = ("00-index", "01-index-test", "60-model", "61-drop-scores", "80-package", "90-report")
+FOLDERS = ("00-index", "01-index-test", "05-hygiene", "60-model", "61-drop-scores", "80-package", "90-report")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_command_trains_and_says_where_everything_is(train_settings: dict[st
     result = CliRunner().invoke(app, ["train", *options, *more, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert set(found) == {"model", "history", "last", "drop_scores", "package", "report"}
+    assert set(found) == {"model", "history", "last", "drop_scores", "package", "report", "test_leaks"}
     assert found["last"]["dropped"] == pytest.approx(0.1, abs=0.02)
     recipe = read_manifest(tmp_path / "run" / "60-model").recipe
     assert recipe.config["method"]["collaborate"] == {"kind": "co"}

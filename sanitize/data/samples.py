@@ -16,7 +16,7 @@ from sanitize.data.decode import IMAGE_SUFFIXES
 from sanitize.errors import DataError
 from sanitize.hashing import Sha256
 from sanitize.storage import open_read
-from sanitize.tar.compression import GZIP, HEAD_BYTES, GzipStream, explain, not_read, unread_suffix
+from sanitize.tar.compression import HEAD_BYTES, compression_in, decompressed, explain, not_read, unread_suffix
 from sanitize.tar.names import USUAL_NAME, SeenPaths, printable, split_name
 from sanitize.tar.read import Member, TarDamage, TarLimits, TarReader, unsafe_name
 from sanitize.tar.write import BLOCK
@@ -66,7 +66,7 @@ class Sample(NamedTuple):
 
 
 class ShardReader:
-    """Iterate over the samples of one shard (a tar archive, gzip-compressed or not).
+    """Iterate over the samples of one shard (a tar archive, compressed or not).
 
     Args:
         url: path or URL of the shard.
@@ -76,7 +76,7 @@ class ShardReader:
 
     Attributes:
         damage: reason why reading stopped early, or an oddity of the archive; else None.
-        is_gzip: True if the file is gzip-compressed, whatever its name; set with the first sample.
+        compression: compression of the file, whatever its name ("" for none); set with the first sample.
         sha256: digest of the stored file, set after the last sample; "" without `digest`.
         size: size of the file in bytes.
     """
@@ -87,7 +87,7 @@ class ShardReader:
         self.url = url
         self.limits = limits or SampleLimits()
         self.damage: str | None = None
-        self.is_gzip = False
+        self.compression = ""
         self.sha256 = ""
         self.size = 0
         self._suffix, self._digest = suffix, digest
@@ -95,7 +95,7 @@ class ShardReader:
     def __iter__(self) -> Iterator[Sample]:
         with open_read(self.url) as stream:
             file = ShardFile(stream, self.url, self._digest)
-            self.is_gzip = file.is_gzip
+            self.compression = file.compression
             if unread := unread_suffix(self.url):
                 self.damage = not_read(unread)
             else:
@@ -221,13 +221,13 @@ class ShardFile:
         return head
 
     @property
-    def is_gzip(self) -> bool:
-        """True if the file is gzip-compressed, whatever its name."""
-        return self.head.startswith(GZIP)
+    def compression(self) -> str:
+        """Compression of the file, whatever its name; "" for none."""
+        return compression_in(self.head)
 
     def archive(self) -> BinaryIO:
         """The tar archive: this stream, decompressed if necessary."""
-        return cast(BinaryIO, GzipStream(self) if self.is_gzip else self)
+        return cast(BinaryIO, decompressed(self, self.compression) if self.compression else self)
 
     def read(self, size: int = -1) -> bytes:
         """Read at most `size` bytes. Raises DataError where the disk or the store fails."""

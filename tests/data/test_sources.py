@@ -200,8 +200,8 @@ REFUSED: dict[str, tuple[str, Plant, str]] = {
     "chain of URLs": ("b/x::y.tar", Path.touch, "'::'"),
     "too long a name": (f"b/{'n' * 251}.tar", Path.touch, "longer than 220 bytes"),
     "too deep a folder": ("/".join(["b", *["d" * 200] * 6, "x.tar"]), touch_deep, "longer than 1024 bytes"),
-    "xz": ("b/c.tar.xz", Path.touch, "xz compressed: not read"),
-    "zstd": ("b/c.TAR.ZST", Path.touch, "zstd compressed: not read"),
+    "lz4": ("b/c.tar.lz4", Path.touch, "lz4 compressed: not read"),
+    "lzma": ("b/c.TAR.LZMA", Path.touch, "lzma compressed: not read"),
     "zip": ("b/c.zip", Path.touch, "zip compressed: not read"),
 }
 

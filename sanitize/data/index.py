@@ -69,7 +69,7 @@ class IndexConfig(BaseModel):
     max_bad_shards: int = Field(default=0, ge=0)
 
 
-@stage(Dataset, version=2, gpu=False, draws="nothing")
+@stage(Dataset, version=3, gpu=False, draws="nothing")
 def index_shards(
     config: IndexConfig,
     sources: Sequence[str] | str | Sources,

@@ -27,7 +27,7 @@ EVIDENCE = "sanitize.json"
 
 
 class WriteConfig(BaseModel):
-    """How shards are written: compressed as their name says (`.tar.gz`, `.tar.xz`, `.tar.bz2`, `.tar.zst`), whatever the input was.
+    """How shards are written: compressed as their name says (`.tar.gz`, `.tar.xz`, ...), whatever the input was.
 
     Attributes:
         gzip_level: level of gzip, 0 (fast) to 9 (small); the others are written at a fast level.

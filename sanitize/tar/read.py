@@ -103,8 +103,8 @@ _DEFAULT_LIMITS = TarLimits()
 class TarReader:
     """Iterate once over the members of an archive; `read` returns the payload of the last yielded member.
 
-    Where the stream cannot seek (or is compressed), the payload of a file is buffered before its member is yielded. Memory is
-    at most about twice `max_member_bytes`, and at most about twice what the stream delivered.
+    Where the stream cannot seek (or is compressed), the payload of a file is buffered before its member is yielded.
+    Memory is at most about twice `max_member_bytes`, and at most about twice what the stream delivered.
 
     Args:
         stream: blocking stream, positioned at the first header; it is left open, at no particular position.

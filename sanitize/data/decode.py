@@ -29,7 +29,7 @@ from typing import Literal, get_args
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -100,7 +100,7 @@ class ImageConfig(BaseModel):
     max_chunks: int = Field(default=2**16, gt=0)
 
 
-def image_header(data: bytes, config: ImageConfig) -> Image.Image:
+def image_header(data: bytes, config: ImageConfig) -> ImageFile.ImageFile:
     """Parse the header only. Raises BadImage if it is missing, costs too much, or has a format that is not read."""
     if not data:
         raise BadImage("image is empty")
@@ -160,7 +160,7 @@ def _prepared(data: bytes, kind: Format, config: ImageConfig) -> bytes:
     return data
 
 
-def _check_raster(data: bytes, image: Image.Image) -> None:
+def _check_raster(data: bytes, image: ImageFile.ImageFile) -> None:
     """Raise BadImage where a PPM has bytes behind its pixels: the only sign of a conversion of line ends, which puts a
     byte before each newline in header and pixels. Another image, or blanks, may follow."""
     tile = image.tile[0]

@@ -49,7 +49,7 @@ class _Layout(NamedTuple):
 
     order: str
     offset: str
-    count: str
+    number: str
     entry: str
 
 
@@ -78,10 +78,10 @@ def _only_pixels(data: bytes, max_parts: int, max_pixels: int, max_scan_pixels: 
     place = 8 if is_big else 4  # of the offset of the first directory
     value = struct.calcsize(f"{order}{layout.offset}")  # bytes of a value, or of its offset, in an entry
     (at,) = struct.unpack_from(order + layout.offset, data, place)
-    (n,) = struct.unpack_from(order + layout.count, data, at)
+    (n,) = struct.unpack_from(order + layout.number, data, at)
     if n > max_parts:
         raise BadTiff(f"tiff image of more tags than max_chunks {max_parts}")
-    at += struct.calcsize(order + layout.count)
+    at += struct.calcsize(order + layout.number)
     size = struct.calcsize(order + layout.entry) + value
     kept: dict[int, bytes] = {}
     values: dict[int, bytes] = {}
@@ -105,7 +105,7 @@ def _only_pixels(data: bytes, max_parts: int, max_pixels: int, max_scan_pixels: 
     }
     _judge(numbers, data, max_parts, max_pixels, max_scan_pixels)
     padding = bytes(len(data) % 2)
-    directory = struct.pack(order + layout.count, len(kept)) + b"".join(kept[tag] for tag in sorted(kept))
+    directory = struct.pack(order + layout.number, len(kept)) + b"".join(kept[tag] for tag in sorted(kept))
     where = struct.pack(order + layout.offset, len(data) + len(padding))
     return data[:place] + where + data[place + value :] + padding + directory + bytes(value)
 

@@ -5,7 +5,7 @@ import gzip
 import io
 import lzma
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -37,26 +37,17 @@ def _compressor(file: HashingWriter, compression: str, gzip_level: int) -> Itera
         with gzip.GzipFile("", "wb", gzip_level, cast(BinaryIO, file), mtime=0) as zipped:
             yield cast(BinaryIO, zipped)
         return
-    with _other(file, compression) as sink:
+    with ExitStack() as stack:
+        sink: Any = file
+        if compression == "xz":
+            sink = stack.enter_context(lzma.LZMAFile(cast(BinaryIO, file), "wb", preset=_XZ_PRESET))
+        elif compression == "bzip2":
+            sink = stack.enter_context(bz2.BZ2File(cast(BinaryIO, file), "wb"))
+        elif compression == "zstd":
+            sink = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(_KeptOpen(file), mode="w"), "zstd"))
         buffered = io.BufferedWriter(_Raw(sink), _BUFFER_BYTES)
         yield cast(BinaryIO, buffered)
         buffered.flush()
-
-
-@contextmanager
-def _other(file: HashingWriter, compression: str) -> Iterator[Any]:
-    match compression:
-        case "xz":
-            sink: Any = lzma.LZMAFile(cast(BinaryIO, file), "wb", preset=_XZ_PRESET)
-        case "bzip2":
-            sink = bz2.BZ2File(cast(BinaryIO, file), "wb")
-        case "zstd":
-            sink = pa.CompressedOutputStream(pa.PythonFile(_KeptOpen(file), mode="w"), "zstd")
-        case _:
-            yield file
-            return
-    with sink:
-        yield sink
 
 
 class _KeptOpen:

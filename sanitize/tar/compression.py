@@ -8,7 +8,7 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -284,11 +284,10 @@ class _UnitStream(CompressedStream):
 class _MemberStream(_UnitStream):
     """A stream of members for which Python has a decompressor."""
 
-    _new: ClassVar[Callable[[], Any]]
-
-    def __init__(self, file: Readable) -> None:
+    def __init__(self, file: Readable, new: Callable[[], Any]) -> None:
         super().__init__(file)
-        self._member = self._new()
+        self._new = new
+        self._member = new()
 
     def _unit(self) -> bytes:
         while self._error is None:
@@ -336,13 +335,15 @@ def _full(file: Readable) -> bytes:
 class XzStream(_MemberStream):
     """An xz stream, with a dictionary of at most 128 MiB."""
 
-    _new = staticmethod(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY))
+    def __init__(self, file: Readable) -> None:
+        super().__init__(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY))
 
 
 class Bzip2Stream(_MemberStream):
     """A bzip2 stream; its blocks take at most 4 MiB."""
 
-    _new = staticmethod(bz2.BZ2Decompressor)
+    def __init__(self, file: Readable) -> None:
+        super().__init__(file, bz2.BZ2Decompressor)
 
 
 class ZstdStream(_UnitStream):
@@ -498,7 +499,7 @@ class _ZstdFrames:
         """Nothing to do: the file is another's."""
 
 
-_STREAMS: dict[str, type[CompressedStream]] = {
+_STREAMS: dict[str, Callable[[Readable], CompressedStream]] = {
     "gzip": GzipStream,
     "xz": XzStream,
     "bzip2": Bzip2Stream,

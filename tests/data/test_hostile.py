@@ -353,8 +353,7 @@ for name, text, reason in (
 
 # --- images ---
 
-DAMAGED, NO_IMAGE = "image data is damaged", "not a jpeg, png, webp or ppm image"
-TEXT = "png image with a text or a profile of more than 1 MiB"
+DAMAGED, HEADER, NO_IMAGE = "image data is damaged", "damaged header", "not a jpeg, png, webp, ppm, bmp"
 for name, image, reason in (
     ("of zero bytes", b"", "image is empty"),
     ("jpeg cut in half", JPEG[: len(JPEG) // 2], DAMAGED),
@@ -362,23 +361,36 @@ for name, image, reason in (
     ("progressive jpeg cut in half", encoded("JPEG", progressive=True)[:600], DAMAGED),
     ("jpeg that stops early, with an end marker", JPEG[: len(JPEG) * 3 // 4] + b"\xff\xd9", ""),  # as everywhere: grey
     ("png cut in half", PNG[: len(PNG) // 2], DAMAGED),
-    ("webp cut in half", encoded("WEBP")[:100], NO_IMAGE),
+    ("webp cut in half", encoded("WEBP")[:100], HEADER),
     ("ppm cut in half", encoded("PPM")[:400], DAMAGED),
     ("png of 50,000 x 50,000", png(50_000, 50_000, bytes(1000)), "pixels"),
     ("png of 8,000 x 8,000", png(8000, 8000, bytes(1000)), "image claims 8000 x 8000 pixels, more than max_pixels"),
-    ("png of 0 x 0", png(0, 0, b""), NO_IMAGE),
+    ("png of 0 x 0", png(0, 0, b""), HEADER),
     ("jpeg of 65,535 x 65,535", bytes.fromhex("ffd8ffc0000b08ffffffff010111") + bytes(100), "pixels"),
     ("small jpeg of a thousand scans", scans(1000), ""),
     ("ppm of 50,000 x 50,000", b"P6 50000 50000 255\n" + bytes(100), "pixels"),
     ("ppm in text", b"P3 400 400 255\n" + b"0 " * 480_000, "ppm image of numbers in text"),
     ("ppm of 7 bits", b"P5 2000 2000 100\n" + bytes(4_000_000), "ppm image of numbers in text, or of a depth"),
-    ("ppm behind a megabyte of comments", b"P6 " + b"# \n" * 350_000 + b"1 1 255\n\0\0\0", NO_IMAGE),
-    ("png with a text bomb", png(8, 8, bytes(72), chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), TEXT),
-    ("png with an international text bomb", png(8, 8, bytes(72), chunk(b"iTXt", b"k\0\1\0\0\0" + TEXT_BOMB)), TEXT),
-    ("png with a profile bomb", png(8, 8, bytes(72), chunk(b"iCCP", b"k\0\0" + TEXT_BOMB)), TEXT),
-    ("png with a text bomb at the end", png(8, 8, bytes(72), after=chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), DAMAGED),
+    ("ppm behind a megabyte of comments", b"P6 " + b"# \n" * 350_000 + b"1 1 255\n\0\0\0", HEADER),
+    ("png with a text bomb", png(8, 8, bytes(72), chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), ""),
+    ("png with an international text bomb", png(8, 8, bytes(72), chunk(b"iTXt", b"k\0\1\0\0\0" + TEXT_BOMB)), ""),
+    ("png with a profile bomb", png(8, 8, bytes(72), chunk(b"iCCP", b"k\0\0" + TEXT_BOMB)), ""),
+    ("png with a text bomb at the end", png(8, 8, bytes(72), after=chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), ""),
     ("png with 20 MB behind its pixels", png(8, 8, bytes(20_000_000)), ""),
-    ("gif", encoded("GIF"), NO_IMAGE),
+    ("gif", encoded("GIF"), ""),
+    ("gif cut in half", encoded("GIF")[:400], DAMAGED),
+    ("animated gif", encoded("GIF", save_all=True, append_images=[Image.new("RGB", (16, 16))]), ""),
+    ("bmp", encoded("BMP"), ""),
+    ("bmp cut in half", encoded("BMP")[:400], DAMAGED),
+    ("tiff", encoded("TIFF"), ""),
+    ("tiff cut in half", encoded("TIFF")[:400], "tiff image whose strips"),
+    (
+        "compressed tiff of several pages",
+        encoded("TIFF", save_all=True, append_images=[Image.new("RGB", (16, 16))], compression="tiff_lzw"),
+        "",
+    ),
+    ("ico", encoded("ICO"), NO_IMAGE),
+    ("ppm through a conversion of line ends", encoded("PPM").replace(b"\n", b"\r\n"), "a conversion of line ends"),
     ("svg", b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", NO_IMAGE),
     ("cmyk jpeg", encoded("JPEG", "CMYK"), ""),
     ("grey jpeg", encoded("JPEG", "L"), ""),

@@ -60,7 +60,7 @@ def test_every_bad_sample_is_a_row_with_its_reason_and_the_others_survive(
         "minus": ([("minus.png", png), ("minus.cls", b"-1")], "label -1 is not in 0..4"),
         "high": ([("high.png", png), ("high.cls", b"5")], "label 5 is not in 0..4"),
         "huge": ([("huge.png", png), ("huge.cls", b"1" + b"0" * 400)], "is not an integer"),
-        "text": ([("text.png", b"no image"), ("text.cls", b"1")], "not a jpeg, png, webp or ppm image"),
+        "text": ([("text.png", b"no image"), ("text.cls", b"1")], "not a jpeg, png, webp, ppm"),
         "void": ([("void.png", b""), ("void.cls", b"1")], "image is empty"),
         "half": ([("half.png", png[: len(png) // 2]), ("half.cls", b"1")], "damaged"),
         "link": ([("link.png", png), link("link.cls")], "no regular file"),

@@ -67,6 +67,7 @@ def _inspect(sources: list[str], config: Any) -> dict[str, Any]:
         find_shards(sources)  # raises, unless all there is are archives that are not read
     labels: Counter[int] = Counter()
     sizes: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     per_shard = {}
     failure = None
@@ -81,6 +82,7 @@ def _inspect(sources: list[str], config: Any) -> dict[str, Any]:
             ok = [row for row in rows if row["status"] == "ok"]
             labels.update(row["label"] for row in ok)
             sizes.update(f"{row['height']}x{row['width']}" for row in ok)
+            formats.update(per_shard[shard]["formats"])
             reasons.update(row["reason"] for row in rows if row["status"] != "ok")
     if failure is not None and not per_shard:
         raise failure
@@ -89,6 +91,7 @@ def _inspect(sources: list[str], config: Any) -> dict[str, Any]:
         "refused": refused,
         "labels": {str(label): labels[label] for label in sorted(labels)},
         "image_sizes": dict(sizes.most_common()),
+        "formats": dict(formats.most_common()),
         "unreadable": dict(reasons.most_common()),
     }
 
@@ -119,6 +122,7 @@ def _show(result: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     console.print("classes:", ", ".join(f"{label}: {n:,}" for label, n in result["labels"].items()) or "none")
+    console.print("formats:", ", ".join(f"{name}: {n:,}" for name, n in result["formats"].items()) or "none")
     sizes = list(result["image_sizes"].items())[:10]
     console.print("image sizes:", ", ".join(f"{size}: {n:,}" for size, n in sizes) or "none")
     for reason, n in result["unreadable"].items():

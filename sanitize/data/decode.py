@@ -164,7 +164,7 @@ def _check_raster(data: bytes, image: ImageFile.ImageFile) -> None:
     """Raise BadImage where a PPM has bytes behind its pixels: the only sign of a conversion of line ends, which puts a
     byte before each newline in header and pixels. Another image, or blanks, may follow."""
     tile = image.tile[0]
-    raw = tile[3] if isinstance(tile[3], str) else tile[3][0]
+    raw = tile[3] if isinstance(tile[3], str) else str((tile[3] or ("",))[0])
     row = {b"P4": -(-image.width // 8), b"P5": image.width * (2 if "16" in raw else 1)}.get(data[:2], 3 * image.width)
     rest = data[tile[2] + row * image.height :]
     is_converted = data[tile[2] - 1 : tile[2] + 1] == b"\r\n"

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sanitize.artifacts import ArtifactBuilder, Part, Sources
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.decode import BadImage, ImageConfig, decode
+from sanitize.data.decode import BadImage, ImageConfig, decode, image_format
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import (
     BadLabel,
@@ -128,12 +128,20 @@ def _refuse_unread(config: IndexConfig, found: Mapping[str, object]) -> None:
 def index_shard(
     url: str, config: IndexConfig, advance: Callable[[int], None] = lambda _n: None
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself."""
+    """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
+
+    The summary has sha256, bytes, damage, counts, and `formats`: images of each format that were read, usable or not.
+    """
     n_classes, headers_only = config.n_classes or MAX_CLASSES, config.check == "headers"
     suffix = (config.label or "").partition(":")[0].lower() if headers_only else None
 
+    formats: Counter[str] = Counter()
+
     def judge(sample: Sample) -> dict[str, Any]:
-        return _judge(sample, config, n_classes)
+        judged = _judge(sample, config, n_classes)
+        if judged.get("sha256"):  # the image was read
+            formats[image_format(find_image(sample)[1]) or "unknown"] += 1
+        return judged
 
     found = None
     if headers_only and config.label is not None and not unread_suffix(url):
@@ -141,7 +149,7 @@ def index_shard(
     if found is None:
         found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
     n_bad = len(found.table) - found.table["status"].to_pylist().count("ok")
-    summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage}
+    summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage, "formats": dict(formats)}
     return found.table, summary | {"counts": {"samples": len(found.table), "unreadable": n_bad}}
 
 

@@ -217,9 +217,8 @@ def test_a_png_with_a_flipped_bit_is_bad(name: str) -> None:
 def test_what_is_no_image_is_bad(data: bytes) -> None:
     with pytest.raises(BadImage) as error:
         decode(data, ImageConfig())
-    assert str(error.value).startswith(
-        (NO_IMAGE, "png image with a damaged", "ppm image with a damaged") if data else "image is empty"
-    )
+    said = str(error.value)
+    assert said.startswith(NO_IMAGE) or "with a damaged header" in said if data else said == "image is empty"
 
 
 @pytest.mark.hostile

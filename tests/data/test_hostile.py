@@ -378,7 +378,7 @@ for name, image, reason in (
     ("png with a text bomb at the end", png(8, 8, bytes(72), after=chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), ""),
     ("png with 20 MB behind its pixels", png(8, 8, bytes(20_000_000)), ""),
     ("gif", encoded("GIF"), ""),
-    ("gif cut in half", encoded("GIF")[:400], DAMAGED),
+    ("gif cut in half", encoded("GIF")[:850], DAMAGED),
     ("animated gif", encoded("GIF", save_all=True, append_images=[Image.new("RGB", (16, 16))]), ""),
     ("bmp", encoded("BMP"), ""),
     ("bmp cut in half", encoded("BMP")[:400], DAMAGED),

@@ -53,7 +53,8 @@ class IndexConfig(BaseModel):
         n_classes: number of classes; None takes the largest label below 1,000, plus one.
         image: settings of decoding.
         limits: limits on the cost of one sample.
-        max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops.
+        max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops. The bytes behind the place
+            where a shard is damaged count as so many samples as fit there.
         max_bad_shards: number of damaged shards without a usable sample above which the run stops: the number of
             samples in them is unknown.
     """
@@ -130,7 +131,7 @@ def index_shard(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
 
-    The summary has sha256, bytes, damage, counts, and `formats`: images of each format that were read, usable or not.
+    The summary has sha256, bytes, damage, counts; `unread`: bytes behind the damage; `formats`: images of each format that were read, usable or not.
     """
     n_classes, headers_only = config.n_classes or MAX_CLASSES, config.check == "headers"
     suffix = (config.label or "").partition(":")[0].lower() if headers_only else None
@@ -149,7 +150,8 @@ def index_shard(
     if found is None:
         found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
     n_bad = len(found.table) - found.table["status"].to_pylist().count("ok")
-    summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage, "formats": dict(formats)}
+    summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage, "unread": found.n_unread}
+    summary["formats"] = dict(formats)
     return found.table, summary | {"counts": {"samples": len(found.table), "unreadable": n_bad}}
 
 
@@ -242,6 +244,20 @@ def bad_shards(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
+def lost_samples(summaries: Mapping[str, Mapping[str, Any]]) -> int:
+    """Samples behind the places where shards are damaged, by their mean size before; bad shards count none.
+
+    Args:
+        summaries: as for `bad_shards`.
+    """
+    bad = bad_shards(summaries)
+    return sum(
+        round(summary["counts"]["samples"] * summary["unread"] / max(1, summary["bytes"] - summary["unread"]))
+        for shard, summary in summaries.items()
+        if shard not in bad
+    )
+
+
 def _refuse_if_bad(
     config: IndexConfig, n_ok: int, reasons: Mapping[str, int], summaries: Mapping[str, Mapping[str, Any]]
 ) -> None:
@@ -253,10 +269,12 @@ def _refuse_if_bad(
         reasons: reason -> number of unreadable samples.
         summaries: summary of each shard, from `index_shard`.
     """
-    n_bad, bad = sum(reasons.values()), bad_shards(summaries)
+    n_lost, bad = lost_samples(summaries), bad_shards(summaries)
+    n_bad = sum(reasons.values()) + n_lost
     why = []
     if n_bad > config.max_bad_fraction * (n_ok + n_bad):
-        most = "; ".join(f"{n} x {reason}" for reason, n in Counter(reasons).most_common(3))
+        lost = {"behind damage in a shard (about)": n_lost} if n_lost else {}
+        most = "; ".join(f"{n} x {reason}" for reason, n in Counter({**reasons, **lost}).most_common(3))
         why.append(
             f"{n_bad} of {n_ok + n_bad} samples are unreadable, more than max_bad_fraction={config.max_bad_fraction}: "
             f"{most}. Look with `sanitize inspect`; raise max_bad_fraction only if this is expected"

@@ -79,6 +79,7 @@ class ShardReader:
         compression: compression of the file, whatever its name ("" for none); set with the first sample.
         sha256: digest of the stored file, set after the last sample; "" without `digest`.
         size: size of the file in bytes.
+        n_unread: bytes of the file behind the place where reading stopped early; 0 where it did not.
     """
 
     def __init__(
@@ -89,12 +90,13 @@ class ShardReader:
         self.damage: str | None = None
         self.compression = ""
         self.sha256 = ""
-        self.size = 0
+        self.size = self.n_unread = 0
         self._suffix, self._digest = suffix, digest
 
     def __iter__(self) -> Iterator[Sample]:
         with open_read(self.url) as stream:
             file = ShardFile(stream, self.url, self._digest)
+            stopped_at: int | None = 0
             self.compression = file.compression
             if unread := unread_suffix(self.url):
                 self.damage = not_read(unread)
@@ -105,16 +107,25 @@ class ShardReader:
                     is_empty = False
                     yield sample
                 self.damage = samples.damage
+                stopped_at = (
+                    file.position if self.compression and samples.stopped_at is not None else samples.stopped_at
+                )
                 if is_empty and self.damage:
                     self.damage = explain(file.head) or self.damage
             self.sha256, self.size = file.finish()
+            self.n_unread = 0 if stopped_at is None else max(0, self.size - stopped_at)
 
 
 class SampleReader:
-    """Iterate over the samples of an archive, or of a piece of one; otherwise like ShardReader."""
+    """Iterate over the samples of an archive, or of a piece of one; otherwise like ShardReader.
+
+    Attributes:
+        stopped_at: byte of the archive at which it is broken; None where it was read to its end.
+    """
 
     def __init__(self, stream: BinaryIO, limits: SampleLimits, suffix: str | None = None) -> None:
         self.damage: str | None = None
+        self.stopped_at: int | None = None
         self._reader = TarReader(stream, TarLimits(max_member_bytes=limits.max_sample_bytes))
         self._limits, self._suffix = limits, suffix
 
@@ -140,6 +151,7 @@ class SampleReader:
                     group.members.append((member.name, self._reader.read()))
         except TarDamage as error:
             self.damage = f"{error.reason} at byte {error.offset}"
+            self.stopped_at = error.offset
             if group is not None:
                 group.problem = f"the shard is damaged here: {error.reason}"
                 yield group.sample(position, None)
@@ -224,6 +236,11 @@ class ShardFile:
     def compression(self) -> str:
         """Compression of the file, whatever its name; "" for none."""
         return compression_in(self.head)
+
+    @property
+    def position(self) -> int:
+        """Byte of the file up to which it was read."""
+        return self.tell() if self._sha256 is None else self._size
 
     def archive(self) -> BinaryIO:
         """The tar archive: this stream, decompressed if necessary."""

@@ -56,6 +56,7 @@ _NOT_ARCHIVES = {
 }
 HEAD_BYTES = 32  # length of the `head` of `explain`
 _INPUT_BYTES = 1 << 14  # compressed bytes read at once
+_AT_ONCE = 1 << 16  # decompressed bytes returned at once: no more of the file is read than is needed
 _UNIT = 1 << 12  # decompressed bytes made at once where those of a call that fails are lost
 _MAX_WINDOW = 1 << 27  # bytes; `xz -9` has a dictionary of 64 MiB, `zstd --ultra -22` a window of 128 MiB
 _BLOCK_HEADER, _MAX_BLOCK, _RLE = 3, 1 << 17, 1  # of zstd: bytes, bytes, type
@@ -267,7 +268,7 @@ class _UnitStream(CompressedStream):
     def read(self, size: int) -> bytes:
         """See CompressedStream."""
         pieces, have = [self._left], len(self._left)
-        while have < size and self._error is None and (unit := self._unit()):
+        while have < min(size, _AT_ONCE) and self._error is None and (unit := self._unit()):
             pieces.append(unit)
             have += len(unit)
         data = b"".join(pieces)

@@ -267,6 +267,29 @@ def test_a_name_that_says_the_wrong_compression_changes_nothing(
     assert all(a.images_BCHW.equal(b.images_BCHW) for a, b in zip(*batches, strict=True))
 
 
+@pytest.mark.hostile
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress])
+@pytest.mark.parametrize("check", ["decode", "headers"])
+def test_what_lies_behind_the_damage_counts_as_bad(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute, pack: Any, check: Any
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (50, 40_000), dtype=np.uint8)  # does not compress
+    members = [m for i, m in enumerate(good(50)) for m in ([m] if i % 2 else [m, (f"{m[0].split('.')[0]}.bin", b"")])]
+    members = [
+        (name, noise[i // 3].tobytes() if name.endswith("bin") else data) for i, (name, data) in enumerate(members)
+    ]
+    plain = Path(make_tar(tmp_path / "x.tar", members)).read_bytes()
+    half = len(plain) // 2 // 512 * 512
+    (tmp_path / "x.tar").write_bytes(pack(plain[:half] + b"\xa5" * 512 + plain[half:]))
+    for fraction in (0.4, 0.6):
+        config = IndexConfig(check=check, max_bad_fraction=fraction)
+        if fraction < 0.5:
+            with pytest.raises(DataError, match=r"2\d x behind damage in a shard \(about\)"):
+                index_shards(config, str(tmp_path / "x.tar"), str(tmp_path / f"{fraction}"), compute)
+        else:
+            index_shards(config, str(tmp_path / "x.tar"), str(tmp_path / f"{fraction}"), compute)
+
+
 def test_a_damaged_shard_keeps_what_was_read_whole_and_is_named(
     tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute
 ) -> None:

@@ -3,8 +3,9 @@
 python examples/pack_folders.py images data [--per-shard 1000]
 
 Reads images/CLASS/*.jpg (or png, webp, ppm, bmp, gif, tiff, avif) and writes data/train-000000.tar,
-data/train-000001.tar, ... A sample has the unchanged image, the class as an integer (.cls) and the path of the file (.json). data/classes.json maps class
-names to integers. The order is random but fixed, so that every shard has samples of all classes.
+data/train-000001.tar, ... A sample has the unchanged image, the class as an integer (.cls) and the path of the file
+(.json). data/classes.json maps class names to integers. The order is random but fixed, so that every shard has samples
+of all classes.
 """
 
 import argparse

@@ -131,7 +131,8 @@ def index_shard(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
 
-    The summary has sha256, bytes, damage, counts; `unread`: bytes behind the damage; `formats`: images of each format that were read, usable or not.
+    The summary has sha256, bytes, damage and counts; `unread`: bytes behind the damage; `formats`: number of images
+    of each format that were read, usable or not.
     """
     n_classes, headers_only = config.n_classes or MAX_CLASSES, config.check == "headers"
     suffix = (config.label or "").partition(":")[0].lower() if headers_only else None
@@ -151,8 +152,8 @@ def index_shard(
         found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
     n_bad = len(found.table) - found.table["status"].to_pylist().count("ok")
     summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage, "unread": found.n_unread}
-    summary["formats"] = dict(formats)
-    return found.table, summary | {"counts": {"samples": len(found.table), "unreadable": n_bad}}
+    counts = {"samples": len(found.table), "unreadable": n_bad}
+    return found.table, summary | {"counts": counts, "formats": dict(formats)}
 
 
 def _judge(sample: Sample, config: IndexConfig, n_classes: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ IMAGE_SUFFIXES = frozenset({*FORMATS, "jpg", "tif"})
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _MAGIC: dict[Format, re.Pattern[bytes]] = {
-    "jpeg": re.compile(rb"\xff\xd8\xff"),
+    "jpeg": re.compile(_JPEG),
     "png": re.compile(re.escape(_PNG)),
     "webp": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
     "ppm": re.compile(rb"P[1-6][\s#]"),

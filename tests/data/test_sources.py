@@ -176,6 +176,17 @@ def test_a_file_system_that_is_not_installed_is_an_error_of_ours() -> None:
             find_shards("s3://bucket/x.tar")
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("x.JPG", r"1 \.jpg\. Pack single images"), ("x.cpio", r"1 \.cpio\. A tar"), ("", "Check the path")],
+)
+def test_a_folder_without_shards_says_what_it_holds_and_what_to_do(tmp_path: Path, name: str, says: str) -> None:
+    if name:
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=says):
+        find_shards(str(tmp_path))
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 Plant = Callable[[Path], object]

@@ -39,6 +39,15 @@ def test_shards_in_which_all_is_well_have_one_line(folder: Path) -> None:
     assert list(json.loads(run("inspect", folder, "--json").stdout)["shards"]) == [f"{i:04d}.tar" for i in range(20)]
 
 
+def test_formats_are_counted_by_content(tmp_path: Path, make_tar: Callable[..., str], good: Good) -> None:
+    picture = dict(good(1))["good0000.png"]
+    names = {"a.png": picture, "b.jpg": picture, "c.tif": b"II*\0", "d.gif": b"no image"}
+    make_tar(tmp_path / "x.tar", [m for n, d in names.items() for m in ((n, d), (f"{n[0]}.cls", b"0"))])
+    found = json.loads(run("inspect", tmp_path / "x.tar", "--json").stdout)
+    assert found["formats"] == {"png": 2, "tiff": 1, "unknown": 1}
+    assert found["shards"]["x.tar"]["formats"] == found["formats"]
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: 10 * 512 + 60])
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+from sanitize.tar.compression import SHARD_SUFFIXES
+
 MAX_NAME_BYTES = 160  # name of a shard in its batch; files named after it are longer, and file systems allow 255
 Decision = Literal["approved", "rejected", "retried"]
 Fingerprint = tuple[str, int, str]  # url, size, modification time or ETag
@@ -37,7 +39,7 @@ class Offered(BaseModel):
         A long name is cut to `MAX_NAME_BYTES`; the digest in it keeps it unique.
         """
         base = self.url.rpartition("/")[2]
-        suffix = next(suffix for suffix in (".tar.gz", ".tgz", ".tar", "") if base.lower().endswith(suffix))
+        suffix = next(suffix for suffix in (*SHARD_SUFFIXES, "") if base.lower().endswith(suffix))
         end = f"-{self.sha256[:16]}{suffix}"
         stem = base[: len(base) - len(suffix)].encode()[: MAX_NAME_BYTES - len(end)].decode(errors="ignore")
         return stem + end

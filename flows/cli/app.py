@@ -66,8 +66,8 @@ class _Printable(logging.Formatter):
 console = Terminal(stderr=True)
 
 SHARDS_HELP = (
-    "Directory, glob or brace range of .tar / .tar.gz shards (quote it: 'train-{000000..000009}.tar'). May be given "
-    "several times."
+    "Directory, glob or brace range of .tar shards, compressed or not (quote it: 'train-{000000..000009}.tar'). "
+    "May be given several times."
 )
 Shards = Annotated[list[str] | None, typer.Option("--shards", help=SHARDS_HELP)]
 Set = Annotated[

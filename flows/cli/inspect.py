@@ -92,6 +92,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
     labels: Counter[Any] = Counter()  # by class, or by name where names are gathered
     sizes: Counter[str] = Counter()
     members: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
     reasons = Reasons(max_examples)
     per_shard, places = {}, {}
     failure = None
@@ -108,6 +109,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
             names = shard_names(indexed)
             labels.update(row["label"] if names is None else names[row["label"]] for row in ok)
             sizes.update(f"{row['height']}x{row['width']}" for row in ok)
+            formats.update(per_shard[shard]["formats"])
             reasons.add(shard, indexed)
             _count_members(indexed, members)
     if failure is not None and not per_shard:
@@ -123,6 +125,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
         "classes": None if classes is None else list(classes),
         "notes": _notes(by_class, classes, config, members) if largest is None else [],
         "image_sizes": dict(sizes.most_common()),
+        "formats": dict(formats.most_common()),
         "members": dict(sorted(members.items(), key=lambda item: (-item[1], item[0]))),
         "unreadable": reasons.counts(),
         "reasons": [{"reason": kind.reason, "n": kind.n, "examples": kind.examples} for kind in kinds],
@@ -315,6 +318,7 @@ def _show(result: dict[str, Any], has_labels: bool) -> None:
         console.print("classes:", _classes(result), soft_wrap=True)
     else:
         console.print("no labels are read: all samples are one class", soft_wrap=True)
+    console.print("formats:", ", ".join(f"{name}: {n:,}" for name, n in result["formats"].items()) or "none")
     sizes = list(result["image_sizes"].items())[:10]
     console.print("image sizes:", ", ".join(f"{size}: {n:,}" for size, n in sizes) or "none", soft_wrap=True)
     console.print("members:", _some(result["members"], _N_MEMBERS), soft_wrap=True)

@@ -151,7 +151,7 @@ class Dataset(ShardTables):
         try:
             with open_read(url) as stream:
                 file = ShardFile(stream, url, digest)
-                if file.is_gzip and len(rows):
+                if file.compression and len(rows):
                     yield from as_indexed(SampleReader(file.archive(), limits), rows)
                 else:
                     yield from read_pieces(file, rows, limits)

@@ -4,8 +4,9 @@ Conversions (C = 3; with C = 1 the result is the luminance):
   8-bit greyscale, RGB, CMYK, palette   converted to RGB
   alpha channel                         dropped, colours as stored
   16 bits a channel                     scaled to 8 bits
-  animated                              first frame
-  EXIF orientation                      not applied: trainers read pixels as they are stored
+  animated, several pages               the first
+  EXIF orientation                      not applied: trainers read pixels as they are stored (Pillow applies it to TIFF)
+  ICC profile                           not applied
 Images of another size than the data set's are resized (bilinear, antialiased): after a crop around the centre to its
 proportions, or as a whole (`ImageConfig.crop`).
 
@@ -21,24 +22,44 @@ stops early and whose end marker is present becomes grey from that point on, as 
 """
 
 import io
+import re
 import warnings
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, features
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from sanitize.data.image_costs import COSTLY, jpeg_header, jpeg_scan_samples, png_parts
+from sanitize.data.avif import BadAvif, decoded_pixels
+from sanitize.data.image_costs import COSTLY, gif_parts, jpeg_header, jpeg_scan_samples, png_parts, png_without_text
+from sanitize.data.tiff import BadTiff, only_pixels
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm"})
+Format = Literal["jpeg", "png", "webp", "ppm", "bmp", "gif", "tiff", "avif"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+IMAGE_SUFFIXES = frozenset({*FORMATS, "jpg", "tif"})
 # Pillow warns of bombs at its own limit. Filtered for the whole process: filters per call are not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-_FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
+_MAGIC: dict[Format, re.Pattern[bytes]] = {
+    "jpeg": re.compile(_JPEG),
+    "png": re.compile(re.escape(_PNG)),
+    "webp": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    "ppm": re.compile(rb"P[1-6][\s#]"),
+    "bmp": re.compile(rb"BM"),
+    "gif": re.compile(rb"GIF8[79]a"),
+    "tiff": re.compile(rb"II[*+]\0|MM\0[*+]"),
+    "avif": re.compile(rb".{4}ftyp(?:avi[fs]|.{4}.{4}(?:.{4}){0,15}?avi[fs])", re.DOTALL),
+}
+_MAGIC_BYTES = 128
+NO_IMAGE = f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+# Modes of Pillow whose pixels have a known range.
+_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"}
+_AV1_COST = 8  # a pixel of an AV1 frame takes as long as so many samples of a JPEG's scans
 _LEAST_SIDE = 8  # JPEG has blocks of 8 x 8; a PNG row of one pixel costs as much as one of 8
+_BEHIND_RASTER = re.compile(rb"\s*(?:P[1-7]\s|\Z)")
 _MAX_PPM_HEADER = 1024  # Pillow reads comments byte by byte
 
 
@@ -58,13 +79,15 @@ class ImageConfig(BaseModel):
         channels: 3 (RGB) or 1 (luminance).
         member: suffix of the image that is read where a sample has several (`left.jpg`, also as `left.png`), or `first`
             in the order of the shard. None takes the only image, if it has a plain suffix (`jpg`) or is the only one.
+        formats: formats that are read, by content and not by suffix; images of others are unreadable.
         max_pixels: number of pixels in the header above which an image is not decoded (decompression bombs). A side
             below 8 counts as 8.
         max_scan_pixels: number of pixels in all scans of a JPEG, each component of a scan counted separately. An
-            ordinary progressive JPEG scans each pixel 8 times (with colour at full resolution 14 times). The default
-            takes about 1 s.
-        max_chunks: number of chunks of a PNG, or of segments before the first scan of a JPEG and bytes between them. A
-            compressed text or profile and a segment of Exif data count as 1,000. The default takes about .3 s.
+            ordinary progressive JPEG scans each pixel 8 times (with colour at full resolution 14 times). A pixel of
+            each frame of an AVIF counts as 8. The default takes about 1 s.
+        max_chunks: number of chunks of a PNG, of segments before the first scan of a JPEG and bytes between them, of
+            blocks before the pixels of a GIF, of tags or strips of a TIFF, of boxes of an AVIF. A compressed text or
+            profile and a segment of Exif data count as 1,000. The default takes about .3 s.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,33 +97,82 @@ class ImageConfig(BaseModel):
     crop: bool = True
     channels: Literal[1, 3] = 3
     member: str | None = Field(default=None, pattern=r"^[^:/]{1,200}$")
+    formats: tuple[Format, ...] = FORMATS
     max_pixels: int = Field(default=50_000_000, gt=0)
     max_scan_pixels: int = Field(default=400_000_000, gt=0)
     max_chunks: int = Field(default=2**16, gt=0)
 
 
-def image_header(data: bytes, config: ImageConfig) -> Image.Image:
+def image_header(data: bytes, config: ImageConfig) -> ImageFile.ImageFile:
     """Parse the header only. Raises BadImage if it is missing, costs too much, or has a format that is not read."""
     if not data:
         raise BadImage("image is empty")
+    kind = image_format(data)
+    if kind is None:
+        raise BadImage(NO_IMAGE)
+    if kind not in config.formats:
+        raise BadImage(f"{kind} image, and index.image.formats leaves {kind} out")
     _check_parts(data, config)
+    data = _prepared(data, kind, config)
+    name = kind.upper()
     try:
-        if data.startswith(b"P"):
-            Image.open(io.BytesIO(data[:_MAX_PPM_HEADER]), formats=("PPM",))
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if kind == "ppm":
+            Image.open(io.BytesIO(data[:_MAX_PPM_HEADER]), formats=(name,))
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "MPO") if kind == "jpeg" else (name,))
     except Image.DecompressionBombError as error:
         raise BadImage(f"image claims more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from error
     except Exception as error:
-        if "MAX_TEXT" in str(error):
-            raise BadImage("png image with a text or a profile of more than 1 MiB") from error
-        raise BadImage("not a jpeg, png, webp or ppm image") from error
+        if kind == "avif" and not features.check("avif"):
+            raise BadImage("avif image, which this version of Pillow does not read: install 11.3 or later") from error
+        raise BadImage(f"{kind} image with a damaged header, or of a kind that is not read") from error
     if not _fits(image.height, image.width, config):
         raise BadImage(f"image claims {image.width} x {image.height} pixels, more than max_pixels {config.max_pixels}")
-    if image.format == "PPM" and image.tile[0][0] != "raw":  # Pillow decodes these in Python, 4 us a byte
-        raise BadImage("ppm image of numbers in text, or of a depth other than 1, 8 or 16 bits")
+    if image.mode not in _MODES and not (kind in ("png", "ppm") and image.mode == "I"):  # 16 bits in 32
+        raise BadImage(f"{kind} image of mode {image.mode}, whose range of values is unknown")
+    if kind in ("ppm", "bmp") and image.tile[0][0] != "raw":  # Pillow decodes these in Python, 4 us a byte
+        wrong = {"ppm": "numbers in text, or of a depth other than 1, 8 or 16 bits", "bmp": "run lengths"}
+        raise BadImage(f"{kind} image of {wrong[kind]}")
+    if kind == "ppm":
+        _check_raster(data, image)
     if image.format in ("JPEG", "MPO"):
         _check_scans(data, image.height, image.width, config)
     return image
+
+
+def image_format(data: bytes) -> Format | None:
+    """Format by the first bytes; None for those that are not read."""
+    head = data[:_MAGIC_BYTES]
+    return next((name for name, magic in _MAGIC.items() if magic.match(head)), None)
+
+
+def _prepared(data: bytes, kind: Format, config: ImageConfig) -> bytes:
+    """The bytes for Pillow, without parts that pixels do not need. Raises BadImage."""
+    if kind == "png":
+        return png_without_text(data)
+    try:
+        if kind == "tiff":
+            return only_pixels(data, config.max_chunks, config.max_pixels, config.max_scan_pixels)
+        if kind == "avif":
+            n = decoded_pixels(data, config.max_chunks)
+            if _AV1_COST * n > config.max_scan_pixels:
+                raise BadImage(
+                    f"the frames of an avif image have more than an eighth of max_scan_pixels {config.max_scan_pixels}"
+                )
+    except (BadTiff, BadAvif) as error:
+        raise BadImage(str(error)) from error
+    return data
+
+
+def _check_raster(data: bytes, image: ImageFile.ImageFile) -> None:
+    """Raise BadImage where a PPM has bytes behind its pixels: the only sign of a conversion of line ends, which puts a
+    byte before each newline in header and pixels. Another image, or blanks, may follow."""
+    tile = image.tile[0]
+    raw = tile[3] if isinstance(tile[3], str) else str((tile[3] or ("",))[0])
+    row = {b"P4": -(-image.width // 8), b"P5": image.width * (2 if "16" in raw else 1)}.get(data[:2], 3 * image.width)
+    rest = data[tile[2] + row * image.height :]
+    is_converted = data[tile[2] - 1 : tile[2] + 1] == b"\r\n"
+    if rest and (is_converted or not _BEHIND_RASTER.match(rest)):
+        raise BadImage("ppm image with more bytes than its header says: a conversion of line ends has moved its pixels")
 
 
 def _fits(height: int, width: int, config: ImageConfig) -> bool:
@@ -117,6 +189,8 @@ def _check_parts(data: bytes, config: ImageConfig) -> None:
             raise BadImage(f"jpeg image of more segments than max_chunks {limit}")
     elif data.startswith(_PNG) and png_parts(data, limit) > limit:
         raise BadImage(f"png image of more chunks than max_chunks {limit}")
+    elif data.startswith(b"GIF8") and gif_parts(data, limit) > limit:
+        raise BadImage(f"gif image of more blocks before its pixels than max_chunks {limit}")
 
 
 def _check_scans(data: bytes, height: int, width: int, config: ImageConfig) -> None:
@@ -166,7 +240,7 @@ def _ordinary_jpeg(data: bytes, config: ImageConfig) -> np.ndarray | None:
 
     Pillow's luminance differs by a rounding from a JPEG's own, so colour images with C = 1 are left to Pillow.
     """
-    if not (data.startswith(_JPEG) and data.endswith(b"\xff\xd9")):
+    if not (data.startswith(_JPEG) and "jpeg" in config.formats and data.endswith(b"\xff\xd9")):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -183,9 +257,10 @@ def _ordinary_jpeg(data: bytes, config: ImageConfig) -> np.ndarray | None:
 
 
 def _by_pillow(image: Image.Image, channels: int) -> np.ndarray:
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I"):
+        image = image if image.mode in ("I", "I;16") else image.convert("I")
         image = image.point(lambda value: value / 256).convert("L")
-    if image.mode in ("RGBA", "LA", "PA"):
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         image = Image.merge("RGB", image.split()[:3])
     image = image.convert("RGB" if channels == 3 else "L")

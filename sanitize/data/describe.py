@@ -46,6 +46,11 @@ _MIME_TYPES = {
     "jpeg": "image/jpeg",
     "png": "image/png",
     "webp": "image/webp",
+    "bmp": "image/bmp",
+    "gif": "image/gif",
+    "tif": "image/tiff",
+    "tiff": "image/tiff",
+    "avif": "image/avif",
     "ppm": "image/x-portable-pixmap",
 }
 

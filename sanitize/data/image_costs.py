@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 COSTLY = 1000  # weight of a costly part: 2 ms to decompress a text, or to copy all Exif data once more
 _COSTLY_CHUNKS = (b"zTXt", b"iTXt", b"iCCP")  # each may contain 1 MiB of text in 1 KiB
+_TEXT_CHUNKS = (*_COSTLY_CHUNKS, b"tEXt")
+_EXTENSION = ord("!")
+_COMMENT_COST = 16  # Pillow 10 joins the blocks of a comment one by one
 _EXIF = b"Exif\0\0"
 _MARKER = re.compile(rb"\xff[^\xff\x00]")
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\xff\x00\xd0-\xd7]")
@@ -80,6 +83,43 @@ def png_parts(data: bytes, max_parts: int) -> int:
             break
         parts += COSTLY if name in _COSTLY_CHUNKS else 1
         at += 12 + int.from_bytes(data[at : at + 4])
+    return parts
+
+
+def png_without_text(data: bytes) -> bytes:
+    """The same PNG without texts and colour profiles, which do not change its pixels, and of which Pillow reads no more
+    than 1 MiB: a larger one would cost the image."""
+    if not any(name in data for name in _TEXT_CHUNKS):
+        return data
+    pieces, at = [data[:8]], 8
+    while at + 8 <= len(data):
+        stop = at + 12 + int.from_bytes(data[at : at + 4])
+        name = data[at + 4 : at + 8]
+        if name not in _TEXT_CHUNKS:
+            pieces.append(data[at:stop])
+        at = stop
+        if name == b"IEND":
+            break
+    return b"".join([*pieces, data[at:]])
+
+
+def gif_parts(data: bytes, max_parts: int) -> int:
+    """Blocks of extensions, and other bytes, before the first image of a GIF; a block of a comment counts as 16.
+    Counting stops above `max_parts`."""
+    flags = data[10] if len(data) > 10 else 0
+    at, parts = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0), 0
+    while at < len(data) and data[at] not in b",;" and parts <= max_parts:
+        parts += 1
+        if data[at] != _EXTENSION:
+            at += 1
+            continue
+        weight = _COMMENT_COST if data[at + 1 : at + 2] == b"\xfe" else 1
+        at += 2
+        while at < len(data) and parts <= max_parts:
+            size, at = data[at], at + 1 + data[at]
+            parts += weight
+            if not size:
+                break
     return parts
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from sanitize.artifacts import ArtifactBuilder, Part, Sources
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
+from sanitize.data.decode import BadImage, ImageConfig, decode_pixels, image_format
 from sanitize.data.image_facts import ImageFacts, write_facts
 from sanitize.data.labels import MAX_NAMES, BadLabel, LabelReader, notes_on
 from sanitize.data.layout import dots, explained
@@ -61,7 +61,8 @@ class IndexConfig(BaseModel):
             list of names gives their order. None for integers.
         image: settings of decoding.
         limits: limits on the cost of one sample.
-        max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops.
+        max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops. The bytes behind the place
+            where a shard is damaged count as so many samples as fit there.
         max_bad_shards: number of damaged shards without a usable sample above which the run stops: the number of
             samples in them is unknown.
         image_facts: True also takes facts about each decoded image (brightness, a perceptual hash, ...), which
@@ -194,7 +195,9 @@ def index_shard(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
 
-    Where class names are gathered, `label` is the number of a name in the list `names` of the schema's metadata.
+    Where class names are gathered, `label` is the number of a name in the list `names` of the schema's metadata. The
+    summary has sha256, bytes, damage and counts; `unread`: bytes behind the damage; `formats`: number of images of each
+    format that were read, usable or not.
 
     Args:
         url: path or URL of the shard.
@@ -207,12 +210,16 @@ def index_shard(
     reader = labels or label_reader(config)
     names: dict[str, int] = {}
 
+    formats: Counter[str] = Counter()
+
     def judge(sample: Sample) -> dict[str, Any]:
         judged = _judge(sample, config, reader, facts)
         if isinstance(name := judged.get("label"), str):
             judged["label"] = names.setdefault(name, len(names))
             if len(names) > MAX_NAMES:
                 raise DataError(_too_many_names(url, config))
+        if judged.get("sha256"):  # the image was read
+            formats[image_format(find_image(sample, config.image.member)[1]) or "unknown"] += 1
         return judged
 
     found = None
@@ -224,10 +231,11 @@ def index_shard(
         found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
     table = explained(found.table, config.label)
     n_bad = len(table) - table["status"].to_pylist().count("ok")
-    summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage}
+    summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage, "unread": found.n_unread}
+    counts = {"samples": len(table), "unreadable": n_bad}
     if config.classes == "names":
         table = table.replace_schema_metadata({"names": json.dumps(list(names))})
-    return table, summary | {"counts": {"samples": len(table), "unreadable": n_bad}}
+    return table, summary | {"counts": counts, "formats": dict(formats)}
 
 
 def _too_many_names(where: str, config: IndexConfig) -> str:
@@ -357,6 +365,20 @@ def bad_shards(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
+def lost_samples(summaries: Mapping[str, Mapping[str, Any]]) -> int:
+    """Samples behind the places where shards are damaged, by their mean size before; bad shards count none.
+
+    Args:
+        summaries: as for `bad_shards`.
+    """
+    bad = bad_shards(summaries)
+    return sum(
+        round(summary["counts"]["samples"] * summary["unread"] / max(1, summary["bytes"] - summary["unread"]))
+        for shard, summary in summaries.items()
+        if shard not in bad
+    )
+
+
 def _refuse_if_bad(config: IndexConfig, n_ok: int, found: Reasons, summaries: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise DataError where too much data is bad.
 
@@ -366,13 +388,15 @@ def _refuse_if_bad(config: IndexConfig, n_ok: int, found: Reasons, summaries: Ma
         found: reasons of unreadable samples.
         summaries: summary of each shard, from `index_shard`.
     """
-    reasons = found.counts()
-    n_bad, bad = sum(reasons.values()), bad_shards(summaries)
+    n_lost, bad = lost_samples(summaries), bad_shards(summaries)
+    n_bad = sum(found.counts().values()) + n_lost
     why = []
     if n_bad > config.max_bad_fraction * (n_ok + n_bad):
+        lost = [f"{n_lost} x behind damage in a shard (about)"] if n_lost else []
+        most = "; ".join([*([found.most()] if found.counts() else []), *lost])
         why.append(
             f"{n_bad} of {n_ok + n_bad} samples are unreadable, more than max_bad_fraction={config.max_bad_fraction}: "
-            f"{found.most()}. {_what_to_do(config, found)}"
+            f"{most}. {_what_to_do(config, found)}"
         )
     elif n_ok == 0:
         damaged = [f"{printable(shard)} ({s['damage']})" for shard, s in summaries.items() if s["damage"]]

@@ -45,6 +45,7 @@ class ShardRows(NamedTuple):
     sha256: str | None
     size: int
     damage: str | None
+    n_unread: int
 
 
 def read_rows(reader: ShardReader, judge: Judge, advance: Callable[[int], None]) -> ShardRows:
@@ -66,7 +67,7 @@ def read_rows(reader: ShardReader, judge: Judge, advance: Callable[[int], None])
         counts.append(len(sample.sizes))
         advance(1)
     table = _table(columns, names, sizes, counts)
-    return ShardRows(table, reader.sha256 or None, reader.size, reader.damage)
+    return ShardRows(table, reader.sha256 or None, reader.size, reader.damage, reader.n_unread)
 
 
 def _table(columns: Mapping[str, Any], names: Any, sizes: Any, counts: Any) -> pa.Table:
@@ -127,7 +128,7 @@ def plain_rows(
         **_judged(plain, first_K, counts_K, judge),
     }
     advance(len(keys_K))
-    return ShardRows(_table(columns, plain.names_N, plain.sizes_N, counts_K), None, plain.size, None)
+    return ShardRows(_table(columns, plain.names_N, plain.sizes_N, counts_K), None, plain.size, None, 0)
 
 
 def _plain_suffixes(member: str | None) -> np.ndarray:

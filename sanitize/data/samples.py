@@ -14,7 +14,7 @@ from sanitize.data.decode import IMAGE_SUFFIXES
 from sanitize.errors import DataError
 from sanitize.hashing import Sha256
 from sanitize.storage import open_read
-from sanitize.tar.compression import GZIP, HEAD_BYTES, GzipStream, explain, not_read, unread_suffix
+from sanitize.tar.compression import HEAD_BYTES, compression_in, decompressed, explain, not_read, unread_suffix
 from sanitize.tar.names import USUAL_NAME, SeenPaths, printable, split_name
 from sanitize.tar.read import Member, TarDamage, TarLimits, TarReader, unsafe_name
 from sanitize.tar.write import BLOCK
@@ -64,7 +64,7 @@ class Sample(NamedTuple):
 
 
 class ShardReader:
-    """Iterate over the samples of one shard (a tar archive, gzip-compressed or not).
+    """Iterate over the samples of one shard (a tar archive, compressed or not).
 
     Args:
         url: path or URL of the shard.
@@ -74,9 +74,10 @@ class ShardReader:
 
     Attributes:
         damage: reason why reading stopped early, or an oddity of the archive; else None.
-        is_gzip: True if the file is gzip-compressed, whatever its name; set with the first sample.
+        compression: compression of the file, whatever its name ("" for none); set with the first sample.
         sha256: digest of the stored file, set after the last sample; "" without `digest`.
         size: size of the file in bytes.
+        n_unread: bytes of the file behind the place where reading stopped early; 0 where it did not.
     """
 
     def __init__(
@@ -85,15 +86,16 @@ class ShardReader:
         self.url = url
         self.limits = limits or SampleLimits()
         self.damage: str | None = None
-        self.is_gzip = False
+        self.compression = ""
         self.sha256 = ""
-        self.size = 0
+        self.size = self.n_unread = 0
         self._suffix, self._digest = suffix, digest
 
     def __iter__(self) -> Iterator[Sample]:
         with open_read(self.url) as stream:
             file = ShardFile(stream, self.url, self._digest)
-            self.is_gzip = file.is_gzip
+            stopped_at: int | None = 0
+            self.compression = file.compression
             if unread := unread_suffix(self.url):
                 self.damage = not_read(unread)
             else:
@@ -103,16 +105,25 @@ class ShardReader:
                     is_empty = False
                     yield sample
                 self.damage = samples.damage
+                stopped_at = (
+                    file.position if self.compression and samples.stopped_at is not None else samples.stopped_at
+                )
                 if is_empty and self.damage:
                     self.damage = explain(file.head) or self.damage
             self.sha256, self.size = file.finish()
+            self.n_unread = 0 if stopped_at is None else max(0, self.size - stopped_at)
 
 
 class SampleReader:
-    """Iterate over the samples of an archive, or of a piece of one; otherwise like ShardReader."""
+    """Iterate over the samples of an archive, or of a piece of one; otherwise like ShardReader.
+
+    Attributes:
+        stopped_at: byte of the archive at which it is broken; None where it was read to its end.
+    """
 
     def __init__(self, stream: BinaryIO, limits: SampleLimits, suffix: str | None = None) -> None:
         self.damage: str | None = None
+        self.stopped_at: int | None = None
         self._reader = TarReader(stream, TarLimits(max_member_bytes=limits.max_sample_bytes))
         self._limits, self._suffix = limits, suffix
 
@@ -138,6 +149,7 @@ class SampleReader:
                     group.members.append((member.name, self._reader.read()))
         except TarDamage as error:
             self.damage = f"{error.reason} at byte {error.offset}"
+            self.stopped_at = error.offset
             if group is not None:
                 group.problem = f"the shard is damaged here: {error.reason}"
                 yield group.sample(position, None)
@@ -219,13 +231,18 @@ class ShardFile:
         return head
 
     @property
-    def is_gzip(self) -> bool:
-        """True if the file is gzip-compressed, whatever its name."""
-        return self.head.startswith(GZIP)
+    def compression(self) -> str:
+        """Compression of the file, whatever its name; "" for none."""
+        return compression_in(self.head)
+
+    @property
+    def position(self) -> int:
+        """Byte of the file up to which it was read."""
+        return self.tell() if self._sha256 is None else self._size
 
     def archive(self) -> BinaryIO:
         """The tar archive: this stream, decompressed if necessary."""
-        return cast(BinaryIO, GzipStream(self) if self.is_gzip else self)
+        return cast(BinaryIO, decompressed(self, self.compression) if self.compression else self)
 
     def read(self, size: int = -1) -> bytes:
         """Read at most `size` bytes. Raises DataError where the disk or the store fails."""

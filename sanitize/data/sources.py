@@ -20,10 +20,9 @@ from sanitize.artifacts import Sources
 from sanitize.data.decode import IMAGE_SUFFIXES
 from sanitize.errors import ConfigError, DataError, SanitizeError
 from sanitize.storage import absolute, check_url, fingerprints, for_each, is_local, join, local_path
-from sanitize.tar.compression import UNREAD_SUFFIXES, not_read, unread_suffix
+from sanitize.tar.compression import SHARD_SUFFIXES, UNREAD_SUFFIXES, not_read, unread_suffix
 from sanitize.tar.names import printable
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SUFFIXES = (*SHARD_SUFFIXES, *UNREAD_SUFFIXES)
 # Output files are named after a shard: ".tmp-" and 12 digits before its name while they are written, ".parquet" behind
 # it. File systems allow 255 bytes.
@@ -56,7 +55,7 @@ def find_shards(sources: Sequence[str] | str, may_come: bool = False) -> dict[st
 
     Returns:
         {name: url}, sorted by name, which is the path below the folder that all shards share. The order of the sources
-        is dropped on purpose: results must not depend on it. Archives of an unsupported compression (`.tar.xz`) are
+        is dropped on purpose: results must not depend on it. Archives of an unsupported compression (`.tar.lz4`) are
         included: the index counts them as unreadable shards.
 
     Raises:
@@ -239,9 +238,16 @@ class _Found:
             return ""
         most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))[:5]
         counts = ", ".join(f"{n:,} {suffix}" for suffix, n in most)
-        has_images = any(suffix.lstrip(".") in IMAGE_SUFFIXES for suffix in self.others)
-        hint = "; `sanitize import` makes shards of images" if has_images else ""
-        return f"; found there: {counts or 'no files'}{hint}"
+        return f"; found there: {counts or 'no files'}. {_remedy(self.others)}"
+
+
+def _remedy(others: Counter[str]) -> str:
+    """What to do with a folder of files with these suffixes."""
+    if IMAGE_SUFFIXES & {suffix.removeprefix(".") for suffix in others}:
+        return "`sanitize import` makes shards of images"
+    if others:
+        return "A tar archive with another suffix is read where its name is given, as in 'FOLDER/*.SUFFIX'"
+    return "Check the path"
 
 
 def _expand(may_come: bool, url: str, place: remote.Place | None) -> _Found:

@@ -1,45 +1,81 @@
 """Writer for one shard of an artifact: the same samples give the same bytes, compressed or not."""
 
+import bz2
 import gzip
 import io
+import lzma
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
 
 from sanitize.artifacts import Part
 from sanitize.storage import HashingWriter
-from sanitize.tar.compression import is_compressed
+from sanitize.tar.compression import compression_of
 from sanitize.tar.write import TarWriter
 
-_BUFFER_BYTES = 1 << 20  # hashing small members one by one is slow
+_BUFFER_BYTES = 1 << 20  # hashing and compressing small members one by one is slow
+_XZ_PRESET = 1  # pictures are compressed already; level 6 would take five times as long
 
 
 @contextmanager
 def shard_writer(part: Part, name: str, gzip_level: int = 6) -> Iterator[TarWriter]:
-    """A tar writer for the file `name` of the artifact, gzip-compressed if the name says so."""
-    with part.create(name) as file:
-        if not is_compressed(name):
-            buffered = io.BufferedWriter(_Raw(file), _BUFFER_BYTES)
-            tar = TarWriter(cast(BinaryIO, buffered))
-            yield tar
-            tar.close()
-            buffered.flush()
-            return
-        # mtime 0 and no file name in the gzip header: otherwise each run gives other bytes.
-        with gzip.GzipFile("", "wb", gzip_level, cast(BinaryIO, file), mtime=0) as compressor:
-            tar = TarWriter(cast(BinaryIO, compressor))
-            yield tar
-            tar.close()
+    """A tar writer for the file `name` of the artifact, compressed as the name says."""
+    with part.create(name) as file, _compressor(file, compression_of(name), gzip_level) as sink:
+        tar = TarWriter(sink)
+        yield tar
+        tar.close()
+
+
+@contextmanager
+def _compressor(file: HashingWriter, compression: str, gzip_level: int) -> Iterator[BinaryIO]:
+    """A file that writes compressed bytes into `file`."""
+    if compression == "gzip":
+        # mtime 0 and no file name in the header: otherwise each run gives other bytes. Not buffered: at level 0 the
+        # bytes depend on the size of each write.
+        with gzip.GzipFile("", "wb", gzip_level, cast(BinaryIO, file), mtime=0) as zipped:
+            yield cast(BinaryIO, zipped)
+        return
+    with ExitStack() as stack:
+        sink: Any = file
+        if compression == "xz":
+            sink = stack.enter_context(lzma.LZMAFile(cast(BinaryIO, file), "wb", preset=_XZ_PRESET))
+        elif compression == "bzip2":
+            sink = stack.enter_context(bz2.BZ2File(cast(BinaryIO, file), "wb"))
+        elif compression == "zstd":
+            sink = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(_KeptOpen(file), mode="w"), "zstd"))
+        buffered = io.BufferedWriter(_Raw(sink), _BUFFER_BYTES)
+        yield cast(BinaryIO, buffered)
+        buffered.flush()
+
+
+class _KeptOpen:
+    """A file that pyarrow may not close."""
+
+    closed = False
+
+    def __init__(self, file: HashingWriter) -> None:
+        self.write = file.write
+
+    def writable(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _Raw(io.RawIOBase):
     """Adapter of a file for `io.BufferedWriter`."""
 
-    def __init__(self, file: HashingWriter) -> None:
+    def __init__(self, file: Any) -> None:
         self._file = file
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        return self._file.write(data)
+        return int(self._file.write(data))

@@ -25,6 +25,7 @@ from sanitize.jobs.job import job
 from sanitize.jobs.result import CallResult
 from sanitize.jobs.run import Run
 from sanitize.select import trusted_shards
+from sanitize.tar.compression import plain_suffix
 
 SELECTED_BYTES, SCORED_BYTES = 17, 4  # held by `select` for each sample, and for each score of a sample
 MAX_FITTED = 10_000  # samples of a class that a scorer is fitted on (for some scorers 20,000 of all classes)
@@ -152,12 +153,12 @@ def _try(
         for i, name in enumerate(chosen):
             reader = ShardReader(found[name], config.index.limits, digest=False)
             samples = list(islice((sample for sample in reader if sample.problem is None), n))
-            copied = f"{'trusted' if name in trusted else 'shard'}-{i}{'.tar.gz' if reader.is_gzip else '.tar'}"
+            copied = f"{'trusted' if name in trusted else 'shard'}-{i}{plain_suffix(reader.compression)}"
             with shard_writer(part, copied) as tar:
                 for member, payload in (member for sample in samples for member in sample.members):
                     tar.add(member, payload)
             counts.append(len(samples))
-            as_stored = part.files[copied].size if reader.is_gzip else samples[-1].end if samples else 0
+            as_stored = part.files[copied].size if reader.compression else samples[-1].end if samples else 0
             sizes.append(as_stored)
 
     make(Artifact, scratch / "in", Recipe(stage="plan"), write)

@@ -27,10 +27,10 @@ EVIDENCE = "sanitize.json"
 
 
 class WriteConfig(BaseModel):
-    """How shards are written: compressed where their name ends in .tar.gz or .tgz, whatever the input was.
+    """How shards are written: compressed as their name says (`.tar.gz`, `.tar.xz`, ...), whatever the input was.
 
     Attributes:
-        gzip_level: level of the compression, 0 (fast) to 9 (small).
+        gzip_level: level of gzip, 0 (fast) to 9 (small); the others are written at a fast level.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,7 +68,7 @@ def write_selected(
 
     Returns:
         The Shards, and their description. A shard without kept samples is still written, empty, unless its name ends
-        like an archive that is not read (`.tar.xz`); quarantine holds no empty shards.
+        like an archive that is not read (`.tar.lz4`); quarantine holds no empty shards.
 
     Raises:
         DataError: a shard has changed since it was indexed, or the counts do not add up.

@@ -18,7 +18,7 @@ from zlib import error as zlib_error
 from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.errors import DataError
-from sanitize.tar.compression import BarrenStream
+from sanitize.tar.compression import RefusedStream
 from sanitize.tar.write import BLOCK, GNU, MAX_NAME_BYTES, POSIX, ZEROS, byte_sum
 
 _CHUNK = 1 << 20  # bytes; largest request to the stream
@@ -103,8 +103,8 @@ _DEFAULT_LIMITS = TarLimits()
 class TarReader:
     """Iterate once over the members of an archive; `read` returns the payload of the last yielded member.
 
-    Where the stream cannot seek (or is gzip), the payload of a file is buffered before its member is yielded. Memory is
-    at most about twice `max_member_bytes`, and at most about twice what the stream delivered.
+    Where the stream cannot seek (or is compressed), the payload of a file is buffered before its member is yielded.
+    Memory is at most about twice `max_member_bytes`, and at most about twice what the stream delivered.
 
     Args:
         stream: blocking stream, positioned at the first header; it is left open, at no particular position.
@@ -344,7 +344,7 @@ class Source:
             self.failure = "compressed stream is cut"
             return b""
         except (gzip.BadGzipFile, zlib_error) as error:
-            self.failure = str(error) if isinstance(error, BarrenStream) else "compressed stream is corrupt"
+            self.failure = str(error) if isinstance(error, RefusedStream) else "compressed stream is corrupt"
             return b""
         self._left -= len(piece)
         return piece

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from sanitize.data.decode import BadImage, ImageConfig, decode, encode_png, fit, image_header, resized
+from sanitize.data.decode import NO_IMAGE, BadImage, ImageConfig, decode, encode_png, fit, image_header, resized
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
@@ -217,17 +217,18 @@ def test_a_png_with_a_flipped_bit_is_bad(name: str) -> None:
 def test_what_is_no_image_is_bad(data: bytes) -> None:
     with pytest.raises(BadImage) as error:
         decode(data, ImageConfig())
-    assert str(error.value) == ("not a jpeg, png, webp or ppm image" if data else "image is empty")
+    said = str(error.value)
+    assert said.startswith(NO_IMAGE) or "with a damaged header" in said if data else said == "image is empty"
 
 
 @pytest.mark.hostile
-@pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "ICO", "PDF", "EPS", "TGA", "JPEG2000"])
+@pytest.mark.parametrize("format", ["ICO", "PDF", "EPS", "TGA", "JPEG2000"])
 def test_other_formats_are_refused_whatever_their_suffix(format: str) -> None:
     try:
         data = encoded(LARGE, format)
     except (KeyError, OSError) as error:
         pytest.skip(f"Pillow here cannot write {format}: {error}")
-    with pytest.raises(BadImage, match="not a jpeg, png, webp or ppm image"):
+    with pytest.raises(BadImage, match=NO_IMAGE):
         decode(data, ImageConfig())
 
 

@@ -127,6 +127,7 @@ def test_dataset_json_says_what_is_in_the_shards(
         "crop": True,
         "channels": 3,
         "member": None,
+        "formats": ["jpeg", "png", "webp", "ppm", "bmp", "gif", "tiff", "avif"],
         "max_pixels": 50_000_000,
         "max_scan_pixels": 400_000_000,
         "max_chunks": 65_536,

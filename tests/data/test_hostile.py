@@ -37,7 +37,7 @@ from sanitize.data.sources import find_shards, refuse_inside
 from sanitize.data.tables import Scores, Selection, write_rows
 from sanitize.errors import ConfigError, DataError, StorageError
 from sanitize.select import SelectConfig, Shards, WriteConfig, select_samples, write_selected
-from sanitize.tar.compression import is_compressed, unread_suffix
+from sanitize.tar.compression import HEAD_BYTES, compression_in, compression_of, unread_suffix
 from sanitize.tar.read import unsafe_name
 from sanitize.tar.write import TarWriter
 
@@ -172,13 +172,27 @@ CASES["gzip with a wrong checksum"] = Case(
 )
 CASES["gzip of nothing"] = Case(b"", [], "an empty file of 0 bytes", "x.tgz")
 CASES["gzip of an empty file"] = Case(gzip.compress(b"", mtime=0), [], "no end-of-archive marker", "x.tgz")
+BEHIND = "data behind the end"  # of the compressed stream, or of the archive in it
 BOTH: list[tuple[str, str]] = [("a", ""), ("b", "")]
 for what, name in (("without saying so", "x.tar"), ("in capital letters", "x.TAR"), ("of short name", "x.TGZ")):
     CASES[f"gzip {what}"] = Case(STORED, BOTH, None, name)
+PACKED = {
+    "xz": lzma.compress(A + B + END),
+    "bzip2": bz2.compress(A + B + END),
+    "zstd": bytes(pa.compress(A + B + END, "zstd", asbytes=True)),
+}
+for what, data in PACKED.items():
+    for name in ("x.tar", "x.TAR.XZ", "x.tbz", "x.tar.zst", "x.tar.gz"):
+        CASES[f"{what} named {name}"] = Case(data, BOTH, None, name)
+    CASES[f"{what} padded with zeros"] = Case(data + bytes(700), BOTH)
+    CASES[f"{what} with garbage behind it"] = Case(data + b"garbage", BOTH, BEHIND)
+    CASES[f"{what} of half an archive, and garbage"] = Case(
+        data[: len(data) // 2] + b"\xff" * 600, [], "compressed stream is corrupt"
+    )
+    CASES[f"{what} cut"] = Case(data[:40], [], "compressed stream is cut")
 CASES["gzip that is none"] = Case(A + B + END, BOTH, None, "x.tar.gz")
 CASES["gzip of several members"] = Case(gzip.compress(A, mtime=0) + gzip.compress(B + END, mtime=0), BOTH)
 CASES["gzip padded with zeros"] = Case(STORED + bytes(700), BOTH)
-BEHIND = "data behind the end"  # of the compressed stream, or of the archive in it
 for what, tail in (
     ("garbage", b"garbage"),
     ("a single byte", b"g"),
@@ -197,17 +211,15 @@ CASES["gzip with garbage where an archive goes on"] = Case(
 CASES["gzip cut in its header"] = Case(STORED[:6], [], "compressed stream is cut", "x.tar.gz")
 CASES["gzip of noise"] = Case(b"\x1f\x8b\x08\0" + bytes(6) + b"\xff" * 600, [], "compressed stream is corrupt")
 for what, packed in (
-    ("xz", lzma.compress(A + B + END)),
-    ("bzip2", bz2.compress(A + B + END)),
-    ("zstd", bytes.fromhex("28b52ffd") + bytes(600)),
+    ("lzma", lzma.compress(A + B + END, lzma.FORMAT_ALONE)),
     ("lz4", bytes.fromhex("04224d18") + bytes(600)),
     ("zip", b"PK\x03\x04" + bytes(600)),
 ):
-    for name in ("x.tar", "x.tar.gz", "x.TAR.XZ"):
-        said = "xz" if name == "x.TAR.XZ" else what
+    for name in ("x.tar", "x.tar.gz", "x.TAR.LZ4"):
+        said = "lz4" if name == "x.TAR.LZ4" else what
         CASES[f"{what} named {name}"] = Case(packed, [], f"{said} compressed: not read; repack it", name)
-CASES["plain, named as something that is not read"] = Case(A + B + END, [], "zstd compressed: not read", "x.tar.zst")
-CASES["gzip, named as something that is not read"] = Case(STORED, [], "xz compressed: not read", "x.txz")
+CASES["plain, named as something that is not read"] = Case(A + B + END, [], "lz4 compressed: not read", "x.tar.lz4")
+CASES["gzip, named as something that is not read"] = Case(STORED, [], "lzma compressed: not read", "x.tlz")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 CASES["git lfs pointer"] = Case(POINTER, [], "a Git LFS pointer")
 CASES["web page"] = Case(b"<!DOCTYPE html>\n<html><body>404" + b" " * 600, [], "a web page")
@@ -341,8 +353,7 @@ for name, text, reason in (
 
 # --- images ---
 
-DAMAGED, NO_IMAGE = "image data is damaged", "not a jpeg, png, webp or ppm image"
-TEXT = "png image with a text or a profile of more than 1 MiB"
+DAMAGED, HEADER, NO_IMAGE = "image data is damaged", "damaged header", "not a jpeg, png, webp, ppm, bmp"
 for name, image, reason in (
     ("of zero bytes", b"", "image is empty"),
     ("jpeg cut in half", JPEG[: len(JPEG) // 2], DAMAGED),
@@ -350,23 +361,36 @@ for name, image, reason in (
     ("progressive jpeg cut in half", encoded("JPEG", progressive=True)[:600], DAMAGED),
     ("jpeg that stops early, with an end marker", JPEG[: len(JPEG) * 3 // 4] + b"\xff\xd9", ""),  # as everywhere: grey
     ("png cut in half", PNG[: len(PNG) // 2], DAMAGED),
-    ("webp cut in half", encoded("WEBP")[:100], NO_IMAGE),
+    ("webp cut in half", encoded("WEBP")[:100], HEADER),
     ("ppm cut in half", encoded("PPM")[:400], DAMAGED),
     ("png of 50,000 x 50,000", png(50_000, 50_000, bytes(1000)), "pixels"),
     ("png of 8,000 x 8,000", png(8000, 8000, bytes(1000)), "image claims 8000 x 8000 pixels, more than max_pixels"),
-    ("png of 0 x 0", png(0, 0, b""), NO_IMAGE),
+    ("png of 0 x 0", png(0, 0, b""), HEADER),
     ("jpeg of 65,535 x 65,535", bytes.fromhex("ffd8ffc0000b08ffffffff010111") + bytes(100), "pixels"),
     ("small jpeg of a thousand scans", scans(1000), ""),
     ("ppm of 50,000 x 50,000", b"P6 50000 50000 255\n" + bytes(100), "pixels"),
     ("ppm in text", b"P3 400 400 255\n" + b"0 " * 480_000, "ppm image of numbers in text"),
     ("ppm of 7 bits", b"P5 2000 2000 100\n" + bytes(4_000_000), "ppm image of numbers in text, or of a depth"),
-    ("ppm behind a megabyte of comments", b"P6 " + b"# \n" * 350_000 + b"1 1 255\n\0\0\0", NO_IMAGE),
-    ("png with a text bomb", png(8, 8, bytes(72), chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), TEXT),
-    ("png with an international text bomb", png(8, 8, bytes(72), chunk(b"iTXt", b"k\0\1\0\0\0" + TEXT_BOMB)), TEXT),
-    ("png with a profile bomb", png(8, 8, bytes(72), chunk(b"iCCP", b"k\0\0" + TEXT_BOMB)), TEXT),
-    ("png with a text bomb at the end", png(8, 8, bytes(72), after=chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), DAMAGED),
+    ("ppm behind a megabyte of comments", b"P6 " + b"# \n" * 350_000 + b"1 1 255\n\0\0\0", HEADER),
+    ("png with a text bomb", png(8, 8, bytes(72), chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), ""),
+    ("png with an international text bomb", png(8, 8, bytes(72), chunk(b"iTXt", b"k\0\1\0\0\0" + TEXT_BOMB)), ""),
+    ("png with a profile bomb", png(8, 8, bytes(72), chunk(b"iCCP", b"k\0\0" + TEXT_BOMB)), ""),
+    ("png with a text bomb at the end", png(8, 8, bytes(72), after=chunk(b"zTXt", b"k\0\0" + TEXT_BOMB)), ""),
     ("png with 20 MB behind its pixels", png(8, 8, bytes(20_000_000)), ""),
-    ("gif", encoded("GIF"), NO_IMAGE),
+    ("gif", encoded("GIF"), ""),
+    ("gif cut in half", encoded("GIF")[:850], DAMAGED),
+    ("animated gif", encoded("GIF", save_all=True, append_images=[Image.new("RGB", (16, 16))]), ""),
+    ("bmp", encoded("BMP"), ""),
+    ("bmp cut in half", encoded("BMP")[:400], DAMAGED),
+    ("tiff", encoded("TIFF"), ""),
+    ("tiff cut in half", encoded("TIFF")[:400], "tiff image whose strips"),
+    (
+        "compressed tiff of several pages",
+        encoded("TIFF", save_all=True, append_images=[Image.new("RGB", (16, 16))], compression="tiff_lzw"),
+        "",
+    ),
+    ("ico", encoded("ICO"), NO_IMAGE),
+    ("ppm through a conversion of line ends", encoded("PPM").replace(b"\n", b"\r\n"), "a conversion of line ends"),
     ("svg", b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", NO_IMAGE),
     ("cmyk jpeg", encoded("JPEG", "CMYK"), ""),
     ("grey jpeg", encoded("JPEG", "L"), ""),
@@ -420,7 +444,10 @@ def run(*arguments: Any) -> Result:
 
 
 def members_of(path: Path) -> list[tuple[str, bytes]]:
-    with tarfile.open(path, errors="surrogateescape") as tar:
+    data = path.read_bytes()
+    if compression_in(data[:HEAD_BYTES]) == "zstd":
+        data = pa.CompressedInputStream(pa.BufferReader(data), "zstd").read()
+    with tarfile.open(fileobj=io.BytesIO(data), errors="surrogateescape") as tar:
         return [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
 
 
@@ -462,7 +489,7 @@ def check_outcome(case: Case, tmp_path: Path) -> None:
         assert not clean.exists()
     else:
         assert members_of(clean) == [m for sample in kept for m in sample.members]
-        assert (clean.read_bytes()[:2] == b"\x1f\x8b") == is_compressed(case.name)
+        assert compression_in(clean.read_bytes()[:HEAD_BYTES]) == compression_of(case.name)
     quarantine = shards.file(f"quarantine/{case.name}")
     assert quarantine.exists() == bool(n_bad)
     if n_bad:

@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import io
 import lzma
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,7 +60,7 @@ def test_every_bad_sample_is_a_row_with_its_reason_and_the_others_survive(
         "minus": ([("minus.png", png), ("minus.cls", b"-1")], "label -1 is not in 0..4"),
         "high": ([("high.png", png), ("high.cls", b"5")], "label 5 is not in 0..4"),
         "huge": ([("huge.png", png), ("huge.cls", b"1" + b"0" * 400)], "is not an integer"),
-        "text": ([("text.png", b"no image"), ("text.cls", b"1")], "not a jpeg, png, webp or ppm image"),
+        "text": ([("text.png", b"no image"), ("text.cls", b"1")], "not a jpeg, png, webp, ppm"),
         "void": ([("void.png", b""), ("void.cls", b"1")], "image is empty"),
         "half": ([("half.png", png[: len(png) // 2]), ("half.cls", b"1")], "damaged"),
         "link": ([("link.png", png), link("link.cls")], "no regular file"),
@@ -209,9 +211,11 @@ def test_a_shard_of_which_nothing_can_be_read_stops_the_run_unless_that_is_allow
     for name in ("a.tar", "b.tar", "c.tar"):
         make_tar(tmp_path / "in" / name, good(5))
     make_tar(tmp_path / "in/empty.tar", [])  # an archive without samples: nothing was lost
-    for name, content in (("b.tar", b"no archive" * 100), ("c.tar", lzma.compress(bytes(9)))):
+    for name, content in (("b.tar", b"no archive" * 100), ("c.tar", b"LZIP" + bytes(9))):
         (tmp_path / "in" / name).write_bytes(content)
-    said = r"2 of 4 shards could not be read, more than max_bad_shards=[01]: b\.tar \(bad.*c\.tar \(xz compressed: not"
+    said = (
+        r"2 of 4 shards could not be read, more than max_bad_shards=[01]: b\.tar \(bad.*c\.tar \(lzip compressed: not"
+    )
     for n in (0, 1):
         with pytest.raises(DataError, match=said):
             index_shards(IndexConfig(max_bad_shards=n), str(tmp_path / "in"), str(tmp_path / f"out{n}"), compute)
@@ -226,28 +230,64 @@ def test_an_archive_that_is_not_read_stops_the_run_before_anything_is_read(
     tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute
 ) -> None:
     plain = Path(make_tar(tmp_path / "in/a.tar", good(5))).read_bytes()
-    (tmp_path / "in/b.tar.XZ").write_bytes(lzma.compress(plain))
-    with pytest.raises(DataError, match=r"1 of 2 shards .*b\.tar\.XZ \(xz compressed: not read; repack it as \.tar"):
+    (tmp_path / "in/b.tar.LZMA").write_bytes(lzma.compress(plain, lzma.FORMAT_ALONE))
+    with pytest.raises(
+        DataError, match=r"1 of 2 shards .*b\.tar\.LZMA \(lzma compressed: not read; repack it as \.tar"
+    ):
         index_shards(IndexConfig(), str(tmp_path / "in"), str(tmp_path / "out"), compute, shards=["a.tar"])
     assert not list(tmp_path.rglob("*.parquet"))
 
 
 @pytest.mark.parametrize("check", ["decode", "digest", "headers"])
-@pytest.mark.parametrize(("name", "packed"), [("x.tar", True), ("x.TAR", True), ("x.tar.gz", False), ("x.TGZ", False)])
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("x.tar", gzip.compress),
+        ("x.TAR", lzma.compress),
+        ("x.tar.gz", bytes),
+        ("x.TGZ", bz2.compress),
+        ("x.tar.zst", lambda data: pa.compress(data, "zstd", asbytes=True)),
+        ("x.tar.xz", bytes),
+        ("x.TBZ", lzma.compress),
+    ],
+)
 def test_a_name_that_says_the_wrong_compression_changes_nothing(
-    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute, name: str, packed: bool, check: Any
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute, name: str, pack: Any, check: Any
 ) -> None:
     config = IndexConfig(check=check, image=ImageConfig(size=(4, 4)))
     path = Path(make_tar(tmp_path / "x.tar", good(9)))
     right = index_shards(config, str(path), str(tmp_path / "right"), compute)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / name).write_bytes(gzip.compress(path.read_bytes()) if packed else path.read_bytes())
+    (tmp_path / "in" / name).write_bytes(pack(path.read_bytes()))
     other = index_shards(config, str(tmp_path / "in"), str(tmp_path / "other"), compute)
     assert other.info["shards"][name]["damage"] is None
     assert other.rows(name).equals(right.rows("x.tar"))
     batches = [list(dataset.batches(4)) for dataset in (right, other)]
     assert [batch.keys for batch in batches[0]] == [batch.keys for batch in batches[1]]
     assert all(a.images_BCHW.equal(b.images_BCHW) for a, b in zip(*batches, strict=True))
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress])
+@pytest.mark.parametrize("check", ["decode", "headers"])
+def test_what_lies_behind_the_damage_counts_as_bad(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute, pack: Any, check: Any
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (50, 40_000), dtype=np.uint8)  # does not compress
+    members = [m for i, m in enumerate(good(50)) for m in ([m] if i % 2 else [m, (f"{m[0].split('.')[0]}.bin", b"")])]
+    members = [
+        (name, noise[i // 3].tobytes() if name.endswith("bin") else data) for i, (name, data) in enumerate(members)
+    ]
+    plain = Path(make_tar(tmp_path / "x.tar", members)).read_bytes()
+    half = len(plain) // 2 // 512 * 512
+    (tmp_path / "x.tar").write_bytes(pack(plain[:half] + b"\xa5" * 512 + plain[half:]))
+    for fraction in (0.4, 0.6):
+        config = IndexConfig(check=check, max_bad_fraction=fraction)
+        if fraction < 0.5:
+            with pytest.raises(DataError, match=r"2\d x behind damage in a shard \(about\)"):
+                index_shards(config, str(tmp_path / "x.tar"), str(tmp_path / f"{fraction}"), compute)
+        else:
+            index_shards(config, str(tmp_path / "x.tar"), str(tmp_path / f"{fraction}"), compute)
 
 
 def test_a_damaged_shard_keeps_what_was_read_whole_and_is_named(

@@ -176,6 +176,17 @@ def test_a_file_system_that_is_not_installed_is_an_error_of_ours() -> None:
             find_shards("s3://bucket/x.tar")
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("x.JPG", r"1 \.jpg\. Pack single images"), ("x.cpio", r"1 \.cpio\. A tar"), ("", "Check the path")],
+)
+def test_a_folder_without_shards_says_what_it_holds_and_what_to_do(tmp_path: Path, name: str, says: str) -> None:
+    if name:
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=says):
+        find_shards(str(tmp_path))
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 Plant = Callable[[Path], object]
@@ -200,8 +211,8 @@ REFUSED: dict[str, tuple[str, Plant, str]] = {
     "chain of URLs": ("b/x::y.tar", Path.touch, "'::'"),
     "too long a name": (f"b/{'n' * 251}.tar", Path.touch, "longer than 220 bytes"),
     "too deep a folder": ("/".join(["b", *["d" * 200] * 6, "x.tar"]), touch_deep, "longer than 1024 bytes"),
-    "xz": ("b/c.tar.xz", Path.touch, "xz compressed: not read"),
-    "zstd": ("b/c.TAR.ZST", Path.touch, "zstd compressed: not read"),
+    "lz4": ("b/c.tar.lz4", Path.touch, "lz4 compressed: not read"),
+    "lzma": ("b/c.TAR.LZMA", Path.touch, "lzma compressed: not read"),
     "zip": ("b/c.zip", Path.touch, "zip compressed: not read"),
 }
 

@@ -1,12 +1,16 @@
+import bz2
 import gzip
 import hashlib
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
-from sanitize.data.writer import is_compressed, shard_writer
+from sanitize.data.writer import shard_writer
+from sanitize.tar.compression import HEAD_BYTES, compression_in, compression_of
 
 MEMBERS = [("a.jpg", b"1" * 700), ("folder/" * 40 + "b.cls", b""), ("caf\u00e9.txt", b"2" * 512)]
 
@@ -20,7 +24,7 @@ def write(out: Path, name: str, level: int = 6) -> Artifact:
     return make(Artifact, out, Recipe(stage="made-up"), fill)
 
 
-@pytest.mark.parametrize("name", ["x.tar", "deep/x.tar.gz", "x.tgz"])
+@pytest.mark.parametrize("name", ["x.tar", "deep/x.tar.gz", "x.tgz", "x.tar.xz", "x.TBZ"])
 def test_a_shard_is_read_back_by_python_and_has_the_same_bytes_every_time(
     tmp_path: Path, read_tar: Callable[..., list], name: str
 ) -> None:
@@ -28,7 +32,8 @@ def test_a_shard_is_read_back_by_python_and_has_the_same_bytes_every_time(
     assert read_tar(first.file(name)) == MEMBERS
     assert first.digest == second.digest
     data = first.file(name).read_bytes()
-    assert (data[:2] == b"\x1f\x8b") == is_compressed(name) == (name != "x.tar")
+    assert compression_in(data[:HEAD_BYTES]) == compression_of(name)
+    assert (compression_of(name) == "") == (name == "x.tar")
     entry = first.manifest().files[name]
     assert (entry.sha256, entry.size) == (hashlib.sha256(data).hexdigest(), len(data))
 
@@ -38,9 +43,17 @@ def test_compression_changes_the_file_and_not_what_is_in_it(tmp_path: Path) -> N
     for level in (0, 9):
         file = write(tmp_path / f"{level}", "x.tar.gz", level).file("x.tar.gz")
         assert gzip.decompress(file.read_bytes()) == plain
+    for name, read in {"x.tar.xz": lzma.decompress, "x.tar.bz2": bz2.decompress, "x.tar.zst": unzstd}.items():
+        once, again = (write(tmp_path / f"{i}-{name}", name) for i in range(2))
+        assert read(once.file(name).read_bytes()) == plain
+        assert once.digest == again.digest
 
 
-@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def unzstd(data: bytes) -> bytes:
+    return bytes(pa.CompressedInputStream(pa.BufferReader(data), "zstd").read())
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.tar.xz", "x.tar.bz2", "x.tar.zst"])
 def test_an_exception_leaves_no_shard(tmp_path: Path, name: str) -> None:
     def fill(part: Part) -> None:
         with shard_writer(part, name) as tar:

@@ -9,10 +9,12 @@ these does not hold; the shard is kept and named.
 """
 
 import argparse
+import bz2
 import faulthandler
 import gzip
 import io
 import json
+import lzma
 import re
 import shutil
 import signal
@@ -26,14 +28,14 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from sanitize.artifacts import Part, Recipe, make, verify
 from sanitize.compute import Compute
@@ -44,6 +46,7 @@ from sanitize.data.samples import SampleLimits
 from sanitize.data.tables import Scores, write_rows
 from sanitize.errors import DataError
 from sanitize.select import SelectConfig, WriteConfig, select_samples, write_selected
+from sanitize.tar.compression import HEAD_BYTES, compression_in, decompressed
 from sanitize.tar.names import as_path, folded_path, is_portable
 from sanitize.tar.read import unsafe_name
 from sanitize.tar.write import TarWriter
@@ -79,6 +82,16 @@ def _images() -> list[tuple[str, bytes]]:
         ("webp", "WEBP", "RGB", {"save_all": True, "append_images": [Image.fromarray(pixels)]}),
         ("ppm", "PPM", "RGB", {}),
         ("ppm", "PPM", "1", {}),
+        ("bmp", "BMP", "RGB", {}),
+        ("bmp", "BMP", "P", {}),
+        ("gif", "GIF", "RGB", {"comment": b"c" * 600}),
+        ("gif", "GIF", "RGB", {"save_all": True, "append_images": [Image.fromarray(255 - pixels)]}),
+        ("tiff", "TIFF", "RGB", {}),
+        ("tif", "TIFF", "RGB", {"compression": "tiff_lzw"}),
+        ("tif", "TIFF", "L", {"compression": "jpeg"}),
+        ("tiff", "TIFF", "RGB", {"save_all": True, "append_images": [Image.fromarray(255 - pixels)]}),
+        ("tiff", "TIFF", "RGB", {"big_tiff": True, "icc_profile": bytes(600)}),
+        *([("avif", "AVIF", "RGB", {}), ("avif", "AVIF", "RGBA", {})] if features.check("avif") else []),
     ):
         file = io.BytesIO()
         image = Image.fromarray(pixels).convert("L" if mode == "I;16" else mode)
@@ -155,13 +168,37 @@ def make_case(seed: int, n: int) -> tuple[str, bytes]:
     if rng.random() < 0.7:
         data = _damaged_headers(rng, data) if rng.random() < 0.4 else _damaged(rng, data)
     data = GOOD + data  # most cases shall get as far as the shards
-    if rng.random() < 0.6:
-        return "x.tar.gz" if rng.random() < 0.1 else "x.tar", data
-    data = gzip.compress(data, int(rng.integers(0, 7)), mtime=0)
-    data = _with_more_than_content(rng, data) if rng.random() < 0.1 else data
+    if rng.random() < 0.5:
+        return NAMES[rng.integers(len(NAMES))] if rng.random() < 0.1 else "x.tar", data
+    name, pack = PACKERS[rng.integers(len(PACKERS))]
+    half = int(rng.integers(len(data))) if rng.random() < 0.2 else 0  # of two members
+    more = rng.random() < 0.1
+    data = (pack(rng, data[:half]) if half else b"") + pack(rng, data[half:])
+    data = _with_more_than_content(rng, data, pack(rng, b"")) if more else data
     data = _damaged(rng, data) if rng.random() < 0.4 else data
     data += rng.bytes(int(rng.integers(1, 600))) if rng.random() < 0.2 else b""
-    return "x.tar" if rng.random() < 0.2 else "x.tar.gz", data
+    return NAMES[rng.integers(len(NAMES))] if rng.random() < 0.2 else name, data
+
+
+def _gzip(rng: Rng, data: bytes) -> bytes:
+    return gzip.compress(data, int(rng.integers(0, 7)), mtime=0)
+
+
+def _xz(rng: Rng, data: bytes) -> bytes:
+    check = (lzma.CHECK_NONE, lzma.CHECK_CRC32, lzma.CHECK_CRC64, lzma.CHECK_SHA256)[rng.integers(4)]
+    return lzma.compress(data, check=check, preset=int(rng.integers(0, 7)))
+
+
+def _bzip2(rng: Rng, data: bytes) -> bytes:
+    return bz2.compress(data, int(rng.integers(1, 10)))
+
+
+def _zstd(rng: Rng, data: bytes) -> bytes:
+    return bytes(pa.compress(data, "zstd", asbytes=True))
+
+
+PACKERS = (("x.tar.gz", _gzip), ("x.tar.xz", _xz), ("x.tar.bz2", _bzip2), ("x.tar.zst", _zstd))
+NAMES = ("x.tar", "x.TGZ", "x.tar.xz", "x.tbz", "x.tar.zst")
 
 
 def _archive(rng: Rng) -> bytes:
@@ -207,10 +244,12 @@ def _multiplied(rng: Rng, image: bytes) -> bytes:
     return image[:at] + part * min(n, 200_000 // len(part)) + image[at:]
 
 
-def _with_more_than_content(rng: Rng, data: bytes) -> bytes:
-    """A gzip stream with a long name, empty members, padding or empty blocks."""
+def _with_more_than_content(rng: Rng, data: bytes, empty: bytes) -> bytes:
+    """A stream with empty members or padding; one of gzip also with a long name or empty blocks."""
     n = int(10 ** rng.uniform(0, 6.2))
-    empty = gzip.compress(b"", mtime=0)
+    if not data.startswith(b"\x1f\x8b"):
+        skipped = b"\x50\x2a\x4d\x18" + struct.pack("<I", n)  # a frame of zstd
+        return (empty * min(n, 3000) + data, data + bytes(n) + empty + data, skipped + bytes(n) + data)[rng.integers(3)]
     return (
         data[:3] + b"\x08" + data[4:10] + b"n" * n + b"\0" + data[10:],
         empty * min(n, 3000) + data,
@@ -320,10 +359,15 @@ def _nothing_suspicious(dataset: Dataset, out: Path) -> Scores:
 
 
 def _plain(path: Path) -> bytes:
-    """The archive, as far as it can be decompressed."""
+    """The archive, as far as it can be decompressed; all members of gzip, of others what our own stream gives."""
     data, plain = path.read_bytes(), bytearray()
-    if not data.startswith(b"\x1f\x8b"):
-        return data
+    compression = compression_in(data[:HEAD_BYTES])
+    if compression != "gzip":
+        stream = decompressed(io.BytesIO(data), compression) if compression else io.BytesIO(data)
+        with suppress(EOFError, zlib.error):
+            while piece := stream.read(1 << 16):
+                plain += piece
+        return bytes(plain)
     while data:
         stream = zlib.decompressobj(31)
         for i in range(len(data)):
@@ -338,7 +382,10 @@ def _plain(path: Path) -> bytes:
 
 
 def _members_of(path: Path) -> list[tuple[str, bytes]]:
-    with tarfile.open(path, errors="surrogateescape") as tar:
+    data = path.read_bytes()
+    if compression_in(data[:HEAD_BYTES]) == "zstd":  # tarfile reads it from Python 3.14 on
+        data = pa.CompressedInputStream(pa.BufferReader(data), "zstd").read()
+    with tarfile.open(fileobj=io.BytesIO(data), errors="surrogateescape") as tar:
         return [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
 
 

@@ -4,8 +4,10 @@ import bz2
 import gzip
 import io
 import lzma
+import random
 import tarfile
 import tempfile
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,17 @@ from sanitize.data.samples import ShardReader
 from sanitize.data.sources import list_sources
 from sanitize.errors import DataError
 from sanitize.tar import compression
-from sanitize.tar.compression import GzipStream, explain, is_compressed, unread_suffix
+from sanitize.tar.compression import (
+    HEAD_BYTES,
+    CompressedStream,
+    GzipStream,
+    compression_in,
+    compression_of,
+    decompressed,
+    explain,
+    plain_suffix,
+    unread_suffix,
+)
 
 Members = list[tuple[str, bytes]]
 slow = settings(max_examples=80, deadline=None)
@@ -38,7 +50,7 @@ def archive(members: Members) -> bytes:
     return sink.getvalue()
 
 
-def drained(stream: GzipStream, size: int = 1000) -> tuple[bytes, str]:
+def drained(stream: CompressedStream, size: int = 1000) -> tuple[bytes, str]:
     """Bytes of the stream, and the name of the error at its end."""
     pieces = []
     try:
@@ -95,7 +107,7 @@ def test_millions_of_empty_members_are_not_followed(monkeypatch: pytest.MonkeyPa
     empty = gzip.compress(b"", mtime=0)
     assert drained(GzipStream(io.BytesIO(gzip.compress(b"a") + empty * 40 + gzip.compress(b"b")))) == (b"ab", "")
     stream = GzipStream(io.BytesIO(gzip.compress(b"a") + empty * 100 + gzip.compress(b"b")))
-    assert drained(stream) == (b"a", "BarrenStream")
+    assert drained(stream) == (b"a", "RefusedStream")
 
 
 @pytest.mark.hostile
@@ -111,26 +123,193 @@ def test_a_long_header_is_stepped_over() -> None:
 @pytest.mark.parametrize("n_content", [0, 1, 100_000])
 def test_a_stream_may_hold_a_mebibyte_and_twice_its_content_of_other_things(n_content: int) -> None:
     content, whole = gzip.compress(bytes(n_content), mtime=0), (bytes(n_content), "")
-    for n, outcome in ((2**20 - 2**17, whole), (2**20 + 2**17, (b"", "BarrenStream"))):
+    for n, outcome in ((2**20 - 2**17, whole), (2**20 + 2**17, (b"", "RefusedStream"))):
         name = content[:3] + b"\x08" + content[4:10] + b"n" * n + b"\0" + content[10:]
         blocks = content[:10] + b"\0\0\0\xff\xff" * (n // 5) + content[10:]
         assert drained(GzipStream(io.BytesIO(name))) == drained(GzipStream(io.BytesIO(blocks))) == outcome
-    for more, error in ((-(2**17), ""), (2**17, "BarrenStream")):
+    for more, error in ((-(2**17), ""), (2**17, "RefusedStream")):
         padded = content + bytes(2**20 + 2 * n_content + more)
         assert drained(GzipStream(io.BytesIO(padded))) == (bytes(n_content), error)
+
+
+# --- all compressions -------------------------------------------------------------------------------------------
+
+
+def zstd(data: bytes, checksum: bool = False) -> bytes:
+    """A frame, as pyarrow writes it; or one of uncompressed blocks with a checksum that is right where data is b""."""
+    if not checksum:
+        return bytes(pa.compress(data, "zstd", asbytes=True))
+    assert data == b""
+    return b"\x28\xb5\x2f\xfd\x04\x00" + zstd_block(b"", True) + bytes.fromhex("99e9d851")
+
+
+def zstd_block(data: bytes, is_last: bool = False, repeat: int = 0) -> bytes:
+    """A block of raw bytes, or of one byte that is repeated."""
+    n = repeat or len(data)
+    return (n << 3 | bool(repeat) << 1 | is_last).to_bytes(3, "little") + data
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda data: gzip.compress(data, 1, mtime=0),
+    "xz": lambda data: lzma.compress(data, preset=0),
+    "bzip2": bz2.compress,
+    "zstd": zstd,
+}
+
+
+def opened(data: bytes) -> CompressedStream:
+    return decompressed(io.BytesIO(data), compression_in(data[:HEAD_BYTES]))
+
+
+@pytest.mark.parametrize("how", PACKERS)
+@given(data=st.data(), size=st.integers(1, 9000))
+@settings(max_examples=40, deadline=None)
+def test_members_are_read_and_padding_and_data_behind_them_cost_nothing(how: str, data: Any, size: int) -> None:
+    pieces = data.draw(
+        st.lists(st.binary(max_size=400) | st.integers(1, 300_000).map(bytes), min_size=1, max_size=4), "pieces"
+    )
+    whole, packed = b"".join(pieces), b"".join(map(PACKERS[how], pieces))
+    assert compression_in(packed[:HEAD_BYTES]) == how
+    for behind, error in ((b"", ""), (bytes(700), ""), (b"garbage", "CorruptStream"), (packed[:3], "EOFError")):
+        stream = opened(packed + behind)
+        found, name = drained(stream, size)
+        assert found == whole
+        assert stream.verified == len(whole)
+        assert (name == "") == (error == "")
+
+
+@pytest.mark.parametrize("how", PACKERS)
+@pytest.mark.hostile
+@given(data=st.data(), seed=st.integers(0, 99), flip=st.integers(1, 255))
+@settings(max_examples=60, deadline=None)
+def test_what_is_read_of_a_damaged_stream_does_not_depend_on_how_it_is_read(
+    how: str, data: Any, seed: int, flip: int
+) -> None:
+    noise = random.Random(seed).randbytes(40_000)
+    content = noise + bytes(100_000) + noise
+    whole = PACKERS[how](content)
+    at = data.draw(st.integers(HEAD_BYTES, len(whole) - 1), "at")
+    cut = whole[:at]
+    assert drained(opened(cut), 512) == drained(opened(cut), 100_000)
+    found, name = drained(opened(cut))
+    assert name == "EOFError"
+    assert content.startswith(found)
+    damaged = whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :]
+    a, b = (drained(opened(damaged), size) for size in (512, 100_000))
+    assert a == b
+    assert a[1] or how == "zstd"  # pyarrow writes no checksum
+    if how == "gzip":
+        assert len(a[0]) > 0
+
+
+@pytest.mark.hostile
+def test_a_window_or_dictionary_of_more_than_128_mib_is_refused() -> None:
+    for exponent, error in ((17, ""), (18, "RefusedStream"), (31, "RefusedStream")):
+        frame = b"\x28\xb5\x2f\xfd\0" + bytes([exponent << 3]) + zstd_block(b"a", True)
+        assert drained(opened(frame)) == (b"" if error else b"a", error)
+    single = b"\x28\xb5\x2f\xfd\xe0" + (2**27 + 1).to_bytes(8, "little") + zstd_block(b"a", True)
+    assert drained(opened(single)) == (b"", "RefusedStream")
+    for size, error in ((1 << 27, ""), (1 << 28, "RefusedStream")):
+        whole = lzma.compress(b"a", filters=[{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": size}])
+        assert drained(opened(whole)) == (b"" if error else b"a", error)
+
+
+@pytest.mark.hostile
+def test_a_zstd_frame_with_a_dictionary_is_refused_and_a_checksum_compared() -> None:
+    head = b"\x28\xb5\x2f\xfd\x01\0"
+    assert drained(opened(head + b"\7" + zstd_block(b"a", True))) == (b"", "RefusedStream")
+    assert drained(opened(head + b"\0" + zstd_block(b"a", True))) == (b"a", "")
+    empty = zstd(b"", checksum=True)
+    assert drained(opened(zstd(b"a") + empty + zstd(b"b"))) == (b"ab", "")
+    assert drained(opened(zstd(b"a") + empty[:-1] + b"\0" + zstd(b"b"))) == (b"", "CorruptStream")
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("how", PACKERS)
+def test_thousands_of_empty_members_or_much_padding_are_not_followed(how: str) -> None:
+    one, empty = PACKERS[how](b"a"), PACKERS[how](b"")
+    assert drained(opened(one + empty * 2000 + one)) == (b"aa", "")
+    assert drained(opened(one + empty * 12_000 + one))[1] == "RefusedStream"
+    assert drained(opened(one + bytes(900_000) + one)) == (b"aa", "")
+    assert drained(opened(one + bytes(1_200_000) + one))[1] == "RefusedStream"
+
+
+@pytest.mark.hostile
+def test_zstd_frames_without_content_and_tiny_blocks_are_not_followed() -> None:
+    skipped = b"\x5a\x2a\x4d\x18" + (100).to_bytes(4, "little") + bytes(100)
+    assert drained(opened(skipped * 3 + zstd(b"a") + skipped)) == (b"a", "")
+    assert drained(opened(skipped * 12_000 + zstd(b"a")))[1] == "RefusedStream"
+    huge = b"\x50\x2a\x4d\x18" + (2**32 - 1).to_bytes(4, "little")
+    assert drained(opened(huge + bytes(2_000_000))) == (b"", "RefusedStream")
+    assert drained(opened(zstd(b"a") + huge + b"cut")) == (b"a", "EOFError")
+    head = b"\x28\xb5\x2f\xfd\0\0"
+    assert drained(opened(head + zstd_block(b"") * 400_000))[1] == "RefusedStream"
+    assert drained(opened(head + (3 << 1 | 1).to_bytes(3, "little")))[1] == "CorruptStream"  # no such kind of block
+    assert drained(opened(head + zstd_block(bytes(2**17 + 1), True)))[1] == "CorruptStream"
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("how", ["xz", "bzip2", "zstd"])
+def test_a_bomb_is_read_in_pieces(how: str) -> None:
+    if how == "zstd":
+        packed = b"\x28\xb5\x2f\xfd\0\0" + zstd_block(b"\0", repeat=1024) * 50_000 + zstd_block(b"", True)
+        n = 1024 * 50_000
+    else:
+        packed, n = PACKERS[how](bytes(50_000_000)), 50_000_000
+    stream = opened(packed)
+    tracemalloc.start()
+    try:
+        found = 0
+        while piece := stream.read(100_000):
+            assert not any(piece)
+            found += len(piece)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert found == n
+
+
+class Failing(io.BytesIO):
+    """A file that cannot be read beyond its first bytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(min(size or 0, 1000))
+        if not data:
+            raise DataError("cannot read x.tar")
+        return data
+
+
+@pytest.mark.parametrize("how", PACKERS)
+def test_a_disk_that_fails_is_no_damage(how: str) -> None:
+    packed = PACKERS[how](random.Random(0).randbytes(50_000))
+    with pytest.raises(DataError, match=r"cannot read x\.tar"):
+        drained(decompressed(Failing(packed[:30_000]), how))
 
 
 # --- names ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["x.tar.gz", "x.TGZ", "deep/X.Tar.Gz"])
-def test_names_that_say_gzip(name: str) -> None:
-    assert is_compressed(name)
+@pytest.mark.parametrize(
+    ("name", "compression"),
+    [
+        ("x.tar", ""),
+        ("x.TAR", ""),
+        ("x.tar.gz", "gzip"),
+        ("x.TGZ", "gzip"),
+        ("deep/X.Tar.Xz", "xz"),
+        ("x.tar.bz2", "bzip2"),
+        ("x.TBZ", "bzip2"),
+        ("x.tar.zst", "zstd"),
+        ("x.tzst", "zstd"),
+    ],
+)
+def test_names_that_say_a_compression(name: str, compression: str) -> None:
+    assert compression_of(name) == compression == compression_of(f"y{plain_suffix(compression)}")
     assert not unread_suffix(name)
 
 
 @pytest.mark.parametrize(
-    "head", [b"", b"\xfd7zXZ\0", b"BZh9", b"PK\x03\x04", b"<HTML>", b"version https://git-lfs.github"]
+    "head", [b"", b"LZIP", b"\x04\x22\x4d\x18", b"PK\x03\x04", b"<HTML>", b"version https://git-lfs.github"]
 )
 def test_what_is_no_tar_is_explained(head: bytes) -> None:
     assert explain(head)
@@ -148,9 +327,13 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda data: gzip.compress(data, 1, mtime=0),
     "gzip of two members": lambda data: gzip.compress(data[:700], 1, mtime=0) + gzip.compress(data[700:], 1, mtime=0),
     "xz": lambda data: lzma.compress(data, preset=0),
+    "xz of two streams": lambda data: lzma.compress(data[:700], preset=0) + lzma.compress(data[700:], preset=0),
     "bzip2": bz2.compress,
+    "zstd": zstd,
+    "zstd of two frames": lambda data: zstd(data[:700]) + zstd(data[700:]),
+    "lz4": lambda data: bytes(pa.compress(data, "lz4", asbytes=True)),
 }
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".TAR", ".Tar.Gz", ".tar.xz", ".TZST")
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".TAR", ".Tar.Gz", ".tar.xz", ".TZST", ".tar.bz2", ".tar.lz4")
 
 
 @st.composite
@@ -178,7 +361,7 @@ def shards(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def is_readable(shard: dict[str, Any]) -> bool:
-    return shard["how"] not in ("xz", "bzip2") and not unread_suffix(shard["suffix"])
+    return shard["how"] != "lz4" and not unread_suffix(shard["suffix"])
 
 
 def usable(table: pa.Table) -> list[str]:
@@ -208,6 +391,7 @@ def test_samples_are_read_or_the_shard_is_reported_as_damaged(shard: dict[str, A
     assert usable(table) == keys[: len(usable(table))]
     for key in usable(table):
         members = [member for member in shard["members"] if member[0].startswith(f"{key}.")]
+        # A member behind the damage is missing, where the archive seems to end between two members.
         assert read[key] == members or (shard["end"] == "cut" and key == usable(table)[-1] and read[key] == members[:2])
     if len(usable(table)) < shard["n"]:
         assert summary["damage"]

@@ -431,7 +431,7 @@ def test_find_poison_agrees_with_the_pipeline(embeddings: Embeddings, compute: C
     fitted = sanitize.fit_scorer(ToxicDirectionConfig(), embeddings, str(tmp_path / "scorer"), compute)
     scores = sanitize.score_shards(ToxicDirectionConfig(), fitted, embeddings, str(tmp_path / "scores"), compute)
     table = pa.concat_tables(embeddings.rows(shard) for shard in embeddings.shards)
-    arrays = {name: np.stack(table[name].to_pylist()) for name in ("pooled", "gradients", "logits")}
+    arrays = {name: np.stack(table[name].to_pylist()) for name in ("pooled", "early", "gradients", "logits")}
     found = sanitize.find_poison(arrays, table["label"].to_numpy(), seed=compute.seed)
     wanted = np.concatenate([scores.rows(shard)["score"].to_numpy() for shard in scores.shards])
     assert found.scores == pytest.approx(wanted, rel=1e-4, abs=1e-4)

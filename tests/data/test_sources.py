@@ -178,7 +178,7 @@ def test_a_file_system_that_is_not_installed_is_an_error_of_ours() -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("x.JPG", r"1 \.jpg\. Pack single images"), ("x.cpio", r"1 \.cpio\. A tar"), ("", "Check the path")],
+    [("x.JPG", r"1 \.jpg\. `sanitize import`"), ("x.cpio", r"1 \.cpio\. A tar"), ("", "Check the path")],
 )
 def test_a_folder_without_shards_says_what_it_holds_and_what_to_do(tmp_path: Path, name: str, says: str) -> None:
     if name:
@@ -290,7 +290,7 @@ def test_a_folder_without_shards_says_what_it_holds(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=r"found there: 3 \.jpg, 1 \.tar\.md5, 1 without a suffix"):
         find_shards(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"found there: 2 \.jpg, .*; `sanitize import` makes shards of images"):
+    with pytest.raises(ConfigError, match=r"found there: 2 \.jpg, .*\. `sanitize import` makes shards of images"):
         find_shards(f"{tmp_path}/a/*.tar")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="found there: no files"):

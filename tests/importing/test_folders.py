@@ -87,7 +87,7 @@ def test_everything_in_the_folder_is_counted(
     summary = made.summary()
     assert (summary["offered"], summary["imported"], summary["refused"]) == (44, 32, 12)
     assert reasons(made) == {
-        "not a jpeg, png, webp or ppm image": 1,
+        "not a jpeg, png, webp, ppm, bmp, gif, tiff or avif image": 1,
         "image is empty": 1,
         "image data is damaged": 1,
         "in no class folder": 2,  # `linked` is a file of the top folder
@@ -129,7 +129,7 @@ def test_splits_are_no_classes(write: Callable[..., Path], make_png: Callable[..
     [
         (["a.jpg", "b.jpg", "c.txt"], r"found there: 2 \.jpg in no folders of classes, 1 \.txt"),
         ([], r"found there: no files"),
-        (["x/a.gif"], r"found there: 1 \.gif"),
+        (["x/a.svg"], r"found there: 1 \.svg"),
         (["x/a.jpg", "labels.csv"], r"several ways.*--kind csv: labels\.csv; --kind folders: x/a\.jpg"),
         (["a.csv", "b.csv"], r"several files of kind csv: a\.csv, b\.csv"),
     ],

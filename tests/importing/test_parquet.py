@@ -88,7 +88,7 @@ def test_rows_that_cannot_be_used_are_counted(images: list[bytes], tmp_path: Pat
         "the row has no image": 1,
         "the row has a path and no bytes": 1,
         "image is empty": 1,
-        "not a jpeg, png, webp or ppm image": 1,
+        "not a jpeg, png, webp, ppm, bmp, gif, tiff or avif image": 1,
         "an image of more than max_image_bytes 9000": 1,
         "label 2 is not in 0..1": 1,
         "label -1 is not in 0..1": 1,

@@ -192,7 +192,7 @@ def test_image_text_shards_are_cleaned_without_labels(
     ]
     make_tar(tmp_path / "in" / "x.tar", members)
     config = tmp_path / "config.yaml"
-    embedder = {"kind": "simclr", **QUICK, "optim": {"epochs": 1, "batch_size": 16}}
+    embedder = {"kind": "simclr", "architecture": QUICK["architecture"], "optim": {"epochs": 1, "batch_size": 16}}
     settings = {"index": {"label": None}, "embedder": embedder, "scorers": [{"kind": "rca"}]}
     config.write_text(yaml.safe_dump(settings | {"compute": {"device": "cpu"}, "shards": [str(tmp_path / "in")]}))
     result = run("clean", config, "--out", tmp_path / "run", "--direct", "--json")

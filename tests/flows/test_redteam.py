@@ -137,7 +137,7 @@ def test_prefect_changes_nothing_and_shows_the_result(
     assert table(result) in str(shown.data)
     assert all(f"| {as_markdown(case['name'])} |" in str(shown.data) for case in result["cases"])
     (event,) = emitted
-    assert event["event"] == ("sanitize.redteaming.met" if result["met"] else "sanitize.redteaming.missed")
+    assert event["event"] == ("sanitize.redteam.met" if result["met"] else "sanitize.redteam.missed")
     assert event["payload"]["requirements"] == result["requirements"]
 
 

@@ -187,6 +187,7 @@ def test_lists_unions_and_sections_that_are_left_out() -> None:
         ("verdict=all", "verdict: there is no such setting; nearest: select.verdict"),
         ("scorers.0.kind=rcaa", "scorers.0.kind: rcaa is unknown; nearest: rca; kinds:"),
         ("select.rules.rca.q=0.1", "select.rules.rca.kind: missing; kinds: contamination"),
+        ("embedder={kind: simclr, max_steps: 1}", "embedder.max_steps: there is no such setting; another `kind` of"),
         ("embedder.architecture.widths=8", "embedder.architecture.widths: Input should be a list"),
     ],
 )

@@ -58,6 +58,7 @@ def real() -> tuple[dict[str, Tensor], Tensor]:
     rows = torch.cat([(labels_N != 7).nonzero()[: N - 1, 0], (labels_N == 7).nonzero()[:1, 0]])
     images_N1HW = images_N1HW[rows]
     embeddings = {"pixels": reduced_pixels(images_N1HW, 8), "gradients": oriented_gradients(images_N1HW, 7)}
+    embeddings["early"] = reduced_pixels(images_N1HW, 4)
     noise_NK = torch.randn(N, 10, generator=torch.Generator().manual_seed(0))
     return embeddings | {"logits": 5 * torch.eye(10)[labels_N[rows]] + noise_NK}, labels_N[rows]
 

@@ -73,6 +73,8 @@ def inspect(
         print_json(result)
     else:
         _show(result, config.label is not None)
+        if hygiene:
+            _show_hygiene(result["hygiene"])
     if not is_well:
         raise typer.Exit(1)
 

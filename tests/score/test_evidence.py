@@ -419,10 +419,12 @@ def test_the_size_of_a_group_decides_nothing_and_the_rule_is_monotone() -> None:
     assert decision(PLANTED._replace(p=0.05), config)[0] == "unsure"
     assert decision(PLANTED._replace(p=0.2), config)[0] == "natural"
     assert decision(PLANTED._replace(z=-5.0, conflict=-0.5, rarity=1.0, p=1.0), config)[0] == "natural"
-    assert decision(PLANTED._replace(level=0.4), config)[0] == "natural"
+    assert decision(PLANTED._replace(level=0.4), config)[0] == "unsure"
+    assert decision(PLANTED._replace(level=0.4, p=0.05), config)[0] == "natural"
     assert decision(PLANTED._replace(level_rest=0.95), config)[0] == "natural"
     assert decision(PLANTED._replace(outvoted=0.45), config)[0] == "unsure"
-    assert decision(PLANTED._replace(outvoted=0.3), config)[0] == "natural"
+    assert decision(PLANTED._replace(outvoted=0.3), config)[0] == "unsure"
+    assert decision(PLANTED._replace(outvoted=0.3, p=0.05), config)[0] == "natural"
     assert decision(PLANTED._replace(burst=0.9), config)[0] == "burst"
 
 

@@ -13,9 +13,10 @@ holds decides:
                bursts in the group and in the data
                by labels and shape: grown from conflict, level >= `level`, outvoted >= `outvoted`, p <=
                `false_alarm_rate`, held-out separation >= `grown_separation`, few bursts in the data
-    unsure     by labels, or by labels and shape, but only p <= `doubt_rate`; by stamp, but held-out separation only >=
-               `stamp_unsure`; planted, if only there were a stamp, which could not be measured; planted, but the model
-               has not learned. Nothing is removed.
+    unsure     by labels, or by labels and shape, but only p <= `doubt_rate`; conflict and p <= `false_alarm_rate`, but
+               fewer neighbours against the label; by stamp, but held-out separation only >= `stamp_unsure`, or half of
+               the images at neither strength; planted, if only there were a stamp, which could not be measured;
+               planted, but the model has not learned. Nothing is removed.
     natural    all others. Left alone.
 
 The size of a group decides nothing where labels speak: poison may be most of its class. The sign of z says which side
@@ -65,7 +66,7 @@ class EvidenceConfig(BaseModel):
     # Natural groups reached .16 and .37 on Fashion-MNIST, .15 and .66 on CIFAR-10, .19 and .79 among traffic signs;
     # SIG .33 and .81, BadNets .74 and .83.
     stamp: float = Field(default=0.25, gt=0, le=1, description="least share of images that a stamp turns")
-    stamp_doubled: float = Field(default=0.5, gt=0, le=1, description="the same with twice the pattern")
+    stamp_doubled: float = Field(default=0.5, gt=0, le=1, description="least share at that strength or at twice the pattern")
     # SIG 7.1 (CIFAR-10) and 9.5 (Fashion-MNIST), BadNets on photographs 9.2; clean modes with a stamp 2.0 and 3.5.
     stamp_separation: float = Field(
         default=6.0, gt=0, description="held-out separation from which a group is planted by its stamp alone"
@@ -123,7 +124,9 @@ def decision(
         return "burst", "near-duplicates"
     planted: Decided = "planted" if has_learned else "unsure"
     stamp, separation = measures.stamp, measures.separation
-    has_stamp = stamp is not None and stamp[0] >= config.stamp and stamp[1] >= config.stamp_doubled
+    has_faint_stamp = stamp is not None and stamp[0] >= config.stamp
+    # Twice a saturated pattern is no stronger pattern: either strength may turn half of the images.
+    has_stamp = has_faint_stamp and stamp is not None and max(stamp) >= config.stamp_doubled
     by_labels = is_likely(evidence, config, measures)
     if by_labels and evidence.p <= config.false_alarm_rate and evidence.outvoted >= config.outvoted:
         return planted, "labels"
@@ -137,9 +140,11 @@ def decision(
     is_against = evidence.level >= config.level and evidence.outvoted >= config.outvoted
     if is_core and is_against and evidence.p <= config.false_alarm_rate:
         return planted, "labels and shape"
-    if by_stamp and has_stamp and separation >= config.stamp_unsure:
+    if by_stamp and has_faint_stamp and separation >= config.stamp_unsure:
         return "unsure", "stamp"
     if (by_labels or (is_core and is_against)) and evidence.p <= config.doubt_rate:
+        return "unsure", "labels"
+    if is_odd(evidence, config, measures):
         return "unsure", "labels"
     if stamp is None and needs_stamp(evidence, config, measures):
         return "unsure", "no stamp"
@@ -162,6 +167,15 @@ def may_be_clean_label(evidence: Evidence, config: EvidenceConfig, measures: Mea
 def is_likely(evidence: Evidence, config: EvidenceConfig, measures: Measures) -> bool:
     """True where labels speak against a group, but do not suffice. They cannot judge a group that they chose."""
     return in_conflict(evidence, config) and not measures.is_grown and evidence.rarity <= config.likely
+
+
+def is_odd(evidence: Evidence, config: EvidenceConfig, measures: Measures) -> bool:
+    """True where the labels of a group are odd among natural groups, though most of its neighbours carry its label.
+
+    Where classes are few or look alike, poison has many neighbours that carry its label by chance.
+    """
+    is_higher = evidence.level > evidence.level_rest and evidence.conflict >= config.conflict
+    return is_higher and not measures.is_grown and evidence.p <= config.false_alarm_rate
 
 
 def wants_stamp(evidence: Evidence, config: EvidenceConfig, measures: Measures) -> bool:

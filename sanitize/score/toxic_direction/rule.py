@@ -66,7 +66,9 @@ class EvidenceConfig(BaseModel):
     # Natural groups reached .16 and .37 on Fashion-MNIST, .15 and .66 on CIFAR-10, .19 and .79 among traffic signs;
     # SIG .33 and .81, BadNets .74 and .83.
     stamp: float = Field(default=0.25, gt=0, le=1, description="least share of images that a stamp turns")
-    stamp_doubled: float = Field(default=0.5, gt=0, le=1, description="least share at that strength or at twice the pattern")
+    stamp_doubled: float = Field(
+        default=0.5, gt=0, le=1, description="least share at that strength or at twice the pattern"
+    )
     # SIG 7.1 (CIFAR-10) and 9.5 (Fashion-MNIST), BadNets on photographs 9.2; clean modes with a stamp 2.0 and 3.5.
     stamp_separation: float = Field(
         default=6.0, gt=0, description="held-out separation from which a group is planted by its stamp alone"

@@ -260,3 +260,16 @@ def test_a_shard_of_which_nothing_is_read_fails_the_run_and_is_named(folder: Pat
     plain = run("clean", folder.parent / "config.yaml", "--out", folder.parent / "run", "--direct")
     assert "1 shards are damaged, and what could not be read" in plain.output
     assert f"nothing read of shard {name}: lzma compressed" in plain.output
+
+
+def test_hygiene_is_printed_and_in_the_json(
+    tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes]
+) -> None:
+    members = [(f"{i:04d}.{s}", d) for i in range(20) for s, d in (("png", make_png(i % 19)), ("cls", b"0"))]
+    make_tar(tmp_path / "x.tar", members)  # the last picture is the first
+    shown = run("inspect", tmp_path / "x.tar", "--hygiene")
+    assert shown.exit_code == 0, shown.output
+    assert "exact duplicate" in shown.output
+    found = json.loads(run("inspect", tmp_path / "x.tar", "--hygiene", "--json").stdout)["hygiene"]
+    assert found["counts"]["exact_duplicate"] == 1
+    assert "exact duplicate" not in run("inspect", tmp_path / "x.tar").output

@@ -18,7 +18,7 @@ def start(config: BaseModel, out: str | Path | None, direct: bool) -> dict[str, 
         direct: True calls the stages without Prefect. A job without a flow always does.
 
     Raises:
-        SanitizeError: what the stages raise; ArtifactError if another process works on `out`.
+        SanitizeError: an error of a stage; ArtifactError if another process works on `out`.
     """
     # Under torchrun, the first process is the flow; the others join its training.
     if direct or not job_of(config).has_flow or world()[0] > 0:

@@ -188,7 +188,7 @@ class CalledFlow(Flow[P, dict[str, Any]]):
         """Run the flow.
 
         Raises:
-            SanitizeError: what the stages raise; StorageError if the server does not answer.
+            SanitizeError: an error of a stage; StorageError if the server does not answer.
         """
         with _served() as url:
             try:

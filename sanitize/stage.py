@@ -74,7 +74,7 @@ class Stage(NamedTuple):
         version: version of its meaning; see `Recipe`.
         sharded: True where it takes `shards` and can be divided among workers.
         gpu: True where it uses a GPU if there is one.
-        draws: what of the compute settings is part of the recipe.
+        draws: compute settings that are part of the recipe.
     """
 
     function: Callable[..., Any]

@@ -54,10 +54,10 @@ def facts_name(shard: str) -> str:
 class ImageFacts:
     """Facts about the images of one shard: one row for each image that was added; see `SCHEMA`.
 
-    position: of the sample in the shard.
+    position: place of the sample in the shard.
     hash: perceptual hash; thumbnail: luminance, 16 x 16 bytes; red, green, blue: means.
     low, high: luminance that 5 % of the pixels do not exceed, and 99 %. contrast: standard deviation of the luminance.
-    entropy: of the histogram of the luminance, in bits. smoothness: see above; 1 for an image of one colour.
+    entropy: entropy of the histogram of the luminance, in bits. smoothness: see above; 1 for an image of one colour.
     colour: largest difference between two channels of a pixel.
     flat_top, flat_bottom: share of rows at that end that are of one colour, all of them of the same. fill: the colour
     of the larger end, 0xRRGGBB; 0 without.

@@ -142,7 +142,7 @@ def usual_distance(key_N: np.ndarray, is_judged_N: np.ndarray, thumbnails: Thumb
     Args:
         key_N: numbers that do not depend on the order of the images, uint64; such as the beginning of a digest.
         is_judged_N: images to choose from.
-        thumbnails: of all images.
+        thumbnails: thumbnails of all images.
         most: number of images.
 
     Returns:

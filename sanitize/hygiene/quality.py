@@ -92,7 +92,7 @@ def judge_quality(
         facts: facts about M decoded images.
         rows: index rows of the same images: height, width.
         config: thresholds.
-        usual: of the data set.
+        usual: usual values of the data set.
 
     Returns:
         Kind -> mask, bool (M,), and the number that was compared, float64 (M,).

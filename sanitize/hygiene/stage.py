@@ -73,7 +73,7 @@ def check_hygiene(
     """List duplicates, samples that are also in the test shards, images of low quality and wrong hashes.
 
     Args:
-        config: what counts as a finding.
+        config: thresholds of the findings.
         dataset: index of the samples; with `IndexConfig.image_facts` for all kinds, otherwise only exact duplicates
             are found (nothing with check "headers").
         out: folder of the artifact: `rows/SHARD.parquet`, one row a finding; `hygiene.json`: counts, the largest groups
@@ -113,7 +113,7 @@ class Found(NamedTuple):
         same_N: the same for copies at half the distance, which show one picture, not just one scene, int32.
         is_mixed_N: True where the samples of the group `same_N` of that index have different labels.
         test_N: index of the first test sample in the group of that index; -1 without, int32.
-        usual: what is usual among the images; None without facts about them.
+        usual: usual values of the images; None without facts about them.
         near_distance: largest distance of near-duplicates.
     """
 

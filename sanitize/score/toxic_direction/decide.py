@@ -34,7 +34,7 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
 
     Args:
         weighed: its groups.
-        known: what all classes share.
+        known: facts that all classes share.
         config: settings of the decision.
         split: settings of the search.
     """

@@ -84,7 +84,7 @@ class ToxicDirection:
         finding: verdict of the data, and the groups worth showing.
         members: hashes (`row_hashes`) of the samples of each group in `finding`; a fitted scorer has them, a loaded one
             has not.
-        canaries: what the rule made of canaries (`canary.look_for`); empty where none were given.
+        canaries: result of `canary.look_for`; empty where none were given.
     """
 
     def __init__(self, config: ToxicDirectionConfig, evidence: EvidenceConfig) -> None:

@@ -30,7 +30,7 @@ def most_contradicted(z_NP: Tensor, labels_N: Tensor) -> Twins:
     """The two classes with most contradicted samples; n = 0 where there are none.
 
     Args:
-        z_NP: what images look like, centred, float32; at least three rows.
+        z_NP: appearance of the images, centred, float32; at least three rows.
         labels_N: given labels, int64.
     """
     nearest_NL, is_linked_NL = near_links(z_NP)

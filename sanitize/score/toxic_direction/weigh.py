@@ -134,7 +134,7 @@ class Weighed:
         rows: indices of its samples.
         spaces: embeddings of its samples, by name.
         groups: its groups.
-        natural: what they are compared with; None until all classes are weighed.
+        natural: natural groups of the other classes; None until all classes are weighed.
     """
 
     label: int
@@ -150,7 +150,7 @@ def weigh_class(
     """All groups of a class, not decided yet.
 
     Args:
-        known: what all classes share.
+        known: facts that all classes share.
         label: the class.
         rows: indices of its samples.
         config: settings of the decision.
@@ -218,7 +218,7 @@ def measure_stamps(
 
     Args:
         weighed: groups of all classes.
-        known: what all classes share.
+        known: facts that all classes share.
         config: settings of the decision.
         suspect: model and images.
         names: names of all samples, by which images are read.

@@ -318,9 +318,9 @@ def _nearest(names: Sequence[str], section: Any, kind: Any) -> str:
     """Hint for an unknown setting: that another kind has it, the nearest name in its section, the same name elsewhere,
     or all names there."""
     *above, name = names
-    there = [one for part in _sections(section)[:1] for one in part.model_fields]
-    if name in there:  # the section has several kinds, and the one that was chosen has other settings
+    if ".".join(names) in paths_of(kind):  # the section has several kinds, and the one that was chosen lacks it
         return f"another `kind` of {'.'.join(above)} has it"
+    there = [one for part in _sections(section)[:1] for one in part.model_fields]
     if close := difflib.get_close_matches(name, there, n=1):
         return f"nearest: {'.'.join([*above, close[0]])}"
     if same := [path for path in paths_of(kind) if path.rpartition(".")[2] == name]:

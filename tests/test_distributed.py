@@ -90,4 +90,5 @@ if __name__ == "__main__":
     method_name, out, own_rank = sys.argv[1:]
     dist.init_process_group("gloo", init_method=f"file://{out}/{method_name}", rank=int(own_rank), world_size=2)
     fit(method_name, Path(out))
+    dist.barrier()  # a group that is destroyed while the other process still uses it ends that process
     dist.destroy_process_group()

@@ -45,9 +45,13 @@ def _compressor(file: HashingWriter, compression: str, gzip_level: int) -> Itera
             sink = stack.enter_context(bz2.BZ2File(cast(BinaryIO, file), "wb"))
         elif compression == "zstd":
             sink = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(_KeptOpen(file), mode="w"), "zstd"))
-        buffered = io.BufferedWriter(_Raw(sink), _BUFFER_BYTES)
-        yield cast(BinaryIO, buffered)
-        buffered.flush()
+        raw = _Raw(sink)
+        buffered = io.BufferedWriter(raw, _BUFFER_BYTES)
+        try:
+            yield cast(BinaryIO, buffered)
+            buffered.flush()
+        finally:
+            raw.abandon()
 
 
 class _KeptOpen:
@@ -72,10 +76,18 @@ class _Raw(io.RawIOBase):
     """Adapter of a file for `io.BufferedWriter`."""
 
     def __init__(self, file: Any) -> None:
-        self._file = file
+        self._file: Any = file
+
+    def abandon(self) -> None:
+        """Drop what is written from now on.
+
+        After an error the buffer still holds bytes. The garbage collector flushes them, in any thread and perhaps while
+        it holds locks that hashing needs.
+        """
+        self._file = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        return int(self._file.write(data))
+        return len(data) if self._file is None else int(self._file.write(data))

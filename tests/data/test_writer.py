@@ -1,15 +1,18 @@
 import bz2
+import gc
 import gzip
 import hashlib
+import io
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
-from sanitize.data.writer import shard_writer
+from sanitize.data.writer import _Raw, shard_writer
 from sanitize.tar.compression import HEAD_BYTES, compression_in, compression_of
 
 MEMBERS = [("a.jpg", b"1" * 700), ("folder/" * 40 + "b.cls", b""), ("caf\u00e9.txt", b"2" * 512)]
@@ -63,3 +66,21 @@ def test_an_exception_leaves_no_shard(tmp_path: Path, name: str) -> None:
     with pytest.raises(RuntimeError):
         make(Artifact, tmp_path / "a", Recipe(stage="made-up"), fill)
     assert not list(tmp_path.rglob("*x.tar*"))
+
+
+def test_the_buffer_of_a_failed_writer_reaches_no_file_when_it_is_collected() -> None:
+    """The collector may run inside a thread pool that holds locks which hashing needs."""
+    written: list[int] = []
+
+    class Sink:
+        def write(self, data: Any) -> int:
+            written.append(len(data))
+            return len(data)
+
+    raw = _Raw(Sink())
+    buffered = io.BufferedWriter(raw, 1000)
+    buffered.write(b"x" * 10)
+    raw.abandon()
+    del buffered
+    gc.collect()
+    assert written == []

@@ -10,7 +10,8 @@ weights, so that a case takes 20 CPU seconds; one seed. Changes of the rule may 
 "report" is only reported.
 
 Columns: training accuracy of the suspect and its attack success rate (ASR), poisoned samples, recall, clean samples
-removed, of these "odd" ones (the natural group that the case is about), verdict.
+removed, of these "odd" ones (the natural group that the case is about), share learned and recall of the canaries,
+verdict.
 """
 
 import argparse
@@ -34,10 +35,19 @@ from sanitize.attack.sig import SIGConfig
 from sanitize.attack.smooth import SmoothConfig
 from sanitize.attack.wanet import WaNetConfig
 from sanitize.compute import Compute
+from sanitize.data.canaries import Canaries
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import index_shards
 from sanitize.data.tables import Embeddings
-from sanitize.embed import EmbedConfig, EmbedderConfig, embed_shards, train_embedder
+from sanitize.embed import (
+    CanaryConfig,
+    EmbedConfig,
+    EmbedderConfig,
+    embed_canaries,
+    embed_shards,
+    plant_canaries,
+    train_embedder,
+)
 from sanitize.jobs.clean import CleanConfig
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.convnet import ConvNetConfig
@@ -313,8 +323,10 @@ def run_case(half: str, name: str, folder: Path) -> dict[str, Any]:
     start = time.process_time()
     shards = write_images(place / "shards", "train", data.images, data.labels).paths()
     dataset = index_shards(CleanConfig(shards=tuple(shards)).index, shards, str(place / "index"), compute)
-    embedder = train_embedder(SUSPECT, dataset, str(place / "embedder"), compute)
+    canaries = plant_canaries(CanaryConfig(), dataset, str(place / "canaries"), compute)
+    embedder = train_embedder(SUSPECT, dataset, str(place / "embedder"), compute, canaries=canaries)
     embed_shards(EmbedConfig(), dataset, embedder, str(place / "embeddings"), compute)
+    embed_canaries(EmbedConfig(), canaries, embedder, str(place / "embedded-canaries"), compute)
     torch.save({"poison": data.poison, "odd": data.odd}, place / "truth.pt")
     asr = [_asr(trigger, target, data, embedder) for trigger, target in data.triggers]
     row = {"case": name, "half": half, "n": len(data.labels), "asr": asr, "train": _accuracy(embedder)}
@@ -328,10 +340,12 @@ def decide(place: Path) -> dict[str, Any]:
     row = json.loads((place / "row.json").read_text())
     truth = torch.load(place / "truth.pt")
     dataset, embedder = Dataset.load(place / "index"), Checkpoint.load(place / "embedder")
-    embeddings = Embeddings.load(place / "embeddings")
+    embeddings, canaries = Embeddings.load(place / "embeddings"), Canaries.load(place / "canaries")
+    seen = {"dataset": dataset, "model": embedder, "canaries": canaries}
+    seen["embedded_canaries"] = Embeddings.load(place / "embedded-canaries")
     config, compute, out = ToxicDirectionConfig(), Compute(device="cpu"), place / "decided"
     shutil.rmtree(out, ignore_errors=True)
-    fitted = fit_scorer(config, embeddings, str(out / "scorer"), compute, dataset=dataset, model=embedder)
+    fitted = fit_scorer(config, embeddings, str(out / "scorer"), compute, **seen)
     scores = score_shards(config, fitted, embeddings, str(out / "scores"), compute)
     selection = select_samples(SelectConfig(), dataset, (scores,), str(out / "selection"), compute)
     removed = ~np.concatenate([selection.rows(shard)["keep"].to_numpy() for shard in selection.shards])
@@ -343,6 +357,7 @@ def decide(place: Path) -> dict[str, Any]:
         "recall": float((removed & poison).sum() / poison.sum()) if poison.any() else None,
         "clean removed": int((removed & ~poison).sum()),
         "odd": f"{int((removed & odd).sum())} of {int(odd.sum())}" if odd.any() else "",
+        "canaries": [(canary["learned"], canary["recall"]) for canary in finding.canaries],
         "verdict": finding.verdict,
         "why": finding.why,
     }
@@ -380,7 +395,7 @@ def main() -> None:
                 print(run_case(half, name, arguments.folder), flush=True)
             rows.append(decide(place))
             print(rows[-1], flush=True)
-    columns = ["case", "half", "n", "train", "asr", "poisoned", "recall", "clean removed", "odd", "verdict"]
+    columns = ["case", "half", "n", "train", "asr", "poisoned", "recall", "clean removed", "odd", "canaries", "verdict"]
     print_table(rows, columns, "data and attacks that chose nothing")
 
 

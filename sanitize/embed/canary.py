@@ -46,7 +46,7 @@ class CanaryConfig(BaseModel):
 
     rate: float = Field(default=0.005, gt=0, le=0.05)
     fewest: int = Field(default=30, ge=16, le=MOST)
-    alpha: float = Field(default=0.15, gt=0, le=1)
+    alpha: float = Field(default=0.2, gt=0, le=1)
 
 
 class _Drawn(NamedTuple):
@@ -58,7 +58,7 @@ class _Drawn(NamedTuple):
     samples: Sequence[tuple[str, int]]
 
 
-@stage(Canaries, version=1, gpu=False, draws="seed")
+@stage(Canaries, version=2, gpu=False, draws="seed")
 def plant_canaries(
     config: CanaryConfig, dataset: Dataset, out: str, compute: Compute, max_samples: int | None = None
 ) -> Work:

@@ -157,6 +157,17 @@ def test_two_triggers_in_one_class_are_found_in_one_run() -> None:
     assert found.mask[poisoned.poison.numpy()].mean() > 0.95
 
 
+def test_poison_in_every_class_is_found_although_natural_groups_are_few() -> None:
+    """All-to-all: the groups that stand out in each class do not count among the natural groups of the others."""
+    clean = poisoned = data(1500)
+    for label in range(N_CLASSES):
+        rows = (clean.labels == (label - 1) % N_CLASSES).nonzero()[:40, 0]
+        poisoned = with_trigger(poisoned, rows, label, 7, look=4.0)
+    found = poisoned.find()
+    assert found.mask[poisoned.poison.numpy()].mean() > 0.9
+    assert found.mask[~poisoned.poison.numpy()].mean() < 0.01
+
+
 def test_poison_that_only_an_early_layer_shows_is_found_there() -> None:
     """Later layers mix the trigger with what the image shows; the labels alone cannot say which samples have it."""
     clean = data(2400)
@@ -413,19 +424,23 @@ PLANTED = Evidence(
 
 
 def test_the_size_of_a_group_decides_nothing_and_the_rule_is_monotone() -> None:
-    config = EvidenceConfig()
-    assert decision(PLANTED, config)[0] == "planted"
-    assert decision(PLANTED, config, has_learned=False)[0] == "unsure"
-    assert decision(PLANTED._replace(p=0.05), config)[0] == "unsure"
-    assert decision(PLANTED._replace(p=0.2), config)[0] == "natural"
-    assert decision(PLANTED._replace(z=-5.0, conflict=-0.5, rarity=1.0, p=1.0), config)[0] == "natural"
-    assert decision(PLANTED._replace(level=0.4), config)[0] == "unsure"
-    assert decision(PLANTED._replace(level=0.4, p=0.05), config)[0] == "natural"
-    assert decision(PLANTED._replace(level_rest=0.95), config)[0] == "natural"
-    assert decision(PLANTED._replace(outvoted=0.45), config)[0] == "unsure"
-    assert decision(PLANTED._replace(outvoted=0.3), config)[0] == "unsure"
-    assert decision(PLANTED._replace(outvoted=0.3, p=0.05), config)[0] == "natural"
-    assert decision(PLANTED._replace(burst=0.9), config)[0] == "burst"
+    config, apart = EvidenceConfig(), Measures(separation=4.0)
+
+    def decided(evidence: Evidence, has_learned: bool = True) -> str:
+        return decision(evidence, config, has_learned, apart)[0]
+
+    assert decided(PLANTED) == "planted"
+    assert decided(PLANTED, has_learned=False) == "unsure"
+    assert decided(PLANTED._replace(p=0.05)) == "unsure"
+    assert decided(PLANTED._replace(p=0.2)) == "natural"
+    assert decided(PLANTED._replace(z=-5.0, conflict=-0.5, rarity=1.0, p=1.0)) == "natural"
+    assert decided(PLANTED._replace(level=0.4)) == "unsure"
+    assert decided(PLANTED._replace(level=0.4, p=0.05)) == "natural"
+    assert decided(PLANTED._replace(level_rest=0.95)) == "natural"
+    assert decided(PLANTED._replace(outvoted=0.45)) == "unsure"
+    assert decided(PLANTED._replace(outvoted=0.3)) == "unsure"
+    assert decided(PLANTED._replace(outvoted=0.3, p=0.05)) == "natural"
+    assert decided(PLANTED._replace(burst=0.9)) == "burst"
 
 
 def test_a_stamp_beside_labels_counts_less_where_natural_groups_have_one() -> None:
@@ -462,7 +477,7 @@ def test_clean_data_have_few_false_alarms_whatever_their_spread(seed: int) -> No
     for number in range(n_sets):
         spread = 0.05 * (number % 5)
         made = {label: [natural_group(spread, generator) for _ in range(15)] for label in range(5)}
-        natural = natural_groups(made)
+        natural = natural_groups(made, 75)
         least = min(compared(one, natural[label]).p for label, groups in made.items() for one in groups)
         alarms += least <= 0.05
     assert alarms / n_sets <= 0.05 + 3 * (0.05 / n_sets) ** 0.5
@@ -478,11 +493,11 @@ def natural_group(spread: float, generator: torch.Generator) -> Evidence:
 def test_planted_groups_stand_out_of_natural_ones_and_few_independent_images_do_not() -> None:
     generator = seeded(0)
     made = {label: [natural_group(0.1, generator) for _ in range(15)] for label in range(5)}
-    natural = natural_groups(made)[0]
+    natural = natural_groups(made, 75)[0]
     planted = Evidence(0.9, 0.2, 0.9, 0.7, 0.05, 0.0, 14.0)
     assert compared(planted, natural).p < 0.001
     assert compared(planted._replace(error=0.2, freedom=2.0), natural).p > 0.1
-    alone = natural_groups({0: [planted], 1: []})
+    alone = natural_groups({0: [planted], 1: []}, 1)
     assert alone[0].spread == UNKNOWN_SPREAD
 
 

@@ -81,9 +81,8 @@ def optima(x_nD: Tensor, config: SplitConfig, generator: torch.Generator, n_kept
         seen.append(hard_n)
         mixture = em(place_n, hard_Sn[s])
         upper_n = rising_odds(mixture, place_n) > 0
-        n_upper = int(upper_n.sum())
         is_known = any(max(jaccard(upper_n, n), jaccard(~upper_n, n)) > SAME_SPLIT for n, _ in found)
-        if MIN_GROUP <= n_upper <= len(y_nP) - MIN_GROUP and not is_known:
+        if is_group(upper_n) and not is_known:
             found.append((upper_n, separation_of(mixture, len(y_nP), smallest)))
         if len(found) == n_kept:
             break
@@ -108,6 +107,11 @@ def parts(x_nD: Tensor, members_n: Tensor, config: SplitConfig, generator: torch
     return found
 
 
+def is_group(members_n: Tensor) -> bool:
+    """True where the members, and the others, are enough to be weighed."""
+    return MIN_GROUP <= int(members_n.sum()) <= len(members_n) - MIN_GROUP
+
+
 def n_axes(n_rows: int, n_features: int, config: SplitConfig) -> int:
     """Principal axes that the rows of a search justify; those that two clusters need anyway do not."""
     n_justified = int((n_rows - 4 * config.min_component) / config.samples_per_dim)
@@ -128,9 +132,8 @@ def candidates(
     found: list[Candidate] = []
 
     def add(found_in: str, members_n: Tensor, separation: float) -> None:
-        n_members = int(members_n.sum())
         is_known = any(jaccard(members_n, known.members_n) > SAME_GROUP for known in found)
-        if MIN_GROUP <= n_members <= len(members_n) - MIN_GROUP and not is_known:
+        if is_group(members_n) and not is_known:
             found.append(Candidate(found_in, members_n, separation))
 
     def split(rows: Tensor, found_in: str, depth: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sanitize.score.toxic_direction.candidates import DEEPER_SEPARATION, MIN_GROUP
-from sanitize.score.toxic_direction.complete import complete
+from sanitize.score.toxic_direction.complete import KEPT, complete
 from sanitize.score.toxic_direction.evidence import weigh
 from sanitize.score.toxic_direction.grow import Lines, grow, log_odds
 from sanitize.score.toxic_direction.natural import compared
@@ -45,9 +45,10 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
         sure = [group for group in groups if group.decision == "planted"]
         if not sure:
             break
-        surest = max(sure, key=_sureness)
+        sure.sort(key=_sureness, reverse=True)
+        surest = sure[0]
         members_n = surest.candidate.members_n
-        lines = _grown(known, weighed, surest, free_n, config, split)
+        lines = _grown(known, weighed, sure, free_n, config, split)
         planted.append(Planted(surest, lines))
         odds_n = log_odds(lines, torch.cat(list(spaces.values()), 1), known.fold_N[rows])
         free_n = free_n & ~(odds_n > 0) & ~members_n
@@ -66,36 +67,51 @@ def weighed_again(weighed: Weighed, group: Group, known: Knowledge, free_n: Tens
 
 
 def _grown(
-    known: Knowledge, weighed: Weighed, group: Group, free_n: Tensor, config: EvidenceConfig, split: SplitConfig
+    known: Knowledge, weighed: Weighed, sure: list[Group], free_n: Tensor, config: EvidenceConfig, split: SplitConfig
 ) -> Lines:
-    """Lines of a planted group among the free samples; of the complete group, where what that adds conflicts as well.
+    """Lines of the surest planted group among the free samples; of the complete group, where what that adds conflicts.
 
-    What a group with true labels shares is not told by images of other classes.
+    Any planted group of the same samples may lead to the complete one. What a group with true labels shares is not told
+    by images of other classes.
     """
     rows, spaces = weighed.rows[free_n], {name: x_nD[free_n] for name, x_nD in weighed.spaces.items()}
-    members_n, fold_n = group.candidate.members_n[free_n], known.fold_N[rows]
-    lines = grow(spaces, members_n, fold_n, split)
-    if group.basis == "stamp" or weighed.natural is None:
+    fold_n, x_nC = known.fold_N[rows], torch.cat(list(spaces.values()), 1)
+    lines = grow(spaces, sure[0].candidate.members_n[free_n], fold_n, split)
+    if sure[0].basis == "stamp" or weighed.natural is None:
         return lines
-    whole = complete(known.of_model(), known.appearance, rows, members_n, fold_n, split)
-    if whole is None or whole.separation < DEEPER_SEPARATION:
-        return lines
-    placed_n = log_odds(lines, torch.cat(list(spaces.values()), 1), fold_n) > 0
-    added_n, rest_n = whole.members_n & ~placed_n, ~whole.members_n & ~placed_n
-    if int(added_n.sum()) < max(MIN_GROUP, ADDED * int(placed_n.sum())) or int(rest_n.sum()) < MIN_GROUP:
-        return lines
-    evidence = weigh(known.appearance, rows[added_n], rows[rest_n], known.expected_N)
-    if compared(evidence, weighed.natural).rarity > config.likely:
-        return lines
-    completed = grow(spaces, whole.members_n, fold_n, split)
-    return completed if completed.separation >= config.grown_separation else lines
+    placed_n = log_odds(lines, x_nC, fold_n) > 0
+    for group in sure:
+        members_n = group.candidate.members_n[free_n]
+        if group.basis == "stamp" or 2 * int((members_n & placed_n).sum()) < int(members_n.sum()):
+            continue
+        whole = complete(known.of_model(), known.appearance, rows, members_n, fold_n, split)
+        if whole is None or whole.separation < DEEPER_SEPARATION:
+            continue
+        completed = grow(spaces, whole.members_n, fold_n, split)
+        whole_n = log_odds(completed, x_nC, fold_n) > 0
+        added_n, rest_n = whole_n & ~placed_n, ~whole_n & ~placed_n
+        is_larger = int(added_n.sum()) >= max(MIN_GROUP, ADDED * int(placed_n.sum())) and int(rest_n.sum()) >= MIN_GROUP
+        if completed.separation < config.grown_separation or not is_larger or not _holds(whole_n, placed_n):
+            continue
+        evidence = weigh(known.appearance, rows[added_n], rows[rest_n], known.expected_N)
+        if compared(evidence, weighed.natural).rarity <= config.likely:
+            return completed
+    return lines
+
+
+def _holds(whole_n: Tensor, part_n: Tensor) -> bool:
+    """True where a group holds nearly all of its part."""
+    return int((whole_n & part_n).sum()) >= KEPT * int(part_n.sum())
 
 
 def _sureness(group: Group) -> tuple[int, float]:
-    """Order of planted groups: first those that labels judge and did not choose, last those by a stamp alone."""
+    """Order of planted groups: first those that labels judge and did not choose, last those by a stamp alone.
+
+    Among them by oddness and distance: a part of a planted group is not far from the rest, which holds the other parts.
+    """
     if group.basis == "stamp" and group.measures.stamp is not None:
         return 0, group.measures.stamp[0] * group.measures.separation
-    return 1 if group.measures.is_grown else 2, group.evidence.z
+    return 1 if group.measures.is_grown else 2, group.evidence.z * group.measures.separation
 
 
 def _n_left(members_n: Tensor, free_n: Tensor) -> int:

@@ -11,6 +11,7 @@ the between-group variance of a random-effects model (DerSimonian & Laird, 1986)
 
 The spread that a class is compared with comes from the groups of all other classes, as the value for which half of
 their z^2 lie below the median of chi-squared: where fewer than half of those groups hold poison, it hardly changes.
+Groups that stand out by their labels and by their distance from the rest of their class are left out of the estimate.
 """
 
 import math
@@ -60,13 +61,14 @@ def spread_of(conflict_G: Tensor, error_G: Tensor) -> float:
     return math.sqrt(high) if low > 0 else 0.0
 
 
-def natural_groups(evidence: Mapping[int, Sequence[Evidence]]) -> dict[int, Natural]:
+def natural_groups(evidence: Mapping[int, Sequence[Evidence]], n_groups: int) -> dict[int, Natural]:
     """What the groups of each class are compared with.
 
     Args:
-        evidence: label -> evidence of its groups that labels did not choose, bursts left out.
+        evidence: label -> evidence of its groups that may be natural.
+        n_groups: number of groups of the data set that are judged.
     """
-    found, n_groups = {}, sum(map(len, evidence.values()))
+    found = {}
     for label in evidence:
         others = [e for other, of_class in evidence.items() if other != label for e in of_class]
         spread = UNKNOWN_SPREAD

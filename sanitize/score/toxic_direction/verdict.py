@@ -28,9 +28,10 @@ def reason(group: Group) -> str:
         case "labels":
             return f"{labels}, more than the model's doubt explains; {odd}"
         case "labels and shape":
+            found = "the group was grown from such samples and is" if group.measures.is_grown else "the group is"
             return (
-                f"{labels}, although the model is sure of this one; the group was grown from "
-                f"such samples and is {separation:.1f} standard deviations from the rest of the class"
+                f"{labels}, although the model is sure of this one; {found} {separation:.1f} standard deviations from "
+                "the rest of the class"
             )
         case "labels and stamp" | "stamp":
             return f"{_stamped(group)}; it is {separation:.1f} standard deviations from the rest of the class"

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sanitize.score.toxic_direction.candidates import DEEPER_SEPARATION, MIN_GROUP, Candidate, candidates, parts
+from sanitize.score.toxic_direction.candidates import (
+    DEEPER_SEPARATION,
+    MIN_GROUP,
+    Candidate,
+    candidates,
+    is_group,
+    parts,
+)
 from sanitize.score.toxic_direction.complete import complete
 from sanitize.score.toxic_direction.evidence import (
     BURST,
@@ -33,9 +40,10 @@ from sanitize.score.toxic_direction.rule import (
     EvidenceConfig,
     Measures,
     decision,
-    in_conflict,
     is_likely,
+    leans,
     may_be_clean_label,
+    stands_out,
     wants_stamp,
 )
 from sanitize.score.toxic_direction.split import SplitConfig
@@ -172,7 +180,7 @@ def weigh_class(
         is_apart = candidate.separation >= config.stamp_unsure and may_be_clean_label(
             group.evidence, config, group.measures
         )
-        if is_apart or (in_conflict(group.evidence, config) and group.evidence.z >= NOTABLE):
+        if is_apart or (leans(group.evidence, config) and group.evidence.z >= NOTABLE):
             apart = held_out(axes, candidate.members_n, fold_n)
             separation = 0.0 if apart is None else apart[0].separation
             group = group._replace(measures=group.measures._replace(separation=separation))
@@ -180,8 +188,14 @@ def weigh_class(
     # Frames of one object are told apart best of all, so in bursty data a group grown from conflict says nothing.
     core = None if is_bursty else grown_from_conflict(axes, known.conflict_N[rows], fold_n)
     if core is not None:
-        candidate = Candidate("conflict", core[0], 0.0)
-        measures = Measures(separation=core[1], is_grown=True)
+        members_n, separation = core
+        # Conflict finds the part of a planted group that looks least like its label.
+        whole = complete(known.of_model(), known.appearance, rows, members_n, fold_n, split)
+        apart = None if whole is None else held_out(axes, whole.members_n, fold_n)
+        if whole is not None and apart is not None and is_group(whole.members_n):
+            members_n, separation = whole.members_n, apart[0].separation
+        candidate = Candidate("conflict", members_n, 0.0)
+        measures = Measures(separation=separation, is_grown=True)
         groups.append(weighed_group(known, label, rows, candidate, free_n, measures))
     return Weighed(label, rows, spaces, groups)
 
@@ -204,7 +218,8 @@ def parts_of_unsure(
     is_seen_n = ~whole.members_n  # the rest that a part is compared with holds no other part
     found = []
     for part in parts(weighed.spaces["appearance"], whole.members_n, split, generator):
-        measures = Measures(is_bursty=known.bursty >= config.bursty)
+        # A part lies as far from the rest of the class as the group that it is a part of.
+        measures = Measures(separation=whole.separation, is_bursty=known.bursty >= config.bursty)
         if int(is_seen_n.sum()) >= MIN_GROUP <= int(part.members_n.sum()):
             group = weighed_group(known, weighed.label, rows, part, is_seen_n | part.members_n, measures)
             found.append(decided_among(group, weighed.natural, config, known))
@@ -248,14 +263,7 @@ def measure_stamps(
 def compare(weighed: Sequence[Weighed], known: Knowledge, config: EvidenceConfig) -> list[Weighed]:
     """The same groups compared with those of other classes, and decided without stamps."""
     natural = natural_groups(
-        {
-            one.label: [
-                group.evidence
-                for group in one.groups
-                if not group.measures.is_grown and group.evidence.burst < config.burst
-            ]
-            for one in weighed
-        }
+        {one.label: _maybe_natural(one, config) for one in weighed}, sum(len(_searched(one, config)) for one in weighed)
     )
     return [
         replace(
@@ -265,6 +273,27 @@ def compare(weighed: Sequence[Weighed], known: Knowledge, config: EvidenceConfig
         )
         for one in weighed
     ]
+
+
+def _searched(weighed: Weighed, config: EvidenceConfig) -> list[Group]:
+    """Groups of a class that labels did not choose, bursts left out."""
+    return [group for group in weighed.groups if not group.measures.is_grown and group.evidence.burst < config.burst]
+
+
+def _maybe_natural(weighed: Weighed, config: EvidenceConfig) -> list[Evidence]:
+    """Evidence of the groups that may be natural: not those that stand out, nor other splits of the same samples.
+
+    Where every class holds poison (all-to-all attacks), planted groups are most of the groups.
+    """
+    groups = _searched(weighed, config)
+    standing = [group.candidate.members_n for group in groups if stands_out(group.evidence, config, group.measures)]
+
+    def is_known(members_n: Tensor) -> bool:
+        if 2 * int(members_n.sum()) > len(members_n):
+            members_n = ~members_n
+        return any(2 * int((members_n & one_n).sum()) > int(members_n.sum()) for one_n in standing)
+
+    return [group.evidence for group in groups if not is_known(group.candidate.members_n)]
 
 
 def weighed_group(

@@ -52,7 +52,7 @@ def certify(config: CertifyRunConfig, run: Run) -> dict[str, Any]:
         Places, and the certified accuracy.
     """
     model = open_model(config.model, config.allow_factory)
-    dataset = index_found("00-index", config.shards, as_the_model_sees(config.index, model.config), run)
+    dataset = index_found("00-index", config.shards, as_the_model_sees(config.index, model.config, config.shards), run)
     if model.config.is_ensemble:
         certificates = run.sharded("70-certificates", certify_partitions, dataset.shards, model, dataset)
     else:

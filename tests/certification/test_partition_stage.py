@@ -206,4 +206,6 @@ def test_names_that_are_numbered_by_the_data_void_a_certificate(
             with pytest.raises(ConfigError, match=says):
                 refuse_if_void(dataset)
     with pytest.raises(ConfigError, match="list the names"):
-        as_the_model_sees(IndexConfig(label="txt", classes="names"), ModelConfig(n_classes=2, image_shape=(3, 8, 8)))
+        as_the_model_sees(
+            IndexConfig(label="txt", classes="names"), ModelConfig(n_classes=2, image_shape=(3, 8, 8)), []
+        )

@@ -111,6 +111,11 @@ def load_model(path: str | Path, *, trust_code: bool = False) -> nn.Module:
     return OnPixels(checkpoint.model(), checkpoint.config).eval()
 
 
+def training_recipe(model: Checkpoint) -> Recipe:
+    """Recipe of the training of a model; a package carries it. Raises ArtifactError where it is damaged."""
+    return Recipe.model_validate(_known(model)[0])
+
+
 def _known(model: Checkpoint) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Recipe of the training, and earlier certificates; both are copied from a package."""
     if "certificate.json" not in model.manifest().files:

@@ -122,6 +122,11 @@ class Dataset(ShardTables):
         member: str | None = self.info["image"].get("member")
         return member
 
+    @property
+    def has_facts(self) -> bool:
+        """True where the index took facts about images, for some shard."""
+        return bool(self._facts)
+
     @cached_property
     def _facts(self) -> frozenset[str]:
         """Files with facts; a manifest of many shards takes long to read."""

@@ -115,7 +115,7 @@ def import_data(config: ImportConfig, sources: Sequence[str] | str, out: str, co
         finish=finish,
         sources={"source": {"url": places[0], **source.stamp}},
         bar=Bars("import", len(source.sizes_N), "images"),
-        config=config.model_dump(mode="json", exclude=_WHERE),
+        config=config.model_dump(mode="json", exclude=_WHERE | ({"classes"} if config.classes is None else set())),
     )
 
 

@@ -101,8 +101,8 @@ def refuse_others(names: Mapping[int, str], others: Mapping[int, str], url: str,
             there = f"{others[number]!r}" if number in others else f"no class, and {name!r} is {numbers[name]}"
             raise DataError(
                 f"the classes are numbered in different ways: class {number} is {name!r} in {printable(url)}; in "
-                f"{printable(whose)} it is {there}. Import both sources with one list of classes (`sanitize import "
-                "--set classes=[...]`); if a file is wrong, set index.class_names={}, which leaves names out"
+                f"{printable(whose)} it is {there}. Import both with one list of classes (`sanitize import "
+                "--classes FILE`); if a file is wrong, set index.class_names={}, which leaves names out"
             )
 
 

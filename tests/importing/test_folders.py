@@ -182,23 +182,12 @@ def test_given_classes_number_the_classes_and_others_are_refused(
     assert {one["class_name"]: one["label"] for one in by_file(made).values()} == {"cat": 1, "ant": 2}
 
 
+PATHS = ("aaa/0.png", "ant/new.png", "x.png", "train/ant/0.png", "cat/link.png", "bee/.hidden.png", ".git/x.png")
+PATHS += ("test/bee/0.png", "rows.csv", "captions.json", "ant/00.png.txt", "ant/sub/deep/0.png")
+
+
 @given(
-    path=st.sampled_from(
-        [
-            "aaa/0.png",
-            "ant/new.png",
-            "x.png",
-            "train/ant/0.png",
-            "cat/link.png",
-            "bee/.hidden.png",
-            ".git/x.png",
-            "test/bee/0.png",
-            "rows.csv",
-            "captions.json",
-            "ant/00.png.txt",
-            "ant/sub/deep/0.png",
-        ]
-    ),
+    path=st.sampled_from(PATHS),
     number=st.integers(0, 29),
     as_splits=st.booleans(),
     removes=st.booleans(),

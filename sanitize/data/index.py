@@ -132,7 +132,7 @@ class IndexConfig(BaseModel):
         return self.model_copy(update={"class_names": names}) if names else self
 
 
-@stage(Dataset, version=3, gpu=False, draws="nothing")
+@stage(Dataset, version=4, gpu=False, draws="nothing")
 def index_shards(
     config: IndexConfig,
     sources: Sequence[str] | str | Sources,

@@ -80,13 +80,13 @@ def test_batches_are_held_for_reasons_that_name_classes(
     attack = BadNetsConfig(rate=0.4, size=4, pattern="white", target=3)
     poisoned = poison_shards(attack, index, str(tmp_path / "poisoned"), compute)
     # The batch comes with other names: those of the reference count.
-    batch = named(tmp_path / "in", poisoned.shard_paths(), tuple(f"bad {name}" for name in NAMES))
+    batch = named(tmp_path / "in", poisoned.shard_paths(), tuple(f"wrong-{name}" for name in NAMES))
     result = run("ingest", "--store", store, "--shards", batch, "--direct", "--device=cpu")
     assert "class 3 (three): embeddings shifted" in result.output, result.output
     assert "class 3 (three): embeddings shifted" in CliRunner().invoke(app, ["batches", "--store", str(store)]).output
     (folder,) = (store / "batches").iterdir()
     assert "3 (three)" in page(folder, "91-drift-report")
-    assert "bad" not in page(folder, "91-drift-report") + page(folder)
+    assert "wrong-" not in page(folder, "91-drift-report") + page(folder)
 
 
 def test_models_know_the_names_of_clean_shards_and_repairs_keep_them(

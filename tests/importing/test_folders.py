@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import features
 from pydantic import ValidationError
 
 from sanitize.errors import ConfigError, DataError
@@ -115,7 +116,8 @@ def test_everything_in_the_folder_is_counted(
 def test_the_suffix_says_what_the_bytes_are(
     write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    formats = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm"}
+    formats = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+    formats |= {"AVIF": "avif"} if features.check("avif") else {}
     made = run(write({f"a/{name}.jpeg": make_png(1, format=name) for name in formats}), tmp_path / "out")
     found = {record["file"]: set(record["members"]) for record in by_file(made).values()}
     assert found == {f"a/{name}.jpeg": {suffix, "cls", "json"} for name, suffix in formats.items()}

@@ -1,5 +1,6 @@
 """`sanitize import`."""
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -130,7 +131,7 @@ def _show(result: dict[str, Any]) -> None:
         say("left out", "yellow", f"{n:,} {what}")
     console.print(
         f"{result['offered']:,} images = {result['imported']:,} imported + {result['refused']:,} refused; "
-        f"{result['shards']:,} shards: {result['out']}",
+        f"{result['shards']:,} shard{'s' * (result['shards'] != 1)}: {result['out']}",
         highlight=False,
         soft_wrap=True,
     )
@@ -140,3 +141,4 @@ def _show(result: dict[str, Any]) -> None:
     counts = [f"{name} ({result['labels'][name]}): {n:,}" for name, n in result["classes"].items()]
     more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
     console.print("classes:", ", ".join(counts[:_SHOWN]) + more, highlight=False, soft_wrap=True)
+    say("next:", "green", f"sanitize clean --shards {shlex.quote(result['out'])} --out runs/first")

@@ -22,6 +22,7 @@ from sanitize.certification import Certificates, PartitionEnsemble
 from sanitize.certification.certificates import Proved, excerpt
 from sanitize.certification.ensemble import PROVED
 from sanitize.compute import Compute
+from sanitize.data.class_names import class_name
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.config import ModelConfig
@@ -30,6 +31,7 @@ from sanitize.stage import Work, stage
 from sanitize.storage import exists, join
 from sanitize.tar.names import as_markdown
 
+_N_NAMED = 50  # classes on the card
 PACKAGE = "80-package"  # folder of the package in a run
 
 
@@ -37,7 +39,7 @@ class ModelPackage(Checkpoint):
     """A Checkpoint with `training.json`, `certificate.json`, `metrics.json` and `MODEL_CARD.md`."""
 
 
-@stage(ModelPackage, version=2, gpu=False, draws="nothing")
+@stage(ModelPackage, version=3, gpu=False, draws="nothing")
 def package_model(model: Checkpoint, out: str, compute: Compute, certificates: Sequence[Certificates] = ()) -> Work:
     """Put a model and its certificates into one folder; a package keeps its earlier certificates of other kinds.
 
@@ -109,6 +111,11 @@ def load_model(path: str | Path, *, trust_code: bool = False) -> nn.Module:
     return OnPixels(checkpoint.model(), checkpoint.config).eval()
 
 
+def training_recipe(model: Checkpoint) -> Recipe:
+    """Recipe of the training of a model; a package carries it. Raises ArtifactError where it is damaged."""
+    return Recipe.model_validate(_known(model)[0])
+
+
 def _known(model: Checkpoint) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Recipe of the training, and earlier certificates; both are copied from a package."""
     if "certificate.json" not in model.manifest().files:
@@ -163,9 +170,10 @@ def _card(
         "# Model card",
         "",
         "## The model",
-        f"{_architecture(config)}, {config.n_classes} classes. It takes images of {channels} x {height} x {width} "
-        f"(channels, height, width) with values in {list(config.input_range)}, normalised by mean "
-        f"{list(config.mean)} and standard deviation {list(config.std)} on the scale [0, 1].",
+        f"{_architecture(config)}, {config.n_classes} classes{_names(config)}. "
+        f"It takes images of {channels} x {height} x {width} (channels, height, width) with values in "
+        f"{list(config.input_range)}, normalised by mean {list(config.mean)} and standard deviation {list(config.std)} "
+        "on the scale [0, 1].",
         "",
         "```python",
         "import sanitize",
@@ -198,6 +206,15 @@ def _plain(line: str) -> str:
 def _architecture(config: ModelConfig) -> str:
     one = ", ".join(f"{name} {value}" for name, value in config.architecture.model_dump(mode="json").items())
     return f"The vote of {config.n_networks} networks ({one})" if config.is_ensemble else f"One network ({one})"
+
+
+def _names(config: ModelConfig) -> str:
+    """The first classes with their names, or ""."""
+    if not config.class_names:
+        return ""
+    numbers = range(min(config.n_classes, _N_NAMED))
+    named = ", ".join(_shown(class_name(number, config.class_names)) for number in numbers)
+    return f": {named}" + (", ...; `config.json` names the others" if config.n_classes > _N_NAMED else "")
 
 
 def _measured(metrics: dict[str, Any]) -> list[str]:

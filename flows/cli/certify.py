@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flows.cli.app import print_certificates, print_places
+from flows.cli.app import print_certificates, print_leaks, print_places, say
 from flows.cli.command import ALLOW_FACTORY, MODEL, Option, job_command
 
 
@@ -27,7 +27,8 @@ def certify(result: dict[str, Any], out: str) -> None:
 
     A single network is smoothed: no change of an image that is shorter than the radius changes its prediction (train
     with `train.optim.noise_sd` at the same sigma, or little will be certified). An ensemble of `sanitize train
-    --partitions` is certified by its votes: the radius is a number of poisoned training samples.
+    --partitions` is certified by its votes: the radius is a number of poisoned training samples. A model whose training
+    run is still there is checked for test pictures among its training samples.
 
     Examples:
 
@@ -35,5 +36,8 @@ def certify(result: dict[str, Any], out: str) -> None:
 
         sanitize certify runs/ensemble/80-package --shards 'data/test-*.tar' --out runs/certified
     """
+    print_leaks(result.pop("test_leaks"), out)
+    if unchecked := result.pop("leaks_unchecked"):
+        say("note", "yellow", f"whether the model was trained on test pictures was not checked: {unchecked}")
     print_certificates(result.pop("certificates"))
     print_places(result)

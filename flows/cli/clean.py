@@ -31,6 +31,7 @@ def clean(result: dict[str, Any], out: str) -> None:
 
         sanitize clean --shards 'data/train-*.tar' --set scorers='[{kind: rca}]' --set select.rules.rca.kind=fdr
     """
+    from sanitize.data.class_names import class_name
     from sanitize.storage import join, read_bytes
 
     _print_suspect(result["suspect"])
@@ -38,9 +39,9 @@ def clean(result: dict[str, Any], out: str) -> None:
     _print_counts(result["samples"], len(result["damaged_shards"]))
     for label, of_class in result["classes_touched"].items():
         flags = ", ".join(f"{kind} {by['flagged']:,}" for kind, by in of_class["scorers"].items() if by["flagged"])
-        name = f" ({of_class['name']})" if "name" in of_class else ""
+        name = class_name(int(label), {int(label): of_class["name"]} if "name" in of_class else {})
         console.print(
-            f"  class {label}{name}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
+            f"  class {name}: {of_class['removed']:,} of {of_class['n']:,} removed (flagged: {flags or 'none'})"
         )
     _print_verdict(result["verdict"])
     for note in result.get("notes", ()):

@@ -1,5 +1,6 @@
 """`sanitize import`."""
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,13 @@ def import_(
     no_header: Annotated[
         bool, typer.Option("--no-header", help="csv: the first line is a row; its columns are 0, 1, ...")
     ] = False,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON file with the names of all classes in the order of their integers: a list, or the classes.json "
+            "of another import, such as that of the training images (default: the sorted names that are found)."
+        ),
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="Split to import where there are several, such as train; or all.")
     ] = None,
@@ -72,12 +80,16 @@ def import_(
 
         sanitize import labels.csv --images photos/ --label-column species --out shards
 
+        sanitize import photos-test/ --classes shards/classes.json --out test
+
         sanitize import 'data/train-*.parquet' --out shards
 
         sanitize import saved_dataset/ --split train --out shards
 
         sanitize import annotations/captions_train2017.json --images train2017/ --out captions
     """
+    from sanitize.importing.source import listed_classes
+
     with errors(), bars(quiet):
         if not sources:
             raise ConfigError("no source: give a folder or a file, such as `sanitize import photos/ --out shards`")
@@ -90,8 +102,9 @@ def import_(
             "samples_per_shard": samples_per_shard,
             "max_refused_fraction": max_refused,
         }
-        given = {name: value for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         given |= {"header": False} if no_header else {}
+        given |= {"classes": listed_classes(classes)} if classes is not None else {}
         result = _import(given, sources, out, set_ or [], seed or 0)
     if as_json:
         print_json(result)
@@ -118,7 +131,7 @@ def _show(result: dict[str, Any]) -> None:
         say("left out", "yellow", f"{n:,} {what}")
     console.print(
         f"{result['offered']:,} images = {result['imported']:,} imported + {result['refused']:,} refused; "
-        f"{result['shards']:,} shards: {result['out']}",
+        f"{result['shards']:,} shard{'s' * (result['shards'] != 1)}: {result['out']}",
         highlight=False,
         soft_wrap=True,
     )
@@ -128,3 +141,4 @@ def _show(result: dict[str, Any]) -> None:
     counts = [f"{name} ({result['labels'][name]}): {n:,}" for name, n in result["classes"].items()]
     more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
     console.print("classes:", ", ".join(counts[:_SHOWN]) + more, highlight=False, soft_wrap=True)
+    say("next:", "green", f"sanitize clean --shards {shlex.quote(result['out'])} --out runs/first")

@@ -74,7 +74,7 @@ def inspect(
     else:
         _show(result, config.label is not None)
         if hygiene:
-            _show_hygiene(result["hygiene"])
+            _show_hygiene(result["hygiene"], _names(result))
     if not is_well:
         raise typer.Exit(1)
 
@@ -90,6 +90,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
     found, refused = list_sources(sources)
     if not found:
         find_shards(sources)  # raises, unless all there is are archives that are not read
+    names_of = config.named(found.values()).class_names or {}
     reader = label_reader(config)
     labels: Counter[Any] = Counter()  # by class, or by name where names are gathered
     sizes: Counter[str] = Counter()
@@ -117,6 +118,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
     if failure is not None and not per_shard:
         raise failure
     classes = sorted(labels) if config.classes == "names" else config.classes
+    names_of = names_of if classes is None else dict(enumerate(classes))
     by_class = {i: labels[name] for i, name in enumerate(classes)} if config.classes == "names" else labels
     kinds = reasons.kinds()
     largest = max_label(reasons) if config.n_classes is None else None
@@ -125,6 +127,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
         "refused": refused,
         "labels": {str(label): by_class[label] for label in sorted(by_class)},
         "classes": None if classes is None else list(classes),
+        "class_names": {str(label): names_of[label] for label in sorted(by_class) if label in names_of},
         "notes": _notes(by_class, classes, config, members) if largest is None else [],
         "image_sizes": dict(sizes.most_common()),
         "formats": dict(formats.most_common()),
@@ -183,8 +186,10 @@ def _hygiene(sources: list[str], config: Any) -> dict[str, Any]:
         return found
 
 
-def _show_hygiene(found: dict[str, Any]) -> None:
+def _show_hygiene(found: dict[str, Any], names: Mapping[int, str]) -> None:
     """A row for each kind of finding, and the largest groups of copies."""
+    from sanitize.data.class_names import class_name
+
     table = Table("hygiene", "samples", "for example", title_justify="left")
     for kind, n in found["counts"].items():
         if n:
@@ -192,7 +197,7 @@ def _show_hygiene(found: dict[str, Any]) -> None:
             table.add_row(kind.replace("_", " "), f"{n:,}", as_text(f"{example['key']}: {example['reason']}"))
     console.print(table if table.row_count else "hygiene: nothing found")
     for group in found["groups"][:5]:
-        labels = ", ".join(f"{label} ({n:,})" for label, n in group["labels"].items())
+        labels = ", ".join(f"{class_name(int(label), names)}: {n:,}" for label, n in group["labels"].items())
         keys = ", ".join(as_text(member["key"]).plain for member in group["members"][:4])
         console.print(
             f"{group['n']:,} copies in class {labels}: {keys}, …", highlight=False, soft_wrap=True, markup=False
@@ -341,10 +346,15 @@ def _show(result: dict[str, Any], has_labels: bool) -> None:
 
 
 def _classes(result: dict[str, Any]) -> str:
-    from sanitize.data.labels import class_name
+    from sanitize.data.class_names import class_name
 
-    names = {class_name(int(label), result["classes"]): n for label, n in result["labels"].items()}
-    return _some(names, _N_CLASSES)
+    names = _names(result)
+    return _some({class_name(int(label), names): n for label, n in result["labels"].items()}, _N_CLASSES)
+
+
+def _names(result: dict[str, Any]) -> dict[int, str]:
+    """Names of the classes, by number."""
+    return {int(label): name for label, name in result["class_names"].items()}
 
 
 def _some(counts: Mapping[str, int], most: int) -> str:

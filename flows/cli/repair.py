@@ -32,14 +32,16 @@ def repair(result: dict[str, Any], out: str) -> None:
 
         sanitize repair runs/suspect --method ibau --clean-shards 'data/trusted-*.tar' --out runs/repaired
     """
-    _print_repair(result.pop("repair"))
+    _print_repair(result.pop("repair"), {int(label): name for label, name in result.pop("class_names", {}).items()})
     if certificates := result.pop("certificates", None):
         print_certificates(certificates)
     print_places(result)
 
 
-def _print_repair(report: dict[str, Any]) -> None:
+def _print_repair(report: dict[str, Any], names: dict[int, str]) -> None:
     """Accuracy and attack success rate before and after, and the share of the weights that changed."""
+    from sanitize.data.class_names import class_name
+
     changed = report["weights_changed"]
     if "before" in report:
         table = Table("", "before", "after", title=f"repair by {report['method']['kind']}")
@@ -48,7 +50,9 @@ def _print_repair(report: dict[str, Any]) -> None:
                 table.add_row(name, *(f"{report[when][row]:.1%}" for when in ("before", "after")))
         by_class = zip(report["before"]["acc_of_class"], report["after"]["acc_of_class"], strict=True)
         for label, shares in enumerate(by_class):
-            table.add_row(f"  class {label}", *("-" if share is None else f"{share:.1%}" for share in shares))
+            table.add_row(
+                f"  class {class_name(label, names)}", *("-" if share is None else f"{share:.1%}" for share in shares)
+            )
         console.print(table)
     console.print(
         "no backdoor was found; the model is unchanged"

@@ -125,7 +125,7 @@ class PartitionEnsemble(Checkpoint):
         return {f"networks.{name}": torch.cat([state[name] for state in states]) for name in states[0]}
 
 
-@stage(PartitionEnsemble, version=3)
+@stage(PartitionEnsemble, version=4)
 def train_partitions(
     config: PartitionConfig, dataset: Dataset, out: str, compute: Compute, shards: Sequence[str] | None = None
 ) -> Work:
@@ -158,7 +158,7 @@ def train_partitions(
         mean=config.mean,
         std=config.std,
         n_networks=config.n_partitions,
-    )
+    ).with_names(dataset.class_names)
 
     def write_part(group: str, part: Part, _advance: Advance) -> None:
         networks, history, counts = _train_group(config, model_config, config.groups[group], dataset, compute)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sanitize.compute import Compute
+from sanitize.data.class_names import class_name
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ConfigError, DataError
 from sanitize.progress import track
@@ -94,7 +95,8 @@ def fill_pool(dataset: Dataset, max_bytes: int, compute: Compute) -> Pool:
     counts = [dataset.info["labels"].get(str(label), 0) for label in range(dataset.n_classes)]
     capacity = max_bytes // (torch.Size(dataset.image_shape).numel() * dataset.n_classes)
     if 0 in counts:
-        raise DataError(f"cannot condense {dataset.path}: class {counts.index(0)} has no usable sample")
+        empty = class_name(counts.index(0), dataset.class_names)
+        raise DataError(f"cannot condense {dataset.path}: class {empty} has no usable sample")
     if capacity == 0:
         raise ConfigError(f"pool_bytes={max_bytes} does not hold one image of each of {dataset.n_classes} classes")
     sizes = [min(capacity, count) for count in counts]

@@ -88,7 +88,7 @@ def load_condensed(path: str | Path) -> tuple[Tensor, Tensor]:
     return CondensedSet.load(path).tensors()
 
 
-@stage(CondensedSet, version=3)
+@stage(CondensedSet, version=4)
 def condense_dataset(
     config: CondenseConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
 ) -> Work:
@@ -198,6 +198,7 @@ def _description(
     return {
         "format": 1,
         "n_classes": dataset.n_classes,
+        **({"class_names": {str(y): name for y, name in names.items()}} if (names := dataset.class_names) else {}),
         "labels": {str(label): count for label, count in enumerate(labels_N.bincount().tolist())},
         "image": {"shape": dataset.image_shape, "mean": matching.mean, "std": matching.std},
         "shards": {SHARD: {"samples": len(labels_N), "size": shard.size, "sha256": shard.sha256}},

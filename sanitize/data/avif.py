@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _MAX_EXIF_BYTES = 1 << 16  # as in a JPEG; Pillow parses it in Python
+_UNIQUE = frozenset({"ftyp", "meta", "moov", "iinf", "iloc", "idat", "mdia", "minf", "stbl", "stsz", "stco", "co64"})
 _SEQUENCE_HEADER, _FRAME_HEADER, _FRAME = 1, 3, 6
 
 
@@ -52,20 +53,33 @@ class _Bits:
 
 
 def decoded_pixels(data: bytes, max_parts: int) -> int:
-    """Sum over the frames of all AV1 items of the largest size that their sequence headers allow.
+    """Sum over the frames of all AV1 items, or of the first pictures of all tracks if that is more, of the largest size
+    that their sequence headers allow.
+
+    For the first picture of a sequence a decoder takes the items or, by its brand, the first sample of tracks.
 
     Args:
         data: AVIF file.
         max_parts: largest number of boxes, extents and OBUs.
 
     Raises:
-        BadAvif: there are more parts, the file is a sequence, or its structure is not understood.
+        BadAvif: there are more parts, or the structure is not understood.
     """
     count = _Count(max_parts)
     top = _once(_boxes(data, count))
-    if "moov" in top or b"avis" in top.get("ftyp", b""):
-        raise BadAvif("avif image sequence, which is not read")
-    meta = _once(_boxes(top.get("meta", b"")[4:], count))
+    of_items = _pixels_of_items(top.get("meta", b""), data, count)
+    tracks = [box for kind, box in _boxes(top.get("moov", b""), count) if kind == "trak"]
+    total = max(of_items, sum(_pixels_of_track(track, data, count) for track in tracks))
+    if not total:
+        raise BadAvif("avif image without a frame")
+    return total
+
+
+def _pixels_of_items(box: bytes, data: bytes, count: "_Count") -> int:
+    """The same of the items that a box `meta` describes; 0 without one."""
+    if not box:
+        return 0
+    meta = _once(_boxes(box[4:], count))
     kinds = _kinds(meta.get("iinf", b""), count)
     total = n_bytes = 0
     for item, place in _places(meta.get("iloc", b""), count).items():
@@ -78,9 +92,33 @@ def decoded_pixels(data: bytes, max_parts: int) -> int:
             raise BadAvif("avif image with more than 64 KiB of Exif data")
         if kinds.get(item) == b"av01":
             total += _pixels(content, count)
-    if not total:
-        raise BadAvif("avif image without a frame")
     return total
+
+
+def _pixels_of_track(box: bytes, data: bytes, count: "_Count") -> int:
+    """The same of the first sample of a track, and of the items beside it."""
+    track = _once(_boxes(box, count))
+    table = track.get("mdia", b"")
+    for name in ("minf", "stbl"):
+        table = _once(_boxes(table, count)).get(name, b"")
+    parts = _once(_boxes(table, count))
+    at, size = _first_of(parts)
+    n = _pixels(data[at : at + size], count) if at + size <= len(data) else 0
+    if not n:
+        raise BadAvif("avif image sequence whose first picture is not found")
+    return n + _pixels_of_items(track.get("meta", b""), data, count)
+
+
+def _first_of(table: dict[str, bytes]) -> tuple[int, int]:
+    """Offset and size of the first sample of a track: it begins the first chunk."""
+    if ("stco" in table) == ("co64" in table) or "stsz" not in table:
+        raise BadAvif("avif image with a damaged header")
+    chunks, sizes = _Bytes(table.get("stco") or table.get("co64", b"")), _Bytes(table["stsz"])
+    chunks.number(8)  # version, number of chunks
+    sizes.number(4)
+    size = sizes.number(4)  # of all samples; 0 where each has its own
+    sizes.number(4)
+    return chunks.number(4 if "stco" in table else 8), size or sizes.number(4)
 
 
 class _Count:
@@ -114,7 +152,7 @@ def _once(boxes: Iterator[tuple[str, bytes]]) -> dict[str, bytes]:
     """Boxes by their kind; of several that this module reads, decoders differ in which they take."""
     found: dict[str, bytes] = {}
     for name, box in boxes:
-        if name in found and name in ("ftyp", "meta", "iinf", "iloc", "idat"):
+        if name in found and name in _UNIQUE:
             raise BadAvif(f"avif image with several boxes {name}")
         found[name] = box
     return found

@@ -14,8 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from sanitize.artifacts import first_problem
+from sanitize.data.class_names import ClassNames
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
 from sanitize.data.image_facts import facts_name
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
@@ -54,7 +57,8 @@ class Dataset(ShardTables):
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """dataset.json: n_classes, classes (names or None), labels (count of each), notes, image_size, image, shards,
+        """dataset.json: n_classes, classes (names or None), class_names (where integers have names), labels (count of
+        each), notes, image_size, image, shards,
         unreadable."""
         return self.read_object("dataset.json", "n_classes", "labels", "image_size", "image", "shards", "limits")
 
@@ -87,6 +91,17 @@ class Dataset(ShardTables):
         names = self.info.get("classes")
         return None if names is None else tuple(names)
 
+    @cached_property
+    def class_names(self) -> dict[int, str]:
+        """Names of the classes by number, to show to people; empty where they have none."""
+        stored = self.info.get("class_names")
+        if stored is None:
+            return dict(enumerate(self.classes or ()))
+        try:
+            return TypeAdapter(ClassNames).validate_python(stored)
+        except ValidationError as error:
+            raise ArtifactError(f"{self.url('dataset.json')} is damaged: {first_problem(error)}") from error
+
     def rows(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of one shard, as in ShardTables; labels are classes of the data set."""
         table = super().rows(shard, columns)
@@ -106,6 +121,11 @@ class Dataset(ShardTables):
         """`ImageConfig.member` of the index, for `find_image`."""
         member: str | None = self.info["image"].get("member")
         return member
+
+    @property
+    def has_facts(self) -> bool:
+        """True where the index took facts about images, for some shard."""
+        return bool(self._facts)
 
     @cached_property
     def _facts(self) -> frozenset[str]:

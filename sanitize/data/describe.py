@@ -64,7 +64,8 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
         files: sha256 and size of every written shard, by `clean/SHARD`; others are ignored.
 
     Returns:
-        `samples`: number of kept, quarantined and unreadable samples. `n_classes`; `classes`: their names, or None.
+        `samples`: number of kept, quarantined and unreadable samples. `n_classes`; `classes`: their names, or None;
+        `class_names`: number -> name, where labels are integers that have names.
         `labels`: label -> kept samples, perhaps 0. `label`: place of the class, as in `IndexConfig.label`. `image`:
         settings of decoding (size is [height, width]), and suffixes of usable images. `shards`: path -> samples, size
         in bytes, sha256; in sorted order. `made_from`: digests of index and selection.
@@ -88,6 +89,7 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
         "samples": {status: counts.get(status, 0) for status in ("kept", "quarantined", "unreadable")},
         "n_classes": dataset.n_classes,
         "classes": dataset.info.get("classes"),
+        **({"class_names": names} if (names := dataset.info.get("class_names")) else {}),
         "labels": {label: labels[int(label)] for label in dataset.info["labels"]},
         "label": dataset.info["label"],
         "image": {**dataset.info["image"], "size": dataset.info["image_size"], "suffixes": sorted(suffixes)},

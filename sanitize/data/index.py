@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal, Self
 
@@ -19,10 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sanitize.artifacts import ArtifactBuilder, Part, Sources
 from sanitize.compute import Compute
+from sanitize.data.class_names import MAX_NAMES, ClassNames, names_beside
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels, image_format
 from sanitize.data.image_facts import ImageFacts, write_facts
-from sanitize.data.labels import MAX_NAMES, BadLabel, LabelReader, notes_on
+from sanitize.data.labels import MAX_CLASSES, BadLabel, LabelReader, notes_on
 from sanitize.data.layout import dots, explained
 from sanitize.data.reasons import Reasons
 from sanitize.data.rows import plain_rows, read_rows
@@ -59,6 +60,8 @@ class IndexConfig(BaseModel):
         n_classes: number of classes; None takes the largest label below 1,000, plus one.
         classes: "names" if labels are class names: the classes are the sorted names, and `dataset.json` lists them. A
             list of names gives their order. None for integers.
+        class_names: names of integer classes, by number, to show to people; no result depends on them. None takes those
+            of `classes.json` beside the shards (label "cls"), as `sanitize import` writes it; {} leaves names out.
         image: settings of decoding.
         limits: limits on the cost of one sample.
         max_bad_fraction: share of unreadable samples in [0, 1] above which the run stops. The bytes behind the place
@@ -77,6 +80,7 @@ class IndexConfig(BaseModel):
     label: str | None = Field(default="cls", pattern=r"^[^:]+$|^([^:]+\.)?json:.+$|^table:.+$")
     n_classes: int | None = Field(default=None, gt=0)
     classes: Literal["names"] | tuple[str, ...] | None = None
+    class_names: ClassNames | None = None
     image: ImageConfig = ImageConfig()
     limits: SampleLimits = SampleLimits()
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
@@ -94,7 +98,7 @@ class IndexConfig(BaseModel):
         """What the index depends on. Settings that came later are left out where they are off, so that an index from
         before them is still found."""
         settings = self.model_dump(mode="json")
-        return {k: v for k, v in settings.items() if k not in ("image_facts", "verify") or v}
+        return {k: v for k, v in settings.items() if k not in ("image_facts", "verify", "class_names") or v}
 
     @property
     def has_facts(self) -> bool:
@@ -115,10 +119,20 @@ class IndexConfig(BaseModel):
                 raise ConfigError(f"index.classes needs 1 to {MAX_NAMES:,} different names")
             if self.n_classes not in (None, len(self.classes)):
                 raise ConfigError(f"index.classes has {len(self.classes)} names, and index.n_classes={self.n_classes}")
+        if self.classes is not None and self.class_names:
+            raise ConfigError("index.class_names names integer classes; with index.classes labels are names: set one")
         return self
 
+    def named(self, urls: Iterable[str]) -> Self:
+        """The same settings with the names of classes from beside the shards, unless the settings have names."""
+        if self.class_names is not None or self.classes is not None or self.label != "cls":
+            return self
+        limit = self.n_classes or MAX_CLASSES
+        names = {number: name for number, name in names_beside(urls).items() if number < limit}
+        return self.model_copy(update={"class_names": names}) if names else self
 
-@stage(Dataset, version=3, gpu=False, draws="nothing")
+
+@stage(Dataset, version=4, gpu=False, draws="nothing")
 def index_shards(
     config: IndexConfig,
     sources: Sequence[str] | str | Sources,
@@ -309,9 +323,11 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
         labels.update({label: by_name[name] for label, name in enumerate(classes or ())})
     _refuse_if_bad(config, labels.total(), reasons, summaries)
     common = common_size(sizes, config.image.max_side) if config.check == "decode" else None
+    n_classes = config.n_classes or (len(classes) if classes else max(labels) + 1)
     return {
-        "n_classes": config.n_classes or (len(classes) if classes else max(labels) + 1),
+        "n_classes": n_classes,
         "classes": classes,
+        **({"class_names": _names_below(config.class_names, n_classes)} if config.class_names else {}),
         "notes": [] if config.label is None else notes_on(labels, config.n_classes, classes),
         "labels": {str(label): labels[label] for label in sorted(labels)},
         "image_size": config.image.size or common,
@@ -322,6 +338,10 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
         "shards": summaries,
         "unreadable": reasons.counts(),
     }
+
+
+def _names_below(names: Mapping[int, str], n_classes: int) -> dict[str, str]:
+    return {str(number): names[number] for number in sorted(names) if number < n_classes}
 
 
 def common_size(sizes: Mapping[tuple[int, int], int], max_side: int | None) -> tuple[int, int]:

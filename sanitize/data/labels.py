@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sanitize.data.class_names import MAX_NAME
 from sanitize.data.layout import dots
 from sanitize.data.samples import Sample, beside
 from sanitize.errors import ConfigError, DataError
@@ -21,12 +22,10 @@ from sanitize.storage import fingerprint, read_bytes
 from sanitize.tar.names import printable, split_name
 
 MAX_CLASSES = 1000  # limit without n_classes: one hostile label must not set the size of a model
-MAX_NAMES = 100_000  # class names of a data set
 _INTEGER = re.compile(rb"[+-]?\d{1,18}")
 _DECIMAL = re.compile(rb"[+-]?\d{1,18}\.0*")
 _VECTOR = re.compile(rb"\[[\s\d.,eE+-]*\]")
 _MAX_VECTOR_BYTES = 2**18
-_MAX_NAME = 200  # characters of a class name
 _MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
 _MAX_PATH = 8  # steps of a path in JSON
 _MAX_TABLE_BYTES, _MAX_ROWS, _MAX_COLUMNS = 2**28, 10_000_000, 1_000
@@ -143,8 +142,8 @@ class LabelReader:
             name = data.decode()
         except UnicodeDecodeError:
             raise BadLabel(f"class name '{_shown(data)}' is not UTF-8") from None
-        if not name or len(name) > _MAX_NAME or not name.isprintable():
-            raise BadLabel(f"class name '{_shown(data)}' is empty, longer than {_MAX_NAME} characters or not printable")
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            raise BadLabel(f"class name '{_shown(data)}' is empty, longer than {MAX_NAME} characters or not printable")
         if not isinstance(self.names, Mapping):
             return name
         if name not in self.names:
@@ -323,12 +322,6 @@ def _read_parquet(data: bytes, url: str, column: str) -> list[tuple[Any, Any]]:
             (key, value.encode() if isinstance(value, str) else value) for key, value in zip(keys, values, strict=True)
         ]
     return found
-
-
-def class_name(label: int, classes: Sequence[str] | None) -> str:
-    """Number of a class, with its name if there is one."""
-    known = classes is not None and 0 <= label < len(classes)
-    return f"{label} ({classes[label]})" if known and classes is not None else str(label)
 
 
 def notes_on(labels: Mapping[int, int], n_classes: int | None, classes: Sequence[str] | None) -> list[str]:

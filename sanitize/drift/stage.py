@@ -4,7 +4,7 @@ The tests of `distance.py` run for every class and for all classes together. An 
 divided by the number of tests (Bonferroni), and an effect of at least its limit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
+from sanitize.data.class_names import class_name
 from sanitize.drift.distance import Comparison, Distance, distance, excess, gamma_tail, priors, shift, together
 from sanitize.drift.projection import Projection
 from sanitize.drift.statistics import CALIBRATE, FIT, Statistics
@@ -64,7 +65,7 @@ class Drift(Artifact):
     @cached_property
     def info(self) -> dict[str, Any]:
         """`verdict`; `reasons`; `level` of one test; `tests`: test, label (None: all), result, limit, alarm;
-        `classes`: label -> samples here and in the reference."""
+        `classes`: label -> samples here and in the reference; `class_names`: label -> name, if there are names."""
         return self.read_object("drift.json", "verdict", "reasons")
 
 
@@ -87,6 +88,7 @@ def check_drift(
     compute: Compute,
     *,
     by_design: float = 0.0,
+    names: Mapping[int, str] | None = None,
 ) -> Work:
     """Compare the statistics of a batch with those of the reference.
 
@@ -99,6 +101,7 @@ def check_drift(
         compute: seed of the draws.
         by_design: share of clean samples, in [0, 1), that is removed from batches, which are judged sample by sample,
             but was not removed from the reference.
+        names: names of the classes of the reference, for the reasons.
 
     Raises:
         ArtifactError: the statistics are in other coordinates.
@@ -110,9 +113,11 @@ def check_drift(
     def write(part: Part) -> None:
         shifts = _shifts(config, reference, batch, projection, compute)
         found = [*shifts, *_counted(config, reference, batch, by_design)]
-        part.write_json("drift.json", _judged(config, found, reference, batch))
+        part.write_json("drift.json", _judged(config, found, reference, batch, known))
 
-    return Work(write=write, config=config.model_dump(mode="json") | {"by_design": by_design})
+    known = {label: name for label, name in sorted((names or {}).items()) if label in batch.counts}
+    shown = {"class_names": {str(label): name for label, name in known.items()}} if known else {}
+    return Work(write=write, config=config.model_dump(mode="json") | {"by_design": by_design} | shown)
 
 
 def _shifts(
@@ -179,7 +184,9 @@ def _total(counts: dict[int, dict[str, int]]) -> tuple[int, int]:
     return sum(c["removed"] for c in counts.values()), sum(c["n"] for c in counts.values())
 
 
-def _judged(config: DriftConfig, found: list[DriftTest], reference: Statistics, batch: Statistics) -> dict[str, Any]:
+def _judged(
+    config: DriftConfig, found: list[DriftTest], reference: Statistics, batch: Statistics, names: Mapping[int, str]
+) -> dict[str, Any]:
     """Content of drift.json."""
     level = config.level / len(found)
     alarms = [f for f in found if f.result.p_value <= level and f.result.effect >= f.limit]
@@ -188,11 +195,12 @@ def _judged(config: DriftConfig, found: list[DriftTest], reference: Statistics, 
     here, there = batch.counts, reference.counts
     return {
         "verdict": _verdict(config, alarms, n_shifted, n_compared),
-        "reasons": [_reason(f) for f in sorted(alarms, key=lambda f: f.label is not None)],
+        "reasons": [_reason(f, names) for f in sorted(alarms, key=lambda f: f.label is not None)],
         "level": level,
         "n_compared": n_compared,
         "tests": [{**f._asdict(), "result": f.result._asdict(), "alarm": f in alarms} for f in found],
         "classes": {str(y): {"here": c["n"], "reference": there.get(y, {"n": 0})["n"]} for y, c in here.items()},
+        **({"class_names": {str(label): name for label, name in names.items()}} if names else {}),
     }
 
 
@@ -205,8 +213,8 @@ def _verdict(config: DriftConfig, alarms: list[DriftTest], n_shifted: int, n_com
     return "hold" if local else "refit"
 
 
-def _reason(found: DriftTest) -> str:
-    where = "all classes together" if found.label is None else f"class {found.label}"
+def _reason(found: DriftTest, names: Mapping[int, str]) -> str:
+    where = "all classes together" if found.label is None else f"class {class_name(found.label, names)}"
     p_value, effect = found.result
     text = {
         "shift": f"{where}: embeddings shifted from the reference by {effect:.2f} of their variance",

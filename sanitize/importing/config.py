@@ -2,9 +2,11 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sanitize.data.decode import ImageConfig
+from sanitize.errors import ConfigError
+from sanitize.importing.source import MAX_CLASS_NAME, MAX_CLASSES
 
 Kind = Literal["folders", "csv", "coco", "parquet"]
 
@@ -19,6 +21,9 @@ class ImportConfig(BaseModel):
             that file.
         image_column, label_column: columns of a table or of Parquet files; None finds them by type and name. Columns of
             a table without a header are 0, 1, ...
+        classes: names of all classes, in the order of their integers; images of other classes are refused. None numbers
+            the names that are found. With `kind: folders`, a sample then depends on its own file alone, as poisoning
+            certificates need; links are refused.
         header: False for a table whose first line is a row.
         split: name of the split to import ("train"), or "all", where the source has several.
         samples_per_shard: largest number of samples of a shard.
@@ -39,6 +44,7 @@ class ImportConfig(BaseModel):
     images: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    classes: tuple[str, ...] | None = None
     header: bool = True
     split: str | None = None
     samples_per_shard: int = Field(default=1000, ge=1)
@@ -52,3 +58,13 @@ class ImportConfig(BaseModel):
     max_json_bytes: int = Field(default=256 * 2**20, ge=1)
     max_samples: int = Field(default=20_000_000, ge=1)
     max_refused_fraction: float = Field(default=0.05, ge=0, le=1)
+
+    @field_validator("classes")
+    @classmethod
+    def _names_are_names(cls, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if classes is not None:
+            if not 0 < len(set(classes)) == len(classes) <= MAX_CLASSES:
+                raise ConfigError(f"classes: 1 to {MAX_CLASSES:,} different names")
+            if not all(0 < len(name) <= MAX_CLASS_NAME and name.isprintable() for name in classes):
+                raise ConfigError(f"classes: names of 1 to {MAX_CLASS_NAME:,} printable characters")
+        return classes

@@ -93,7 +93,11 @@ def _open_file(path: str, config: ImportConfig) -> Source:
 def _open(kind: Kind, paths: Sequence[str], config: ImportConfig) -> Source:
     if kind == "parquet":
         return Rows(sorted(paths, key=as_bytes), config)
-    return table(paths[0], config) if kind == "csv" else coco_captions(paths[0], config)
+    if kind == "csv":
+        return table(paths[0], config)
+    if config.classes is not None:
+        raise ConfigError(f"{paths[0]} has captions, no classes: leave `classes` out")
+    return coco_captions(paths[0], config)
 
 
 def _open_folder(place: str, config: ImportConfig) -> Source:

@@ -106,6 +106,10 @@ class Folder:
             return Stamp(problem="not a regular file")
         return Stamp(status.st_size, status.st_mtime_ns)
 
+    def is_link(self, name: str) -> bool:
+        """True for a symbolic link."""
+        return self.is_local and Path(self.place, name).is_symlink()
+
     def _leads_out(self, path: Path) -> bool:
         real = os.path.realpath(path) if path.is_symlink() else os.path.join(self._real(str(path.parent)), path.name)  # noqa: PTH118
         return not Path(real).is_relative_to(self.place)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from sanitize.errors import ConfigError
 from sanitize.importing.config import ImportConfig
 from sanitize.importing.files import Files, Folder, Listed, Stamp
-from sanitize.importing.source import MAX_CLASS_NAME, class_numbers, shown_names
+from sanitize.importing.source import MAX_CLASS_NAME, class_numbers, not_listed, shown_names
 from sanitize.importing.splits import SPLITS, choose_split
 
 
@@ -17,6 +17,9 @@ def class_folders(folder: Folder, config: ImportConfig, found: Mapping[str, Stam
         config: settings.
         found: all files of the folder, if they were listed already.
 
+    With `config.classes`, what becomes of a file depends on its path and content alone: whether there are folders of
+    splits is not looked for but said by `config.split`.
+
     Raises:
         ConfigError: there are no class folders, or several splits and none was chosen.
     """
@@ -24,7 +27,11 @@ def class_folders(folder: Folder, config: ImportConfig, found: Mapping[str, Stam
     tops = {name.partition("/")[0] for name in found if name.count("/") > 1 and not _is_hidden(name)}
     flat = {name.partition("/")[0] for name in found if name.count("/") == 1 and not _is_hidden(name)}
     depth = 0
-    if tops and tops <= SPLITS and not flat & tops:
+    if config.classes is not None:
+        depth = int(config.split is not None)
+        if config.split not in (None, "all"):
+            found = {name: stamp for name, stamp in found.items() if name.startswith(f"{config.split}/")}
+    elif tops and tops <= SPLITS and not flat & tops:
         depth = 1
         split = choose_split(sorted(tops), config.split, folder.place)
         if split is not None:
@@ -32,14 +39,19 @@ def class_folders(folder: Folder, config: ImportConfig, found: Mapping[str, Stam
     elif config.split is not None:
         raise ConfigError(f"--split {config.split}: {folder.place} has no folders of splits, only class folders")
     names = {name: _class_of(name, depth) for name in found}
-    numbers = class_numbers(one for one in names.values() if one is not None)
-    if not numbers:
+    numbers = class_numbers((one for one in names.values() if one is not None), config.classes)
+    if not numbers or not any(names.values()):
         raise ConfigError(f"{folder.place} has no class folders: expected {folder.place}/CLASS/NAME.jpg")
     listed = []
     for name, stamp in found.items():
-        one = names[name]
-        outside = "in a hidden folder" if _is_hidden(name) else "in no class folder"
-        listed.append(Listed(name, -1 if one is None else numbers[one], (), outside if one is None else stamp.problem))
+        one, problem = names[name], stamp.problem
+        if one is None:
+            problem = "in a hidden folder" if _is_hidden(name) else "in no class folder"
+        elif one not in numbers:
+            problem = not_listed(one)
+        elif config.classes is not None and problem is None and folder.is_link(name):
+            problem = "a link: with `classes`, each image is a file of its own"
+        listed.append(Listed(name, -1 if one is None else numbers.get(one, -1), (), problem))
     return Files(folder, listed, shown_names(numbers), config.max_image_bytes, found)
 
 

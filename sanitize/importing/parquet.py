@@ -19,7 +19,15 @@ import torch
 from sanitize.errors import ConfigError, DataError
 from sanitize.importing.arrow import ArrowFile, GroupFile, ParquetGroups
 from sanitize.importing.config import ImportConfig
-from sanitize.importing.source import MAX_CLASS_NAME, MAX_CLASSES, Offered, class_numbers, shown_names, stamp_of
+from sanitize.importing.source import (
+    MAX_CLASS_NAME,
+    MAX_CLASSES,
+    Offered,
+    class_numbers,
+    not_listed,
+    shown_names,
+    stamp_of,
+)
 from sanitize.importing.table import LABELS
 from sanitize.storage import fingerprints
 from sanitize.tar.names import printable
@@ -132,7 +140,12 @@ class Rows:
                 _raise_if_disk(error, self._urls[group.file])
                 problem = f"its row group cannot be read: {_line(error)}"
             self._problems |= dict.fromkeys(range(row, end), problem)
-        if declared is not None:
+        listed = self._config.classes
+        if listed is not None:
+            by_name = class_numbers((), listed)
+            named = {value: _name_of(value, declared) for value in values}
+            numbers, names = {value: by_name[name] for value, name in named.items() if name in by_name}, list(listed)
+        elif declared is not None:
             numbers = {value: value for value in values if isinstance(value, int) and 0 <= value < len(declared)}
             names = declared
         else:
@@ -141,8 +154,9 @@ class Rows:
         outside = {place: value for value, place in values.items() if value not in numbers}
         if outside:
             for row in np.isin(self._labels_N, list(outside)).nonzero()[0].tolist():
-                shown = printable(str(outside[int(self._labels_N[row])]))
-                self._problems[row] = f"label {shown} is not in 0..{len(names) - 1}"
+                value = outside[int(self._labels_N[row])]
+                inside = f"label {printable(str(value))} is not in 0..{len(names) - 1}"
+                self._problems[row] = inside if listed is None else not_listed(_name_of(value, declared))
         translated = np.array([numbers.get(value, -1) for value in values] + [-1], np.int32)
         self._labels_N = translated[self._labels_N]  # -1 takes the last entry
         return shown_names(names)
@@ -260,6 +274,12 @@ def _text(scalar: pa.Scalar) -> str | None:
     return (
         bytes(scalar.as_buffer()[: 5 * MAX_CLASS_NAME]).decode("utf-8", "backslashreplace") if scalar.is_valid else None
     )
+
+
+def _name_of(value: Any, declared: Sequence[str] | None) -> str:
+    """Class name of a label, by the metadata where they have names."""
+    known = declared is not None and isinstance(value, int) and 0 <= value < len(declared)
+    return declared[value] if known and declared is not None else str(value)
 
 
 def _label_problem(value: Any) -> str | None:

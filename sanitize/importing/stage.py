@@ -14,7 +14,7 @@ import numpy as np
 
 from sanitize.artifacts import Artifact, ArtifactBuilder, Part
 from sanitize.compute import Compute
-from sanitize.data.decode import BadImage, decode_pixels
+from sanitize.data.decode import BadImage, decode_pixels, image_format
 from sanitize.data.sources import refuse_inside
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
@@ -29,13 +29,13 @@ CLASSES, SUMMARY = "classes.json", "import.json"
 _EXAMPLES, _MAX_REASONS = 3, 50  # shown of refused images; `refused/` has all
 _MAX_THREADS = 8  # that decode
 _AT_ONCE, _AT_ONCE_BYTES = 64, 64 << 20  # images that are decoded side by side
-# First bytes of what `decode` reads: an image gets the suffix of its content, whatever its file was called.
-_SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
+# Of formats with another name: an image gets the suffix of its content, whatever its file was called.
+_SUFFIXES = {"jpeg": "jpg", "tiff": "tif"}
 _WHERE = {"sources", "images", "max_refused_fraction"}  # settings that change no byte of the result
 
 
 class Imported(Artifact):
-    """`NAME-000000.tar`, ...: samples `KEY.jpg` (or .png, .webp, .ppm), `KEY.cls`, `KEY.json`, with captions `KEY.txt`.
+    """`NAME-000000.tar`, ...: samples `KEY.jpg` (or .png, .gif, ...), `KEY.cls`, `KEY.json`, with captions `KEY.txt`.
 
     Beside them `classes.json` (class names to integers), `import.json` (counts) and, where images were refused,
     `refused/SHARD.jsonl` (name and reason of each).
@@ -60,7 +60,7 @@ class _Judged(NamedTuple):
     problem: str | None
 
 
-@stage(Imported, gpu=False, draws="seed")
+@stage(Imported, version=2, gpu=False, draws="seed")
 def import_data(config: ImportConfig, sources: Sequence[str] | str, out: str, compute: Compute) -> Work:
     """Write a folder of images, a table of paths, Parquet files or COCO captions as shards.
 
@@ -115,7 +115,7 @@ def import_data(config: ImportConfig, sources: Sequence[str] | str, out: str, co
         finish=finish,
         sources={"source": {"url": places[0], **source.stamp}},
         bar=Bars("import", len(source.sizes_N), "images"),
-        config=config.model_dump(mode="json", exclude=_WHERE),
+        config=config.model_dump(mode="json", exclude=_WHERE | ({"classes"} if config.classes is None else set())),
     )
 
 
@@ -141,7 +141,8 @@ def _judge(source: Source, numbers: Sequence[int], config: ImportConfig) -> Iter
             decode_pixels(one.data, config.image)
         except BadImage as error:
             return _Judged(one, "", str(error))
-        return _Judged(one, _SUFFIXES.get(one.data[:2], "ppm"), None)
+        format = str(image_format(one.data))  # known: it was decoded
+        return _Judged(one, _SUFFIXES.get(format, format), None)
 
     offered = source.read(numbers)
     n_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)

@@ -2,14 +2,14 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import IO
 
 from sanitize.errors import ConfigError, DataError
 from sanitize.importing.config import ImportConfig
 from sanitize.importing.files import Files, Folder, Listed, folder_of
-from sanitize.importing.source import MAX_CLASS_NAME, MAX_CLASSES, class_numbers, shown_names
+from sanitize.importing.source import MAX_CLASS_NAME, MAX_CLASSES, class_numbers, not_listed, shown_names
 from sanitize.storage import fingerprint, open_read
 from sanitize.tar.names import as_path, printable
 
@@ -37,21 +37,25 @@ def table(url: str, config: ImportConfig) -> Files:
     rows = sorted(_rows(url, config), key=lambda row: (row[0].encode("utf-8", "surrogatepass"), row[1]))
     if not rows:
         raise DataError(f"{url} has no rows")
-    numbers = class_numbers(label for _, _, label in rows if 0 < len(label) <= MAX_CLASS_NAME)
+    numbers = class_numbers((label for _, _, label in rows if 0 < len(label) <= MAX_CLASS_NAME), config.classes)
     listed, before = [], None
     for path, _, label in rows:
         place = as_path(path)
-        problem = _problem(label) or ("listed again: an earlier row has this path" if place == before else None)
+        problem = _problem(label, numbers) or (
+            "listed again: an earlier row has this path" if place == before else None
+        )
         listed.append(Listed(path, numbers.get(label, -1), (), problem))
         before = place
     origin = (stamp["size"], stamp["modified"])
     return Files(folder, listed, shown_names(numbers), config.max_image_bytes, origin=origin)
 
 
-def _problem(label: str) -> str | None:
+def _problem(label: str, numbers: Mapping[str, int]) -> str | None:
     if not label:
         return "no label"
-    return f"a label of more than {MAX_CLASS_NAME} characters" if len(label) > MAX_CLASS_NAME else None
+    if len(label) > MAX_CLASS_NAME:
+        return f"a label of more than {MAX_CLASS_NAME} characters"
+    return None if label in numbers else not_listed(label)
 
 
 def _rows(url: str, config: ImportConfig) -> Iterator[tuple[str, int, str]]:

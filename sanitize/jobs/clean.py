@@ -203,7 +203,7 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     """The order of work, for jobs that have a cleaning run inside them; returns the artifacts."""
     found = find_shards(config.shards)
     names, trusted = list(found), trusted_shards(config.trusted, found)
-    index = with_facts(config.index, config.hygiene is not None)
+    index = with_facts(config.index, config.hygiene is not None).named(found.values())
     dataset = run.sharded("00-index", index_shards, names, index, fingerprint_shards(found))
     hygiene, unclean = None, {}
     if config.hygiene is not None:
@@ -261,7 +261,7 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
     """Counts and places, for people and machines."""
     counts = cleaned.selection.manifest().counts
     classes = cleaned.selection.read_json("selection.json")["classes"]
-    finding = finding_of(cleaned.scores, cleaned.selection, cleaned.embedder)
+    finding = finding_of(cleaned.scores, cleaned.selection, cleaned.embedder, cleaned.dataset.class_names)
     damaged = {name: shard["damage"] for name, shard in cleaned.dataset.info["shards"].items() if shard["damage"]}
     return {
         "verdict": finding.plain(),
@@ -280,4 +280,5 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
 
 def _name(dataset: Dataset, label: str) -> dict[str, str]:
     """The name of a class, if there is one."""
-    return {} if dataset.classes is None else {"name": dataset.classes[int(label)]}
+    name = dataset.class_names.get(int(label))
+    return {} if name is None else {"name": name}

@@ -295,7 +295,7 @@ def _run_batch(
     summarised = run.stage(BATCH_STATISTICS, summarise_shards, *to_summarise)
     compared = settings.drift, reference.statistics, summarised, reference.projection
     by_design = known.judge.false_flags(len(known.scorers))
-    drift = run.stage("70-drift", check_drift, *compared, by_design=by_design)
+    drift = run.stage("70-drift", check_drift, *compared, by_design=by_design, names=dataset.class_names)
     run.stage("90-report", write_report, settings.report, dataset, scores, selection, shards)
     run.stage("91-drift-report", write_drift_report, drift)
     run.save("finished")

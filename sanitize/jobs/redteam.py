@@ -15,7 +15,7 @@ from sanitize.jobs.clean import CleanConfig, Cleaned, clean_inside
 from sanitize.jobs.job import job
 from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
-from sanitize.jobs.steps import leaks, with_facts
+from sanitize.jobs.steps import leaks, like, with_facts
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.progress import track
 from sanitize.redteaming import (
@@ -169,10 +169,10 @@ def _data(config: RedTeamConfig, run: Run) -> RedTeamData:
     """A sample of the data, and its index; no image outside the sample is decoded."""
     found = find_shards(config.clean.shards)
     trusted = trusted_shards(config.clean.trusted, found)
-    hashed = config.clean.index.model_copy(update={"check": "digest"})
+    hashed = config.clean.index.named(found.values()).model_copy(update={"check": "digest"})
     source = run.sharded("00-source", index_shards, list(found), hashed, fingerprint_shards(found))
     samples = run.stage("01-sample", sample_shards, config.sample, source, trusted=trusted)
-    classes = config.clean.index.model_copy(update={"n_classes": source.n_classes, "classes": source.classes})
+    classes = like(config.clean.index, source)
     train = run.stage("02-index-train", index_shards, with_facts(classes), samples.paths("train"))
     test = run.stage("03-index-test", index_shards, with_facts(_index_like(train, config)), samples.paths("test"))
     leaks(train, test, run)
@@ -186,8 +186,7 @@ def _data(config: RedTeamConfig, run: Run) -> RedTeamData:
 def _index_like(train: Dataset, config: RedTeamConfig) -> IndexConfig:
     """Index settings of the training samples: images of one size for every model, and all classes."""
     image = config.clean.index.image.model_copy(update={"size": train.image_shape[1:]})
-    same = {"n_classes": train.n_classes, "classes": train.classes, "image": image}
-    return config.clean.index.model_copy(update=same)
+    return like(config.clean.index, train).model_copy(update={"image": image})
 
 
 def _case(

@@ -19,6 +19,7 @@ from sanitize.errors import ArtifactError, ConfigError
 from sanitize.jobs.clean import CleanConfig, latest, scores_folder
 from sanitize.jobs.job import DecisionConfig, job
 from sanitize.jobs.run import Run, read_config, save_config
+from sanitize.jobs.steps import like
 from sanitize.jobs.store import IngestStore, approval
 from sanitize.ledger import CleanShard, Ledger, Offered, ReferenceEntry, State
 from sanitize.models.checkpoint import Checkpoint
@@ -56,9 +57,7 @@ class ReferenceConfig(BaseModel):
         if run.select.verdict == "combined":
             raise ConfigError("a run with verdict 'combined' judges all samples together: approve one with any or all")
         image = run.index.image.model_copy(update={"size": dataset.image_shape[1:]})
-        index = run.index.model_copy(
-            update={"n_classes": dataset.n_classes, "classes": dataset.classes, "image": image}
-        )
+        index = like(run.index, dataset).model_copy(update={"image": image})
         judge = JudgeConfig(select=run.select, level=level)
         return cls(
             index=index, embed=run.embed, scorers=run.scorers, judge=judge, statistics=statistics, compute=run.compute

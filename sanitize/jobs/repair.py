@@ -87,10 +87,12 @@ def repair(config: RepairRunConfig, run: Run) -> dict[str, Any]:
         result |= packaged(repaired, [certificates], run)
     else:
         result["package"] = run.stage(PACKAGE, package_model, repaired).path
+    if names := repaired.config.class_names:
+        result["class_names"] = {str(label): name for label, name in names.items()}
     return run.finish(config, result)
 
 
 def _indexed(
     folder: str, sources: Sequence[str], config: RepairRunConfig, model: ModelConfig, run: Run
 ) -> Dataset | None:
-    return index_found(folder, sources, as_the_model_sees(config.index, model), run) if sources else None
+    return index_found(folder, sources, as_the_model_sees(config.index, model, sources), run) if sources else None

@@ -69,7 +69,7 @@ def robustness(config: RobustnessRunConfig, run: Run) -> dict[str, Any]:
     model = open_model(config.model, config.allow_factory)
     if model.config.is_ensemble:
         raise ConfigError(f"{config.model} is an ensemble that votes, and votes have no gradient: certify it instead")
-    index = as_the_model_sees(config.index, model.config)
+    index = as_the_model_sees(config.index, model.config, (*config.shards, *config.train_shards))
     dataset = index_found("00-index", config.shards, index, run)
     seen = dataset
     if config.train_shards:

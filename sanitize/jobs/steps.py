@@ -1,10 +1,11 @@
 """Steps that several jobs share."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sanitize.certification import Certificates
+from sanitize.data.class_names import names_beside, refuse_others
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
@@ -22,21 +23,37 @@ HYGIENE = "05-hygiene"  # folder of its findings in a run
 
 def index_found(folder: str, sources: Sequence[str], index: IndexConfig, run: Run) -> Dataset:
     """The index of all shards that are found at `sources`."""
-    found = fingerprint_shards(find_shards(sources))
-    return run.sharded(folder, index_shards, list(found), index, found)
+    found = find_shards(sources)
+    return run.sharded(folder, index_shards, list(found), index.named(found.values()), fingerprint_shards(found))
 
 
 def index_more(
     folder: str, sources: Sequence[str], changed: dict[str, Any], index: IndexConfig, dataset: Dataset, run: Run
 ) -> Dataset | None:
-    """More shards, indexed with the image size and the classes of `dataset`; None without sources."""
+    """More shards, indexed with the image size and the classes of `dataset`; None without sources.
+
+    Raises:
+        DataError: files beside the shards number the classes in another way.
+    """
     if not sources:
         return None
     image = index.image.model_copy(update={"size": dataset.image_shape[1:]})
-    same = index.model_copy(
-        update={"n_classes": dataset.n_classes, "classes": dataset.classes, "image": image} | changed
-    )
+    same = like(index, dataset).model_copy(update={"image": image} | changed)
+    if index.class_names is None and same.label == index.label == "cls":
+        refuse_other_numbers(sources, dataset.class_names, dataset.path)
     return index_found(folder, sources, same, run)
+
+
+def like(index: IndexConfig, dataset: Dataset) -> IndexConfig:
+    """Index settings with the classes of a data set, and their names."""
+    names = {} if dataset.classes is not None else dataset.class_names
+    return index.model_copy(update={"n_classes": dataset.n_classes, "classes": dataset.classes, "class_names": names})
+
+
+def refuse_other_numbers(sources: Sequence[str], names: Mapping[int, str], whose: str) -> None:
+    """Raise DataError where files beside shards number the classes in another way than `names`, those of `whose`."""
+    if names:
+        refuse_others(names_beside(find_shards(sources).values()), names, ", ".join(sources), whose)
 
 
 def with_facts(index: IndexConfig, is_needed: bool = True) -> IndexConfig:
@@ -61,8 +78,12 @@ def leaks(dataset: Dataset, test: Dataset | None, run: Run) -> int | None:
     return n
 
 
-def as_the_model_sees(index: IndexConfig, model: ModelConfig) -> IndexConfig:
-    """Index settings with the image size, channels and classes of the model."""
+def as_the_model_sees(index: IndexConfig, model: ModelConfig, sources: Sequence[str]) -> IndexConfig:
+    """Index settings for these shards with the image size, channels and classes of the model.
+
+    Raises:
+        DataError: files beside the shards number the classes in another way than the model.
+    """
     if index.classes == "names":
         raise ConfigError(
             "index.classes=names numbers the names of these shards, perhaps not as the model does: list the names, as "
@@ -70,7 +91,11 @@ def as_the_model_sees(index: IndexConfig, model: ModelConfig) -> IndexConfig:
         )
     channels, height, width = model.image_shape
     image = index.image.model_copy(update={"size": (height, width), "channels": channels})
-    return index.model_copy(update={"n_classes": model.n_classes, "image": image})
+    same = index.model_copy(update={"n_classes": model.n_classes, "image": image})
+    if same.class_names is None and same.classes is None and same.label == "cls" and model.class_names:
+        refuse_other_numbers(sources, model.class_names, "the model")
+        return same.model_copy(update={"class_names": model.class_names})
+    return same
 
 
 def packaged(model: Checkpoint, certificates: Sequence[Certificates], run: Run) -> dict[str, Any]:

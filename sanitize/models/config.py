@@ -6,13 +6,15 @@ allocated.
 
 import copy
 import math
-from typing import Literal, Self, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
 from sanitize.artifacts import first_line
+from sanitize.data.class_names import ClassNames, short
 from sanitize.errors import ConfigError
 from sanitize.models.architectures import Architecture
 from sanitize.models.convnet import ConvNetConfig
@@ -22,6 +24,8 @@ from sanitize.models.mmc import CentreDistance
 from sanitize.models.sizes import MAX_CLASSES, MAX_NETWORKS, MAX_PIXELS, Deviations, Means, Side
 from sanitize.models.stacked import Plurality, Stacked
 from sanitize.models.taps import find_taps
+
+MAX_NAMED = 1_000  # classes with names; the names of more would not fit into a description of limited size
 
 
 class ModelConfig(BaseModel):
@@ -38,6 +42,8 @@ class ModelConfig(BaseModel):
         n_networks: number of networks of this architecture. Above 1 the model is their plurality vote, and its outputs
             are votes instead of logits.
         input_range: smallest and largest value of the input.
+        class_names: names of the classes by number, to show to people; where there are none, `config.json` leaves the
+            field out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +57,7 @@ class ModelConfig(BaseModel):
     mmc: float | None = Field(default=None, gt=0, le=1e6)
     n_networks: int = Field(default=1, ge=1, le=MAX_NETWORKS)
     input_range: tuple[Literal[0], Literal[255]] = (0, 255)
+    class_names: Annotated[ClassNames, Field(max_length=MAX_NAMED)] = {}
 
     @model_validator(mode="after")
     def _channels_fit(self) -> Self:
@@ -63,6 +70,18 @@ class ModelConfig(BaseModel):
                     f"{name} has {len(values)} values, but images have {channels} channels: give 1 or {channels}"
                 )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_names(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        described: dict[str, Any] = dump(self)
+        if not self.class_names:
+            described.pop("class_names", None)
+        return described
+
+    def with_names(self, names: Mapping[int, str]) -> Self:
+        """The same description with names of its classes; all of them, or none where they are too many."""
+        known = {number: short(name) for number, name in names.items() if number < self.n_classes}
+        return self.model_copy(update={"class_names": known}) if len(known) <= MAX_NAMED else self
 
     @property
     def is_ensemble(self) -> bool:

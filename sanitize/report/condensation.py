@@ -7,16 +7,18 @@ from markupsafe import Markup
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.condensation import CondensedSet
+from sanitize.data.class_names import class_name
 from sanitize.data.decode import ImageConfig, decode, encode_png
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page
 from sanitize.report.pictures import Thumbnail, shrink
 from sanitize.stage import Work, stage
 
+_N_NAMED = 100  # classes named on the page
 _SIDE = 480  # pixels: ten images of 46 pixels, or larger ones made smaller
 
 
-@stage(Report, gpu=False, draws="nothing", version=2)
+@stage(Report, gpu=False, draws="nothing", version=3)
 def write_condensation_report(condensed: CondensedSet, out: str, compute: Compute) -> Work:
     """Write the page about a condensed set.
 
@@ -36,9 +38,15 @@ def write_condensation_report(condensed: CondensedSet, out: str, compute: Comput
         }
         pictures = {iteration: _picture(png) for iteration, png in condensed.frames.items()}
         drawings = [Markup(drawing) for drawing in _drawings(history)]
-        write_page(part, "condensation", numbers, pictures=pictures, drawings=drawings)
+        write_page(part, "condensation", numbers, pictures=pictures, drawings=drawings, rows=_rows(info))
 
     return Work(write=write)
+
+
+def _rows(info: dict[str, Any]) -> list[str]:
+    """The first classes, where classes have names."""
+    names = {int(label): str(name) for label, name in info.get("class_names", {}).items()}
+    return [class_name(label, names) for label in range(min(info["n_classes"], _N_NAMED))] if names else []
 
 
 def _headline(info: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ HEADLINES = {
 }
 
 
-@stage(Report, gpu=False, draws="nothing", version=3)
+@stage(Report, gpu=False, draws="nothing", version=4)
 def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
     """Write the page about a comparison with the reference.
 
@@ -44,8 +44,16 @@ def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
 
 def _classes(info: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a class of the batch, the most different first; None for a test that was not made."""
+    names = info.get("class_names", {})
     rows = {
-        int(label): {"label": int(label), **counts, "shift": None, "removed": None, "alarm": False}
+        int(label): {
+            "label": int(label),
+            "name": names.get(label),
+            **counts,
+            "shift": None,
+            "removed": None,
+            "alarm": False,
+        }
         for label, counts in info["classes"].items()
     }
     for test in info["tests"]:

@@ -11,6 +11,8 @@ A wrong "nothing" costs more than a wrong "inconclusive": whatever is missing or
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from sanitize.data.class_names import class_name, named_in
+
 PLANTED = "toxic_direction"
 LOOKED_FOR = {
     PLANTED: "planted samples",
@@ -62,6 +64,7 @@ def find(
     scorers: Mapping[str, Mapping[str, Any]],
     suspect: Mapping[str, Any] | None,
     removed: int,
+    names: Mapping[int, str] | None = None,
 ) -> Finding:
     """The verdict on a cleaning run.
 
@@ -70,17 +73,19 @@ def find(
         scorers: content of `scorer.json`, by kind of scorer.
         suspect: content of `suspect.json`; None where no suspect model was trained.
         removed: number of samples in quarantine; those that findings of hygiene removed are left out.
+        names: names of the classes, by number.
 
     Returns:
         The finding.
     """
+    names = names or {}
     looked_for: dict[str, list[str]] = {}
     for kind in scorers:
         looked_for.setdefault(LOOKED_FOR.get(kind, "odd samples"), []).append(kind)
     removed = max(0, removed - sum(entry.get("by_hygiene", 0) for entry in selection.get("classes", {}).values()))
     by_evidence = [kind for kind in scorers if removed and _has_removed(kind, selection)]
-    reasons = tuple(_reasons(selection, scorers, suspect))
-    canaries = canaries_of(scorers)
+    reasons = tuple(_reasons(selection, scorers, suspect, names))
+    canaries = canaries_of(scorers, names)
     if PLANTED in by_evidence or (by_evidence and PLANTED not in scorers):
         what = " and ".join(dict.fromkeys(LOOKED_FOR.get(kind, "odd samples") for kind in by_evidence))
         return Finding("found", f"{removed:,} samples were removed: {what}.", reasons, looked_for, canaries)
@@ -88,20 +93,25 @@ def find(
     if reasons:
         return Finding("inconclusive", f"{_sentence(reasons[0].why)}{others}", reasons, looked_for, canaries)
     stated = (scorers[PLANTED].get("finding") or {}).get("why") or "no class holds a group that looks planted"
-    what = f"The suspect model has learned its training data. {_sentence(str(stated))} {_would_have_seen(canaries)}"
+    stated = named_in(str(stated), names)
+    what = f"The suspect model has learned its training data. {_sentence(stated)} {_would_have_seen(canaries)}"
     return Finding("nothing", what + others, (), looked_for, canaries)
 
 
-def canaries_of(scorers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Triggers that a run planted, and what it made of them."""
+def canaries_of(scorers: Mapping[str, Mapping[str, Any]], names: Mapping[int, str]) -> tuple[dict[str, Any], ...]:
+    """Triggers that a run planted, with `class_name` if their label has one, and what the run made of them."""
     found = scorers.get(PLANTED, {}).get("canaries") or {}
-    return tuple(dict(canary) for canary in found.get("planted", ()))
+    return tuple(
+        dict(canary) | ({"class_name": names[canary["label"]]} if canary["label"] in names else {})
+        for canary in found.get("planted", ())
+    )
 
 
 def describe_canary(canary: Mapping[str, Any]) -> str:
     """A canary in words."""
     kind = CANARIES.get(str(canary["kind"]), str(canary["kind"]))
-    return f"{kind} on {_percent(canary['rate'])} of the samples, labelled {canary['label']}"
+    names = {canary["label"]: canary["class_name"]} if "class_name" in canary else {}
+    return f"{kind} on {_percent(canary['rate'])} of the samples, labelled {class_name(canary['label'], names)}"
 
 
 def _would_have_seen(canaries: Sequence[Mapping[str, Any]]) -> str:
@@ -136,7 +146,10 @@ def _rule(kind: str, selection: Mapping[str, Any]) -> Any:
 
 
 def _reasons(
-    selection: Mapping[str, Any], scorers: Mapping[str, Mapping[str, Any]], suspect: Mapping[str, Any] | None
+    selection: Mapping[str, Any],
+    scorers: Mapping[str, Mapping[str, Any]],
+    suspect: Mapping[str, Any] | None,
+    names: Mapping[int, str],
 ) -> list[Reason]:
     """All obstacles to the verdict "nothing"."""
     if PLANTED not in scorers:
@@ -151,7 +164,7 @@ def _reasons(
             Reason(f"the suspect model has not learned: {suspect.get('why', 'unknown')}", suspect.get("setting") or "")
         )
     else:
-        reasons += _unseen(scorers[PLANTED], suspect)
+        reasons += _unseen(scorers[PLANTED], suspect, names)
     if _rule(PLANTED, selection) == "contamination":
         setting = f"select.rules.{PLANTED}.kind=separation"
         reasons.append(Reason("rule contamination removes a fixed share, planted or not", setting))
@@ -160,11 +173,10 @@ def _reasons(
     classes = selection.get("classes", {})
     flagged = any(entry.get("scorers", {}).get(PLANTED, {}).get("flagged", 0) for entry in classes.values())
     if verdict == "inconclusive":
-        reasons.append(Reason(str(stated.get("why") or "a group of samples may be planted or natural")))
+        why = str(stated.get("why") or "a group of samples may be planted or natural")
+        reasons.append(Reason(named_in(why, names)))
     elif not stated and (near := [label for label, entry in classes.items() if _is_near(entry)]):
-        reasons.append(
-            Reason(f"class {', '.join(near[:MAX_NAMED])} nearly stood out", "compute.seed, for another model")
-        )
+        reasons.append(Reason(f"class {_listed(near, names)} nearly stood out", "compute.seed, for another model"))
     elif (verdict != "nothing" or flagged) and not _has_removed(PLANTED, selection):
         reasons.append(Reason("flagged samples were kept (select.verdict, max_removed_fraction, or restored by hand)"))
     least = int(scorers[PLANTED].get("config", {}).get("min_class", 0))
@@ -172,13 +184,17 @@ def _reasons(
     small = [label for label, entry in classes.items() if entry.get("n", 0) < least or label not in statistics]
     n_small, n_all = (sum(classes[label].get("n", 0) for label in labels) for labels in (small, classes))
     if n_small > UNJUDGED * n_all:
-        named = ", ".join(small[:MAX_NAMED]) + (", ..." if small[MAX_NAMED:] else "")
+        named = _listed(small, names) + (", ..." if small[MAX_NAMED:] else "")
         which = f"class {named} has" if len(small) == 1 else f"{len(small):,} classes ({named}) have"
         reasons.append(Reason(f"{which} too few samples to judge (fewer than {least})", "scorers.0.min_class"))
     return reasons
 
 
-def _unseen(scorer: Mapping[str, Any], suspect: Mapping[str, Any]) -> list[Reason]:
+def _listed(labels: Sequence[str], names: Mapping[int, str]) -> str:
+    return ", ".join(class_name(int(label), names) for label in labels[:MAX_NAMED])
+
+
+def _unseen(scorer: Mapping[str, Any], suspect: Mapping[str, Any], names: Mapping[int, str]) -> list[Reason]:
     """Canaries that were not planted, not learned or not found."""
     found = scorer.get("canaries")
     if not found:
@@ -191,7 +207,7 @@ def _unseen(scorer: Mapping[str, Any], suspect: Mapping[str, Any]) -> list[Reaso
     if not found.get("planted"):
         return [Reason(f"no trigger could be planted to find out what this run would have seen: {found.get('why')}")]
     reasons = []
-    for canary in found["planted"]:
+    for canary in canaries_of({PLANTED: scorer}, names):
         what = f"a trigger that this run planted ({describe_canary(canary)})"
         if canary["missed"] == "not learned":
             why = f"{what} was not learned: the suspect model gives its label to {_percent(canary['learned'])} of them"

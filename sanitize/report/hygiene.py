@@ -1,7 +1,9 @@
 """The section about the hygiene of the data: duplicates, leaks, images of low quality, wrong hashes."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from sanitize.data.class_names import class_name
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import HYGIENE_KINDS, Hygiene, Selection
 from sanitize.report.pictures import Thumbnail, pictures
@@ -26,16 +28,24 @@ EXPLAINED = {
 }
 
 
-def hygiene_numbers(hygiene: Hygiene, selection: Selection) -> dict[str, Any]:
-    """Content of `report.json`: counts of each kind, groups of copies, examples with their verdict."""
+def hygiene_numbers(hygiene: Hygiene, selection: Selection, names: Mapping[int, str]) -> dict[str, Any]:
+    """Content of `report.json`: counts of each kind, groups of copies, examples with their verdict and `class`."""
     info = hygiene.read_json("hygiene.json")
-    groups = [group | {"members": group["members"][:N_MEMBERS]} for group in info["groups"][:N_GROUPS]]
+    groups = [
+        group
+        | {
+            "members": group["members"][:N_MEMBERS],
+            "classes": {class_name(int(label), names): n for label, n in group["labels"].items()},
+        }
+        for group in info["groups"][:N_GROUPS]
+    ]
     examples = {kind: found[:N_EXAMPLES] for kind, found in info["examples"].items()}
     shown = [*(row for found in examples.values() for row in found), *(row for g in groups for row in g["members"])]
     for shard in sorted({row["shard"] for row in shown}):
         statuses = selection.rows(shard, ["status"])["status"]
         for row in shown:
             if row["shard"] == shard:
+                row["class"] = class_name(row["label"], names)
                 row["status"] = statuses[row["position"]].as_py()
     kinds = [
         {"kind": kind, "n": info["counts"][kind], "n_classes": len(info["classes"][kind]), "explained": EXPLAINED[kind]}

@@ -193,9 +193,9 @@ def _counts(tally: _Tally, selection: Selection) -> dict[str, int]:
 
 def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selection) -> list[dict[str, Any]]:
     """One row a class with samples: the most affected first, then the highest statistic."""
-    info, names = selection.read_json("selection.json")["classes"], dataset.info.get("classes")
+    info, names = selection.read_json("selection.json")["classes"], dataset.class_names
     if dataset.info["label"] is None:
-        names = ["all samples: no labels are read"]
+        names = {0: "all samples: no labels are read"}
     rows = []
     for label in np.flatnonzero(tally.n_K).tolist():
         of_class = info.get(str(label), {})  # a class with only trusted samples has no verdicts
@@ -210,7 +210,7 @@ def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selec
         rows.append(
             {
                 "label": label,
-                "name": _class_name(names, label),
+                "name": names.get(label),
                 "n": n,
                 "removed": removed,
                 "by_hygiene": of_class.get("by_hygiene", 0),
@@ -249,14 +249,6 @@ def _drawn(classes: list[dict[str, Any]], kinds: list[str]) -> list[tuple[dict[s
     shown = [c for c in classes if c["removed"]] or classes[:1]
     flagging = [(c, [kind for kind in kinds if c["scorers"][kind]["flagged"]] or kinds) for c in shown]
     return [(c, kind) for c, of_class in flagging for kind in of_class if not _is_silent(c["scorers"][kind])]
-
-
-def _class_name(names: Any, label: int) -> str | None:
-    if isinstance(names, dict):
-        name = names.get(str(label))
-    else:
-        name = names[label] if isinstance(names, list) and label < len(names) else None
-    return None if name is None else str(name)
 
 
 def _suspects(

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
+from sanitize.data.class_names import class_name as class_label
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Hygiene, Scores, Selection
 from sanitize.errors import ArtifactError
@@ -67,7 +68,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=6, gpu=False, draws="nothing")
+@stage(Report, version=7, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -112,8 +113,8 @@ def write_report(
         numbers = collect(dataset, scores, selection, n_images, config.n_histograms)
         numbers |= {"title": config.title, "n_class_rows": min(config.n_classes, len(numbers["classes"]))}
         numbers |= {"chain": [_link(*item) for item in given.items()], "facts": rows, "versions": versions(rows)}
-        numbers |= _verdict(scores, selection, embedder, config.n_group_images)
-        numbers["hygiene"] = None if hygiene is None else hygiene_numbers(hygiene, selection)
+        numbers |= _verdict(scores, selection, embedder, config.n_group_images, dataset.class_names)
+        numbers["hygiene"] = None if hygiene is None else hygiene_numbers(hygiene, selection, dataset.class_names)
         numbers["headline"] = headline(numbers)
         part.write_json("report.json", numbers)
         thumbnails = pictures(numbers["suspects"], dataset, shards)
@@ -145,22 +146,28 @@ def _check(dataset: Dataset, scores: Sequence[Scores], selection: Selection, sha
 
 
 def _verdict(
-    scores: Sequence[Scores], selection: Selection, embedder: Checkpoint | None, n_images: int
+    scores: Sequence[Scores],
+    selection: Selection,
+    embedder: Checkpoint | None,
+    n_images: int,
+    names: Mapping[int, str],
 ) -> dict[str, Any]:
     """Verdict on the data set, facts about the suspect model, and the groups that were judged."""
     if embedder is None:
         return {"finding": None, "suspect": None, "groups": [], "n_groups": 0}
-    finding = finding_of(scores, selection, embedder).plain()
+    finding = finding_of(scores, selection, embedder, names).plain()
     groups = groups_of([s.read_json("scorer.json") for s in scores])
     shown = with_examples(groups[:MAX_GROUPS], selection, n_images)
     return {"finding": finding, "suspect": embedder.suspect, "groups": shown, "n_groups": len(groups)}
 
 
-def finding_of(scores: Sequence[Scores], selection: Selection, embedder: Checkpoint) -> Finding:
-    """The verdict on the data set of a run, from its artifacts."""
+def finding_of(
+    scores: Sequence[Scores], selection: Selection, embedder: Checkpoint, names: Mapping[int, str]
+) -> Finding:
+    """The verdict on the data set of a run, from its artifacts, with the names of classes."""
     scorers = {kind_of(s): s.read_json("scorer.json") for s in scores}
     removed = selection.manifest().counts.get("quarantined", 0)
-    return find(selection.read_json("selection.json"), scorers, embedder.suspect, removed)
+    return find(selection.read_json("selection.json"), scorers, embedder.suspect, removed, names)
 
 
 def _link(name: str, artifact: Artifact) -> dict[str, Any]:
@@ -235,7 +242,7 @@ def _places(numbers: dict[str, Any]) -> str:
 
 def class_name(of_class: dict[str, Any]) -> str:
     """Number of a class, and its name if known."""
-    return str(of_class["label"]) if of_class["name"] is None else f"{of_class['label']} ({of_class['name']})"
+    return class_label(of_class["label"], {} if of_class["name"] is None else {of_class["label"]: of_class["name"]})
 
 
 def clean_text(text: str, limit: int = MAX_TEXT) -> str:

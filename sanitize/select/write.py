@@ -1,7 +1,7 @@
 """Copy kept samples, byte for byte; put the others into quarantine shards with the evidence beside them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -47,7 +47,7 @@ class Shards(Artifact):
         return [self.url(name) for name in sorted(self.manifest().files) if name.startswith("clean/")]
 
 
-@stage(Shards, version=2, gpu=False, draws="nothing")
+@stage(Shards, version=3, gpu=False, draws="nothing")
 def write_selected(
     config: WriteConfig,
     dataset: Dataset,
@@ -104,7 +104,7 @@ def _write_shard(
     keep_N = verdicts["keep"].to_numpy()
     goes = pa.array(~keep_N)
     removed = zip(rows.filter(goes).to_pylist(), verdicts.filter(goes).to_pylist(), strict=True)
-    taken = SeenPaths(folded_path)
+    taken, names = SeenPaths(folded_path), dataset.class_names
     with ExitStack() as stack:
         clean = stack.enter_context(shard_writer(part, f"clean/{shard}", config.gzip_level))
         if not keep_N.all():
@@ -122,12 +122,18 @@ def _write_shard(
                 gone = list(piece.samples(np.flatnonzero(~keep_K).tolist()))
                 advance(len(keep_K))
             for sample in gone:
-                _quarantine(sample, shard, *next(removed), quarantine, taken)
+                _quarantine(sample, shard, *next(removed), quarantine, taken, names)
     part.counts.update(verdicts["status"].to_pylist())
 
 
 def _quarantine(
-    sample: Sample, shard: str, row: dict[str, Any], verdict: dict[str, Any], tar: TarWriter, taken: SeenPaths
+    sample: Sample,
+    shard: str,
+    row: dict[str, Any],
+    verdict: dict[str, Any],
+    tar: TarWriter,
+    taken: SeenPaths,
+    class_names: Mapping[int, str],
 ) -> None:
     """The members as they were, and the evidence against them. Names unsafe to extract are replaced."""
     stem = sample.key
@@ -146,6 +152,7 @@ def _quarantine(
         "position": sample.position,
         "key": verdict["key"],
         "label": verdict["label"],
+        **({"class_name": class_name} if (class_name := class_names.get(verdict["label"])) else {}),
         "status": verdict["status"],
         "sha256": row["sha256"],
         "reasons": [{name: value for name, value in r.items() if value is not None} for r in verdict["reasons"]],

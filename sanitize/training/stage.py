@@ -92,7 +92,7 @@ class RobustModel(Checkpoint):
         return counts["dropped"], counts["seen"]
 
 
-@stage(RobustModel)
+@stage(RobustModel, version=2)
 def train_robust(
     config: TrainConfig,
     dataset: Dataset,
@@ -166,12 +166,12 @@ def _model_config(config: TrainConfig, dataset: Dataset, encoder: Checkpoint | N
         mmc=config.mmc_scale if config.method.loss == "mmc" else None,
     )
     if encoder is not None:
-        wanted, there = (one.model_dump(exclude={"n_classes"}) for one in (model_config, encoder.config))
+        wanted, there = (one.model_dump(exclude={"n_classes", "class_names"}) for one in (model_config, encoder.config))
         if differing := [name for name, value in wanted.items() if value != there[name]]:
             raise ConfigError(
                 f"{encoder.path} and `train` differ in {', '.join(differing)}: give both sections the same"
             )
-    return model_config
+    return model_config.with_names(dataset.class_names)
 
 
 def _network(config: TrainConfig, model_config: ModelConfig, encoder: Checkpoint | None) -> nn.Module:

@@ -3,6 +3,7 @@
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from sanitize.data.decode import ImageConfig
 from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.importing import ImportConfig, import_data
 from sanitize.jobs.steps import as_the_model_sees
 from sanitize.loop import OptimConfig
 from sanitize.models.checkpoint import Checkpoint
@@ -206,4 +208,27 @@ def test_names_that_are_numbered_by_the_data_void_a_certificate(
             with pytest.raises(ConfigError, match=says):
                 refuse_if_void(dataset)
     with pytest.raises(ConfigError, match="list the names"):
-        as_the_model_sees(IndexConfig(label="txt", classes="names"), ModelConfig(n_classes=2, image_shape=(3, 8, 8)))
+        as_the_model_sees(
+            IndexConfig(label="txt", classes="names"), ModelConfig(n_classes=2, image_shape=(3, 8, 8)), []
+        )
+
+
+def test_an_import_keeps_certificates_only_where_no_file_numbers_the_others(
+    make_png: Callable[..., bytes], compute: Compute, tmp_path: Path
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(4):
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(make_png(i))
+    index = IndexConfig(n_classes=2, image=ImageConfig(size=(8, 8)))
+    given: dict[str, Any] = {"kind": "folders", "classes": ("cat", "dog")}
+    for i, (settings, keeps) in enumerate(
+        [({}, False), ({"kind": "folders"}, False), ({"classes": ("cat", "dog")}, False), (given, True)]
+    ):
+        made = import_data(ImportConfig(**settings), str(tmp_path / "photos"), str(tmp_path / f"{i}"), compute)
+        dataset = index_shards(index, made.shards(), str(tmp_path / f"index{i}"), compute)
+        if keeps:
+            refuse_if_void(dataset)
+            (tmp_path / f"{i}" / "manifest.json").unlink()  # import.json beside the shards still says what they are
+        with pytest.raises(ConfigError, match=r"sanitize import FOLDER --kind folders --classes NAMES\.json"):
+            refuse_if_void(dataset)

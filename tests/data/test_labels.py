@@ -15,7 +15,7 @@ from sanitize.compute import Compute
 from sanitize.data import labels as module
 from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
-from sanitize.data.labels import BadLabel, LabelReader, class_name, json_value, label_fields, notes_on, read_label
+from sanitize.data.labels import BadLabel, LabelReader, json_value, label_fields, notes_on, read_label
 from sanitize.data.samples import Sample
 from sanitize.errors import ConfigError, DataError
 
@@ -289,11 +289,6 @@ def test_one_based_labels_and_gaps_are_said_once() -> None:
     (note,) = notes_on({0: 5, 7: 5}, 10, None)
     assert note.startswith("8 of 10 classes have no samples")
     assert notes_on({0: 5}, None, ["cat", "dog"]) == []
-
-
-def test_a_class_is_shown_with_its_name() -> None:
-    assert [class_name(i, ("cat", "dog")) for i in (0, 1, 2)] == ["0 (cat)", "1 (dog)", "2"]
-    assert class_name(3, None) == "3"
 
 
 def test_too_many_classes_name_the_setting_and_not_the_limit_on_bad_samples(

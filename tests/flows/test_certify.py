@@ -18,6 +18,8 @@ from sanitize.errors import ConfigError
 from sanitize.jobs.certify import CertifyRunConfig
 from sanitize.jobs.restore import verify_run
 from sanitize.jobs.train import TrainRunConfig
+from sanitize.jobs.trained_on import training_data
+from sanitize.package import open_model
 
 RUNNER = CliRunner()
 INDEX = {"n_classes": 10, "image": {"size": [8, 8], "channels": 1}}
@@ -119,6 +121,70 @@ def test_the_command_certifies_a_package_again_and_keeps_how_it_was_trained(
     assert "<script" not in page
     shown = RUNNER.invoke(app, [*command, "--quiet"])
     assert "A prediction does not change if" in " ".join(shown.output.split())
+
+
+def certified(model: Path, shards: list[str], out: Path, **smoothing: Any) -> dict[str, Any]:
+    settings = {"model": str(model), "shards": shards, "smoothing": smoothing, "compute": {"device": "cpu"}}
+    return start(CertifyRunConfig.model_validate(settings), out, direct=True)
+
+
+def test_test_pictures_that_the_model_was_trained_on_are_counted(
+    ensemble_run: Path, digits: Digits, tmp_path: Path
+) -> None:
+    """Also of a package in another run, whose own folder does not hold the training data."""
+    shards = digits.shards()
+    first = certified(ensemble_run, shards[3:5], tmp_path / "first")  # one of four training shards
+    assert (first["test_leaks"], first["leaks_unchecked"]) == (100, None)
+    again = certified(tmp_path / "first", shards[6:7], tmp_path / "again")
+    assert (again["test_leaks"], again["leaks_unchecked"]) == (0, None)
+    assert verify_run(str(tmp_path / "again"))[1] == []
+    command = ["certify", str(ensemble_run), f"--shards={shards[3]}", f"--out={tmp_path / 'shown'}", "--direct", "-q"]
+    assert "100 training samples show a picture of the test shards" in RUNNER.invoke(app, command).output
+
+
+def test_a_network_is_checked_too(network_run: Path, digits: Digits, tmp_path: Path) -> None:
+    small = {"n": 10, "n0": 2, "max_images": 2}
+    found = certified(network_run / "60-model", digits.shards()[:1], tmp_path / "run", **small)
+    assert found["test_leaks"] == 100
+
+
+def test_a_package_without_its_run_is_certified_and_said_not_to_be_checked(
+    ensemble_run: Path, digits: Digits, tmp_path: Path
+) -> None:
+    shutil.copytree(ensemble_run / "80-package", tmp_path / "lone" / "package")
+    shards = digits.shards()[3:4]
+    found = certified(tmp_path / "lone" / "package", shards, tmp_path / "run")
+    assert found["test_leaks"] is None
+    assert "the run that trained the model is not beside it" in found["leaks_unchecked"]
+    command = ["certify", str(tmp_path / "lone" / "package"), f"--shards={shards[0]}", f"--out={tmp_path / 'b'}"]
+    assert "was not checked" in RUNNER.invoke(app, [*command, "--direct", "-q"]).output
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        "[" * 10_000,
+        "[]",
+        '{"stages": 3}',
+        '{"stages": [3, {"digest": []}], "inputs": []}',
+        '{"stages": [{"digest": "DATASET", "folder": "../other/00-index"}]}',
+        '{"stages": [{"digest": "DATASET", "folder": "80-package"}]}',
+        '{"stages": [], "inputs": {"MODEL": "PACKAGE"}}',
+        '{"stages": [], "inputs": {"MODEL": "http://localhost:1/model"}}',
+    ],
+)
+def test_a_record_is_believed_by_digest_alone(ensemble_run: Path, digits: Digits, tmp_path: Path, record: str) -> None:
+    for name in ("80-package", "00-index"):
+        shutil.copytree(ensemble_run / name, tmp_path / ("run" if name == "80-package" else "other") / name)
+    package = open_model(tmp_path / "run")
+    of_package, of_training = package.manifest().recipe, json.loads(package.read("training.json"))
+    given = {"DATASET": of_training["inputs"]["dataset"], "MODEL": of_package.inputs["model"], "PACKAGE": package.path}
+    for name, value in given.items():
+        record = record.replace(name, value)
+    (tmp_path / "run" / "run.json").write_text(record)
+    assert isinstance(training_data(package), str)
 
 
 def test_a_model_without_certificates_says_so(network_run: Path) -> None:

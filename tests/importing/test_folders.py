@@ -2,12 +2,21 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import features
+from pydantic import ValidationError
 
 from sanitize.errors import ConfigError, DataError
+from sanitize.importing import ImportConfig, Imported
+from sanitize.importing.source import listed_classes
 from tests.importing.imported import by_file, reasons, run, samples
 
 
@@ -107,7 +116,8 @@ def test_everything_in_the_folder_is_counted(
 def test_the_suffix_says_what_the_bytes_are(
     write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    formats = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm"}
+    formats = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+    formats |= {"AVIF": "avif"} if features.check("avif") else {}
     made = run(write({f"a/{name}.jpeg": make_png(1, format=name) for name in formats}), tmp_path / "out")
     found = {record["file"]: set(record["members"]) for record in by_file(made).values()}
     assert found == {f"a/{name}.jpeg": {suffix, "cls", "json"} for name, suffix in formats.items()}
@@ -155,3 +165,93 @@ def test_places_that_cannot_be_a_source(write: Callable[..., Path], photos: dict
         run("pipe:ls", tmp_path / "out")
     with pytest.raises(ConfigError, match="raise max_samples"):
         run(source, tmp_path / "out", max_samples=10)
+
+
+# --- given classes ------------------------------------------------------------------------------------------------
+
+
+def labelled(made: Imported) -> Counter[tuple[bytes, bytes]]:
+    """How often each image with its label is in the shards."""
+    return Counter((members.get("png", members.get("jpg", b"")), members["cls"]) for members in samples(made).values())
+
+
+def test_given_classes_number_the_classes_and_others_are_refused(
+    photos: dict[str, bytes], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = run(write(photos), tmp_path / "out", classes=("dog", "cat", "ant"), max_refused_fraction=0.5)
+    assert made.classes() == {"dog": 0, "cat": 1, "ant": 2}
+    assert reasons(made) == {"class 'bee' is not in `classes`": 10}
+    assert {one["class_name"]: one["label"] for one in by_file(made).values()} == {"cat": 1, "ant": 2}
+
+
+PATHS = ("aaa/0.png", "ant/new.png", "x.png", "train/ant/0.png", "cat/link.png", "bee/.hidden.png", ".git/x.png")
+PATHS += ("test/bee/0.png", "rows.csv", "captions.json", "ant/00.png.txt", "ant/sub/deep/0.png")
+
+
+@given(
+    path=st.sampled_from(PATHS),
+    number=st.integers(0, 29),
+    as_splits=st.booleans(),
+    removes=st.booleans(),
+)
+@settings(deadline=None, max_examples=40)
+def test_with_given_classes_a_file_changes_one_sample_at_most(
+    make_png: Callable[..., bytes], path: str, number: int, as_splits: bool, removes: bool
+) -> None:
+    """What poisoning certificates need: whatever the file is, all other samples keep image and label."""
+    classes = ("ant", "bee", "cat")
+    pictures = {f"{name}/{i:02d}.png": make_png(10 * k + i) for k, name in enumerate(classes) for i in range(10)}
+    source = {f"train/{name}": data for name, data in pictures.items()} if as_splits else pictures
+    fixed: dict[str, Any] = {"kind": "folders", "classes": classes[::-1], "max_refused_fraction": 0.9}
+    fixed |= {"split": "train"} if as_splits else {}
+    with TemporaryDirectory() as home:
+        found = []
+        for i in range(2):
+            folder = Path(home, str(i))
+            for name, data in source.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(data)
+            if i == 1 and removes:
+                (folder / sorted(source)[number]).unlink()
+            elif i == 1:
+                place = (folder / path).resolve()
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if "link" in path:
+                    place.symlink_to((folder / sorted(source)[number]).resolve())
+                else:
+                    place.write_bytes(make_png(200))
+            found.append(labelled(run(folder, Path(home, f"out{i}"), **fixed)))
+    before, after = found
+    assert (before - after).total() + (after - before).total() <= 1
+    assert before.total() == 30
+
+
+@pytest.mark.parametrize("classes", [(), ("a", "a"), ("",), ("\x1b",), ("x" * 1001,)])
+def test_lists_of_classes_that_are_none_are_refused(classes: tuple[str, ...]) -> None:
+    with pytest.raises((ConfigError, ValidationError), match="classes"):
+        ImportConfig(classes=classes)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('["b", "a"]', None),
+        ('{"b": 0, "a": 1}', None),
+        ('{"b": 0, "a": 2}', "not 0 to 1"),
+        ('{"b": 0, "a": 0}', "not 0 to 1"),
+        ('{"b": "0"}', "no list of class names"),
+        ("[1]", "no list of class names"),
+        ("{", "cannot be read"),
+        ("[" * 10_000, "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_with_classes_is_a_list_or_a_map(tmp_path: Path, content: str | None, says: str | None) -> None:
+    if content is not None:
+        (tmp_path / "names.json").write_text(content)
+    if says is None:
+        assert listed_classes(str(tmp_path / "names.json")) == ["b", "a"]
+        return
+    with pytest.raises(ConfigError, match=says):
+        listed_classes(str(tmp_path / "names.json"))

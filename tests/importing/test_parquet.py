@@ -331,3 +331,19 @@ def test_names_of_samples_do_not_depend_on_the_place(images: list[bytes], tmp_pa
     one, two = run(tmp_path / "x/a.parquet", tmp_path / "1"), run(tmp_path / "y/z", tmp_path / "2")
     assert by_file(one) == by_file(two)
     assert one.digest == two.digest
+
+
+@pytest.mark.parametrize("declared", [["zebra", "ant", "bee"], None])
+def test_given_classes_go_by_name_whatever_the_metadata_number(
+    declared: list[str] | None, images: list[bytes], tmp_path: Path
+) -> None:
+    names = ["zebra", "ant", "bee"]
+    labels = [i % 3 if declared else names[i % 3] for i in range(30)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(table(images, labels, declared, True), path)
+    made = run(path, tmp_path / "out", classes=("bee", "owl", "zebra"), max_refused_fraction=0.5)
+    assert made.classes() == {"bee": 0, "owl": 1, "zebra": 2}
+    assert reasons(made) == {"class 'ant' is not in `classes`": 10}
+    found = samples(made)
+    assert {int(found[f"{i:08d}"]["cls"]) for i in range(0, 30, 3)} == {2}
+    assert {int(found[f"{i:08d}"]["cls"]) for i in range(2, 30, 3)} == {0}

@@ -123,3 +123,11 @@ def test_class_names_that_look_the_same_are_refused(source: Path, tmp_path: Path
     (source / "t.csv").write_bytes(b"path,label\nant/00.png,caf\xe9\nant/01.png,caf\\xe9\n")
     with pytest.raises(ConfigError, match=r"two class names are 'caf\\\\xe9'"):
         run(source / "t.csv", tmp_path / "out")
+
+
+def test_rows_of_classes_that_are_not_given_are_refused(source: Path, tmp_path: Path) -> None:
+    (source / "t.csv").write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in LINES))
+    made = run(source / "t.csv", tmp_path / "out", classes=("tree", "insect"), max_refused_fraction=0.5)
+    assert made.classes() == {"tree": 0, "insect": 1}
+    assert reasons(made) == {"class 'beast' is not in `classes`": 1}
+    assert {one["label"] for one in by_file(made).values()} == {1}

@@ -432,7 +432,7 @@ def test_no_images_on_request(planted: Run, tmp_path: Path) -> None:
 
 def test_class_names_are_used_where_the_data_set_has_them(planted: Run, tmp_path: Path) -> None:
     dataset = planted.dataset.model_copy()
-    dataset.__dict__["info"] = planted.dataset.info | {"classes": ["<i>cat</i>", "dog", "bird"]}
+    dataset.__dict__["class_names"] = {0: "<i>cat</i>", 1: "dog", 2: "bird"}
     numbers = _numbers(planted._replace(dataset=dataset).report(tmp_path / "report"))
     assert [c["name"] for c in numbers["classes"]] == ["<i>cat</i>", "dog", "bird", None]
     html = (tmp_path / "report" / "index.html").read_text("utf-8")

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows import interrupts
-from sanitize.errors import ConfigError, SanitizeError
+from sanitize.errors import ConfigError, RequestError, SanitizeError
 from sanitize.settings import WrongSettings, problems_of
 
 
@@ -99,9 +99,12 @@ RunFolder = Annotated[str, typer.Argument(metavar="run", help="A run folder, as 
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Print errors that a user can mend in one line each, and exit with 2 (settings) or 1."""
+    """Print errors that a user can mend in one line each, and exit with 2 (settings, names, requests) or 1."""
     try:
         yield
+    except RequestError as error:
+        say("failed:", "red", str(error))
+        raise typer.Exit(2) from None
     except (ValidationError, ConfigError) as error:
         for problem in _problems(error):
             say("config:", "red", problem)
@@ -188,8 +191,8 @@ def print_certificates(certificates: list[dict[str, Any]]) -> None:
 
 
 def check_there(run: str) -> None:
-    """Raise ConfigError if there is no run folder."""
+    """Raise RequestError if there is no run folder."""
     from sanitize.storage import exists
 
     if not exists(run):
-        raise ConfigError(f"there is no run folder {run}")
+        raise RequestError(f"there is no run folder {run}")

@@ -15,7 +15,7 @@ from sanitize.data.tables import Embeddings, Scores
 from sanitize.drift import Projection, Statistics, StatisticsConfig, fit_projection, summarise_shards
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import EmbedConfig
-from sanitize.errors import ArtifactError, ConfigError
+from sanitize.errors import ArtifactError, ConfigError, RequestError
 from sanitize.jobs.clean import CleanConfig, latest, scores_folder
 from sanitize.jobs.job import DecisionConfig, job
 from sanitize.jobs.run import Run, read_config, save_config
@@ -137,7 +137,8 @@ def reference(config: ReferenceRunConfig, run: Run) -> dict[str, Any]:
         `reference`: the version; `folder`; number of `shards`; `samples` seen, and stored for each half; `level`.
 
     Raises:
-        ConfigError: the store has a reference, or the run cannot be one.
+        ConfigError: the run cannot be a reference.
+        RequestError: the store has a reference.
     """
     approved, dataset = read_config(config.run, CleanConfig), Dataset.load(join(config.run, "00-index"))
     kept = ReferenceConfig.of_run(approved, dataset, config.statistics, config.level)
@@ -216,7 +217,7 @@ def _name(version: int) -> str:
 
 def _refuse_second(state: State) -> None:
     if state.references:
-        raise ConfigError(
+        raise RequestError(
             f"the store has reference v{state.reference.version:04d}; `sanitize refit` makes the next one, and another "
             "run is the beginning of another store"
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from sanitize.artifacts import copy
 from sanitize.drift import Statistics, merge_statistics
-from sanitize.errors import ArtifactError, ConfigError
+from sanitize.errors import ArtifactError, RequestError
 from sanitize.jobs.job import DecisionConfig, job
 from sanitize.jobs.reference import (
     BATCH_STATISTICS,
@@ -38,7 +38,7 @@ def refit(config: RefitConfig, run: Run) -> dict[str, Any]:
         `reference`: the version; `folder`; the `merged` batches; `samples` seen, and stored for each half; `level`.
 
     Raises:
-        ConfigError: there is no reference, or no batch was released since.
+        RequestError: there is no reference, or no batch was released since.
     """
     ledger = Ledger(run.out)
     with exclusive(join(run.out, "reference")):
@@ -46,7 +46,7 @@ def refit(config: RefitConfig, run: Run) -> dict[str, Any]:
         last = load_reference(run.out, state.reference)
         batches = unmerged(state)
         if not batches:
-            raise ConfigError(f"no batch was released since reference v{last.version:04d}: nothing to merge")
+            raise RequestError(f"no batch was released since reference v{last.version:04d}: nothing to merge")
         inside = begin(last.version + 1, config.compute_after(last.config.compute), run)
         copy(last.embedder, join(inside.out, EMBEDDER))
         copy(last.projection, join(inside.out, PROJECTION))

@@ -145,7 +145,7 @@ def test_a_poisoned_batch_is_held_until_a_person_decides(
     assert runner.invoke(app, ["reject", name, "--store", str(store)]).exit_code == 0
     assert {line["batch"] for line in feed_of(store)} == {""}
     (row,) = json.loads(runner.invoke(app, ["batches", "--store", str(store), "--json"]).stdout)
-    assert (row["status"], row["released"], row["decision"]["decision"]) == ("held", False, "rejected")
+    assert (row["status"], row["outcome"], row["released"]) == ("rejected", "held", False)
     assert runner.invoke(app, ["batches", "--store", str(store)]).exit_code == 0
     assert runner.invoke(app, ["approve", "none", "--store", str(store)]).exit_code == 2
 

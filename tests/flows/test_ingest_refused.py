@@ -1,10 +1,12 @@
 """No file stops the others: hostile names and shards are refused, once and by name, and every batch has an end."""
 
 import errno
+import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -158,6 +160,50 @@ def test_the_limit_of_unreadable_samples_is_of_each_shard_and_can_be_raised(
     result = quick(store, incoming, max_bad_fraction=0.2)
     assert result["refused"] == []
     assert result["batches"][0]["shards"] == 1
+
+
+def cut(data: bytes) -> bytes:
+    """Cut off in the payload of a sample."""
+    return data[: len(data) * 6 // 10 // 2048 * 2048 + 600]
+
+
+def holed(data: bytes) -> bytes:
+    """Noise where a header should be."""
+    at = len(data) * 3 // 10 // 2048 * 2048
+    return data[:at] + bytes(range(256)) * 2 + data[at + 512 :]
+
+
+DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "cut": ("lost.tar", cut, "lost an unknown number of samples behind the .*max_bad_shards=0"),
+    "cut gzip": ("lost.tar.gz", lambda data: gzip.compress(data)[:6000], "lost an unknown number .*stream is cut"),
+    "hole": ("lost.tar", holed, "samples are unreadable, more than max_bad_fraction=0.05: .* x behind the damage"),
+    "hole in gzip": ("lost.tar.gz", lambda data: gzip.compress(holed(data)), "lost an unknown number of samples"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_shard_that_lost_a_part_is_refused_and_the_rest_of_its_batch_goes_on(
+    store: Path, incoming: Path, digits: Any, damage: str
+) -> None:
+    name, damaged, why = DAMAGED[damage]
+    data = Path(digits.shards()[12]).read_bytes()
+    (incoming / name).write_bytes(damaged(data))
+    for i in range(8):  # so that the batch as a whole is within the limits
+        shutil.copy2(digits.shards()[8 + i if i != 4 else 17], incoming / f"whole-{i}.tar")
+    result = quick(store, incoming)
+    ((where, reason),) = [(shard["shard"], shard["reasons"][0]) for shard in result["refused"]]
+    assert Path(where).name == name
+    assert re.search(why, reason)
+    assert [(batch["status"], batch["shards"]) for batch in result["batches"]] == [("split", 9), ("failed", 8)]
+
+
+def test_a_person_can_let_a_cut_shard_in_and_its_batch_names_the_loss(store: Path, incoming: Path, digits: Any) -> None:
+    (incoming / "cut.tar").write_bytes(cut(Path(digits.shards()[12]).read_bytes()))
+    shutil.copy2(digits.shards()[8], incoming / "whole.tar")
+    (batch,) = start(config_of(incoming, max_bad_shards=1), str(store), direct=True)["batches"]
+    assert batch["status"] in ("accepted", "held")
+    assert [reason for reason in batch["reasons"] if reason.startswith(f"{incoming}/cut.tar is damaged")]
+    assert not [reason for reason in batch["reasons"] if "whole.tar" in reason]
 
 
 def test_a_shard_that_changes_or_goes_after_it_was_claimed_is_refused_and_offered_as_it_is_now(
@@ -408,5 +454,6 @@ def check(state: State, incoming: Path, kinds: dict[str, str]) -> None:
 
 
 def test_settings_of_an_older_claim_still_parse() -> None:
-    older = {name: value for name, value in BatchConfig().model_dump(mode="json").items() if name != "max_bad_fraction"}
+    later = ("max_bad_fraction", "max_bad_shards")
+    older = {name: value for name, value in BatchConfig().model_dump(mode="json").items() if name not in later}
     assert BatchConfig.model_validate(older) == BatchConfig()

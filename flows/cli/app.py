@@ -86,7 +86,7 @@ Direct = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; nothing else goes there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice (default 0).")]
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")]
 ConfigOption = Annotated[
@@ -134,7 +134,7 @@ def as_text(text: str) -> Text:
 
 @contextmanager
 def bars(quiet: bool) -> Iterator[None]:
-    """Progress bars on stderr, unless `quiet`."""
+    """Progress on stderr, unless `quiet`."""
     from sanitize.progress import hide, shown
 
     with nullcontext() if quiet else shown(console), interrupts.before_end(lambda _signum: hide()):

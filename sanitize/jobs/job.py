@@ -338,7 +338,7 @@ def _doc(job: Job) -> str:
     common |= {
         "out": f"path or URL of the {result.place}; {'None takes a temporary one' if job.is_temporary else again}.",
         "config": f"{kind.__name__} object, dict, or path or URL of a YAML file; the other arguments have precedence.",
-        "progress": "True shows progress bars on stderr.",
+        "progress": "True shows progress on stderr.",
     }
     entries = "\n".join(f"    {names}: {text}" for names, text in (common | settings).items())
     place = f"{kind.__module__}.{kind.__name__}"

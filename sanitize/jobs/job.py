@@ -26,7 +26,7 @@ from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig
 from sanitize.distributed import rank0_first, world
 from sanitize.jobs.result import JobResult
-from sanitize.jobs.run import Run, claimed
+from sanitize.jobs.run import CONFIGS, Run, claimed
 from sanitize.jobs.runner import RunnerConfig, Threads
 from sanitize.progress import shown
 from sanitize.settings import ConfigSource, Sources, config_from, merged
@@ -229,6 +229,7 @@ def job(
             raise TypeError(f"there is a job {name}, or one of {config.__name__}, already")
         call = _callable(function, config, result, section)
         reads = issubclass(base, ShardsConfig)
+        CONFIGS[name] = config
         declared = JOBS[name] = Job(function, config, settings_of, reads, claims, has_flow, is_temporary, call, result)
         call.__doc__, call.__signature__ = _doc(declared), _signature(declared)  # type: ignore[attr-defined]
         return call

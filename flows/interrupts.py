@@ -118,7 +118,14 @@ def _stand_still(signum: int, frame: FrameType | None) -> None:
 
 
 def _end_now(signum: int, frame: FrameType | None) -> None:
-    end(128 + signum, INTERRUPTED)
+    end(128 + signum, _message())
+
+
+def _message() -> str:
+    """What happened, what to do, and what becomes of a training in progress, which may begin again."""
+    loaded = sys.modules.get("sanitize.snapshots")  # importing it would take torch, and seconds
+    after = loaded.after_interrupt() if loaded is not None else ""
+    return f"{INTERRUPTED}; {after}" if after else INTERRUPTED
 
 
 def _wait_for_signal(reader: int) -> None:
@@ -133,7 +140,7 @@ def _wait_for_signal(reader: int) -> None:
     while cleanup.is_alive() and time.monotonic() < deadline:
         if select.select([reader], [], [], 0.05)[0] and os.read(reader, 1)[0] in SIGNALS:
             break
-    end(128 + signum, INTERRUPTED)
+    end(128 + signum, _message())
 
 
 def _clean_up(signum: int) -> None:

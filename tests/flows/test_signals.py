@@ -108,6 +108,23 @@ def test_a_signal_ends_a_long_computation_in_one_line(start: Start, signum: int)
     assert ended(process) == (128 + signum, "", INTERRUPTED + "\n")
 
 
+def test_a_training_that_begins_again_is_named(start: Start, tmp_path: Path) -> None:
+    snapshots = f"Snapshots(Path({str(tmp_path / 'snapshot')!r}), 500)"
+    imports = "from pathlib import Path\nfrom sanitize.snapshots import Snapshots, training\n"
+    expected = {
+        snapshots: "has no snapshot yet (one every 500 steps), and begins again",
+        f"{snapshots} ": "goes on from its last snapshot",
+        "None": "keeps no snapshots, and begins again",
+    }
+    for argument, after in expected.items():
+        if "last snapshot" in after:
+            (tmp_path / "snapshot").touch()
+        process = start("-c", f"{imports}{HANDLED}with training({argument}):\n  {READY}time.sleep(60)")
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == (143, "", f"{INTERRUPTED}; the training in progress {after}\n")
+
+
 def test_cleaning_up_is_bounded_and_a_second_signal_does_not_wait_for_it(start: Start) -> None:
     cleanup = "lambda signum: (print('cleaning', flush=True), time.sleep(60))"
     code = f"{HANDLED}with interrupts.before_end({cleanup}):\n  {READY}time.sleep(60)"

@@ -13,11 +13,14 @@ import typer.main
 import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from PIL import Image
 
 import sanitize
 from flows.cli import app
 from sanitize import Compute
 from sanitize.data.digits import write_digits
+from sanitize.data.samples import ShardReader
+from sanitize.importing import ImportConfig, import_data
 from sanitize.stage import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +57,29 @@ def anchors(page: Path) -> set[str]:
 def fences(page: Path, language: str) -> list[str]:
     """Fenced blocks of a language."""
     return [token.content for token in tokens(page) if token.type == "fence" and token.info == language]
+
+
+def test_keys_in_examples_have_the_shape_of_real_keys(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "cat" / "1.png")
+    compute = Compute(device="cpu")
+    made = [
+        *import_data(ImportConfig(), [str(tmp_path / "photos")], str(tmp_path / "imported"), compute).shards(),
+        *write_digits(str(tmp_path / "digits"), compute).shards()[:1],
+    ]
+    real = set()
+    for shard in made:
+        key = next(iter(ShardReader(shard))).key
+        real |= {_shape(key), _shape(f"{Path(shard).name}:{key}")}
+    texts = [page.read_text() for page in PAGES] + [COMMANDS["restore"].help]
+    named = [key for text in texts for key in re.findall(r"--key (\S+)", text) if not key.isupper()]
+    assert len(named) >= 5
+    assert [key for key in named if _shape(key) not in real] == []
+
+
+def _shape(key: str) -> str:
+    """The key with 0 for each digit."""
+    return re.sub(r"\d", "0", key)
 
 
 def command_lines(script: str) -> Iterator[list[str]]:

@@ -101,6 +101,7 @@ def end(code: int, line: str) -> NoReturn:
     if not _ending.acquire(blocking=False):
         threading.Event().wait()  # another thread ends the process
     _print(line)
+    _be_silent()
     for pid in [os.getpid(), *_kill_descendants()]:
         for folder in Path(tempfile.gettempdir()).glob(f"sanitize-{pid}-*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -156,6 +157,14 @@ def _print(line: str) -> None:
         if os.isatty(2):
             os.write(2, b"\r\x1b[K\x1b[?25h")  # bars hide the cursor
         os.write(2, line.encode() + b"\n")
+
+
+def _be_silent() -> None:
+    """Let nothing print after the last line: threads that talk to a server print tracebacks when it is killed."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 def _kill_descendants() -> list[int]:

@@ -141,6 +141,17 @@ def test_cleaning_up_is_bounded_and_a_second_signal_does_not_wait_for_it(start: 
             assert time.monotonic() - begun > 1  # it had its time
 
 
+def test_threads_that_lose_their_server_print_nothing(start: Start) -> None:
+    """As Prefect's do, which send events and logs."""
+    module = "import threading\n"
+    sends = "for _ in range(20):\n  child = subprocess.Popen(['sleep', '600'])\n  "
+    sends += "threading.Thread(target=lambda child=child: child.wait() and print(1 / 0), daemon=True).start()\n "
+    process = start("-c", f"{module}{HANDLED}{sends}{READY}time.sleep(60)")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert ended(process) == (130, "", INTERRUPTED + "\n")
+
+
 def test_whose_handler_it_is_does_not_matter(start: Start) -> None:
     """Prefect replaces the handler of SIGTERM by one that raises while a flow begins and ends."""
     raises = "signal.signal(signal.SIGTERM, lambda *_: sys.exit('not this') or None)"

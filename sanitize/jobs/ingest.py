@@ -28,7 +28,7 @@ from sanitize.errors import ArtifactError, SanitizeError, StorageError
 from sanitize.jobs.clean import scores_folder
 from sanitize.jobs.job import ShardsConfig, job
 from sanitize.jobs.landed import as_utf8, list_shards
-from sanitize.jobs.reference import BATCH_STATISTICS, Reference, clean_shards, load_reference
+from sanitize.jobs.reference import BATCH_STATISTICS, Reference, clean_shards, load_reference, refuse_outdated
 from sanitize.jobs.run import Run
 from sanitize.jobs.store import (
     FEED,
@@ -102,7 +102,8 @@ def ingest(config: IngestConfig, run: Run) -> dict[str, Any]:
     store = run.out
     refuse_inside(config.shards, store)
     ledger = Ledger(store)
-    load_reference(store, ledger.read().reference, config.allow_factory)  # raises before any shard is claimed
+    newest = load_reference(store, ledger.read().reference, config.allow_factory)  # raises before any shard is claimed
+    refuse_outdated(newest, store)
     work = _Work(config, run, ledger, [], [])
     for begun in ledger.read().unfinished:
         work.finish(begun)

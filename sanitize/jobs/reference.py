@@ -101,6 +101,29 @@ def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) 
     )
 
 
+def outdated(reference: Reference) -> str:
+    """Reason why this version of sanitize cannot judge new shards by a reference of an older one; "" if it can."""
+    for config, fitted in zip(reference.config.scorers, reference.fitted, strict=True):
+        if fitted.info["config"] != config.model_dump(mode="json"):
+            return f"the settings of scorer {config.kind} have changed since"
+    try:
+        reference.config.judge.select.rules_of(
+            {one.info["config"]["kind"]: one.info.get("rule") for one in reference.fitted}
+        )
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def refuse_outdated(reference: Reference, store: str) -> None:
+    """Raise RequestError where a reference was made by an older version of sanitize and has to be fitted again."""
+    if why := outdated(reference):
+        raise RequestError(
+            f"reference v{reference.version:04d} was made by an older version of sanitize: `sanitize refit --store "
+            f"{store}` fits its scorers again, from what the store holds. The reason: {why}"
+        )
+
+
 def _read_config(url: str, sha256: str) -> ReferenceConfig:
     """The settings of a version; ledgers of older versions have no sha256 of the file."""
     try:

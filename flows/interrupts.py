@@ -101,6 +101,7 @@ def end(code: int, line: str) -> NoReturn:
     if not _ending.acquire(blocking=False):
         threading.Event().wait()  # another thread ends the process
     _print(line)
+    _be_silent()
     for pid in [os.getpid(), *_kill_descendants()]:
         for folder in Path(tempfile.gettempdir()).glob(f"sanitize-{pid}-*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -118,7 +119,14 @@ def _stand_still(signum: int, frame: FrameType | None) -> None:
 
 
 def _end_now(signum: int, frame: FrameType | None) -> None:
-    end(128 + signum, INTERRUPTED)
+    end(128 + signum, _message())
+
+
+def _message() -> str:
+    """What happened, what to do, and what becomes of a training in progress, which may begin again."""
+    loaded = sys.modules.get("sanitize.snapshots")  # importing it would take torch, and seconds
+    after = loaded.after_interrupt() if loaded is not None else ""
+    return f"{INTERRUPTED}; {after}" if after else INTERRUPTED
 
 
 def _wait_for_signal(reader: int) -> None:
@@ -133,7 +141,7 @@ def _wait_for_signal(reader: int) -> None:
     while cleanup.is_alive() and time.monotonic() < deadline:
         if select.select([reader], [], [], 0.05)[0] and os.read(reader, 1)[0] in SIGNALS:
             break
-    end(128 + signum, INTERRUPTED)
+    end(128 + signum, _message())
 
 
 def _clean_up(signum: int) -> None:
@@ -149,6 +157,14 @@ def _print(line: str) -> None:
         if os.isatty(2):
             os.write(2, b"\r\x1b[K\x1b[?25h")  # bars hide the cursor
         os.write(2, line.encode() + b"\n")
+
+
+def _be_silent() -> None:
+    """Let nothing print after the last line: threads that talk to a server print tracebacks when it is killed."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 def _kill_descendants() -> list[int]:

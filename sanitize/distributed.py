@@ -5,7 +5,7 @@ All processes run the same program. In a single process the functions here retur
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sanitize.compute import Compute
 
 T = TypeVar("T")
+LEAVE_SECONDS = 60  # for the other processes to come to their end
 
 
 @contextmanager
@@ -33,8 +34,19 @@ def joined(compute: Compute) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
     try:
         yield
+        _wait_for_others()
     finally:
         dist.destroy_process_group()
+
+
+def _wait_for_others() -> None:
+    """Wait until all processes have come to their end, for a minute at most.
+
+    A process that leaves while another is still in the last collective call closes the connection under it. There is no
+    waiting after a failure: the others may never come.
+    """
+    with suppress(RuntimeError):  # too late, or another process has died: torchrun ends the others
+        dist.all_reduce(torch.zeros(1), async_op=True).wait(timedelta(seconds=LEAVE_SECONDS))
 
 
 def world() -> tuple[int, int]:

@@ -9,6 +9,10 @@ class ConfigError(SanitizeError):
     """A setting is wrong or two settings contradict each other: change the configuration."""
 
 
+class RequestError(ConfigError):
+    """What was asked for is not there, or cannot be done as things are; no setting is wrong: ask for something else."""
+
+
 class DataError(SanitizeError):
     """The data cannot be read, or too much of it is bad: look at the shard and key the message names."""
 

@@ -18,7 +18,7 @@ from sanitize.models.architectures import Architecture
 from sanitize.models.config import ModelConfig
 from sanitize.models.convnet import ConvNetConfig
 from sanitize.progress import track
-from sanitize.snapshots import Snapshots
+from sanitize.snapshots import Snapshots, training
 from sanitize.storage import is_local, local_path
 
 
@@ -110,7 +110,7 @@ def fit_classifier(
     if further is not None and len(further[1]):
         joined = Joined(data, *further, dataset.n_samples, partial(compute.generator, stream, "further"))
         per_epoch, epoch = joined.samples_per_epoch, joined.epoch
-    with track(description, config.optim.epochs * per_epoch) as advance:
+    with track(description, config.optim.epochs * per_epoch) as advance, training(snapshots):
         return train(
             model,
             epoch,

@@ -13,6 +13,7 @@ A store is untrusted, so names and numbers are bounded when an entry is parsed (
 not follow from the earlier ones (a commit without a claim, say) is an error.
 """
 
+import difflib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -37,7 +38,7 @@ from sanitize.entries import (
     RefusedEntry,
     RetryEntry,
 )
-from sanitize.errors import ArtifactError, ConfigError, DataError
+from sanitize.errors import ArtifactError, DataError, RequestError
 from sanitize.storage import create_new, is_local, join, names_below, open_read
 
 __all__ = [
@@ -60,7 +61,8 @@ __all__ = [
 
 _ENTRY = "{:08d}.json"
 MAX_ENTRY_BYTES = 1 << 30  # a reference of a million shards has half as many
-Status = Literal["claimed", "accepted", "held", "failed", "split"]
+MAX_NAMED = 3  # batches in a message
+Outcome = Literal["claimed", "accepted", "held", "failed", "split"]
 
 
 class IngestBatch(BaseModel):
@@ -71,25 +73,28 @@ class IngestBatch(BaseModel):
     decision: DecisionEntry | None = None
 
     @property
-    def status(self) -> Status:
-        """Status of the commit, or "claimed"."""
+    def outcome(self) -> Outcome:
+        """Status of the commit, or "claimed"; no decision of a person changes it."""
         return "claimed" if self.commit is None else self.commit.status
+
+    @property
+    def status(self) -> Outcome | Decision:
+        """The last decision of a person; without one, the outcome."""
+        return self.outcome if self.decision is None else self.decision.decision
 
     @property
     def may_be(self) -> tuple[Decision, ...]:
         """Decisions that a person can make: none before the commit, and none once the shards are new again."""
         if self.decision is not None and self.decision.decision == "retried":
             return ()
-        if self.status in ("held", "accepted"):
+        if self.outcome in ("held", "accepted"):
             return "approved", "rejected"
-        return ("rejected", "retried") if self.status == "failed" else ()
+        return ("rejected", "retried") if self.outcome == "failed" else ()
 
     @property
     def is_released(self) -> bool:
         """True if training jobs may read its clean shards; the last decision of a person counts."""
-        if self.decision is not None:
-            return self.decision.decision == "approved"
-        return self.status == "accepted"
+        return self.status in ("accepted", "approved")
 
 
 class State:
@@ -102,6 +107,7 @@ class State:
         seen: fingerprint of a shard -> sha256.
         taken: sha256 of all shards that are in a batch, in the first reference, or refused.
         refused: shards that are in no batch, by URL and sha256, in the order of refusal.
+        retried: shards that were refused and made new again, by URL and sha256, with the person's decision.
         attempts: sha256 of a shard -> number of its batches that ended without a verdict on it.
     """
 
@@ -112,6 +118,7 @@ class State:
         self.seen: dict[Fingerprint, str] = {}
         self.taken: set[str] = set()
         self.refused: dict[tuple[str, str], Refused] = {}
+        self.retried: dict[tuple[str, str], RetryEntry] = {}
         self.attempts: Counter[str] = Counter()
         for entry in entries:
             self.add(entry)
@@ -135,7 +142,8 @@ class State:
             self._add_decision(entry)
         else:
             self._offer_again(entry.shards)
-            self.refused = {key: shard for key, shard in self.refused.items() if shard.sha256 not in entry.shards}
+            self.retried |= {key: entry for key in self.refused if key[1] in entry.shards}
+            self.refused = {key: shard for key, shard in self.refused.items() if key not in self.retried}
 
     def check(self, entry: Entry) -> None:
         """Raises ArtifactError where the entry does not follow from the earlier ones."""
@@ -191,6 +199,7 @@ class State:
     def _refuse(self, shards: Iterable[Refused]) -> None:
         for shard in shards:
             self.refused[shard.url, shard.sha256] = shard
+            self.retried.pop((shard.url, shard.sha256), None)
             if shard.sha256:
                 self.taken.add(shard.sha256)
             else:  # read it again: its bytes may differ from those of this fingerprint
@@ -198,9 +207,9 @@ class State:
 
     @property
     def reference(self) -> ReferenceEntry:
-        """The newest reference. Raises ConfigError where there is none."""
+        """The newest reference. Raises RequestError where there is none."""
         if not self.references:
-            raise ConfigError("the store has no reference yet: make one with `sanitize reference RUN --store STORE`")
+            raise RequestError("the store has no reference yet: make one with `sanitize reference RUN --store STORE`")
         return self.references[max(self.references)]
 
     @property
@@ -226,18 +235,33 @@ class State:
 
     def find_refused(self, what: str) -> list[Refused]:
         """Refused shards with this URL, file name, or beginning of a sha256."""
-        return [
-            shard
-            for shard in self.refused.values()
-            if what and (what in (shard.url, shard.url.rpartition("/")[2]) or shard.sha256.startswith(what))
-        ]
+        return [shard for key, shard in self.refused.items() if _is_called(key, what)]
+
+    def find_retried(self, what: str) -> list[tuple[str, RetryEntry]]:
+        """URLs and decisions of retried shards with this URL, file name, or beginning of a sha256."""
+        return [(key[0], entry) for key, entry in self.retried.items() if _is_called(key, what)]
 
     def find(self, name: str) -> IngestBatch:
-        """The batch whose name begins with `name`. Raises ConfigError unless there is exactly one."""
-        found = [batch for whole, batch in self.batches.items() if whole.startswith(name)]
-        if len(found) != 1 or not name:
-            raise ConfigError(f"{len(found)} batches begin with {name!r}; `sanitize batches` lists them")
-        return found[0]
+        """The batch whose name begins with `name`. Raises RequestError unless there is exactly one."""
+        found = [whole for whole in self.batches if whole.startswith(name)]
+        if len(found) == 1 and name:
+            return self.batches[found[0]]
+        if not self.batches:
+            raise RequestError(f"there is no batch {name!r}: the store has none yet")
+        if found and name:
+            what, names = f"{len(found)} batches begin with {name!r}", found[:MAX_NAMED]
+        else:
+            what, names = f"there is no batch {name!r}", self._nearest(name[:16])
+        raise RequestError(f"{what}: {', '.join(names)}; `sanitize batches` lists all")
+
+    def _nearest(self, name: str) -> list[str]:
+        """Names of batches that begin nearly like that; if there are none, of the newest batches."""
+        begins: dict[str, list[str]] = {}
+        for whole in self.batches:
+            begins.setdefault(whole[: len(name)], []).append(whole)
+        close = difflib.get_close_matches(name, begins, n=MAX_NAMED)
+        near = [whole for begin in close for whole in begins[begin]]
+        return (near or list(self.batches)[::-1])[:MAX_NAMED]
 
     def feed(self) -> list[CleanShard]:
         """Clean shards that training jobs may read: those of the run of version 1, and of all released batches."""
@@ -245,6 +269,12 @@ class State:
         released = (batch.commit for batch in self.batches.values() if batch.is_released)
         lines += [line for commit in released if commit is not None for line in commit.clean]
         return sorted(lines, key=lambda line: line.shard)
+
+
+def _is_called(key: tuple[str, str], what: str) -> bool:
+    """True where `what` is the URL or file name of a shard, or the beginning of its sha256."""
+    url, sha256 = key
+    return bool(what) and (what in (url, url.rpartition("/")[2]) or sha256.startswith(what))
 
 
 class Ledger:

@@ -167,7 +167,8 @@ def train(
             at.step(step.loss)
             at.sums.add(step, batch)
             on_step(len(arrived[1]))
-            if snapshots is not None and at.sums.n_steps % snapshots.every == 0:
+            # Of all steps: epochs may be shorter than `every`.
+            if snapshots is not None and (number * steps_per_epoch + at.sums.n_steps) % snapshots.every == 0:
                 state = at.snapshot()
                 if world()[0] == 0:
                     snapshots.save(state)

@@ -5,7 +5,8 @@ A safetensors file holds tensors and text alone, and a damaged one is one kind o
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sanitize.errors import ArtifactError
 from sanitize.storage import create
 
 _TENSOR = "__tensor__"
+_running: list["Snapshots | None"] = []  # of the trainings in progress, the innermost last
 
 
 class Snapshots:
@@ -59,6 +61,28 @@ class Snapshots:
         text = json.dumps(_without_tensors(state, tensors))
         with create(self.path) as writer:
             writer.write(safetensors.torch.save(tensors, {"state": text}))
+
+
+@contextmanager
+def training(snapshots: Snapshots | None) -> Iterator[None]:
+    """Name the snapshots of a training while it runs, for `after_interrupt`; None where it keeps none."""
+    _running.append(snapshots)
+    try:
+        yield
+    finally:
+        _running.remove(snapshots)
+
+
+def after_interrupt() -> str:
+    """What becomes of the training in progress if the process ends now; "" without one."""
+    if not _running:
+        return ""
+    snapshots = _running[-1]
+    if snapshots is None:
+        return "the training in progress keeps no snapshots, and begins again"
+    if not snapshots.path.exists():
+        return f"the training in progress has no snapshot yet (one every {snapshots.every:,} steps), and begins again"
+    return "the training in progress goes on from its last snapshot"
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:

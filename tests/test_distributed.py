@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from sanitize.compute import Compute
 from sanitize.data.shuffle import Resident
-from sanitize.distributed import world
+from sanitize.distributed import joined, world
 from sanitize.errors import ConfigError
 from sanitize.loop import OptimConfig, train
 from sanitize.training import Pair, robust_objective, zoo
@@ -67,6 +69,30 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr("sanitize.loop.world", lambda: (0, 4))
     with pytest.raises(ConfigError, match="batch_size=30 is not a multiple of the number of processes, 4"):
         fit("standard", tmp_path)
+
+
+@pytest.mark.parametrize("end", ["well", "well, and the others are late", "badly"])
+def test_a_process_waits_for_the_others_before_it_leaves_but_not_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    called: list[str] = []
+
+    class Reduction:
+        def wait(self, timeout: timedelta) -> None:
+            called.append("wait")
+            assert timedelta() < timeout < timedelta(minutes=5)
+            if "late" in end:
+                raise RuntimeError("timed out")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(dist, "init_process_group", lambda *_args, **_more: called.append("join"))
+    monkeypatch.setattr(dist, "all_reduce", lambda *_args, async_op: Reduction())
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("leave"))
+    with suppress(KeyError), joined(Compute(device="cpu")):
+        if end == "badly":
+            raise KeyError
+    assert called == (["join", "leave"] if end == "badly" else ["join", "wait", "leave"])
 
 
 def _two_processes(name: str, folder: Path) -> None:

@@ -1,9 +1,11 @@
 """README and docs/: links lead somewhere, commands parse, examples run."""
 
+import io
 import re
 import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,16 @@ import typer.main
 import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from PIL import Image
 
 import sanitize
 from flows.cli import app
+from flows.cli.app import Terminal
+from flows.cli.command import COMMANDS as JOB_COMMANDS
 from sanitize import Compute
 from sanitize.data.digits import write_digits
+from sanitize.data.samples import ShardReader
+from sanitize.importing import ImportConfig, import_data
 from sanitize.stage import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +61,64 @@ def anchors(page: Path) -> set[str]:
 def fences(page: Path, language: str) -> list[str]:
     """Fenced blocks of a language."""
     return [token.content for token in tokens(page) if token.type == "fence" and token.info == language]
+
+
+def shown(command: str, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the command prints about this result."""
+    text = io.StringIO()
+    for module in (sys.modules[f"flows.cli.{command}"], sys.modules["flows.cli.app"]):
+        monkeypatch.setattr(module, "console", Terminal(file=text, width=120))
+    JOB_COMMANDS[command].show(result, "runs/first")
+    return text.getvalue()
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the rows of tables in the output of a command, headers too."""
+    return [
+        [cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in text.splitlines() if line[:1] in tuple("┃│")
+    ]
+
+
+def test_tables_and_sentences_of_repair_and_robustness_are_those_of_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = {"norm": "l2", "samples": 100, "clean_accuracy": 1.0, "mean": 0.571, "median": 0.597, "not_found": 0}
+    found = rows(shown("robustness", {"summary": summary}, monkeypatch))
+    page = (ROOT / "docs/robustness.md").read_text()
+    assert found == rows(page)
+    assert f"`{found[0][-1]}` counts" in " ".join(page.split())
+
+    measured = [{"acc": 1.0, "asr": 1.0, "acc_of_class": [1.0] * 3}, {"acc": 0.973, "asr": 0.048}]
+    measured[1]["acc_of_class"] = [1.0, 0.781, 0.972]
+    changed = {"changed": 75530, "of": 95213, "relative_l2": 0.0349}
+    report = {"method": {"kind": "drr"}, "weights_changed": changed, "before": measured[0], "after": measured[1]}
+    text = shown("repair", {"repair": report}, monkeypatch)
+    page = " ".join((ROOT / "docs/repair.md").read_text().split())
+    assert rows(text) == [row for row in rows((ROOT / "docs/repair.md").read_text()) if len(row) == 3]
+    assert text.splitlines()[-1] in page
+    unchanged = {"method": {"kind": "drr"}, "weights_changed": changed | {"changed": 0}}
+    assert f'"{shown("repair", {"repair": unchanged}, monkeypatch).strip()}" means' in page
+
+
+def test_keys_in_examples_have_the_shape_of_real_keys(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "cat" / "1.png")
+    compute = Compute(device="cpu")
+    made = [
+        *import_data(ImportConfig(), [str(tmp_path / "photos")], str(tmp_path / "imported"), compute).shards(),
+        *write_digits(str(tmp_path / "digits"), compute).shards()[:1],
+    ]
+    real = set()
+    for shard in made:
+        key = next(iter(ShardReader(shard))).key
+        real |= {_shape(key), _shape(f"{Path(shard).name}:{key}")}
+    texts = [page.read_text() for page in PAGES] + [COMMANDS["restore"].help]
+    named = [key for text in texts for key in re.findall(r"--key (\S+)", text) if not key.isupper()]
+    assert len(named) >= 5
+    assert [key for key in named if _shape(key) not in real] == []
+
+
+def _shape(key: str) -> str:
+    """The key with 0 for each digit."""
+    return re.sub(r"\d", "0", key)
 
 
 def command_lines(script: str) -> Iterator[list[str]]:

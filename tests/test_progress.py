@@ -1,9 +1,21 @@
 import io
+import re
+import threading
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
 
 from sanitize.progress import shown, track
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal(text: io.StringIO) -> Console:
+    return Console(file=text, force_terminal=True, width=120)
 
 
 def test_nothing_is_drawn_unless_it_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
@@ -13,8 +25,8 @@ def test_nothing_is_drawn_unless_it_is_shown(capfd: pytest.CaptureFixture[str]) 
 
 
 def test_bars_show_what_is_done_and_end_at_what_was_done() -> None:
-    text = io.StringIO()
-    with shown(Console(file=text, force_terminal=True, width=120)):
+    text = Terminal()
+    with shown(terminal(text)):
         with track("known", 4, "images") as advance:
             advance(3)
         with track("unknown", None) as advance:
@@ -25,8 +37,9 @@ def test_bars_show_what_is_done_and_end_at_what_was_done() -> None:
     assert "7/7" in text.getvalue()
 
 
-def test_an_exception_ends_the_display() -> None:
-    text = io.StringIO()
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_an_exception_ends_the_display(kind: type[io.StringIO]) -> None:
+    text = kind()
     with pytest.raises(RuntimeError), shown(Console(file=text)), track("work", 3):
         raise RuntimeError
     with track("later", 3) as advance:
@@ -35,8 +48,8 @@ def test_an_exception_ends_the_display() -> None:
 
 
 def test_a_note_stands_behind_the_description_until_the_next_one() -> None:
-    text = io.StringIO()
-    with shown(Console(file=text, force_terminal=True, width=120)), track("train", 4) as bar:
+    text = Terminal()
+    with shown(terminal(text)), track("train", 4) as bar:
         bar.note("loss 2")
         bar(2)
         bar.note("loss 1")
@@ -44,3 +57,69 @@ def test_a_note_stands_behind_the_description_until_the_next_one() -> None:
     last = text.getvalue().rsplit("train", 1)[1]
     assert "loss 1" in last
     assert "loss 2" not in last
+
+
+# --- without a terminal -----------------------------------------------------------------------------------------
+
+
+def lines_of(text: io.StringIO) -> list[str]:
+    """Lines of a log, with the seconds left out."""
+    assert not re.search(r"[\r\x1b]", text.getvalue())
+    return [re.sub(r"\d+\.\d s", "_ s", line) for line in text.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("force_terminal", [None, True])
+def test_in_a_log_each_stage_is_one_plain_line_once_it_has_ended(force_terminal: bool | None) -> None:
+    text = io.StringIO()
+    with shown(Console(file=text, width=20, force_terminal=force_terminal)):  # True: FORCE_COLOR, as some CI sets it
+        with track("index", None) as advance:
+            advance(1000)
+            advance(500)
+        with track("nothing left", 7):
+            pass
+        with track("train the suspect model", 4) as bar:
+            bar.note("loss 2")
+            bar(2)
+            bar.note("loss 1")
+            bar(2)
+        with track("evaluate", 3, "networks") as advance:
+            advance(3)
+    assert lines_of(text) == [
+        "index: 1,500 samples in _ s",
+        "train the suspect model: 4 samples in _ s, loss 1",
+        "evaluate: 3 networks in _ s",
+    ]
+
+
+def test_in_a_log_groups_of_shards_are_one_line_also_side_by_side_and_inside_other_work() -> None:
+    text = io.StringIO()
+
+    def group(n: int) -> None:
+        with track("embed", 100) as advance:
+            for _ in range(n):
+                advance(1)
+
+    with shown(Console(file=text)), track("red team", 2, "cases") as case:
+        for _ in range(2):
+            group(3)
+            groups = [threading.Thread(target=group, args=(n,)) for n in (4, 5)]
+            for thread in groups:
+                thread.start()
+            for thread in groups:
+                thread.join()
+            with track("select", 12) as advance:
+                advance(12)
+            case(1)
+    each = ["embed: 12 samples in _ s", "select: 12 samples in _ s"]
+    assert sorted(lines_of(text)) == sorted([*each, *each, "red team: 2 cases in _ s"])
+
+
+def test_in_a_log_work_that_failed_and_was_tried_again_counts_once() -> None:
+    text = io.StringIO()
+    with shown(Console(file=text)):
+        with suppress(OSError), track("write", 5) as advance:
+            advance(3)
+            raise OSError
+        with track("write", 5) as advance:
+            advance(5)
+    assert lines_of(text) == ["write: 5 samples in _ s"]

@@ -90,6 +90,20 @@ def test_a_stopped_run_ends_with_the_same_bits(name: str, stops: list[int], comp
     assert wanted_N.sum() > 0
 
 
+def test_snapshots_are_taken_though_each_epoch_is_shorter_than_their_distance(compute: Compute, tmp_path: Path) -> None:
+    """An epoch has 6 steps."""
+    config, snapshots = CONFIGS["adam, cosine"], Snapshots(tmp_path / "snapshot", every=7)
+    taken = []
+    for stop_at in (6, 7, 8, 13, 15):
+        snapshots.path.unlink(missing_ok=True)
+        with pytest.raises(Stopped):
+            run(config, compute, snapshots, stop_at)
+        state = snapshots.load()
+        taken.append(state and (state["epoch"], state["n_steps"]))
+    assert taken == [None, None, (1, 1), (1, 1), (2, 2)]
+    assert run(config, compute, snapshots, None)[1] == run(config, compute, None, None)[1]
+
+
 def test_going_on_does_not_begin_anew(compute: Compute, tmp_path: Path) -> None:
     config, snapshots = CONFIGS["adam, cosine"], Snapshots(tmp_path / "snapshot", every=2)
     with pytest.raises(Stopped):

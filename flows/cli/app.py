@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows import interrupts
-from sanitize.errors import ConfigError, SanitizeError
+from sanitize.errors import ConfigError, RequestError, SanitizeError
 from sanitize.settings import WrongSettings, problems_of
 
 
@@ -86,7 +86,7 @@ Direct = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; nothing else goes there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice (default 0).")]
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file with any of the settings; see configs/.")]
 ConfigOption = Annotated[
@@ -99,9 +99,12 @@ RunFolder = Annotated[str, typer.Argument(metavar="run", help="A run folder, as 
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Print errors that a user can mend in one line each, and exit with 2 (settings) or 1."""
+    """Print errors that a user can mend in one line each, and exit with 2 (settings, names, requests) or 1."""
     try:
         yield
+    except RequestError as error:
+        say("failed:", "red", str(error))
+        raise typer.Exit(2) from None
     except (ValidationError, ConfigError) as error:
         for problem in _problems(error):
             say("config:", "red", problem)
@@ -131,7 +134,7 @@ def as_text(text: str) -> Text:
 
 @contextmanager
 def bars(quiet: bool) -> Iterator[None]:
-    """Progress bars on stderr, unless `quiet`."""
+    """Progress on stderr, unless `quiet`."""
     from sanitize.progress import hide, shown
 
     with nullcontext() if quiet else shown(console), interrupts.before_end(lambda _signum: hide()):
@@ -188,8 +191,8 @@ def print_certificates(certificates: list[dict[str, Any]]) -> None:
 
 
 def check_there(run: str) -> None:
-    """Raise ConfigError if there is no run folder."""
+    """Raise RequestError if there is no run folder."""
     from sanitize.storage import exists
 
     if not exists(run):
-        raise ConfigError(f"there is no run folder {run}")
+        raise RequestError(f"there is no run folder {run}")

@@ -1,6 +1,7 @@
 """`sanitize reference`, `ingest`, `batches`, `approve`, `reject`, `retry`, `refit`."""
 
 import math
+import shlex
 from typing import Annotated, Any, Literal
 
 import typer
@@ -27,7 +28,16 @@ Retried = Annotated[
         "name, URL or sha256 of a refused shard."
     ),
 ]
-STYLES = {"accepted": "green", "held": "yellow", "failed": "red", "claimed": "cyan", "split": "cyan"}
+STYLES = {
+    "accepted": "green",
+    "approved": "green",
+    "held": "yellow",
+    "failed": "red",
+    "rejected": "red",
+    "claimed": "cyan",
+    "split": "cyan",
+    "retried": "cyan",
+}
 
 
 NOTE = Option("--note", str, "note", "Reason; kept in the ledger.")
@@ -124,12 +134,13 @@ def ingest(result: dict[str, Any], out: str) -> None:
         for why in result[name]:
             say(name, style, why)
     for shard in result["refused"]:
-        _print_refused(shard)
+        _print_refused(shard, out)
     for batch in result["batches"]:
         _print_batch(batch)
         if batch["status"] == "held":
+            then = f"`sanitize approve {batch['batch']} --store {shlex.quote(out)}`, or `sanitize reject` with the same"
             console.print(f"         look: {batch['drift']}", highlight=False, soft_wrap=True)
-            console.print(f"         then: sanitize approve {batch['batch']} or sanitize reject {batch['batch']}")
+            console.print(f"         then: {then}", highlight=False, soft_wrap=True)
     console.print(f"feed: {result['feed']}", highlight=False, soft_wrap=True)
 
 
@@ -143,9 +154,10 @@ def _print_batch(batch: dict[str, Any], more: str = "") -> None:
         say("        ", "", reason)
 
 
-def _print_refused(shard: dict[str, Any]) -> None:
+def _print_refused(shard: dict[str, Any], store: str) -> None:
     """One line, and one for the reason."""
-    again = f"; sanitize retry {shard['sha256'][:16]} offers it again" if shard["sha256"] else ""
+    retry = f"sanitize retry {shard['sha256'][:16]} --store {shlex.quote(store)}"
+    again = f"; `{retry}` offers it again" if shard["sha256"] else ""
     say(f"{shard['status']:>8}", "red", shard["shard"] + again)
     for reason in shard["reasons"]:
         say("        ", "", reason)
@@ -154,8 +166,11 @@ def _print_refused(shard: dict[str, Any]) -> None:
 def batches(
     store: Store,
     status: Annotated[
-        Literal["accepted", "held", "failed", "claimed", "split", "refused"] | None,
-        typer.Option(help="Only batches of this status; `refused`: only shards that are in no batch."),
+        Literal["accepted", "approved", "held", "rejected", "failed", "retried", "claimed", "split", "refused"] | None,
+        typer.Option(
+            help="Only batches of this status; `held`: those that wait for a decision; `refused`: only shards that are "
+            "in no batch."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -174,11 +189,13 @@ def batches(
         print_json([*found, *refused])
         return
     for shard in refused:
-        _print_refused(shard)
+        _print_refused(shard, store)
     for batch in found:
         _print_batch(batch, f"; reference v{batch['reference']:04d}; {'' if batch['released'] else 'not '}in the feed")
         if decision := batch["decision"]:
-            say("        ", "", f"{decision['decision']} by {decision['by']}: {decision['note']}")
+            note = f": {decision['note']}" if decision["note"] else ""
+            what = f"it was {batch['outcome']}; {decision['decision']} by {decision['by']} at {decision['at']}"
+            say("        ", "", what + note)
     if not found and not refused:
         say("none", "yellow", "there are no such batches")
 
@@ -229,11 +246,23 @@ def _decide(
         result = decide(store, batch, decision, by, note)
     if as_json:
         print_json(result)
-    elif "shards" in result:
-        say(decision, "green", f"by {result['by']}: {', '.join(result['shards'])}")
     else:
-        in_feed = "in the feed" if result["released"] else "not in the feed"
-        say(f"{result['batch']} {decision}", "green", f"by {result['by']}; its clean shards are {in_feed}")
+        _print_decision(result)
+
+
+def _print_decision(result: dict[str, Any]) -> None:
+    """What was decided, by whom, and what follows; for a decision that stood already, also when and why."""
+    decision, by = result["decision"], f"by {result['by']}"
+    if result["already"]:
+        what, style = f"was {decision} already", "yellow"
+        effect = f"at {result['at']}" + (f": {result['note']}" if result["note"] else "")
+    elif decision == "retried":
+        what, style, effect = decision, "green", "and new again: the next ingest takes it"
+    else:
+        what, style = decision, "green"
+        effect = f"and its clean shards are {'' if result['released'] else 'not '}in the feed"
+    for name in result.get("shards") or [f"batch {result['batch']}"]:
+        say(f"{name} {what}", style, f"{by} {effect}")
 
 
 @job_command(NOTE, out=Store, has_flow=False, common=())

@@ -11,7 +11,12 @@ from flows.cli.command import DEVICE, SHARDS, Option, job_command
 @job_command(
     Option("--samples", int, "n_samples", "Number of samples to measure on (default 600)."),
     Option("--task-minutes", float, "task_minutes", "Minutes that one task should take (default 10)."),
-    Option("--scale-to", float, "scale_to", "Number of samples of a larger data set, calculated too (default 1e9)."),
+    Option(
+        "--scale-to",
+        float,
+        "scale_to",
+        "Number of samples of a larger data set in such shards, such as 1e9; its costs are calculated too.",
+    ),
     out=None,
     has_flow=False,
     common=(SHARDS, DEVICE),
@@ -26,25 +31,48 @@ def plan(result: dict[str, Any], out: str) -> None:
 
         sanitize plan configs/cifar10.yaml
 
-        sanitize plan --shards 'data/train-*.tar' --task-minutes 5 --json
+        sanitize plan --shards 'data/train-*.tar' --task-minutes 5 --scale-to 1e9
     """
-    data, scaled = result["data"], result["scaled"]
+    data, scaled, minutes = result["data"], result["scaled"], result["task_minutes"]
     console.print(
         f"{data['shards']:,} shards, {_bytes(data['bytes'])}, about {data['samples']:,} samples; measured on "
         f"{result['measured_on']:,} of them with {result['compute']}",
         highlight=False,
     )
     _table(result, f"{data['samples']:,} samples, the time of one worker")
-    _table(scaled, f"{scaled['samples']:,} samples in {scaled['shards']:,} shards, on paper")
-    console.print(f"n_groups: {result['n_groups']} ({scaled['n_groups']:,}) makes a task minutes of work")
-    small, large = result["memory"], scaled["memory"]
+    _groups(result, data["shards"], minutes)
+    if scaled is not None:
+        _table(scaled, f"{scaled['samples']:,} samples in {scaled['shards']:,} shards, calculated")
+        _groups(scaled, scaled["shards"], minutes)
+    sizes = {data["samples"]: result} | ({} if scaled is None else {scaled["samples"]: scaled})
+    _memory({f"{n:,} samples": planned["memory"] for n, planned in sizes.items()})
+
+
+def _groups(planned: dict[str, Any], n_shards: int, minutes: float) -> None:
+    """The recommended number of groups, how long a task takes then, and why there are no more or fewer."""
+    n, longest = planned["n_groups"], _time(planned["task_seconds"])
+    why = f"tasks of at most {minutes:g} minutes (--task-minutes)"
+    if n == n_shards and planned["task_seconds"] > 60 * minutes:
+        why = f"a group has at least one shard; {minutes:g} minutes (--task-minutes) need smaller shards"
+    console.print(
+        f"--groups {n}: the shards in {n:,} group{'s' if n > 1 else ''}, one task each in every stage that goes over "
+        f"shards; the longest task takes about {longest} ({why})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _memory(by_size: dict[str, dict[str, float]]) -> None:
+    """A row for each process or stage that holds much, and a column for each data set."""
+    table = Table("memory", *by_size, title_justify="left")
     for name, meaning in {
         "task": "a task: model, batch and libraries, measured",
         "cache": "training: decoded images, at most",
         "select": "select: verdicts of all samples",
-        "driver": "driver: its list of the shards",
+        "driver": "the process of the run: list of shards",
     }.items():
-        console.print(f"{_bytes(small[name]):>10} ({_bytes(large[name])}) {meaning}", highlight=False)
+        table.add_row(meaning, *(_bytes(memory[name]) for memory in by_size.values()))
+    console.print(table)
 
 
 def _table(planned: dict[str, Any], title: str) -> None:

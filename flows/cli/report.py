@@ -1,12 +1,10 @@
 """`sanitize report`."""
 
-import sys
-
-from flows.cli.app import RunFolder, check_there, errors
+from flows.cli.app import AsJson, RunFolder, check_there, errors, print_json, print_places
 
 
-def report(run: RunFolder) -> None:
-    """Write the report of a run again, for example after a restore, and print its place.
+def report(run: RunFolder, as_json: AsJson = False) -> None:
+    """Write the report of a run of `sanitize clean` again, for example after a restore, and print its place.
 
     Example:
 
@@ -16,4 +14,8 @@ def report(run: RunFolder) -> None:
 
     with errors():
         check_there(run)
-        sys.stdout.write(write_again(run) + "\n")
+        places = {"report": write_again(run)}
+    if as_json:
+        print_json(places)
+    else:
+        print_places(places)

@@ -12,7 +12,13 @@ def _of_a_run(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
 
 
 @job_command(
-    Option("--key", list[str], "keys", "Key of a quarantined sample, or SHARD:KEY. May be repeated.", REQUIRED),
+    Option(
+        "--key",
+        list[str],
+        "keys",
+        "Key of a quarantined sample; SHARD:KEY where several shards have the key. May be given several times.",
+        REQUIRED,
+    ),
     Option("--note", str, "note", "Person who decided, and the reason; kept with the verdict."),
     out=RunFolder,
     has_flow=False,
@@ -24,10 +30,11 @@ def restore(result: dict[str, Any], out: str) -> None:
 
     Writes a new selection and new shards beside the old ones (40-selection.r1, 50-shards.r1, …); no existing file is
     changed. The decision is kept in the verdict's reasons and in decisions.jsonl. Keys are in the report, and in the
-    names of the members of RUN/50-shards/quarantine.
+    names of the members of RUN/50-shards/quarantine: up to the first dot, with folders. Shards of `sanitize import`
+    have keys of eight digits.
 
     Example:
 
-        sanitize restore runs/first --key 000123 --key train-0004.tar:000456 --note "seen by Ada: both are fine"
+        sanitize restore runs/first --key 00000123 --key train-000004.tar:00000456 --note "seen by Ada"
     """
     console.print(f"{result['restored']} sample(s) put back; clean shards: {result['clean']}", soft_wrap=True)

@@ -9,13 +9,19 @@ from sanitize.settings import change, plain
 
 
 def _method(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The settings with `train.method` of `--method`, `--tau` and `--warmup`."""
+    """The settings with `train.method` of `--method`, `--tau` and `--warmup`, and the epochs of what is trained."""
     from sanitize.jobs.train import TrainRunConfig
     from sanitize.training import zoo
 
-    method = values["method"]
-    if values["partitions"] is not None and (method is not None or values["epochs"] is not None):
-        raise ConfigError("--partitions goes without --method and --epochs: use --set partition.optim.epochs=N")
+    method, epochs = values["method"], values["epochs"]
+    is_ensemble = values["partitions"] is not None or settings.get("partition") is not None
+    if epochs is not None:
+        settings = change(settings, f"{'partition' if is_ensemble else 'train'}.optim.epochs", epochs, TrainRunConfig)
+    if method is not None and is_ensemble:
+        raise ConfigError(
+            f"--method {method}: networks of an ensemble (--partitions, `partition:`) are trained in one way, and "
+            "robust by their vote; leave one of them out"
+        )
     if method is None:
         return settings
     methods = zoo(values["tau"], values["warmup"])
@@ -34,7 +40,7 @@ def _method(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     Option("--method", str, "", "One of the methods below (default standard)."),
     Option("--tau", float, "", "With --method: share of each batch to drop.", 0.2),
     Option("--warmup", int, "", "With --method: epochs until that share is dropped.", 10),
-    Option("--epochs", int, "train.optim.epochs", "Passes over the data (default 30)."),
+    Option("--epochs", int, "", "Passes over the data, with --partitions of each network over its part (default 30)."),
     Option(
         "--partitions",
         int,

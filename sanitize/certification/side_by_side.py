@@ -14,6 +14,7 @@ from sanitize.loop import Objective, OptimConfig, Step, TrainBatch, train
 from sanitize.models.config import ModelConfig
 from sanitize.models.stacked import Stacked
 from sanitize.progress import track
+from sanitize.snapshots import training
 
 _NO_LABEL = -100  # ignored by cross_entropy
 _INITIALISING = Lock()  # groups may be trained in threads, and layers draw weights from a global generator
@@ -42,7 +43,7 @@ def fit_networks(
     """
     networks = stacked_networks(model_config, numbers, compute)
     data = PartitionBatches(samples, numbers, optim.batch_size, steps_per_epoch, compute)
-    with track(f"train {len(numbers)} partitions", optim.epochs * data.samples_per_epoch) as advance:
+    with track(f"train {len(numbers)} partitions", optim.epochs * data.samples_per_epoch) as advance, training(None):
         history = train(
             networks,
             data.epoch,

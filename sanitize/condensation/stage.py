@@ -28,6 +28,7 @@ from sanitize.loop import predict
 from sanitize.measure import count_correct
 from sanitize.models.config import ModelConfig
 from sanitize.progress import track
+from sanitize.snapshots import training
 from sanitize.stage import Work, stage
 
 SHARD = "shards/condensed-0000.tar"  # its own folder: Hugging Face `datasets` reads .json files beside shards as data
@@ -42,7 +43,8 @@ class CondenseConfig(BaseModel):
         pool_bytes: bytes of uint8 pixels of real images, held on the device; a larger data set is sampled, with the
             same share for each class.
         evaluate: training of networks on the condensed set, if there is a test set.
-        snapshot_every: iterations between two snapshots; a killed run resumes from the last one.
+        snapshot_every: iterations between two snapshots; a killed run resumes from the last one, and without one the
+            optimisation begins again. Snapshots are kept on a disk, not in an object store.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -110,7 +112,7 @@ def condense_dataset(
     def write(part: Part) -> None:
         pool, *held_out = fill_pool(dataset, config.pool_bytes, compute).hold_out(config.evaluate.held_out)
         snapshots = snapshots_of(out, config.snapshot_every)
-        with track("condense", config.matching.iterations, "iterations") as advance:
+        with track("condense", config.matching.iterations, "iterations") as advance, training(snapshots):
             condensed = condense(
                 config.matching,
                 pool,

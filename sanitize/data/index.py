@@ -44,6 +44,7 @@ from sanitize.tar.names import printable
 
 _MAX_NAMED = 10  # shards in a message
 _NO_LABELS = "none"
+_STOPPED = re.compile(r" at byte \d+$")  # end of the `damage` of a ShardReader that stopped
 _LARGE_LABEL = re.compile(r"label (\d+) is not in ")
 
 
@@ -397,6 +398,25 @@ def lost_samples(summaries: Mapping[str, Mapping[str, Any]]) -> int:
         for shard, summary in summaries.items()
         if shard not in bad
     )
+
+
+def stopped_early(summary: Mapping[str, Any]) -> bool:
+    """True where a shard was not read to its end; otherwise `damage` is an oddity that cost no sample.
+
+    Args:
+        summary: summary of the shard, from `index_shard` or `dataset.json`.
+    """
+    return _STOPPED.search(summary["damage"] or "") is not None
+
+
+def is_loss_unknown(summary: Mapping[str, Any]) -> bool:
+    """True where a shard lost samples and the file does not tell how many: it is cut off, or compressed.
+
+    Args:
+        summary: as for `stopped_early`.
+    """
+    is_cut = str(summary["damage"]).startswith(("truncated in ", "compressed stream is cut"))
+    return stopped_early(summary) and (is_cut or lost_samples({"": summary}) == 0)
 
 
 def _refuse_if_bad(config: IndexConfig, n_ok: int, found: Reasons, summaries: Mapping[str, Mapping[str, Any]]) -> None:

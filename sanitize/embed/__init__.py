@@ -14,7 +14,7 @@ from pydantic import Discriminator, Tag
 from sanitize.embed.canary import CanaryConfig, plant_canaries
 from sanitize.embed.embedder import EmbedderConfig, train_embedder
 from sanitize.embed.simclr import SimCLRConfig, pretrain_simclr
-from sanitize.embed.stage import EmbedConfig, embed_canaries, embed_shards
+from sanitize.embed.stage import EMBEDDINGS, EmbedConfig, embed_canaries, embed_shards
 from sanitize.embed.table import TableConfig, import_table
 
 
@@ -27,6 +27,7 @@ AnyEmbedderConfig = Annotated[
 ]
 
 __all__ = [
+    "EMBEDDINGS",
     "AnyEmbedderConfig",
     "CanaryConfig",
     "EmbedConfig",

@@ -33,7 +33,7 @@ from sanitize.models.checkpoint import Checkpoint, write_checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.models.taps import find_taps
 from sanitize.progress import track
-from sanitize.snapshots import Snapshots
+from sanitize.snapshots import Snapshots, training
 from sanitize.stage import Work, stage
 
 
@@ -48,7 +48,8 @@ class SimCLRConfig(FitConfig):
         temperature: t; at lower values, the most similar other images count more.
         projection: widths of the hidden layer of the projection and of z.
         optim: optimizer, schedule, epochs. The other images of a batch are the negatives.
-        snapshot_every: steps between two snapshots; a killed run resumes from the last one.
+        snapshot_every: steps between two snapshots; a killed run resumes from the last one, and without one the
+            training begins again. Snapshots are kept on a disk, not in an object store.
     """
 
     kind: Literal["simclr"] = "simclr"
@@ -183,7 +184,7 @@ def _train(
         x_BCHW = model_config.normalise(images_BCHW)
         return torch.cat([config.views(x_BCHW, generator), config.views(x_BCHW, generator)])
 
-    with track("pre-train", config.optim.epochs * n_samples) as advance:
+    with track("pre-train", config.optim.epochs * n_samples) as advance, training(snapshots):
         return train(
             model,
             epoch,

@@ -19,6 +19,8 @@ from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.taps import Tapped, find_taps
 from sanitize.stage import Advance, Bars, Work, stage
 
+EMBEDDINGS = ("penultimate", "pooled", "early", "pixels", "gradients")  # not every network has `pooled` and `early`
+
 
 class EmbedConfig(BaseModel):
     """Settings of the embeddings.

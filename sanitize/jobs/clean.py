@@ -15,6 +15,7 @@ from sanitize.data.index import IndexConfig, bad_shards, index_shards
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.tables import Embeddings, Hygiene, Scores, Selection
 from sanitize.embed import (
+    EMBEDDINGS,
     AnyEmbedderConfig,
     EmbedConfig,
     EmbedderConfig,
@@ -34,6 +35,7 @@ from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import Report, ReportConfig, finding_of, write_report
 from sanitize.score import ScorerConfig, ToxicDirectionConfig, fit_scorer, score_shards
 from sanitize.select import (
+    Rule,
     SelectConfig,
     Shards,
     WriteConfig,
@@ -88,16 +90,30 @@ class CleanConfig(RunConfig):
                 f"index.label=null reads no labels, and embedder {self.embedder.kind!r} needs them: set "
                 "embedder.kind=simclr, and scorers such as [{kind: rca}]"
             )
+        for scorer in self.scorers:
+            if scorer.embedding not in EMBEDDINGS:
+                there = ", ".join(EMBEDDINGS)
+                raise ConfigError(f"scorers: {scorer.kind} reads embedding {scorer.embedding!r}; there are {there}")
         kinds = [scorer.kind for scorer in self.scorers]
         if len(set(kinds)) < len(kinds):
             raise ConfigError(f"scorers: two are of one kind ({', '.join(kinds)}); run the second on the clean shards")
-        for kind, rule in self.select.rules_of({scorer.kind: scorer.rule for scorer in self.scorers}).items():
+        for kind, rule in self.rules.items():
+            if rule.scorers and kind not in rule.scorers:
+                raise ConfigError(
+                    f"rule {rule.kind!r} judges the scores of {' and '.join(rule.scorers)} alone, not of {kind}; set "
+                    f"select.rules: {{{kind}: {{kind: fdr}}}}, or conformal, or contamination"
+                )
             if rule.needs_trusted and not self.trusted:
                 raise ConfigError(
                     f"rule {rule.kind!r} of {kind} compares with trusted samples: name their shards under `trusted:`, "
                     "or take rule 'fdr'"
                 )
         return self
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """The rule of each scorer, by its kind."""
+        return self.select.rules_of({scorer.kind: scorer.rule for scorer in self.scorers})
 
 
 class Cleaned(NamedTuple):
@@ -205,6 +221,8 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     names, trusted = list(found), trusted_shards(config.trusted, found)
     index = with_facts(config.index, config.hygiene is not None).named(found.values())
     dataset = run.sharded("00-index", index_shards, names, index, fingerprint_shards(found))
+    for rule in config.rules.values():
+        rule.check_trusted(_n_usable(dataset, trusted))  # before anything is trained
     hygiene, unclean = None, {}
     if config.hygiene is not None:
         hygiene = run.stage(HYGIENE, check_hygiene, config.hygiene, dataset)
@@ -223,6 +241,11 @@ def clean_inside(config: CleanConfig, run: Run) -> Cleaned:
     cleaned = Cleaned(dataset, hygiene, embedder, scores, selection, shards, report)
     run.finish(config, summary(cleaned))
     return cleaned
+
+
+def _n_usable(dataset: Dataset, shards: Sequence[str]) -> int:
+    counts = [dataset.info["shards"][shard]["counts"] for shard in shards]
+    return sum(of_shard["samples"] - of_shard["unreadable"] for of_shard in counts)
 
 
 def _plant(config: AnyEmbedderConfig, dataset: Dataset, run: Run) -> dict[str, Canaries]:

@@ -28,7 +28,7 @@ from sanitize.errors import ArtifactError, SanitizeError, StorageError
 from sanitize.jobs.clean import scores_folder
 from sanitize.jobs.job import ShardsConfig, job
 from sanitize.jobs.landed import as_utf8, list_shards
-from sanitize.jobs.reference import BATCH_STATISTICS, Reference, clean_shards, load_reference
+from sanitize.jobs.reference import BATCH_STATISTICS, Reference, clean_shards, load_reference, refuse_outdated
 from sanitize.jobs.run import Run
 from sanitize.jobs.store import (
     FEED,
@@ -39,7 +39,7 @@ from sanitize.jobs.store import (
     refused_summary,
     write_feed,
 )
-from sanitize.jobs.unfit import is_storage, look_again, unfit_shards
+from sanitize.jobs.unfit import is_storage, look_again, losses, unfit_shards
 from sanitize.lease import check_held
 from sanitize.ledger import IngestBatch, Ledger, State
 from sanitize.report import ReportConfig, write_drift_report, write_report
@@ -57,7 +57,9 @@ class BatchConfig(BaseModel):
 
     Attributes:
         max_bad_fraction: share of unreadable samples in [0, 1] above which a shard is refused; None takes
-            `index.max_bad_fraction` of the approved run.
+            `index.max_bad_fraction` of the approved run. Samples behind damage count, as far as their number is known.
+        max_bad_shards: number of shards in a batch that may have lost an unknown number of samples, such as shards that
+            are cut off; if there are more, all are refused. None takes `index.max_bad_shards` of the approved run.
         drift: limits above which a batch is held.
         write, report: sections of the stages.
     """
@@ -65,6 +67,7 @@ class BatchConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_bad_fraction: float | None = Field(default=None, ge=0, le=1)
+    max_bad_shards: int | None = Field(default=None, ge=0)
     drift: DriftConfig = DriftConfig()
     write: WriteConfig = WriteConfig()
     report: ReportConfig = ReportConfig(title="New training data")
@@ -99,7 +102,8 @@ def ingest(config: IngestConfig, run: Run) -> dict[str, Any]:
     store = run.out
     refuse_inside(config.shards, store)
     ledger = Ledger(store)
-    load_reference(store, ledger.read().reference, config.allow_factory)  # raises before any shard is claimed
+    newest = load_reference(store, ledger.read().reference, config.allow_factory)  # raises before any shard is claimed
+    refuse_outdated(newest, store)
     work = _Work(config, run, ledger, [], [])
     for begun in ledger.read().unfinished:
         work.finish(begun)
@@ -256,9 +260,8 @@ def _outcome(batch: IngestBatch, state: State, folder: str, config: IngestConfig
 
 def index_config(reference: Reference, settings: BatchConfig) -> IndexConfig:
     """Index settings of a batch."""
-    limit = settings.max_bad_fraction
-    index = reference.config.index
-    return index if limit is None else index.model_copy(update={"max_bad_fraction": limit})
+    limits = {"max_bad_fraction": settings.max_bad_fraction, "max_bad_shards": settings.max_bad_shards}
+    return reference.config.index.model_copy(update={name: one for name, one in limits.items() if one is not None})
 
 
 def _message(error: Exception) -> str:
@@ -304,7 +307,7 @@ def _run_batch(
         batch=name,
         status=STATUSES[drift.info["verdict"]],
         verdict=drift.info["verdict"],
-        reasons=tuple(drift.info["reasons"]),
+        reasons=(*drift.info["reasons"], *losses(dataset, batch.claim)),
         samples={status: counts.get(status, 0) for status in ("samples", "kept", "quarantined", "unreadable")},
         digests={stage["folder"]: stage["digest"] for stage in run.stages},
         clean=clean_shards(shards, name, join("batches", name, SHARDS)),

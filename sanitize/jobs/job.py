@@ -26,7 +26,7 @@ from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig
 from sanitize.distributed import rank0_first, world
 from sanitize.jobs.result import JobResult
-from sanitize.jobs.run import Run, claimed
+from sanitize.jobs.run import CONFIGS, Run, claimed
 from sanitize.jobs.runner import RunnerConfig, Threads
 from sanitize.progress import shown
 from sanitize.settings import ConfigSource, Sources, config_from, merged
@@ -229,6 +229,7 @@ def job(
             raise TypeError(f"there is a job {name}, or one of {config.__name__}, already")
         call = _callable(function, config, result, section)
         reads = issubclass(base, ShardsConfig)
+        CONFIGS[name] = config
         declared = JOBS[name] = Job(function, config, settings_of, reads, claims, has_flow, is_temporary, call, result)
         call.__doc__, call.__signature__ = _doc(declared), _signature(declared)  # type: ignore[attr-defined]
         return call
@@ -338,7 +339,7 @@ def _doc(job: Job) -> str:
     common |= {
         "out": f"path or URL of the {result.place}; {'None takes a temporary one' if job.is_temporary else again}.",
         "config": f"{kind.__name__} object, dict, or path or URL of a YAML file; the other arguments have precedence.",
-        "progress": "True shows progress bars on stderr.",
+        "progress": "True shows progress on stderr.",
     }
     entries = "\n".join(f"    {names}: {text}" for names, text in (common | settings).items())
     place = f"{kind.__module__}.{kind.__name__}"

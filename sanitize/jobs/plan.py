@@ -38,13 +38,14 @@ class PlanConfig(CleanConfig):
         n_samples: size of the larger sample; the smaller one has a quarter of it.
         n_shards: number of shards to sample; the first samples of each are taken.
         task_minutes: intended duration of a task: much longer than its start, short enough to repeat after a failure.
-        scale_to: number of samples in the hypothetical data set.
+        scale_to: number of samples of a larger data set of such shards, for which the costs are calculated too; None
+            leaves it out.
     """
 
     n_samples: int = Field(default=600, ge=40)
     n_shards: int = Field(default=4, ge=1)
     task_minutes: float = Field(default=10, gt=0)
-    scale_to: int = Field(default=10**9, gt=0)
+    scale_to: int | None = Field(default=None, gt=0)
 
 
 class Cost(NamedTuple):
@@ -110,8 +111,9 @@ def plan(config: PlanConfig, run: Run) -> dict[str, Any]:
     """Measure a cleaning run on a sample of the shards, and scale the costs to all of them.
 
     Returns:
-        `data`: shards, bytes and samples; `stages`: one row each; `n_groups`: recommended; `memory`; `scaled`: the same
-        for `scale_to` samples in shards of the same size.
+        `data`: shards, bytes and samples; `stages`: one row each; `n_groups`: recommended for tasks of `task_minutes`;
+        `task_seconds`: time of the longest; `memory`; `scaled`: the same for `scale_to` samples in shards of the same
+        size, or None.
 
     Raises:
         DataError: the shards hold no sample.
@@ -130,15 +132,19 @@ def plan(config: PlanConfig, run: Run) -> dict[str, Any]:
     costs = _costs(small, large, n_large - n_small, n_large, config)
     n_bytes = sum(int(shard["size"]) for shard in fingerprint_shards(found).values())
     n = round(n_bytes / stored)
-    scaled = math.ceil(len(found) * config.scale_to / n)
+    scaled = None
+    if config.scale_to is not None:
+        n_shards = math.ceil(len(found) * config.scale_to / n)
+        scaled = {"samples": config.scale_to, "shards": n_shards}
+        scaled |= _scaled(costs, config.scale_to, n_shards, config, large)
     return {
         "data": {"shards": len(found), "bytes": n_bytes, "samples": n, "bytes_each": stored},
         "measured_on": n_large,
         "bytes_counted": large.stages[0]["read"] is not None,
         "compute": config.compute.describe(),
+        "task_minutes": config.task_minutes,
         **_scaled(costs, n, len(found), config, large),
-        "scaled": {"samples": config.scale_to, "shards": scaled}
-        | _scaled(costs, config.scale_to, scaled, config, large),
+        "scaled": scaled,
     }
 
 
@@ -240,6 +246,7 @@ def _scaled(costs: Sequence[Cost], n: int, n_shards: int, config: PlanConfig, ru
     total = sum(cost.seconds(n) for cost in costs)
     return {
         "n_groups": n_groups,
+        "task_seconds": slowest / n_groups,
         "seconds": total,
         "stages": rows,
         "memory": _memory(n, n_shards, config, run),

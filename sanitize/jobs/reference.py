@@ -15,7 +15,7 @@ from sanitize.data.tables import Embeddings, Scores
 from sanitize.drift import Projection, Statistics, StatisticsConfig, fit_projection, summarise_shards
 from sanitize.drift.statistics import CALIBRATE
 from sanitize.embed import EmbedConfig
-from sanitize.errors import ArtifactError, ConfigError
+from sanitize.errors import ArtifactError, ConfigError, RequestError
 from sanitize.jobs.clean import CleanConfig, latest, scores_folder
 from sanitize.jobs.job import DecisionConfig, job
 from sanitize.jobs.run import Run, read_config, save_config
@@ -100,6 +100,29 @@ def load_reference(store: str, entry: ReferenceEntry, trust_code: bool = False) 
     )
 
 
+def outdated(reference: Reference) -> str:
+    """Reason why this version of sanitize cannot judge new shards by a reference of an older one; "" if it can."""
+    for config, fitted in zip(reference.config.scorers, reference.fitted, strict=True):
+        if fitted.info["config"] != config.model_dump(mode="json"):
+            return f"the settings of scorer {config.kind} have changed since"
+    try:
+        reference.config.judge.select.rules_of(
+            {one.info["config"]["kind"]: one.info.get("rule") for one in reference.fitted}
+        )
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def refuse_outdated(reference: Reference, store: str) -> None:
+    """Raise RequestError where a reference was made by an older version of sanitize and has to be fitted again."""
+    if why := outdated(reference):
+        raise RequestError(
+            f"reference v{reference.version:04d} was made by an older version of sanitize: `sanitize refit --store "
+            f"{store}` fits its scorers again, from what the store holds. The reason: {why}"
+        )
+
+
 def _read_config(url: str, sha256: str) -> ReferenceConfig:
     """The settings of a version; ledgers of older versions have no sha256 of the file."""
     try:
@@ -136,7 +159,8 @@ def reference(config: ReferenceRunConfig, run: Run) -> dict[str, Any]:
         `reference`: the version; `folder`; number of `shards`; `samples` seen, and stored for each half; `level`.
 
     Raises:
-        ConfigError: the store has a reference, or the run cannot be one.
+        ConfigError: the run cannot be a reference.
+        RequestError: the store has a reference.
     """
     approved, dataset = read_config(config.run, CleanConfig), Dataset.load(join(config.run, "00-index"))
     kept = ReferenceConfig.of_run(approved, dataset, config.statistics, config.level)
@@ -215,7 +239,7 @@ def _name(version: int) -> str:
 
 def _refuse_second(state: State) -> None:
     if state.references:
-        raise ConfigError(
+        raise RequestError(
             f"the store has reference v{state.reference.version:04d}; `sanitize refit` makes the next one, and another "
             "run is the beginning of another store"
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from sanitize.artifacts import copy
 from sanitize.drift import Statistics, merge_statistics
-from sanitize.errors import ArtifactError, ConfigError
+from sanitize.errors import ArtifactError, RequestError
 from sanitize.jobs.job import DecisionConfig, job
 from sanitize.jobs.reference import (
     BATCH_STATISTICS,
@@ -18,6 +18,7 @@ from sanitize.jobs.reference import (
     fit_scorers,
     load_reference,
     n_samples,
+    outdated,
 )
 from sanitize.jobs.run import Run
 from sanitize.jobs.store import IngestStore, approval
@@ -38,15 +39,16 @@ def refit(config: RefitConfig, run: Run) -> dict[str, Any]:
         `reference`: the version; `folder`; the `merged` batches; `samples` seen, and stored for each half; `level`.
 
     Raises:
-        ConfigError: there is no reference, or no batch was released since.
+        RequestError: there is no reference, or there is nothing to do: no batch was released since, and this version of
+            sanitize can use the reference as it is.
     """
     ledger = Ledger(run.out)
     with exclusive(join(run.out, "reference")):
         state = ledger.read()
         last = load_reference(run.out, state.reference)
         batches = unmerged(state)
-        if not batches:
-            raise ConfigError(f"no batch was released since reference v{last.version:04d}: nothing to merge")
+        if not batches and not outdated(last):
+            raise RequestError(f"no batch was released since reference v{last.version:04d}: nothing to merge")
         inside = begin(last.version + 1, config.compute_after(last.config.compute), run)
         copy(last.embedder, join(inside.out, EMBEDDER))
         copy(last.projection, join(inside.out, PROJECTION))

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Hygiene, Scores
+from sanitize.errors import ArtifactError
 from sanitize.jobs.clean import CleanConfig, CleanRun, latest, scores_folder
 from sanitize.jobs.job import DecisionConfig, job
 from sanitize.jobs.result import CallResult
@@ -81,9 +82,13 @@ def restore(config: RestoreRunConfig, run: Run) -> dict[str, Any]:
 
 
 def write_again(folder: str) -> str:
-    """Write the report of the latest selection; returns the path or URL of the page."""
+    """Write the report of the latest selection again; returns the path or URL of the page.
+
+    Raises:
+        ArtifactError: the folder is no finished run of `clean`; the message names the page of another run.
+    """
     with exclusive(folder):
-        config = config_of(folder)
+        config = _shown_config(folder)
         selection, number = latest(folder)
         suffix = f".r{number}" if number else ""
         hygiene = join(folder, HYGIENE)
@@ -99,6 +104,16 @@ def write_again(folder: str) -> str:
             hygiene=Hygiene.load(hygiene) if exists(hygiene) else None,
         )
     return report.url("index.html")
+
+
+def _shown_config(folder: str) -> CleanConfig:
+    try:
+        return config_of(folder)
+    except ArtifactError as error:
+        page = join(folder, "90-report", "index.html")
+        if not exists(page):
+            raise
+        raise ArtifactError(f"{error}, the only runs whose report is written again; its page is {page}") from error
 
 
 def config_of(folder: str) -> CleanConfig:

@@ -5,7 +5,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from sanitize.storage import create, exclusive, exists, join, read_bytes
 logger = logging.getLogger("sanitize.run")
 A = TypeVar("A", bound=Artifact)
 C = TypeVar("C", bound=BaseModel)
+CONFIGS: dict[str, type[BaseModel]] = {}  # name of a job -> class of its config; `job` adds them
 # Fields of run.json; the others are the summary of the run.
 RECORD = (
     "status",
@@ -183,13 +184,27 @@ def read_config(folder: str, kind: type[C]) -> C:
         ArtifactError: there is no such file, or it is the config of another job.
     """
     url = join(folder, "config.yaml")
+    content = None
     try:
-        return kind.model_validate(yaml.safe_load(read_bytes(url)))
+        content = yaml.safe_load(read_bytes(url))
+        return kind.model_validate(content)
     except OSError:
         raise ArtifactError(f"{folder} is not a finished run: it has no config.yaml") from None
     except (yaml.YAMLError, RecursionError, ValueError, SanitizeError) as error:
+        needed = next((f"`sanitize {job}`" for job, config in CONFIGS.items() if config is kind), kind.__name__)
+        if made_by := _made_by(content):
+            raise ArtifactError(f"{folder} is a run of `sanitize {made_by}`, and not of {needed}") from error
         why = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
-        raise ArtifactError(f"{url} is no {kind.__name__}: {why}") from error
+        raise ArtifactError(f"{url} is not that of a run of {needed} by this version: {why}") from error
+
+
+def _made_by(content: Any) -> str | None:
+    """Name of the job whose config has this content; None where no job has."""
+    for job, kind in CONFIGS.items():
+        with suppress(ValueError, RecursionError, SanitizeError):
+            kind.model_validate(content)
+            return job
+    return None
 
 
 def read_record(folder: str) -> dict[str, Any]:

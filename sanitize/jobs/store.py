@@ -1,5 +1,6 @@
 """State of a store (batches, refused shards, the feed) and the decisions of its users."""
 
+import difflib
 import getpass
 import json
 import time
@@ -12,7 +13,7 @@ from typing import Any, Self
 
 from sanitize.artifacts import altered
 from sanitize.entries import CommitEntry, Decision, DecisionEntry, Refused, RetryEntry
-from sanitize.errors import ArtifactError, ConfigError, StorageError
+from sanitize.errors import ArtifactError, RequestError, StorageError
 from sanitize.jobs.result import CallResult
 from sanitize.ledger import IngestBatch, Ledger, State
 from sanitize.storage import create, exclusive, exists, is_local, join, read_bytes
@@ -123,12 +124,23 @@ def batch_summary(
 
 
 def list_batches(store: str, status: str | None = None) -> list[dict[str, Any]]:
-    """All batches in the ledger, the oldest first."""
-    found = []
-    for batch in Ledger(store).read().batches.values():
-        decision = None if batch.decision is None else batch.decision.model_dump(exclude={"kind", "batch"})
-        found.append(batch_summary(store, batch, batch.commit) | {"decision": decision, "released": batch.is_released})
-    return [row for row in found if status in (None, row["status"])]
+    """Batches in the ledger, the oldest first.
+
+    Args:
+        store: folder or URL.
+        status: only batches of this status, which is the last `decision` of a person; without one, the `outcome`.
+    """
+    return [
+        batch_summary(store, batch, batch.commit)
+        | {
+            "status": batch.status,
+            "outcome": batch.outcome,
+            "decision": None if batch.decision is None else batch.decision.model_dump(exclude={"kind", "batch"}),
+            "released": batch.is_released,
+        }
+        for batch in Ledger(store).read().batches.values()
+        if status in (None, batch.status)
+    ]
 
 
 def list_refused(store: str) -> list[dict[str, Any]]:
@@ -149,7 +161,8 @@ def refused_summary(shard: Refused) -> dict[str, Any]:
 def decide(store: str, name: str, decision: Decision, by: str = "", note: str = "") -> dict[str, Any]:
     """Record a user's decision on a batch in the ledger, and write the feed again.
 
-    A claimed batch that no process works on is given up first: it counts as failed.
+    A claimed batch that no process works on is given up first: it counts as failed. A decision that stands already is
+    not recorded again.
 
     Args:
         store: folder or URL.
@@ -159,54 +172,78 @@ def decide(store: str, name: str, decision: Decision, by: str = "", note: str = 
         by: name of the user; empty takes the login name.
         note: reason.
 
+    Returns:
+        `batch`, its `status` and whether it is `released`; for refused shards `shards`, `sha256`; the `decision` with
+        `by`, `at` and `note`; `already`: True where the decision was made before, and nothing was recorded.
+
     Raises:
-        ConfigError: there is no such batch, or the decision does not fit its status.
+        RequestError: there is no such batch, or the decision does not fit its status.
         ArtifactError: another process works on the batch.
     """
     ledger = Ledger(store)
     state = ledger.read()
-    if decision == "retried" and not _begins_batch(state, name) and (refused := state.find_refused(name)):
-        if len({shard.sha256 for shard in refused}) > 1:
-            raise ConfigError(f"{len(refused)} refused shards have that name; give the beginning of the sha256 of one")
-        return _retry_refused(ledger, refused, by, note)
-    if decision == "retried" and (commit := state.find(name).commit) is not None and commit.status == "split":
-        return _retry_refused(ledger, [s for s in commit.refused if (s.url, s.sha256) in state.refused], by, note)
-    if state.find(name).status == "claimed" and decision != "approved":
+    if decision == "retried" and (shards := _refused_by(state, name)) is not None:
+        return _retry_refused(ledger, *shards, by, note)
+    if state.find(name).outcome == "claimed" and decision != "approved":
         _give_up(store, state.find(name), ledger, approval(by, note))
 
-    def entry(state: State) -> DecisionEntry:
+    def entry(state: State) -> DecisionEntry | None:
         batch = state.find(name)
+        if batch.status == decision:
+            return None
         if decision not in batch.may_be:
-            raise ConfigError(_cannot_be(batch, decision))
+            raise RequestError(_cannot_be(batch, decision))
         merged_in = [v for v, reference in state.references.items() if batch.claim.batch in reference.merged]
         if decision == "rejected" and merged_in:
-            raise ConfigError(f"reference v{merged_in[0]:04d} has learned from it; begin another store")
+            raise RequestError(f"reference v{merged_in[0]:04d} has learned from it; begin another store")
         return DecisionEntry(batch=batch.claim.batch, decision=decision, **approval(by, note))
 
     added, state = ledger.append(entry)
     write_feed(store, ledger)
-    assert isinstance(added, DecisionEntry)
-    batch = state.batches[added.batch]
+    batch = state.find(name)
+    assert batch.decision is not None
     return {
-        "batch": added.batch,
+        "batch": batch.claim.batch,
         "status": batch.status,
         "released": batch.is_released,
-        **added.model_dump(include={"decision", "by", "at", "note"}),
+        **batch.decision.model_dump(include={"decision", "by", "at", "note"}),
+        "already": added is None,
     }
 
 
-def _begins_batch(state: State, name: str) -> bool:
-    return any(batch.startswith(name) for batch in state.batches)
+Retried = list[tuple[str, RetryEntry]]  # URLs of shards, with the decision
+
+
+def _refused_by(state: State, name: str) -> tuple[list[Refused], Retried] | None:
+    """Shards that are to be retried, and those that were; None where a batch is called so that was not split."""
+    if not any(batch.startswith(name) for batch in state.batches):
+        refused, retried = state.find_refused(name), state.find_retried(name)
+        if len({shard.sha256 for shard in refused}) > 1:
+            raise RequestError(f"{len(refused)} refused shards have that name; give the beginning of the sha256 of one")
+        if not refused and not retried:
+            names = {shard.url.rpartition("/")[2] for shard in state.refused.values()}
+            near = difflib.get_close_matches(name, names)
+            hint = f"there are {', '.join(near)}" if near else "`sanitize batches` lists all"
+            raise RequestError(f"no batch begins with {name!r}, and no refused shard is called so; {hint}")
+        return refused, retried
+    commit = state.find(name).commit
+    if commit is None or commit.status != "split":
+        return None
+    keys = [(shard.url, shard.sha256) for shard in commit.refused]
+    return (
+        [state.refused[key] for key in keys if key in state.refused],
+        [(key[0], state.retried[key]) for key in keys if key in state.retried],
+    )
 
 
 def _cannot_be(batch: IngestBatch, decision: Decision) -> str:
     name = f"batch {batch.claim.batch}"
-    if batch.status == "split":
+    if batch.outcome == "split":
         return f"{name} was split: its shards are refused (`sanitize batches` names them) or in other batches"
     if batch.decision is not None and batch.decision.decision == "retried":
         return f"{name} was retried; its shards are in other batches by now"
     allowed = {"approved": "held or accepted", "rejected": "held, accepted, failed or claimed"}
-    return f"{name} is {batch.status}; only {allowed.get(decision, 'failed or claimed')} is {decision}"
+    return f"{name} is {batch.status}; only a {allowed.get(decision, 'failed or claimed')} batch can be {decision}"
 
 
 def _give_up(store: str, batch: IngestBatch, ledger: Ledger, by: dict[str, str]) -> None:
@@ -221,12 +258,15 @@ def _give_up(store: str, batch: IngestBatch, ledger: Ledger, by: dict[str, str])
         ledger.append(lambda state: None if state.batches[name].commit else made)
 
 
-def _retry_refused(ledger: Ledger, refused: Sequence[Refused], by: str, note: str) -> dict[str, Any]:
+def _retry_refused(ledger: Ledger, refused: Sequence[Refused], retried: Retried, by: str, note: str) -> dict[str, Any]:
     by_bytes = [shard for shard in refused if shard.sha256]
+    if not by_bytes and retried:
+        last = retried[-1][1]
+        return _retry_summary([url for url, entry in retried if entry == last], last, already=True)
     if not by_bytes:
-        which = f"{refused[0].url} needs" if len(refused) == 1 else f"{len(refused)} refused shards need"
-        raise ConfigError(
-            f"{which} no retry: every ingest looks again at shards refused for another reason than their bytes"
+        which = refused[0].url if len(refused) == 1 else f"{len(refused)} refused shards"
+        raise RequestError(
+            f"nothing to retry for {which}: the reason for the refusal is not in the bytes, so every ingest tries again"
         )
     made = RetryEntry(shards=tuple(sorted({shard.sha256 for shard in by_bytes})), **approval(by, note))
 
@@ -235,12 +275,17 @@ def _retry_refused(ledger: Ledger, refused: Sequence[Refused], by: str, note: st
         return made if still else None  # another process was faster
 
     ledger.append(entry)
+    return _retry_summary([shard.url for shard in by_bytes], made, already=False)
+
+
+def _retry_summary(shards: list[str], entry: RetryEntry, already: bool) -> dict[str, Any]:
     return {
-        "shards": [shard.url for shard in by_bytes],
-        "sha256": list(made.shards),
+        "shards": shards,
+        "sha256": list(entry.shards),
         "decision": "retried",
         "released": False,
-        **made.model_dump(include={"by", "at", "note"}),
+        **entry.model_dump(include={"by", "at", "note"}),
+        "already": already,
     }
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from sanitize.artifacts import MANIFEST
 from sanitize.data.dataset import Dataset
-from sanitize.data.index import IndexConfig, index_shard
+from sanitize.data.index import IndexConfig, index_shard, is_loss_unknown, lost_samples, stopped_early
 from sanitize.data.reasons import gathered
 from sanitize.entries import ClaimEntry, Offered, Refused
 from sanitize.errors import DataError, ShardError, StorageError
@@ -42,14 +42,15 @@ def _is_of_prefect(error: BaseException | None) -> bool:
 
 
 def unfit_shards(dataset: Dataset, claim: ClaimEntry, config: IndexConfig) -> list[Refused]:
-    """Shards of an indexed batch that have changed, or have too many unreadable samples."""
+    """Shards of an indexed batch that have changed, have too many unreadable samples, or are cut off."""
     found = []
+    n_cut = sum(map(is_loss_unknown, dataset.info["shards"].values()))
     for shard in claim.shards:
         summary, source = dataset.info["shards"][shard.name], dataset.manifest().sources[shard.name]
         mark = source["size"], str(source["modified"])
         if _has_changed(shard, summary["sha256"], mark):
             found.append(_changed(shard))
-        elif _is_bad(summary, config):
+        elif _is_bad(summary, config, n_cut):
             found.append(_refused(shard, _why_bad(dataset.rows(shard.name, ["reason"]), summary, config)))
     return found
 
@@ -104,19 +105,43 @@ def _has_changed(shard: Offered, sha256: str | None, mark: tuple[Any, Any]) -> b
     return mark != (shard.size, shard.modified) if sha256 is None else sha256 != shard.sha256
 
 
-def _is_bad(summary: dict[str, Any], config: IndexConfig) -> bool:
-    n, n_bad = summary["counts"]["samples"], summary["counts"]["unreadable"]
-    return bool(n_bad == n or n_bad > config.max_bad_fraction * n)
+def _is_bad(summary: dict[str, Any], config: IndexConfig, n_cut: int = 1) -> bool:
+    """True for a shard that no batch can take; `n_cut` shards of its batch lost an unknown number of samples."""
+    n, n_bad, _ = _counts(summary)
+    is_cut = is_loss_unknown(summary) and n_cut > config.max_bad_shards
+    return bool(n_bad == n or n_bad > config.max_bad_fraction * n or is_cut)
+
+
+def _counts(summary: dict[str, Any]) -> tuple[int, int, int]:
+    """Number of samples, of unreadable ones, and of those behind damage, which are in both numbers."""
+    n, n_bad, n_lost = summary["counts"]["samples"], summary["counts"]["unreadable"], lost_samples({"": summary})
+    return n + n_lost, n_bad + n_lost, n_lost
 
 
 def _why_bad(table: pa.Table, summary: dict[str, Any], config: IndexConfig) -> str:
-    n, n_bad = summary["counts"]["samples"], summary["counts"]["unreadable"]
+    n, n_bad, n_lost = _counts(summary)
     damage = f"; the archive is damaged: {summary['damage']}" if summary["damage"] else ""
     if n == 0:
         return f"it has no samples{damage}"
-    why = gathered(reason for reason in table["reason"].to_pylist() if reason).most()
+    if n_bad < n and n_bad <= config.max_bad_fraction * n:
+        return (
+            f"it lost an unknown number of samples behind the {n} that are there ({summary['damage']}), and not "
+            f"more than max_bad_shards={config.max_bad_shards} such shards may be in a batch. Let the whole shard land"
+        )
+    lost = [f"about {n_lost} x behind the damage"] if n_lost else []
+    why = "; ".join([gathered(reason for reason in table["reason"].to_pylist() if reason).most(), *lost])
     limit = f"more than max_bad_fraction={config.max_bad_fraction}" if n_bad < n else "all there are"
     return f"{n_bad} of {n} samples are unreadable, {limit}: {why}{damage}"
+
+
+def losses(dataset: Dataset, claim: ClaimEntry) -> list[str]:
+    """A sentence for each shard of a batch of which a part could not be read."""
+    summaries = [(shard.url, dataset.info["shards"][shard.name]) for shard in claim.shards]
+    return [
+        as_utf8(f"{url} is damaged, and what is behind the damage is lost: {summary['damage']}")
+        for url, summary in summaries
+        if stopped_early(summary)
+    ]
 
 
 def _changed(shard: Offered) -> Refused:

@@ -1,5 +1,6 @@
 """Put samples back: a new Selection in which the named keys are kept, with the decision as a reason."""
 
+import difflib
 from collections import Counter
 
 import pyarrow as pa
@@ -66,13 +67,17 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
 
 
 def _check(selection: Selection, wanted: set[str]) -> None:
-    quarantined: Counter[str] = Counter()
+    places: dict[str, list[str]] = {}  # key, or SHARD:KEY -> SHARD:KEY of each such sample in quarantine
     for shard in selection.shards:
-        rows = selection.rows(shard, ["key", "status"]).to_pylist()
-        keys = [row["key"] for row in rows if row["status"] == "quarantined"]
-        quarantined.update([*keys, *(f"{shard}:{key}" for key in keys)])
+        for row in selection.rows(shard, ["key", "status"]).to_pylist():
+            if row["status"] == "quarantined":
+                for name in (row["key"], place := f"{shard}:{row['key']}"):
+                    places.setdefault(name, []).append(place)
     for key in sorted(wanted):
-        if not quarantined[key]:
-            raise DataError(f"key {key!r} is not in quarantine; see the keys in {selection.path} or in the report")
-        if quarantined[key] > 1:
-            raise DataError(f"key {key!r} is in quarantine {quarantined[key]} times; write SHARD:{key}")
+        if key not in places:
+            near = difflib.get_close_matches(key, places, n=3) or sorted(places)[:3]
+            hint = f"keys there are {', '.join(near)} and others" if near else "quarantine is empty"
+            raise DataError(f"key {key!r} is not in quarantine; {hint}: see the report")
+        if len(found := places[key]) > 1:
+            which = " or ".join(found[:3]) + (" or others" if len(found) > 3 else "")
+            raise DataError(f"key {key!r} is in quarantine {len(found)} times; write {which}")

@@ -61,18 +61,23 @@ class BaseRule(BaseModel, ABC):
     Attributes:
         gives_p_values: True where the rule gives p-values, as verdict `combined` needs.
         needs_trusted: True where the rule compares with trusted samples.
+        scorers: kinds of the scorers whose scores the rule can judge; empty for all.
         kind: name of the rule.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     gives_p_values: ClassVar[bool] = False
     needs_trusted: ClassVar[bool] = False
+    scorers: ClassVar[tuple[str, ...]] = ()
 
     kind: str
 
     @abstractmethod
     def build(self) -> RuleFunction:
         """The rule."""
+
+    def check_trusted(self, n: int) -> None:
+        """Raise ConfigError where `n` trusted samples are too few for the rule."""
 
 
 class ContaminationRule(BaseRule):
@@ -124,6 +129,8 @@ class SeparationRule(BaseRule):
         small_class: fewest samples of a class that is not small.
         log_odds: natural log of the odds above which a sample of a touched class is flagged.
     """
+
+    scorers: ClassVar[tuple[str, ...]] = ("toxic_direction",)
 
     kind: Literal["separation"] = "separation"
     floor: float = Field(default=4.5, ge=0)
@@ -242,6 +249,16 @@ class ConformalRule(_PValueRule):
         """The function `conformal` with these settings."""
         return partial(conformal, self)
 
+    def check_trusted(self, n: int) -> None:
+        """Raise ConfigError where no p-value from `n` trusted samples can reach `q`."""
+        n_needed = math.ceil(1 / self.q) - 1
+        if n < n_needed:
+            raise ConfigError(
+                f"rule 'conformal' at q = {self.q} needs at least {n_needed} trusted samples, not {n}: no "
+                "p-value is below 1 / (trusted samples + 1). Name more shards under `trusted:`; to find a few outliers "
+                "among N samples, about N trusted samples are needed"
+            )
+
 
 def conformal(
     config: ConformalRule, scores: Scores, statistics: Statistics, trusted_M: np.ndarray = NO_SCORES
@@ -251,13 +268,7 @@ def conformal(
     Raises:
         ConfigError: too few trusted samples for any p-value to reach q.
     """
-    n_needed = math.ceil(1 / config.q) - 1
-    if len(trusted_M) < n_needed:
-        raise ConfigError(
-            f"rule 'conformal' at q = {config.q} needs at least {n_needed} trusted samples, not {len(trusted_M)}: no "
-            "p-value is below 1 / (trusted samples + 1). Name more shards under `trusted:`; to find a few outliers "
-            "among N samples, about N trusted samples are needed"
-        )
+    config.check_trusted(len(trusted_M))
     ordered_M = np.sort(trusted_M)
     p_values = {y: (1 + n_at_least(ordered_M, s_N)) / (1 + len(ordered_M)) for y, s_N in scores.items()}
     p_N = np.concatenate([*p_values.values(), np.ones(0)])

@@ -101,8 +101,9 @@ def _default_rule(scorer: str, kind: str | None) -> Rule:
         return RULE.validate_python({"kind": kind})
     except ValidationError as error:
         raise ConfigError(
-            f"the scores of {scorer} name no default rule, as those of older versions of sanitize: fit the scorer "
-            f"again (a store: `sanitize refit`), or set its rule, for example select.rules: {{{scorer}: {{kind: fdr}}}}"
+            f"the scores of {scorer} name no default rule, as those of older versions of sanitize: run again with "
+            "another --out (a store: `sanitize refit`), or set the rule, for example select.rules: "
+            f"{{{scorer}: {{kind: fdr}}}}"
         ) from error
 
 

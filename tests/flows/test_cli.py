@@ -12,11 +12,17 @@ import typer.main
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from rich.table import Table
 from typer.testing import CliRunner, Result
 
+import flows.cli
 from flows.cli import app
 from flows.cli.app import Terminal
+from sanitize.errors import ArtifactError
+from sanitize.jobs.clean import CleanConfig
+from sanitize.jobs.denoise import DenoiseRunConfig
+from sanitize.jobs.run import read_config
 from sanitize.storage import exclusive
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -78,6 +84,46 @@ def test_each_command_explains_itself_and_its_options(command: str) -> None:
     assert {name for name, _ in described} == options >= {"--help"}
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_result_as_json(command: str) -> None:
+    assert "--json" in run(command, "--help").output
+
+
+def test_the_json_of_a_result_is_all_that_goes_to_stdout() -> None:
+    """Text for people goes to stderr, through the one console; `--help` is typer's."""
+    writes = re.compile(r"sys\.stdout|typer\.echo|(?<![\w.])print\(|\b(Console|Terminal)\(")
+    files = sorted(Path(flows.cli.__file__).parent.glob("*.py"))
+    found = [
+        f"{file.name}: {line.strip()}" for file in files for line in file.read_text().split("\n") if writes.search(line)
+    ]
+    assert found == [
+        "app.py: class Terminal(Console):",
+        "app.py: console = Terminal(stderr=True)",
+        r'app.py: sys.stdout.write(json.dumps(value, indent=2) + "\n")',
+    ]
+
+
+def test_report_of_a_run_of_another_job_names_the_job_and_the_page(tmp_path: Path) -> None:
+    config = DenoiseRunConfig(shards=("data",), denoise={"dims": 8})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    result = run("report", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr == f"failed: {tmp_path} is a run of `sanitize denoise`, and not of `sanitize clean`\n"
+    (tmp_path / "90-report").mkdir()
+    (tmp_path / "90-report" / "index.html").touch()
+    assert f"its page is {tmp_path}/90-report/index.html" in run("report", tmp_path).stderr
+
+
+@pytest.mark.parametrize("kind", [CleanConfig, DenoiseRunConfig])
+def test_a_config_that_no_job_has_is_said_in_one_line(tmp_path: Path, kind: type[BaseModel]) -> None:
+    for content in ("[" * 5000, "- 1", "shards: [a]\nold: 1"):
+        (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(ArtifactError, match="is not that of a run of `sanitize ") as error:
+            read_config(str(tmp_path), kind)
+        assert len(str(error.value)) < 500
+        assert "\n" not in str(error.value)
+
+
 def test_clean_prints_where_everything_is(cleaned: Path, config_file: Path) -> None:
     result = run("clean", config_file, "--out", cleaned, "--direct", "--quiet", "--json")
     summary = json.loads(result.stdout)
@@ -121,8 +167,10 @@ def test_restore_puts_a_sample_back_and_says_so(cleaned: Path) -> None:
     assert run("verify", cleaned).exit_code == 0
     assert run("restore", cleaned, "--key", key).exit_code == 1  # it is no longer in quarantine
     again = run("report", cleaned)
-    assert again.exit_code == 0
-    assert Path(again.stdout.strip()).exists()
+    assert (again.exit_code, again.stdout) == (0, "")
+    page = json.loads(run("report", cleaned, "--json").stdout)["report"]
+    assert Path(page).exists()
+    assert page in again.stderr
 
 
 def test_verify_names_the_file_that_changed(cleaned: Path) -> None:

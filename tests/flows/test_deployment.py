@@ -98,7 +98,7 @@ def test_demonstration_from_nothing_to_a_released_batch(tmp_path: Path) -> None:
     store = tmp_path / "runs" / "store"
     accepted, held = Ledger(str(store)).read().batches.values()
     assert (accepted.status, accepted.is_released) == ("accepted", True)
-    assert (held.status, held.is_released) == ("held", True)
+    assert (held.status, held.outcome, held.is_released) == ("approved", "held", True)
     assert held.commit is not None
     assert any("class 0" in reason for reason in held.commit.reasons)  # where the poison went
     for batch in (accepted, held):

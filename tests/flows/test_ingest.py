@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.start import start
-from sanitize.artifacts import verify
+from sanitize.artifacts import Part, verify
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Selection
 from sanitize.drift.statistics import CALIBRATE, FIT
-from sanitize.errors import ArtifactError, ConfigError
+from sanitize.errors import ArtifactError, ConfigError, RequestError
 from sanitize.jobs import reference, refit
 from sanitize.jobs.ingest import IngestConfig
 from sanitize.jobs.reference import load_reference
@@ -145,7 +145,7 @@ def test_a_poisoned_batch_is_held_until_a_person_decides(
     assert runner.invoke(app, ["reject", name, "--store", str(store)]).exit_code == 0
     assert {line["batch"] for line in feed_of(store)} == {""}
     (row,) = json.loads(runner.invoke(app, ["batches", "--store", str(store), "--json"]).stdout)
-    assert (row["status"], row["released"], row["decision"]["decision"]) == ("held", False, "rejected")
+    assert (row["status"], row["outcome"], row["released"]) == ("rejected", "held", False)
     assert runner.invoke(app, ["batches", "--store", str(store)]).exit_code == 0
     assert runner.invoke(app, ["approve", "none", "--store", str(store)]).exit_code == 2
 
@@ -206,6 +206,28 @@ def test_a_batch_that_another_process_took_over_is_left_to_it(
         successors[0].give_back()
     (batch,) = start(config_of(incoming), store, direct=True)["batches"]
     assert batch["status"] == "accepted"
+
+
+def test_a_reference_of_an_older_version_is_refused_before_any_claim_and_refit_makes_it_usable(
+    approved: Path, tmp_path: Path, incoming: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, write = tmp_path / "old", Part.write_json
+
+    def without_rule(part: Part, name: str, value: dict[str, Any]) -> None:
+        write(part, name, {k: v for k, v in value.items() if (name, k) != ("scorer.json", "rule")})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "write_json", without_rule)  # as before default rules were written down
+        reference(run=approved, out=store, level=LEVEL)
+    land(digits.shards()[8:9], incoming)
+    with pytest.raises(RequestError, match=f"older version of sanitize: `sanitize refit --store {store}` fits"):
+        start(config_of(incoming), str(store), direct=True)
+    assert list_batches(str(store)) == []
+    assert refit(out=store).summary["merged"] == []
+    with pytest.raises(RequestError, match="nothing to merge"):
+        refit(out=store)
+    (batch,) = start(config_of(incoming), str(store), direct=True)["batches"]
+    assert (batch["status"], batch["reference"]) == ("accepted", 2)
 
 
 def test_where_nothing_has_landed_yet_there_is_nothing_to_do(store: Path, incoming: Path) -> None:

@@ -1,10 +1,12 @@
 """No file stops the others: hostile names and shards are refused, once and by name, and every batch has an end."""
 
 import errno
+import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -129,7 +131,7 @@ def test_a_refused_shard_is_offered_again_after_retry_and_a_changed_one_of_itsel
     (incoming / "bad.tar").write_bytes(with_label(digits.shards()[12], b"99"))
     (refused,) = quick(store, incoming)["refused"]
     assert [row["shard"] for row in list_refused(str(store))] == [str(incoming / "bad.tar")]
-    with pytest.raises(ConfigError, match="batches begin with"):
+    with pytest.raises(ConfigError, match=r"no refused shard is called so; `sanitize batches` lists all"):
         decide(str(store), "other.tar", "retried")
     decided = decide(str(store), "bad.tar", "retried", "Ada", "the limits were raised")
     assert decided["sha256"] == [refused["sha256"]]
@@ -141,8 +143,8 @@ def test_a_refused_shard_is_offered_again_after_retry_and_a_changed_one_of_itsel
     assert quick(store, incoming)["new"] == 1
     last = list_batches(str(store))[1]["batch"]
     assert decide(str(store), last, "retried")["shards"] == [str(incoming / "bad.tar")]  # all that it refused
-    with pytest.raises(ConfigError, match="no retry"):
-        decide(str(store), last, "retried")
+    again = decide(str(store), last, "retried")
+    assert (again["already"], again["shards"]) == (True, [str(incoming / "bad.tar")])
 
 
 def test_the_limit_of_unreadable_samples_is_of_each_shard_and_can_be_raised(
@@ -158,6 +160,50 @@ def test_the_limit_of_unreadable_samples_is_of_each_shard_and_can_be_raised(
     result = quick(store, incoming, max_bad_fraction=0.2)
     assert result["refused"] == []
     assert result["batches"][0]["shards"] == 1
+
+
+def cut(data: bytes) -> bytes:
+    """Cut off in the payload of a sample."""
+    return data[: len(data) * 6 // 10 // 2048 * 2048 + 600]
+
+
+def holed(data: bytes) -> bytes:
+    """Noise where a header should be."""
+    at = len(data) * 3 // 10 // 2048 * 2048
+    return data[:at] + bytes(range(256)) * 2 + data[at + 512 :]
+
+
+DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "cut": ("lost.tar", cut, "lost an unknown number of samples behind the .*max_bad_shards=0"),
+    "cut gzip": ("lost.tar.gz", lambda data: gzip.compress(data)[:6000], "lost an unknown number .*stream is cut"),
+    "hole": ("lost.tar", holed, "samples are unreadable, more than max_bad_fraction=0.05: .* x behind the damage"),
+    "hole in gzip": ("lost.tar.gz", lambda data: gzip.compress(holed(data)), "lost an unknown number of samples"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_shard_that_lost_a_part_is_refused_and_the_rest_of_its_batch_goes_on(
+    store: Path, incoming: Path, digits: Any, damage: str
+) -> None:
+    name, damaged, why = DAMAGED[damage]
+    data = Path(digits.shards()[12]).read_bytes()
+    (incoming / name).write_bytes(damaged(data))
+    for i in range(8):  # so that the batch as a whole is within the limits
+        shutil.copy2(digits.shards()[8 + i if i != 4 else 17], incoming / f"whole-{i}.tar")
+    result = quick(store, incoming)
+    ((where, reason),) = [(shard["shard"], shard["reasons"][0]) for shard in result["refused"]]
+    assert Path(where).name == name
+    assert re.search(why, reason)
+    assert [(batch["status"], batch["shards"]) for batch in result["batches"]] == [("split", 9), ("failed", 8)]
+
+
+def test_a_person_can_let_a_cut_shard_in_and_its_batch_names_the_loss(store: Path, incoming: Path, digits: Any) -> None:
+    (incoming / "cut.tar").write_bytes(cut(Path(digits.shards()[12]).read_bytes()))
+    shutil.copy2(digits.shards()[8], incoming / "whole.tar")
+    (batch,) = start(config_of(incoming, max_bad_shards=1), str(store), direct=True)["batches"]
+    assert batch["status"] in ("accepted", "held")
+    assert [reason for reason in batch["reasons"] if reason.startswith(f"{incoming}/cut.tar is damaged")]
+    assert not [reason for reason in batch["reasons"] if "whole.tar" in reason]
 
 
 def test_a_shard_that_changes_or_goes_after_it_was_claimed_is_refused_and_offered_as_it_is_now(
@@ -261,7 +307,7 @@ def test_storage_that_fails_one_batch_does_not_stop_the_next_and_a_person_can_gi
     assert [b["status"] for b in list_batches(str(store))] == ["claimed", "failed"]
     decide(str(store), name, decision, "Ada", "a file is in its place")
     row = list_batches(str(store))[0]
-    assert (row["status"], row["decision"]["decision"]) == ("failed", decision)
+    assert (row["status"], row["outcome"], row["decision"]["decision"]) == (decision, "failed", decision)
     assert "given up by Ada" in row["reasons"][0]
     assert quick(store, incoming)["new"] == (1 if decision == "retried" else 0)
 
@@ -275,7 +321,7 @@ def test_a_batch_that_another_process_is_at_work_on_is_not_given_up(
     assert batch is not None
     with exclusive(store / "batches" / batch.claim.batch), pytest.raises(ArtifactError, match="another process"):
         decide(str(store), batch.claim.batch, "retried")
-    with pytest.raises(ConfigError, match="is claimed; only held or accepted is approved"):
+    with pytest.raises(ConfigError, match="is claimed; only a held or accepted batch can be approved"):
         decide(str(store), batch.claim.batch, "approved")
 
 
@@ -391,7 +437,7 @@ def dying(after: int, is_written: bool) -> Any:
 def check(state: State, incoming: Path, kinds: dict[str, str]) -> None:
     assert state.unfinished == []
     batches = state.batches.values()
-    alive = [shard.sha256 for batch in batches if batch.status != "split" for shard in batch.claim.shards]
+    alive = [shard.sha256 for batch in batches if batch.outcome != "split" for shard in batch.claim.shards]
     assert len(alive) == len(set(alive))
     refused = {shard.url.rpartition("/")[2]: shard for shard in state.refused.values()}
     for name, kind in kinds.items():
@@ -408,5 +454,6 @@ def check(state: State, incoming: Path, kinds: dict[str, str]) -> None:
 
 
 def test_settings_of_an_older_claim_still_parse() -> None:
-    older = {name: value for name, value in BatchConfig().model_dump(mode="json").items() if name != "max_bad_fraction"}
+    later = ("max_bad_fraction", "max_bad_shards")
+    older = {name: value for name, value in BatchConfig().model_dump(mode="json").items() if name not in later}
     assert BatchConfig.model_validate(older) == BatchConfig()

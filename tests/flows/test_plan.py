@@ -1,6 +1,9 @@
 """`sanitize plan` beside the run it is about."""
 
+import io
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.cli.app import Terminal
+from flows.cli.command import COMMANDS
 from sanitize.artifacts import read_manifest
 from sanitize.errors import ConfigError, DataError
 from sanitize.jobs import CleanConfig, plan
+
+command = sys.modules["flows.cli.plan"]  # the name in the package is the function
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +73,34 @@ def test_command_prints_the_plan(config_file: Path) -> None:
     result = CliRunner().invoke(app, ["plan", str(config_file), "--samples", "100", "--quiet", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["measured_on"] == 100
+    assert json.loads(result.stdout)["scaled"] is None
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_only_the_sizes_that_were_asked_for_are_shown_and_groups_in_words(
+    planned: dict[str, Any], monkeypatch: pytest.MonkeyPatch, is_scaled: bool
+) -> None:
+    text = io.StringIO()
+    monkeypatch.setattr(command, "console", Terminal(file=text, width=200))
+    COMMANDS["plan"].show(planned if is_scaled else planned | {"scaled": None}, "")
+    shown = text.getvalue()
+    assert ("1,000,000,000" in shown) == is_scaled
+    assert shown.count("--groups ") == 1 + is_scaled
+    assert re.search(r"--groups 5: the shards in 5 groups, one task each .* the longest task takes about", shown)
+
+
+@pytest.mark.parametrize(
+    ("n_groups", "seconds", "shown"),
+    [
+        (1, 30.0, "--groups 1: the shards in 1 group, .* about 30 s (tasks of at most 10 minutes"),
+        (8, 590.0, "--groups 8: the shards in 8 groups, .* about 10 min (tasks of at most 10 minutes"),
+        (20, 1800.0, "--groups 20: .* about 30 min (a group has at least one shard; 10 minutes"),
+    ],
+)
+def test_groups_are_recommended_with_their_reason(
+    monkeypatch: pytest.MonkeyPatch, n_groups: int, seconds: float, shown: str
+) -> None:
+    text = io.StringIO()
+    monkeypatch.setattr(command, "console", Terminal(file=text, width=200))
+    command._groups({"n_groups": n_groups, "task_seconds": seconds}, 20, 10)
+    assert re.search(shown.replace("(", r"\("), text.getvalue())

@@ -73,6 +73,37 @@ def test_each_job_has_a_command_and_each_option_is_a_setting() -> None:
         assert declared, name
 
 
+ENSEMBLE = {"partition": {"n_partitions": 5}, "index": {"n_classes": 10, "image": {"size": [8, 8]}}}
+
+
+def train_config(tmp_path: Path, settings: dict[str, Any], **options: Any) -> Any:
+    """The config of `sanitize train` with a YAML file and options."""
+    file, command = tmp_path / "train.yaml", COMMANDS["train"]
+    file.write_text(yaml.safe_dump({"shards": ["data"]} | settings))
+    values = {option.name: option.default for option in (*command.common, *command.options)}
+    return command.config(JOBS["train"].config, values | {"config": file, "set_": None} | options)
+
+
+def test_epochs_are_those_of_what_is_trained_and_go_over_the_file(tmp_path: Path) -> None:
+    index = {"index": ENSEMBLE["index"]}
+    for settings, options in ((ENSEMBLE, {}), (index, {"partitions": 5}), (ENSEMBLE, {"partitions": 7})):
+        config = train_config(tmp_path, settings, epochs=3, **options)
+        plain = train_config(tmp_path, settings, **options)
+        assert config.partition.optim == plain.partition.optim.model_copy(update={"epochs": 3})
+        assert config.train == plain.train
+    in_file = {"train": {"optim": {"epochs": 9, "batch_size": 7}}}
+    optim = train_config(tmp_path, in_file, epochs=3).train.optim
+    assert (optim.epochs, optim.batch_size) == (3, 7)
+    assert train_config(tmp_path, in_file).train.optim.epochs == 9
+    assert train_config(tmp_path, in_file, set_=["train.optim.epochs=4"], epochs=3).train.optim.epochs == 4
+
+
+def test_a_method_does_not_go_with_an_ensemble_wherever_that_is_set(tmp_path: Path) -> None:
+    for settings, options in ((ENSEMBLE, {}), ({}, {"partitions": 5})):
+        with pytest.raises(ConfigError, match="--method prl_l: networks of an ensemble"):
+            train_config(tmp_path, settings, method="prl_l", **options)
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_every_setting_can_be_set_to_what_it_is(name: str) -> None:
     assert len(LEAVES[name]) > 3

@@ -108,6 +108,23 @@ def test_a_signal_ends_a_long_computation_in_one_line(start: Start, signum: int)
     assert ended(process) == (128 + signum, "", INTERRUPTED + "\n")
 
 
+def test_a_training_that_begins_again_is_named(start: Start, tmp_path: Path) -> None:
+    snapshots = f"Snapshots(Path({str(tmp_path / 'snapshot')!r}), 500)"
+    imports = "from pathlib import Path\nfrom sanitize.snapshots import Snapshots, training\n"
+    expected = {
+        snapshots: "has no snapshot yet (one every 500 steps), and begins again",
+        f"{snapshots} ": "goes on from its last snapshot",
+        "None": "keeps no snapshots, and begins again",
+    }
+    for argument, after in expected.items():
+        if "last snapshot" in after:
+            (tmp_path / "snapshot").touch()
+        process = start("-c", f"{imports}{HANDLED}with training({argument}):\n  {READY}time.sleep(60)")
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == (143, "", f"{INTERRUPTED}; the training in progress {after}\n")
+
+
 def test_cleaning_up_is_bounded_and_a_second_signal_does_not_wait_for_it(start: Start) -> None:
     cleanup = "lambda signum: (print('cleaning', flush=True), time.sleep(60))"
     code = f"{HANDLED}with interrupts.before_end({cleanup}):\n  {READY}time.sleep(60)"
@@ -122,6 +139,17 @@ def test_cleaning_up_is_bounded_and_a_second_signal_does_not_wait_for_it(start: 
         assert ended(process) == (143, "", INTERRUPTED + "\n")
         if n_signals == 1:
             assert time.monotonic() - begun > 1  # it had its time
+
+
+def test_threads_that_lose_their_server_print_nothing(start: Start) -> None:
+    """As Prefect's do, which send events and logs."""
+    module = "import threading\n"
+    sends = "for _ in range(20):\n  child = subprocess.Popen(['sleep', '600'])\n  "
+    sends += "threading.Thread(target=lambda child=child: child.wait() and print(1 / 0), daemon=True).start()\n "
+    process = start("-c", f"{module}{HANDLED}{sends}{READY}time.sleep(60)")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert ended(process) == (130, "", INTERRUPTED + "\n")
 
 
 def test_whose_handler_it_is_does_not_matter(start: Start) -> None:

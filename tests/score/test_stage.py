@@ -1,6 +1,9 @@
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -8,7 +11,9 @@ import torch
 from sanitize.artifacts import Part, Recipe, make, verify
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch, Embeddings, Scores, fixed_size_list, write_rows
+from sanitize.embed import EMBEDDINGS
 from sanitize.errors import ArtifactError, ConfigError, NumericsError
+from sanitize.jobs.clean import CleanConfig
 from sanitize.score import (
     LabelMarginConfig,
     NeighboursConfig,
@@ -25,6 +30,7 @@ from sanitize.score import (
 )
 from sanitize.score.scorer import position_hashes
 from sanitize.score.stage import EXAMPLES, examples_of
+from sanitize.select import ContaminationRule, Rule
 
 ALL_SCORERS: list[ScorerConfig] = [
     LabelMarginConfig(embedding="penultimate"),
@@ -49,6 +55,44 @@ def made_up(tmp_path: Path) -> Embeddings:
 
     shards = [f"{i}.tar" for i in range(3)]
     return make(Embeddings, tmp_path / "embeddings", Recipe(stage="made-up"), parts=shards, write_part=write_part)
+
+
+RULES, SCORERS = get_args(get_args(Rule)[0]), get_args(get_args(ScorerConfig)[0])
+
+
+def is_accepted(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("config", ALL_SCORERS, ids=lambda config: config.kind)
+def test_a_rule_is_refused_with_the_settings_exactly_where_it_cannot_judge_the_scores(
+    tmp_path: Path, made_up: Embeddings, compute: Compute, config: ScorerConfig
+) -> None:
+    classes = fit_scorer(config, made_up, str(tmp_path / "fitted"), compute).info["classes"]
+    statistics = {int(label): of_class for label, of_class in classes.items()}
+    scores = {label: np.linspace(0, 1, 50, dtype=np.float32) for label in statistics}
+    for kind in RULES:
+        rule = kind(rate=0.1) if kind is ContaminationRule else kind()
+        settings = {"shards": ["data"], "trusted": ["t"], "scorers": [{"kind": config.kind}], "select": {"rule": rule}}
+        judges = is_accepted(partial(rule.build(), scores, statistics, np.zeros(100, np.float32)))
+        assert is_accepted(partial(CleanConfig.model_validate, settings)) == judges, rule.kind
+
+
+def test_every_scorer_is_among_those_that_are_tested() -> None:
+    assert {type(config) for config in ALL_SCORERS} == set(SCORERS)
+
+
+def test_an_embedding_that_does_not_exist_is_refused_with_the_settings(embeddings: Embeddings) -> None:
+    assert set(embeddings.names) == set(EMBEDDINGS)
+    for kind in SCORERS:
+        name = kind.model_fields["kind"].default
+        settings = {"shards": ["data"], "scorers": [{"kind": name, "embedding": "penultimat"}]}
+        with pytest.raises(ConfigError, match=f"scorers: {name} reads embedding 'penultimat'; there are penultimate, "):
+            CleanConfig.model_validate(settings)
 
 
 @pytest.mark.parametrize("config", ALL_SCORERS, ids=lambda config: config.kind)

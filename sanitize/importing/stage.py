@@ -60,7 +60,7 @@ class _Judged(NamedTuple):
     problem: str | None
 
 
-@stage(Imported, gpu=False, draws="seed")
+@stage(Imported, version=2, gpu=False, draws="seed")
 def import_data(config: ImportConfig, sources: Sequence[str] | str, out: str, compute: Compute) -> Work:
     """Write a folder of images, a table of paths, Parquet files or COCO captions as shards.
 

@@ -167,14 +167,17 @@ def _try(
     def write(part: Part) -> None:
         for i, name in enumerate(chosen):
             reader = ShardReader(found[name], config.index.limits, digest=False)
-            samples = _first_samples(reader, n)
+            samples = _first_samples(reader, n + 1)
+            is_whole, samples = len(samples) <= n, samples[:n]
             copied = f"{'trusted' if name in trusted else 'shard'}-{i}{plain_suffix(reader.compression)}"
             with shard_writer(part, copied) as tar:
                 for member, payload in (member for sample in samples for member in sample.members):
                     tar.add(member, payload)
             counts.append(len(samples))
-            as_stored = part.files[copied].size if reader.compression else samples[-1].end if samples else 0
-            sizes.append(as_stored)
+            if is_whole:  # padding, which is most of a tiny shard, counts
+                sizes.append(reader.size)
+            else:
+                sizes.append(part.files[copied].size if reader.compression else samples[-1].end)
 
     make(Artifact, scratch / "in", Recipe(stage="plan"), write)
     run = MeasuredRun(scratch / "run", config.compute)

@@ -41,8 +41,9 @@ bench: .venv/ready  ## the quick benchmarks; each fails where a target is missed
 FUZZ_SECONDS ?= 300
 FUZZ_SEED ?= 0
 
-fuzz: .venv/ready  ## broken shards through index, select and write; a shard that fails is kept in runs/fuzz
+fuzz: .venv/ready  ## broken shards, then broken tables and imports; what fails is kept in runs/fuzz
 	$(BIN)/python -m tests.fuzz.fuzz_shards --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+	$(BIN)/python -m tests.fuzz.fuzz_tables --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 .venv/bin/uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sanitize needs Python 3.11 or newer; set PYTHON=")'

@@ -1,8 +1,11 @@
 """`sanitize inspect`."""
 
+import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +17,8 @@ from sanitize.settings import make_config
 _N_CLASSES = 20  # classes on the terminal
 _N_MEMBERS = 12  # suffixes on the terminal
 _N_KINDS = 20  # kinds of reasons on the terminal
+_BAD_FRACTION = 0.05  # the default
+_TABLE = "table:labels.csv#class"
 
 
 def inspect(
@@ -26,7 +31,7 @@ def inspect(
     ] = "cls",
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable samples above which the exit code is 1.")
-    ] = 0.05,
+    ] = _BAD_FRACTION,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,7 +86,7 @@ def inspect(
 
 def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[str, Any]:
     """Contents of the shards. Raises SanitizeError if none of them can be opened."""
-    from sanitize.data.index import index_shard, label_reader, max_label, shard_names
+    from sanitize.data.index import index_shard, label_reader, max_label, notes_on_shards, shard_names
     from sanitize.data.reasons import Reasons
     from sanitize.data.sources import find_shards, list_sources
     from sanitize.errors import DataError
@@ -128,7 +133,10 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
         "labels": {str(label): by_class[label] for label in sorted(by_class)},
         "classes": None if classes is None else list(classes),
         "class_names": {str(label): names_of[label] for label in sorted(by_class) if label in names_of},
-        "notes": _notes(by_class, classes, config, members) if largest is None else [],
+        "notes": [
+            *(_notes(by_class, classes, config, members) if largest is None else []),
+            *notes_on_shards(per_shard),
+        ],
         "image_sizes": dict(sizes.most_common()),
         "formats": dict(formats.most_common()),
         "members": dict(sorted(members.items(), key=lambda item: (-item[1], item[0]))),
@@ -212,72 +220,159 @@ def _is_well(result: dict[str, Any], max_bad_fraction: float) -> bool:
 
 def _next(result: dict[str, Any], shards: Sequence[str], config: Any, set_: Sequence[str], is_well: bool) -> list[str]:
     """What to do next: commands, and sentences where no command helps."""
-    places, quoted = result["places"], " ".join(map(shlex.quote, shards))
-    label = "none" if config.label is None else config.label
-    settings = list(set_)
-
-    def inspect(label: str = label, more: str | None = None) -> str:
-        given = [*settings, *([more] if more else [])]
-        options = "".join(f" --set {shlex.quote(one)}" for one in given)
-        return f"sanitize inspect {quoted}" + (f" --label {shlex.quote(label)}" if label != "cls" else "") + options
-
-    n_ok = sum(result["labels"].values())
-    if n_ok and sum(result["unreadable"].values()) <= config.max_bad_fraction * sum(
-        summary["counts"]["samples"] for summary in result["shards"].values()
-    ):
-        if not is_well:
-            return ["repair or leave out the damaged or refused shards, then inspect again"]
-        options = [f"index.label={label}"] if label not in ("cls", "none") else []
-        options += ["index.label=null", "embedder.kind=simclr", "scorers=[{kind: rca}]"] if label == "none" else []
-        options += [f"index.max_bad_fraction={config.max_bad_fraction}"] if config.max_bad_fraction != 0.05 else []
-        options += [f"index.{one}" for one in set_]
-        sets = "".join(f" --set {shlex.quote(one)}" for one in options)
-        given = " ".join(f"--shards {shlex.quote(shard)}" for shard in shards)
-        return [f"sanitize clean {given}{sets} --out runs/first"]
+    n_ok, n_bad = sum(result["labels"].values()), sum(result["unreadable"].values())
+    if n_ok and n_bad <= config.max_bad_fraction * (n_ok + n_bad):
+        return [_clean(shards, config, set_)] if is_well else _of_damaged(result, _Again(shards, config, set_))
     if not result["reasons"]:
         return ["repair the shards, or leave them out: none has a sample that can be used"]
-    kind = result["reasons"][0]
+    again = _Again(shards, config, set_)
+    kinds = result["reasons"][:1] if n_ok else result["reasons"]
+    remedies = (_remedy(kind, result, again) for kind in kinds)
+    lines = next(filter(None, remedies), ["look at the samples named above; --json names all of them"])
+    if n_ok:
+        fraction = math.ceil(100 * n_bad / (n_ok + n_bad)) / 100
+        lines += ["or go on without them:", again(max_bad_fraction=fraction)]
+    return lines
+
+
+def _clean(shards: Sequence[str], config: Any, set_: Sequence[str]) -> str:
+    """The command that cleans these shards with these settings."""
+    options = [] if config.label in ("cls", None) else [f"index.label={config.label}"]
+    options += ["index.label=null", "embedder.kind=simclr", "scorers=[{kind: rca}]"] if config.label is None else []
+    options += [f"index.max_bad_fraction={config.max_bad_fraction}"] if config.max_bad_fraction != _BAD_FRACTION else []
+    options += [f"index.{one}" for one in set_]
+    sets = "".join(f" --set {shlex.quote(one)}" for one in options)
+    given = " ".join(f"--shards {shlex.quote(shard)}" for shard in shards)
+    return f"sanitize clean {given}{sets} --out runs/first"
+
+
+class _Again:
+    """The same `sanitize inspect` with other options."""
+
+    def __init__(self, shards: Sequence[str], config: Any, set_: Sequence[str]) -> None:
+        self._shards, self._set = list(shards), list(set_)
+        self._max_bad_fraction = config.max_bad_fraction
+        self.label = "none" if config.label is None else config.label
+
+    def __call__(
+        self,
+        label: str | None = None,
+        more: str | None = None,
+        shards: Sequence[str] | None = None,
+        max_bad_fraction: float | None = None,
+    ) -> str:
+        options = [] if (label or self.label) == "cls" else ["--label", label or self.label]
+        fraction = max_bad_fraction or self._max_bad_fraction
+        options += [] if fraction == _BAD_FRACTION else ["--max-bad-fraction", f"{fraction:g}"]
+        options += [word for one in [*self._set, *([more] if more else [])] for word in ("--set", one)]
+        return shlex.join(["sanitize", "inspect", *(shards or self._shards), *options])
+
+
+def _of_damaged(result: dict[str, Any], again: _Again) -> list[str]:
+    """What to do where most is well, and a shard is damaged or refused."""
+    for shard, summary in result["shards"].items():
+        if (summary["damage"] or "").startswith("another archive"):
+            return _packed_again(result["places"], shard, "joined", again, "--ignore-zeros")
+    return ["repair or leave out the damaged or refused shards, then inspect again"]
+
+
+def _packed_again(places: Mapping[str, str], shard: str, name: str, again: _Again, *options: str) -> list[str]:
+    """Commands that unpack a shard with these options of GNU tar, and pack it again, sorted by name."""
+    lines, unpack = _unpack(places, shard, name, *options)
+    lines.append(f"{unpack} && tar --sort=name -cf {name}.tar -C {name} .")
+    lines.append(again(shards=[f"{name}.tar"]))
+    return lines + ["the same for the other shards"] * (len(places) > 1)
+
+
+def _unpack(places: Mapping[str, str], shard: str, folder: str, *options: str) -> tuple[list[str], str]:
+    """What to do before, and a command that unpacks a shard into a new folder."""
+    from sanitize.storage import is_local
+
+    place = places[shard]
+    before = [] if is_local(place) else [f"download {place} first"]
+    path = shard.rpartition("/")[2] if before else place
+    # -k: two members that become one file are an error.
+    return before, shlex.join(["mkdir", folder]) + " && " + shlex.join(["tar", *options, "-xkf", path, "-C", folder])
+
+
+def _remedy(kind: Mapping[str, Any], result: dict[str, Any], again: _Again) -> list[str]:
+    """What to do about one kind of unreadable samples; nothing where no setting helps."""
     reason, example = kind["reason"], kind["examples"][0]
-    members = result["members"]
+    members, places, shard = result["members"], result["places"], kind["examples"][0]["shard"]
     if "do not stand together" in reason:
-        shard = places[example["shard"]]
-        return [
-            f"mkdir sorted && tar -xf {shlex.quote(shard)} -C sorted && tar --sort=name -cf sorted.tar -C sorted .",
-            "sanitize inspect sorted.tar",
-        ]
+        return _packed_again(places, shard, "sorted", again)
     if "have different keys" in reason:
-        return ["move pictures and labels into one folder, so that their names differ in the suffix alone; pack again"]
+        return _one_folder(example["reason"], places, shard, again)
     if reason.startswith("a key ends at the first dot"):
-        return ["replace the dots in the names of the files, except that before the suffix; pack again"]
+        return _packed_again(places, shard, "renamed", again, r"--transform=s,\.\([^./]*\.\),_\1,g")
     if "set index.image.member" in reason:
-        return [inspect(more=f"image.member={_pictures(members)[0]}"), inspect(more="image.member=first")]
+        return [again(more=f"image.member={_pictures(members)[0]}"), again(more="image.member=first")]
     if result["largest_label"] is not None:
-        return [inspect(more=f"n_classes={result['largest_label'] + 1}")]
+        return [again(more=f"n_classes={result['largest_label'] + 1}")]
     if "set index.classes=names" in reason:
-        return [inspect(more="classes=names")]
+        return [again(more="classes=names")]
     if "set index.label to" in reason:
-        found = Counter({s: n for s, n in members.items() if s.endswith(f".{label.partition(':')[0]}")})
-        rest = label.partition(":")[2]
-        return [inspect(found.most_common(1)[0][0] + (f":{rest}" if rest else ""))]
+        found = Counter({s: n for s, n in members.items() if s.endswith(f".{again.label.partition(':')[0]}")})
+        rest = again.label.partition(":")[2]
+        return [again(found.most_common(1)[0][0] + (f":{rest}" if rest else ""))]
     if reason.startswith("no image member"):
-        return ["nothing here can be cleaned: sanitize reads pictures (jpg, png, webp, ppm), one a sample"]
+        return _without_pictures(result, shard, again)
     if reason.startswith(("no .", "the json member")):
-        fields = _fields(places, example)
-        hint = "if the class is in the folder or the name, give it in a CSV file with the columns key and class: "
-        folders = [] if fields or "/" not in example["key"] else [hint + inspect("table:labels.csv#class")]
-        return [
-            *(inspect(f"json:{f}", "classes=names" if is_text else None) for is_text, f in fields),
-            inspect("none"),
-            *folders,
-        ]
+        return _without_label(example, result, again)
     if "is not an integer" in reason or "and give the classes in a table" in reason:
         return [
             "write one integer a sample; or give the classes in a CSV file with the columns key and class:",
-            inspect("table:labels.csv#class"),
+            again(_TABLE),
         ]
     if "table of labels" in reason:
         return ["give the table one row for each key; a key is the name of the file up to its first dot, with folders"]
-    return ["look at the samples named above; --json names all of them"]
+    return []
+
+
+def _one_folder(reason: str, places: Mapping[str, str], shard: str, again: _Again) -> list[str]:
+    """Commands that put parallel folders, of pictures and of labels, into one."""
+    prose = ["move pictures and labels into one folder, so that their names differ in the suffix alone; pack again"]
+    found = re.search("different keys, '(.+)' and '(.+)': ", reason)
+    parts = [key.split("/")[:-1] for key in found.groups()] if found else [[], []]
+    n = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(*parts, strict=False))))
+    before, (a, b) = parts[0][:n], (part[n:] for part in parts)
+    names = [*before, *a[:1], *b[:1]]
+    if not (a and b) or a[1:] != b[1:] or not all(re.fullmatch(r"[\w-]+|\.", name) for name in names):
+        return prose
+    stem = "".join(f"{name}/" for name in before)
+    moves = ";".join(f"s,^{stem}{one[0]}/,{stem}," for one in (a, b)).replace(".", r"\.")
+    return _packed_again(places, shard, "together", again, f"--transform={moves}")
+
+
+def _without_pictures(result: dict[str, Any], shard: str, again: _Again) -> list[str]:
+    """What to do where samples have no picture; nothing where others have one."""
+    from sanitize.data.decode import FORMATS
+    from sanitize.data.samples import is_picture
+    from sanitize.tar.compression import SHARD_SUFFIXES
+
+    if any(map(is_picture, result["members"])):
+        return []
+    if any(f".{suffix}".endswith(SHARD_SUFFIXES) for suffix in result["members"]):
+        before, unpack = _unpack(result["places"], shard, "unpacked")
+        return ["there are archives in the archive:", *before, unpack, again(shards=["unpacked"])]
+    return [f"nothing here can be cleaned: sanitize reads pictures ({', '.join(FORMATS)})"]
+
+
+def _without_label(example: Mapping[str, Any], result: dict[str, Any], again: _Again) -> list[str]:
+    """Where the class may be instead: in a field, in the folder, or in the name; or there is none."""
+    places = result["places"]
+    fields = _fields(places, example)
+    lines = [*(again(f"json:{f}", "classes=names" if is_text else None) for is_text, f in fields), again("none")]
+    folders = [part for part in example["key"].split("/")[:-1] if part != "."]
+    if fields or "txt" in result["members"]:
+        return lines
+    if folders:
+        before, unpack = _unpack(places, example["shard"], "unpacked")
+        root = shlex.quote("/".join(["unpacked", *folders[:-1]]))
+        others = ", with the other shards in the same folder" * (len(places) > 1)
+        lines += [f"if the folders are the classes, import the pictures{others}:", *before]
+        lines += [f"{unpack} && sanitize import {root} --out shards"]
+    return [*lines, "if the class is in the name, give it in a CSV file with the columns key and class:", again(_TABLE)]
 
 
 def _pictures(members: Mapping[str, int]) -> list[str]:

@@ -211,8 +211,8 @@ def index_shard(
     """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
 
     Where class names are gathered, `label` is the number of a name in the list `names` of the schema's metadata. The
-    summary has sha256, bytes, damage and counts; `unread`: bytes behind the damage; `formats`: number of images of each
-    format that were read, usable or not.
+    summary has sha256, bytes, damage and counts; `unread`: bytes behind the damage; `of_macos`: number of files of
+    macOS, if there are any; `formats`: number of images of each format that were read, usable or not.
 
     Args:
         url: path or URL of the shard.
@@ -247,6 +247,8 @@ def index_shard(
     table = explained(found.table, config.label)
     n_bad = len(table) - table["status"].to_pylist().count("ok")
     summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage, "unread": found.n_unread}
+    if found.n_of_macos:
+        summary["of_macos"] = found.n_of_macos
     counts = {"samples": len(table), "unreadable": n_bad}
     if config.classes == "names":
         table = table.replace_schema_metadata({"names": json.dumps(list(names))})
@@ -329,7 +331,10 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
         "n_classes": n_classes,
         "classes": classes,
         **({"class_names": _names_below(config.class_names, n_classes)} if config.class_names else {}),
-        "notes": [] if config.label is None else notes_on(labels, config.n_classes, classes),
+        "notes": [
+            *([] if config.label is None else notes_on(labels, config.n_classes, classes)),
+            *notes_on_shards(summaries),
+        ],
         "labels": {str(label): labels[label] for label in sorted(labels)},
         "image_size": config.image.size or common,
         "check": config.check,
@@ -384,6 +389,16 @@ def bad_shards(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         for shard, summary in summaries.items()
         if summary["damage"] and summary["counts"]["samples"] == summary["counts"]["unreadable"]
     }
+
+
+def notes_on_shards(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is odd about the shards and costs no sample.
+
+    Args:
+        summaries: as for `bad_shards`.
+    """
+    n = sum(summary.get("of_macos", 0) for summary in summaries.values())
+    return [f"{n:,} files of macOS (._NAME, .DS_Store) belong to no sample and are left out"] if n else []
 
 
 def lost_samples(summaries: Mapping[str, Mapping[str, Any]]) -> int:

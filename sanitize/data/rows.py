@@ -46,6 +46,7 @@ class ShardRows(NamedTuple):
     size: int
     damage: str | None
     n_unread: int
+    n_of_macos: int = 0
 
 
 def read_rows(reader: ShardReader, judge: Judge, advance: Callable[[int], None]) -> ShardRows:
@@ -67,7 +68,7 @@ def read_rows(reader: ShardReader, judge: Judge, advance: Callable[[int], None])
         counts.append(len(sample.sizes))
         advance(1)
     table = _table(columns, names, sizes, counts)
-    return ShardRows(table, reader.sha256 or None, reader.size, reader.damage, reader.n_unread)
+    return ShardRows(table, reader.sha256 or None, reader.size, reader.damage, reader.n_unread, reader.n_of_macos)
 
 
 def _table(columns: Mapping[str, Any], names: Any, sizes: Any, counts: Any) -> pa.Table:

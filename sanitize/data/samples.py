@@ -15,7 +15,7 @@ from sanitize.errors import DataError
 from sanitize.hashing import Sha256
 from sanitize.storage import open_read
 from sanitize.tar.compression import HEAD_BYTES, compression_in, decompressed, explain, not_read, unread_suffix
-from sanitize.tar.names import USUAL_NAME, SeenPaths, printable, split_name
+from sanitize.tar.names import USUAL_NAME, SeenPaths, is_of_macos, printable, split_name
 from sanitize.tar.read import Member, TarDamage, TarLimits, TarReader, unsafe_name
 from sanitize.tar.write import BLOCK
 
@@ -78,6 +78,7 @@ class ShardReader:
         sha256: digest of the stored file, set after the last sample; "" without `digest`.
         size: size of the file in bytes.
         n_unread: bytes of the file behind the place where reading stopped early; 0 where it did not.
+        n_of_macos: number of files of macOS (`._NAME`, `.DS_Store`), which belong to no sample.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ShardReader:
         self.damage: str | None = None
         self.compression = ""
         self.sha256 = ""
-        self.size = self.n_unread = 0
+        self.size = self.n_unread = self.n_of_macos = 0
         self._suffix, self._digest = suffix, digest
 
     def __iter__(self) -> Iterator[Sample]:
@@ -104,12 +105,13 @@ class ShardReader:
                 for sample in samples:
                     is_empty = False
                     yield sample
-                self.damage = samples.damage
+                self.damage, self.n_of_macos = samples.damage, samples.n_of_macos
                 stopped_at = (
                     file.position if self.compression and samples.stopped_at is not None else samples.stopped_at
                 )
                 if is_empty and self.damage:
-                    self.damage = explain(file.head) or self.damage
+                    empty = "an empty file of 0 bytes"
+                    self.damage = explain(samples.head, self.damage, self.compression) if file.head else empty
             self.sha256, self.size = file.finish()
             self.n_unread = 0 if stopped_at is None else max(0, self.size - stopped_at)
 
@@ -118,12 +120,16 @@ class SampleReader:
     """Iterate over the samples of an archive, or of a piece of one; otherwise like ShardReader.
 
     Attributes:
-        stopped_at: byte of the archive at which it is broken; None where it was read to its end.
+        stopped_at: byte of the archive from which on it is not read; None where it was read to its end.
+        n_of_macos: as in ShardReader.
+        head: first bytes of an archive that is damaged in its first header; else b"".
     """
 
     def __init__(self, stream: BinaryIO, limits: SampleLimits, suffix: str | None = None) -> None:
         self.damage: str | None = None
         self.stopped_at: int | None = None
+        self.n_of_macos = 0
+        self.head = b""
         self._reader = TarReader(stream, TarLimits(max_member_bytes=limits.max_sample_bytes))
         self._limits, self._suffix = limits, suffix
 
@@ -139,6 +145,9 @@ class SampleReader:
                 if member.kind == "directory":
                     continue  # as in webdataset: a directory between two members does not split a sample
                 usual = USUAL_NAME.fullmatch(member.name)
+                if usual is None and member.kind == "file" and is_of_macos(member.name):
+                    self.n_of_macos += 1  # webdataset steps over them, too
+                    continue
                 key, suffix = usual.groups() if usual else split_name(member.name)
                 if group is None or key != group.key:
                     if group is not None:
@@ -150,11 +159,12 @@ class SampleReader:
         except TarDamage as error:
             self.damage = f"{error.reason} at byte {error.offset}"
             self.stopped_at = error.offset
+            self.head = self._reader.head if error.offset == 0 else b""
             if group is not None:
                 group.problem = f"the shard is damaged here: {error.reason}"
                 yield group.sample(position, None)
             return
-        self.damage = self._reader.warning
+        self.damage, self.stopped_at = self._reader.warning, self._reader.joined_at
         if group is not None:
             yield group.sample(position, seen)
 
@@ -189,7 +199,8 @@ class _Group:
 
     def _refuse(self, member: Member) -> str | None:
         if member.kind != "file":
-            return f"member '{printable(member.name)}' is no regular file: {member.reason}"
+            what = "is refused" if member.kind == "refused" else "is no regular file"
+            return f"member '{printable(member.name)}' {what}: {member.reason}"
         if (unsafe := unsafe_name(member.name)) is not None:
             return f"unsafe member name '{printable(member.name)}': {unsafe}"
         if member.name.endswith("/") or not split_name(member.name)[0].rpartition("/")[2]:

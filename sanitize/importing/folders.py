@@ -7,10 +7,11 @@ from sanitize.importing.config import ImportConfig
 from sanitize.importing.files import Files, Folder, Listed, Stamp
 from sanitize.importing.source import MAX_CLASS_NAME, class_numbers, not_listed, shown_names
 from sanitize.importing.splits import SPLITS, choose_split
+from sanitize.tar.names import is_of_macos
 
 
 def class_folders(folder: Folder, config: ImportConfig, found: Mapping[str, Stamp] | None = None) -> Files:
-    """The files of all class folders; files elsewhere are offered too, with a problem.
+    """The files of all class folders; files elsewhere are offered too, with a problem. Files of macOS are not offered.
 
     Args:
         folder: folder of class folders, or of splits (`train/CLASS/NAME.jpg`).
@@ -24,6 +25,9 @@ def class_folders(folder: Folder, config: ImportConfig, found: Mapping[str, Stam
         ConfigError: there are no class folders, or several splits and none was chosen.
     """
     found = folder.walk() if found is None else found
+    n_found = len(found)
+    found = {name: stamp for name, stamp in found.items() if not is_of_macos(name)}
+    notes = {"files of macOS (._NAME, .DS_Store)": n_found - len(found)} if len(found) < n_found else {}
     tops = {name.partition("/")[0] for name in found if name.count("/") > 1 and not _is_hidden(name)}
     flat = {name.partition("/")[0] for name in found if name.count("/") == 1 and not _is_hidden(name)}
     depth = 0
@@ -52,7 +56,7 @@ def class_folders(folder: Folder, config: ImportConfig, found: Mapping[str, Stam
         elif config.classes is not None and problem is None and folder.is_link(name):
             problem = "a link: with `classes`, each image is a file of its own"
         listed.append(Listed(name, -1 if one is None else numbers.get(one, -1), (), problem))
-    return Files(folder, listed, shown_names(numbers), config.max_image_bytes, found)
+    return Files(folder, listed, shown_names(numbers), config.max_image_bytes, found, notes=notes)
 
 
 def _class_of(name: str, depth: int) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from sanitize.artifacts import Artifact, Part, Recipe, make
-from sanitize.data.samples import ShardReader
+from sanitize.data.samples import Sample, ShardReader
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
@@ -36,7 +36,8 @@ class PlanConfig(CleanConfig):
 
     Attributes:
         n_samples: size of the larger sample; the smaller one has a quarter of it.
-        n_shards: number of shards to sample; the first samples of each are taken.
+        n_shards: number of shards to sample; the first samples of each are taken. More where shards are so small that
+            these do not have `n_samples`.
         task_minutes: intended duration of a task: much longer than its start, short enough to repeat after a failure.
         scale_to: number of samples of a larger data set of such shards, for which the costs are calculated too; None
             leaves it out.
@@ -121,7 +122,8 @@ def plan(config: PlanConfig, run: Run) -> dict[str, Any]:
     scratch = Path(run.out)
     found = find_shards(config.shards)
     trusted = set(trusted_shards(config.trusted, found))
-    chosen = [*_spread(sorted(found.keys() - trusted), config.n_shards), *_spread(sorted(trusted), 1)]
+    others = sorted(found.keys() - trusted)
+    chosen = [*_spread(others, _n_shards(config, found, others)), *_spread(sorted(trusted), 1)]
     per_shard = math.ceil(config.n_samples / len(chosen))
     few = max(1, per_shard // 4)
     _try(config, found, chosen, trusted, few, scratch / "first")  # libraries start, files come into the page cache
@@ -148,6 +150,19 @@ def plan(config: PlanConfig, run: Run) -> dict[str, Any]:
     }
 
 
+def _n_shards(config: PlanConfig, found: dict[str, str], names: Sequence[str]) -> int:
+    """Number of shards that have about `n_samples` together, by the size of the first."""
+    first = _spread(names, config.n_shards)
+    most = math.ceil(config.n_samples / max(1, len(first)))
+    readers = (ShardReader(found[name], config.index.limits, suffix="", digest=False) for name in first)
+    n = sum(len(_first_samples(reader, most)) for reader in readers)
+    return max(config.n_shards, math.ceil(config.n_samples * len(first) / n)) if n else config.n_shards
+
+
+def _first_samples(reader: ShardReader, n: int) -> list[Sample]:
+    return list(islice((sample for sample in reader if sample.problem is None), n))
+
+
 def _try(
     config: CleanConfig, found: dict[str, str], chosen: Sequence[str], trusted: set[str], n: int, scratch: Path
 ) -> tuple[MeasuredRun, int, float]:
@@ -158,14 +173,17 @@ def _try(
     def write(part: Part) -> None:
         for i, name in enumerate(chosen):
             reader = ShardReader(found[name], config.index.limits, digest=False)
-            samples = list(islice((sample for sample in reader if sample.problem is None), n))
+            samples = _first_samples(reader, n + 1)
+            is_whole, samples = len(samples) <= n, samples[:n]
             copied = f"{'trusted' if name in trusted else 'shard'}-{i}{plain_suffix(reader.compression)}"
             with shard_writer(part, copied) as tar:
                 for member, payload in (member for sample in samples for member in sample.members):
                     tar.add(member, payload)
             counts.append(len(samples))
-            as_stored = part.files[copied].size if reader.compression else samples[-1].end if samples else 0
-            sizes.append(as_stored)
+            if is_whole:  # padding, which is most of a tiny shard, counts
+                sizes.append(reader.size)
+            else:
+                sizes.append(part.files[copied].size if reader.compression else samples[-1].end)
 
     make(Artifact, scratch / "in", Recipe(stage="plan"), write)
     run = MeasuredRun(scratch / "run", config.compute)

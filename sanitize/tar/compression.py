@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from sanitize.errors import ConfigError
+from sanitize.tar.names import printable
 
 GZIP = b"\x1f\x8b"
 # Compressions that are read and written, by the suffix of a name.
@@ -47,14 +48,24 @@ _UNREAD_MAGIC = {
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"Rar!": "rar",
 }
-# Files in place of shards after a failed download.
-_NOT_ARCHIVES = {
+# Files in place of shards, after a failed download or by another name; texts in lower case.
+_TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for: run `git lfs pull`",
     b"<!doctype html": "a web page, not an archive",
     b"<html": "a web page, not an archive",
     b"<?xml": "an XML document, not an archive",
 }
-HEAD_BYTES = 32  # length of the `head` of `explain`
+_OTHERS = {
+    b"PAR1": "a Parquet file, not an archive: `sanitize import` reads those with images",
+    b"\x89HDF": "an HDF5 file, not an archive",
+    b"SQLite format": "an SQLite database, not an archive",
+    b"\x93NUMPY": "a NumPy array, not an archive",
+    b"\x89PNG": "a picture, not an archive",
+    b"\xff\xd8\xff": "a picture, not an archive",
+}
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # before the first word of a text, with a byte order mark
+_SHOWN_BYTES = 24  # of a file that is not known
+HEAD_BYTES = 32  # bytes that `compression_in` needs
 _INPUT_BYTES = 1 << 14  # compressed bytes read at once
 _AT_ONCE = 1 << 16  # decompressed bytes returned at once: no more of the file is read than is needed
 _UNIT = 1 << 12  # decompressed bytes made at once where those of a call that fails are lost
@@ -111,14 +122,28 @@ def plain_suffix(compression: str) -> str:
     return next((suffix for suffix, what in _READ_SUFFIXES.items() if what == compression), ".tar")
 
 
-def explain(head: bytes) -> str | None:
-    """Description of a file that is no tar archive, from its first bytes; None if they are unknown."""
+def explain(head: bytes, damage: str, compression: str = "") -> str:
+    """Description of a file without a single sample, from the first bytes of what should be an archive.
+
+    Args:
+        head: first bytes of the archive, if they are no header; else b"".
+        damage: what the reader of archives says.
+        compression: compression of the file that was undone, or "".
+    """
     if not head:
-        return "an empty file of 0 bytes"
+        return damage
+    if inner := compression_in(head):
+        return f"compressed twice ({inner} in {compression}): unpack it once"
     for magic, what in _UNREAD_MAGIC.items():
         if head.startswith(magic):
             return not_read(what)
-    return next((what for start, what in _NOT_ARCHIVES.items() if head.lower().startswith(start)), None)
+    text = head.lstrip(_BLANK).lower()
+    known = [what for start, what in _TEXTS.items() if text.startswith(start)]
+    known += [what for start, what in _OTHERS.items() if head.startswith(start)]
+    if known:
+        return f"{compression} compressed: {known[0]}" if compression else known[0]
+    shown = printable(head[:_SHOWN_BYTES].split(b"\0")[0].decode("utf-8", "surrogateescape"))
+    return f"{damage}; it begins with '{shown}'" if shown else damage
 
 
 class CorruptStream(zlib.error):

@@ -29,6 +29,12 @@ def split_name(name: str) -> tuple[str, str]:
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :].lower())
 
 
+def is_of_macos(name: str) -> bool:
+    """True for the files that macOS puts beside others: `._NAME` (attributes of NAME) and `.DS_Store`."""
+    base = name.rpartition("/")[2]
+    return base.startswith("._") or base == ".DS_Store"
+
+
 def split_usual(names_N: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """The same for N names (bytes, dtype S); None unless USUAL_NAME matches each."""
     byte_NX = np.ascontiguousarray(names_N).view(np.uint8).reshape(len(names_N), -1)

@@ -112,6 +112,8 @@ class TarReader:
 
     Attributes:
         warning: an oddity that cost no known member, e.g. "no end-of-archive marker"; complete after the last member.
+        joined_at: first byte of another archive behind the end-of-archive marker (`cat a.tar b.tar`), which is not
+            read; None where there is none.
 
     Raises:
         TarDamage: from the iteration, where the archive is broken.
@@ -120,6 +122,7 @@ class TarReader:
     def __init__(self, stream: BinaryIO, limits: TarLimits = _DEFAULT_LIMITS) -> None:
         self.limits = limits
         self.warning: str | None = None
+        self.joined_at: int | None = None
         self._max_plain_bytes = limits.max_member_bytes  # tests set -1: then `_chain` reads every member
         self._source = Source(stream, limits.max_archive_bytes)
         self._current: Member | None = None
@@ -142,6 +145,11 @@ class TarReader:
             raise self._damage("truncated in a member", member.start)
         index = member.offset - source.base
         return source.window[index : index + member.size]
+
+    @property
+    def head(self) -> bytes:
+        """First bytes of the archive, as long as no more than its first header was read."""
+        return self._source.window[:BLOCK] if self._source.base == 0 else b""
 
     def _walk(self) -> Iterator[Member]:
         source = self._source
@@ -249,11 +257,18 @@ class TarReader:
         if len(second) < BLOCK:
             self._warn("a single zero block at the end")
         seen = 0
-        for piece in self._source.rest(at):
-            seen += len(piece)
-            if piece.count(0) != len(piece):
-                self._warn("data behind the end-of-archive marker")
+        pieces = self._source.rest(at)
+        for piece in pieces:
+            if left := piece.lstrip(b"\0"):
+                while len(left) < BLOCK and (more := next(pieces, b"")):
+                    left += more
+                if _is_header(left[:BLOCK]):
+                    self.joined_at = at + seen + len(piece) - len(piece.lstrip(b"\0"))
+                    self._warn("another archive behind the end-of-archive marker is not read")
+                else:
+                    self._warn("data behind the end-of-archive marker")
                 return
+            seen += len(piece)
             if seen > self.limits.max_trailing_bytes:
                 self._warn("more than max_trailing_bytes behind the end-of-archive marker")
                 return
@@ -451,6 +466,13 @@ def _parse(block: bytes, start: int) -> tuple[bytes, bytes, int]:
     if block[345] and block[257:263] == POSIX[:6]:
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     return block[156:157], name, size
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        return len(block) == BLOCK and bool(_parse(block, 0))
+    except TarDamage:
+        return False
 
 
 def _number(field: bytes) -> int | None:

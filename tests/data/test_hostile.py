@@ -149,7 +149,7 @@ at_the_end(
 )
 at_the_end("cut before the end", b"", "no end-of-archive marker")
 at_the_end("one zero block at the end", bytes(512), "a single zero block at the end")
-at_the_end("samples behind the end", END + B + END, "data behind the end-of-archive marker")
+at_the_end("samples behind the end", END + B + END, "another archive behind the end-of-archive marker is not read")
 rest_is_lost("garbage between members", b"\xa5" * 512 + B + END, f"bad header checksum at byte {AT}")
 rest_is_lost("a zero block between members", bytes(512) + B + END, f"data behind a single zero block at byte {AT}")
 EIGHT_EIB, MINUS_ONE = b"\x80" + (2**63).to_bytes(11, "big"), b"\xff" * 12
@@ -202,7 +202,9 @@ for what, tail in (
     ("a member of unknown method", b"\x1f\x8b\x09" + bytes(40)),
 ):
     CASES[f"gzip with {what} behind it"] = Case(STORED + tail, BOTH, BEHIND, "x.tar.gz")
-CASES["gzip with another one behind it"] = Case(STORED * 2, BOTH, "data behind the end-of-archive marker", "x.tar.gz")
+CASES["gzip with another one behind it"] = Case(
+    STORED * 2, BOTH, "another archive behind the end-of-archive marker is not read", "x.tar.gz"
+)
 CASES["gzip with garbage where an archive goes on"] = Case(
     gzip.compress(A, mtime=0) + b"garbage" + gzip.compress(B + END, mtime=0),
     [("a", HERE)],
@@ -227,7 +229,7 @@ CASES["tar whose first name looks like bzip2"] = Case(sample("BZh91AY") + A + EN
 
 # --- members ---
 
-REFUSED = "is no regular file: "
+IRREGULAR, REFUSED = "is no regular file: ", "is refused: "
 BAD_PAX = item(b"PaxHeader", b"99999999999999999999 path=y.png\n", b"x")
 between("pax record of absurd length", BAD_PAX + sample("x"), ("x", REFUSED + "broken extension header"))
 between("pax size of 10^30", pax((b"size", b"1" + b"0" * 30)) + sample("x"), ("x", REFUSED + "broken extension header"))
@@ -247,9 +249,9 @@ between("global pax header that renames all", item(b"g", b"15 path=c.png\n\n", b
 CASES["global pax header that renames all"] = CASES["global pax header that renames all"]._replace(
     damage="a global header that is broken, or renames or resizes members, was ignored"
 )
-between("sparse file", item(b"x.png", PNG, b"S") + sample("x"), ("x", REFUSED + "sparse file"))
+between("sparse file", item(b"x.png", PNG, b"S") + sample("x"), ("x", IRREGULAR + "sparse file"))
 SPARSE = pax((b"GNU.sparse.major", b"1"), (b"GNU.sparse.realsize", b"%d" % 2**62), (b"GNU.sparse.name", b"x.png"))
-between("sparse file of 4 EiB in pax", SPARSE + sample("x"), ("x", REFUSED + "sparse file"))
+between("sparse file of 4 EiB in pax", SPARSE + sample("x"), ("x", IRREGULAR + "sparse file"))
 for what, kind in {
     "symbolic link": b"2",
     "hard link": b"1",
@@ -257,14 +259,20 @@ for what, kind in {
     "block device": b"4",
     "fifo": b"6",
 }.items():
-    between(what, item(b"x.png", kind=kind) + item(b"x.cls", b"1"), ("x", REFUSED + what))
-between("unknown type", item(b"x.png", PNG, b"~") + item(b"x.cls", b"1"), ("x", REFUSED + "type '~'"))
+    between(what, item(b"x.png", kind=kind) + item(b"x.cls", b"1"), ("x", IRREGULAR + what))
+between("unknown type", item(b"x.png", PNG, b"~") + item(b"x.cls", b"1"), ("x", IRREGULAR + "type '~'"))
 between(
     "directories",
     item(b"d/", kind=b"5") + item(b"x.png", PNG) + item(b"e/", kind=b"5") + item(b"x.cls", b"1"),
     ("x", ""),
 )
 
+between(
+    "files of macOS beside others",
+    item(b"._x.png", PNG) + item(b"x.png", PNG) + item(b"._x.cls", b"?") + item(b"x.cls", b"1") + item(b".DS_Store"),
+    ("x", ""),
+)
+between("link with the name of a file of macOS", item(b"._x.png", kind=b"2"), ("", IRREGULAR + "symbolic link"))
 for name, key, reason in (
     ("../x", "../x", "'..' component"),
     ("d/../../x", "d/../../x", "'..' component"),

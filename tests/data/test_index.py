@@ -290,6 +290,47 @@ def test_what_lies_behind_the_damage_counts_as_bad(
             index_shards(config, str(tmp_path / "x.tar"), str(tmp_path / f"{fraction}"), compute)
 
 
+@pytest.mark.hostile
+@pytest.mark.parametrize("check", ["decode", "headers"])
+def test_an_archive_joined_to_another_counts_as_bad(
+    tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute, check: Any
+) -> None:
+    """`cat a.tar b.tar`: readers stop at the end of the first, and half of the samples would be lost in silence."""
+    path, more = (Path(make_tar(tmp_path / f"{name}.tar", good(40, name))) for name in ("x", "y"))
+    path.write_bytes(path.read_bytes() + bytes(20 * 512) + more.read_bytes())
+    config = IndexConfig(check=check)
+    with pytest.raises(DataError, match=r"\d\d x behind damage in a shard \(about\)"):
+        index_shards(config, str(path), str(tmp_path / "out"), compute)
+    path.write_bytes(path.read_bytes()[: -more.stat().st_size] + bytes(1000) + b"garbage")
+    assert index_shards(config, str(path), str(tmp_path / "out"), compute).n_samples == 40
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("folder", ["", "./", "train/"])
+@pytest.mark.parametrize("check", ["decode", "headers"])
+def test_archives_made_on_a_mac_are_read_without_the_files_of_macos(
+    tmp_path: Path,
+    make_tar: Make,
+    good: Callable[..., list],
+    compute: Compute,
+    read_tar: Callable,
+    folder: str,
+    check: Any,
+    form: int,
+) -> None:
+    members = [(f"{folder}{name}", data) for name, data in good(30)]
+    beside = [(f"{folder}._{name.rpartition('/')[2]}", b"\0\5\x16\7\0\2\0\0Mac OS X") for name, _ in members]
+    both = [(f"{folder}.DS_Store", b"?"), *(m for pair in zip(beside, members, strict=True) for m in pair)]
+    make_tar(tmp_path / "x.tar", both, "w", form)
+    image = {"image": {"size": (8, 8)}}
+    dataset = index_shards(IndexConfig(check=check, **image), str(tmp_path / "x.tar"), str(tmp_path / "out"), compute)
+    assert (dataset.n_samples, dataset.manifest().counts["unreadable"]) == (30, 0)
+    assert dataset.info["notes"] == ["61 files of macOS (._NAME, .DS_Store) belong to no sample and are left out"]
+    found = [member for sample, _ in dataset.samples("x.tar") for member in sample.members]
+    assert found == members
+    assert sum(len(batch.keys) for batch in dataset.batches(7)) == 30
+
+
 def test_a_damaged_shard_keeps_what_was_read_whole_and_is_named(
     tmp_path: Path, make_tar: Make, good: Callable[..., list], compute: Compute
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import shlex
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from sanitize.compute import Compute
+from sanitize.data.index import index_shards
 from sanitize.jobs.clean import CleanConfig
 from sanitize.settings import make_config
 
@@ -146,6 +149,122 @@ def test_the_next_command_works(
     assert code == 0
     assert arguments[1] == "clean"
     make_config(CleanConfig, {}, {"shards": [arguments[3]]}, arguments[5::2][: arguments.count("--set")])
+
+
+Member = tuple[str, bytes]
+
+
+def apart(members: list[Member]) -> list[Member]:
+    return sorted(members, key=lambda member: member[0][-3:])
+
+
+def renamed(members: list[Member], how: Callable[[str], str]) -> list[Member]:
+    return [(how(name), data) for name, data in members]
+
+
+def in_folders(name: str) -> str:
+    return f"train/{'images' if name.endswith('png') else 'labels'}/a b/{name}"
+
+
+def by_class(members: list[Member]) -> list[Member]:
+    pictures = [one for one in members if one[0].endswith("png")]
+    return [(f"data/{('cat', 'dog')[i % 2]}/{name}", data) for i, (name, data) in enumerate(pictures)]
+
+
+def without_some(members: list[Member]) -> list[Member]:
+    """Captions; a fifth of the pictures is missing."""
+    some = [member for i, member in enumerate(members) if i % 10]
+    return [(name.replace(".cls", ".txt"), data) for name, data in some]
+
+
+UNPACKED: dict[str, tuple[Callable[[list[Member]], list[Member]], list[str], int]] = {
+    "apart": (apart, [], 20),
+    "folders": (lambda members: renamed(members, in_folders), [], 20),
+    "dots": (lambda members: renamed(members, lambda name: f"v1.2/./2022.{name}"), [], 20),
+    "classes": (by_class, [], 20),
+    "pictures are missing": (without_some, ["--label", "none"], 16),
+    "readme": (lambda members: [("README.md", b"?"), ("LICENSE", b"?"), *members], [], 20),
+}
+
+
+def follow(folder: Path, code: int, lines: list[str]) -> tuple[int, list[str]]:
+    """Paste what `inspect` says to do next, up to the next `inspect`; its exit code and what it says then."""
+    for line in lines:
+        shell, _, command = line.rpartition(" && sanitize ")
+        if line.startswith("mkdir "):
+            subprocess.run(["bash", "-c", shell or line], check=True, cwd=folder)
+        if command.startswith("import "):
+            assert run(*shlex.split(command)).exit_code == 0
+            return next_of(Path("shards"))
+        if line.startswith("sanitize inspect "):
+            words = shlex.split(line)[2:]
+            return next_of(Path(words[0]), *words[1:])
+    return code, lines
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_the_commands_for_another_layout_work(
+    name: str, tmp_path: Path, make_tar: Callable[..., str], good: Good, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change, options, n = UNPACKED[name]
+    make_tar(tmp_path / "a folder" / "x y.tar", change(good(20)))
+    code, lines = next_of(tmp_path / "a folder" / "x y.tar", *options)
+    assert code == 1
+    if name == "classes":  # the first line says that there are no labels
+        lines = lines[1:]
+    code, lines = follow(tmp_path, code, lines)
+    assert code == 0, lines
+    arguments = shlex.split(lines[0])
+    assert arguments[:2] == ["sanitize", "clean"]
+    config = make_config(CleanConfig, {}, {"shards": [arguments[3]]}, arguments[5::2][: arguments.count("--set")])
+    assert index_shards(config.index, config.shards, "index", Compute(device="cpu")).n_samples == n
+
+
+def test_joined_archives_and_archives_in_an_archive_are_taken_apart(
+    tmp_path: Path, make_tar: Callable[..., str], good: Good, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = [Path(make_tar(tmp_path / f"{name}.tar", good(20, name))) for name in "ab"]
+    (tmp_path / "joined").mkdir()
+    whole = tmp_path / "joined" / "x.tar"
+    whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+    code, lines = next_of(whole)
+    assert code == 1
+    whole.rename("x.tar")
+    whole.parent.rmdir()
+    code, lines = follow(tmp_path, code, [line.replace(str(whole), "x.tar") for line in lines])
+    assert (code, lines) == (0, ["sanitize clean --shards joined.tar --out runs/first"])
+    assert "40 samples" in run("inspect", "joined.tar").output
+    make_tar(tmp_path / "outer.tar", [(part.name, part.read_bytes()) for part in parts])
+    code, lines = follow(tmp_path, *next_of(Path("outer.tar")))
+    assert (code, lines) == (0, ["sanitize clean --shards unpacked --out runs/first"])
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ((), {}),
+        (
+            ("--label", "json:a.b", "--max-bad-fraction", 0.25, "--set", "image.channels=1"),
+            {"json": b'{"a": {"b": 1}}'},
+        ),
+    ],
+)
+def test_options_are_kept_in_the_next_command(
+    options: tuple[Any, ...],
+    more: dict[str, bytes],
+    tmp_path: Path,
+    make_tar: Callable[..., str],
+    make_png: Callable[..., bytes],
+) -> None:
+    folder = pack(tmp_path / "in", make_tar, {"1.png": make_png, "2.png": make_png, "cls": b"1", **more})
+    _, (command, *_) = next_of(folder, *options)
+    given = [str(word) for word in options]
+    assert all(word in shlex.split(command) for word in given)
+    code, (command, *_) = next_of(folder, *shlex.split(command)[3:])
+    assert code == 0
+    assert ("index.max_bad_fraction=0.25" in command) == bool(options)
 
 
 @pytest.mark.parametrize(

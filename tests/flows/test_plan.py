@@ -60,6 +60,17 @@ def test_groups_make_tasks_of_the_configured_time(planned: dict[str, Any]) -> No
     assert {row["tasks"] for row in planned["stages"]} == {1, 5}
 
 
+def test_many_small_shards_are_sampled_until_there_is_enough(
+    settings: dict[str, Any], tmp_path: Path, make_tar: Any, good: Any
+) -> None:
+    for i in range(40):
+        make_tar(tmp_path / "in" / f"{i}.tar", good(2, f"{i}-"))
+    config = CleanConfig.model_validate(settings | {"shards": [str(tmp_path / "in")]})
+    planned = plan(out=tmp_path / "plan", config=config, n_samples=40).summary
+    assert planned["measured_on"] == 40
+    assert (planned["data"]["shards"], planned["data"]["samples"]) == (40, 80)
+
+
 def test_too_few_samples_to_measure_are_an_error(
     settings: dict[str, Any], tmp_path: Path, make_tar: Any, good: Any
 ) -> None:

@@ -68,6 +68,14 @@ def test_integers_are_sorted_as_integers(
     assert run(source, tmp_path / "out").classes() == {"1": 0, "9": 1, "10": 2}
 
 
+def test_files_of_macos_are_no_images(write: Callable[..., Path], photos: dict[str, bytes], tmp_path: Path) -> None:
+    beside = {name.replace("/", "/._"): b"\0\5\x16\7" for name in photos}
+    source = write(photos | beside | {".DS_Store": b"?", "cat/.DS_Store": b"?"})
+    summary = run(source, tmp_path / "out").summary()
+    assert (summary["offered"], summary["refused"]) == (len(photos), 0)
+    assert summary["notes"] == {"files of macOS (._NAME, .DS_Store)": len(photos) + 2}
+
+
 def test_everything_in_the_folder_is_counted(
     write: Callable[..., Path], photos: dict[str, bytes], make_png: Callable[..., bytes], tmp_path: Path
 ) -> None:
@@ -78,7 +86,7 @@ def test_everything_in_the_folder_is_counted(
         "cat/cut.png": make_png(50)[:80],
         "loose.png": make_png(51),
     }
-    others |= {".git/x.png": make_png(52), "__MACOSX/cat/._01.png": b"x", "cat/large.png": make_png(53) + bytes(5000)}
+    others |= {".git/x.png": make_png(52), "__MACOSX/cat/01.png": b"x", "cat/large.png": make_png(53) + bytes(5000)}
     others["cat/nested/deep.PNG"] = make_png(54)
     source = write(photos | others)
     (source / "cat" / "out.png").symlink_to(outside / "secret.png")

@@ -309,11 +309,28 @@ def test_names_that_say_a_compression(name: str, compression: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "head", [b"", b"LZIP", b"\x04\x22\x4d\x18", b"PK\x03\x04", b"<HTML>", b"version https://git-lfs.github"]
+    ("head", "compression", "says"),
+    [
+        (b"LZIP", "", "lzip compressed: not read"),
+        (b"\x04\x22\x4d\x18", "", "lz4 compressed: not read"),
+        (b"PK\x03\x04", "", "zip compressed: not read"),
+        (b"<HTML>", "", "a web page"),
+        (b"\n\n  <html>", "", "a web page"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "gzip", "gzip compressed: a web page"),
+        (b"version https://git-lfs.github", "", "git lfs pull"),
+        (b"PAR1\x15", "", "sanitize import"),
+        (b"\x1f\x8b\x08\0", "gzip", "compressed twice (gzip in gzip)"),
+        (b"\x89PNG\r\n", "", "a picture"),
+        (b"AccessDenied\n\x1b[2J", "", r"bad header; it begins with 'AccessDenied\x0a\x1b[2J'"),
+        (b"par1.png\0\0", "", "bad header; it begins with 'par1.png'"),
+        (b"", "gzip", "bad header"),
+        (bytes(32), "", "bad header"),
+    ],
 )
-def test_what_is_no_tar_is_explained(head: bytes) -> None:
-    assert explain(head)
-    assert explain(b"000000.png") is None
+def test_what_is_no_tar_is_explained(head: bytes, compression: str, says: str) -> None:
+    found = explain(head, "bad header", compression)
+    assert says in found
+    assert says != "bad header" or found == says
 
 
 # --- shards -----------------------------------------------------------------------------------------------------

@@ -265,7 +265,13 @@ WHOLE: dict[str, tuple[bytes, int, str | None, str | None]] = {
     "cut in a pax header": (A + pax(record(b"path", b"p"))[:520], 1, "truncated in an extension header", None),
     "cut behind a pax header": (A + pax(record(b"path", b"p")), 1, "truncated in an extension header", None),
     "cut in a sparse map": (A + bytes(SPARSE) + MAP, 1, "truncated in a header", None),
-    "a second archive behind": (A + END + B + END, 1, None, "data behind the end-of-archive marker"),
+    "a second archive behind": (
+        A + END + B + END,
+        1,
+        None,
+        "another archive behind the end-of-archive marker is not read",
+    ),
+    "half a header behind": (A + END + B[:300], 1, None, "data behind the end-of-archive marker"),
     "global path": (
         pax(record(b"path", b"evil"), kind=b"g") + A + END,
         1,

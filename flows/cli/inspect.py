@@ -84,6 +84,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
     from sanitize.data.index import index_shard, label_reader, max_label, shard_names
     from sanitize.data.reasons import Reasons
     from sanitize.data.sources import find_shards, list_sources
+    from sanitize.data.tables import sample_starts
     from sanitize.errors import DataError
     from sanitize.progress import track
 
@@ -109,7 +110,8 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
             rows = indexed.select(["status", "label", "height", "width"]).to_pylist()
             ok = [row for row in rows if row["status"] == "ok"]
             names = shard_names(indexed)
-            labels.update(row["label"] if names is None else names[row["label"]] for row in ok)
+            usable = [rows[i]["label"] for i in sample_starts(indexed).tolist() if rows[i]["status"] == "ok"]
+            labels.update(label if names is None else names[label] for label in usable)
             sizes.update(f"{row['height']}x{row['width']}" for row in ok)
             formats.update(per_shard[shard]["formats"])
             reasons.add(shard, indexed)
@@ -245,7 +247,7 @@ def _next(result: dict[str, Any], shards: Sequence[str], config: Any, set_: Sequ
     if reason.startswith("a key ends at the first dot"):
         return ["replace the dots in the names of the files, except that before the suffix; pack again"]
     if "set index.image.member" in reason:
-        return [inspect(more=f"image.member={_pictures(members)[0]}"), inspect(more="image.member=first")]
+        return [inspect(more=f"image.member={one}") for one in (_pictures(members)[0], "first", "all")]
     if result["largest_label"] is not None:
         return [inspect(more=f"n_classes={result['largest_label'] + 1}")]
     if "set index.classes=names" in reason:

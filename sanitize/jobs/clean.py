@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +61,8 @@ class CleanConfig(RunConfig):
             `hygiene.quarantine` put samples into quarantine.
         embed, select, write, report: sections of the stages.
     """
+
+    has_several: ClassVar[bool] = True
 
     trusted: tuple[str, ...] = ()
     index: IndexConfig = Field(default=IndexConfig(), validate_default=True)
@@ -148,7 +150,8 @@ class CleanRun(JobRun):
 
         Returns:
             Columns shard, position, key, label, status (kept, quarantined or unreadable), keep, reasons, and for each
-            scorer score_KIND (float32; null where the sample is unreadable).
+            scorer score_KIND (float32; null where the sample is unreadable). With `index.image.member: all` one row a
+            picture, with the columns sample (its number in the shard) and member (name of the picture) behind key.
         """
         selection, _ = latest(self.folder)
         scores = {scorer.kind: Scores.load(self._in(scores_folder(scorer))) for scorer in self.config.scorers}
@@ -160,7 +163,8 @@ class CleanRun(JobRun):
 
 def _verdicts(selection: Selection, scores: dict[str, Scores], shard: str) -> pa.Table:
     rows = selection.rows(shard)
-    rows = rows.select(["position", "key", "label", "status", "keep", "reasons"])
+    several = ["sample", "member"] if selection.has_several else []
+    rows = rows.select(["position", "key", *several, "label", "status", "keep", "reasons"])
     rows = rows.add_column(0, "shard", pa.array([shard] * len(rows), pa.string()))
     positions = rows["position"].to_numpy()
     for kind, of_scorer in scores.items():

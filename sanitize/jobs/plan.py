@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -40,6 +40,8 @@ class PlanConfig(CleanConfig):
         task_minutes: intended duration of a task: much longer than its start, short enough to repeat after a failure.
         scale_to: number of samples in the hypothetical data set.
     """
+
+    has_several: ClassVar[bool] = False
 
     n_samples: int = Field(default=600, ge=40)
     n_shards: int = Field(default=4, ge=1)

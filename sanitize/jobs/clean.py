@@ -266,12 +266,15 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
     counts = cleaned.selection.manifest().counts
     classes = cleaned.selection.read_json("selection.json")["classes"]
     finding = finding_of(cleaned.scores, cleaned.selection, cleaned.embedder)
+    samples = {name: counts.get(name, 0) for name in ("samples", "kept", "quarantined", "unreadable")}
+    if cleaned.dataset.has_several:
+        samples["pictures"] = cleaned.dataset.n_samples
     damaged = {name: shard["damage"] for name, shard in cleaned.dataset.info["shards"].items() if shard["damage"]}
     return {
         "verdict": finding.plain(),
         "suspect": cleaned.embedder.suspect,
         "hygiene": None if cleaned.hygiene is None else findings_of(cleaned.hygiene),
-        "samples": {name: counts.get(name, 0) for name in ("samples", "kept", "quarantined", "unreadable")},
+        "samples": samples,
         "classes_touched": {label: c | _name(cleaned.dataset, label) for label, c in classes.items() if c["removed"]},
         "notes": cleaned.dataset.info.get("notes", []),
         "damaged_shards": damaged,

@@ -185,6 +185,22 @@ def many(tmp_path_factory: pytest.TempPathFactory, make_tar: Make, make_png: Mak
     return str(make_tar(tmp_path_factory.mktemp("many") / "x.tar", members))
 
 
+def test_one_cut_picture_of_ten_thousand_makes_the_sample_unreadable(
+    tmp_path: Path, make_tar: Make, make_png: Make
+) -> None:
+    """It is the last one: nothing that was learned of the others is kept."""
+    pictures = {f"{i}.png": make_png(i % 7) for i in range(N_MANY)}
+    pictures |= {f"{N_MANY}.jpg": make_png(1, format="JPEG", size=(40, 40))[:300]}
+    place = make_tar(tmp_path / "in/x.tar", [*sample("a", pictures), *sample("b", {"png": make_png(8)})])
+    dataset = indexed(place, tmp_path / "index", limits=LARGE, max_pictures=N_MANY + 1)
+    rows = dataset.rows("x.tar").to_pylist()
+    assert [(row["image"], row["status"]) for row in rows] == [(f"a.{N_MANY}.jpg", "unreadable"), ("b.png", "ok")]
+    facts = dataset.facts("x.tar")
+    assert facts is not None
+    assert facts["position"].to_pylist() == [1]
+    assert [batch.keys for batch in dataset.batches(8)] == [["b"]]
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

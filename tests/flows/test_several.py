@@ -125,6 +125,7 @@ def test_every_sample_is_in_one_place_whole(pairs: tuple[Path, set[str]], cleane
     assert samples["samples"] == len({name.partition(".")[0] for name, _ in before})
     assert samples["samples"] == samples["kept"] + samples["quarantined"] + samples["unreadable"]
     assert samples["unreadable"] == 1
+    assert samples["pictures"] == 2 * (samples["samples"] - 1)
     evidence = {one["key"]: one for one in (json.loads(data) for name, data in gone if name.endswith(".sanitize.json"))}
     assert evidence["cut"]["reasons"][0]["member"] == "cut.right.png"
     poisoned = next(key for key in evidence if key in pairs[1])

@@ -214,3 +214,14 @@ def test_such_a_run_is_no_reference(cleaned: CleanRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be a reference, which judges one picture a sample"):
         reference(run=cleaned.folder, out=tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_inspect_counts_samples_and_offers_the_setting(pairs: tuple[Path, set[str]]) -> None:
+    shard = str(pairs[0] / "pairs-1.tar")
+    plain = json.loads(CliRunner().invoke(app, ["inspect", shard, "-q", "--json"]).output)
+    assert plain["next"][-1].endswith("--set image.member=all")
+    every = json.loads(CliRunner().invoke(app, ["inspect", shard, "-q", "--json", "--set", "image.member=all"]).output)
+    (summary,) = every["shards"].values()
+    assert sum(every["labels"].values()) == summary["counts"]["samples"] == summary["counts"]["pictures"] // 2
+    assert sum(every["image_sizes"].values()) == summary["counts"]["pictures"]
+    assert "--set index.image.member=all" in every["next"][0]

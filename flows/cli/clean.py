@@ -23,6 +23,9 @@ def clean(result: dict[str, Any], out: str) -> None:
     The samples that stay are copied byte for byte. The others go to quarantine with the evidence beside them;
     `sanitize restore` puts them back. Nothing needs to be known about the attack, not even whether there is one.
 
+    Where a sample has several pictures, `--set index.image.member=all` looks at each of them, and the worst one decides
+    on the sample; with a suffix, or first, one of them is looked at.
+
     Examples:
 
         sanitize clean --shards 'data/train-*.tar' --out runs/first
@@ -34,7 +37,7 @@ def clean(result: dict[str, Any], out: str) -> None:
     from sanitize.data.class_names import class_name
     from sanitize.storage import join, read_bytes
 
-    _print_suspect(result["suspect"])
+    _print_suspect(result["suspect"], "pictures" if "pictures" in result["samples"] else "samples")
     _print_stages(json.loads(read_bytes(join(out, "run.json")))["stages"])
     _print_counts(result["samples"], len(result["damaged_shards"]))
     for label, of_class in result["classes_touched"].items():
@@ -71,13 +74,13 @@ def _print_stages(stages: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _print_suspect(suspect: dict[str, Any] | None) -> None:
+def _print_suspect(suspect: dict[str, Any] | None, unit: str) -> None:
     """Training of the suspect model, in one line."""
     if suspect is None:
         return
     n, n_all, (height, width) = suspect["n_samples"], suspect["n_all"], suspect["size"]
     console.print(
-        f"suspect model: {suspect['steps']:,} steps, {suspect['epochs']:,} epochs, {n:,} of {n_all:,} samples at "
+        f"suspect model: {suspect['steps']:,} steps, {suspect['epochs']:,} epochs, {n:,} of {n_all:,} {unit} at "
         f"{height}x{width} pixels, accuracy {suspect['accuracy']:.2f}",
         highlight=False,
         soft_wrap=True,
@@ -104,10 +107,12 @@ def _print_verdict(finding: dict[str, Any]) -> None:
 
 def _print_counts(counts: dict[str, int], n_damaged: int) -> None:
     """Samples by verdict, in one line."""
+    pictures = f"; {counts['pictures']:,} pictures were judged" if "pictures" in counts else ""
     damaged = f"; {n_damaged:,} shards are damaged, and what could not be read of them is not counted"
     console.print(
         f"[bold]{counts['samples']:,}[/bold] samples = {counts['kept']:,} clean "
-        f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable{damaged if n_damaged else ''}",
+        f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable"
+        f"{pictures}{damaged if n_damaged else ''}",
         style="yellow" if n_damaged else None,
         markup=True,
         soft_wrap=True,

@@ -89,6 +89,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
     from sanitize.data.index import index_shard, label_reader, max_label, notes_on_shards, shard_names
     from sanitize.data.reasons import Reasons
     from sanitize.data.sources import find_shards, list_sources
+    from sanitize.data.tables import sample_starts
     from sanitize.errors import DataError
     from sanitize.progress import track
 
@@ -115,7 +116,8 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
             rows = indexed.select(["status", "label", "height", "width"]).to_pylist()
             ok = [row for row in rows if row["status"] == "ok"]
             names = shard_names(indexed)
-            labels.update(row["label"] if names is None else names[row["label"]] for row in ok)
+            usable = [rows[i]["label"] for i in sample_starts(indexed).tolist() if rows[i]["status"] == "ok"]
+            labels.update(label if names is None else names[label] for label in usable)
             sizes.update(f"{row['height']}x{row['width']}" for row in ok)
             formats.update(per_shard[shard]["formats"])
             reasons.add(shard, indexed)
@@ -306,7 +308,7 @@ def _remedy(kind: Mapping[str, Any], result: dict[str, Any], again: _Again) -> l
     if reason.startswith("a key ends at the first dot"):
         return _packed_again(places, shard, "renamed", again, r"--transform=s,\.\([^./]*\.\),_\1,g")
     if "set index.image.member" in reason:
-        return [again(more=f"image.member={_pictures(members)[0]}"), again(more="image.member=first")]
+        return [again(more=f"image.member={one}") for one in (_pictures(members)[0], "first", "all")]
     if result["largest_label"] is not None:
         return [again(more=f"n_classes={result['largest_label'] + 1}")]
     if "set index.classes=names" in reason:

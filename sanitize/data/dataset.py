@@ -22,8 +22,8 @@ from sanitize.data.class_names import ClassNames
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
 from sanitize.data.image_facts import facts_name
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
-from sanitize.data.samples import Sample, SampleLimits, SampleReader, ShardFile, find_image
-from sanitize.data.tables import ShardTables, rows_name
+from sanitize.data.samples import ALL, Sample, SampleLimits, SampleReader, ShardFile, find_images
+from sanitize.data.tables import ShardTables, rows_name, sample_starts
 from sanitize.errors import ArtifactError, ConfigError, DataError, ShardError
 from sanitize.storage import fingerprint, is_local, open_read
 
@@ -74,7 +74,7 @@ class Dataset(ShardTables):
 
     @property
     def n_samples(self) -> int:
-        """Number of usable samples."""
+        """Number of usable samples; of usable pictures where a sample may have several rows."""
         return sum(self.info["labels"].values())
 
     @property
@@ -116,9 +116,25 @@ class Dataset(ShardTables):
         except (pa.ArrowException, ValueError, TypeError, IndexError) as error:
             raise ArtifactError(f"the class names of {self.url(rows_name(shard))} are damaged: {error}") from error
 
+    @cached_property
+    def has_several(self) -> bool:
+        """As in ShardTables."""
+        return bool(self.info["image"].get("member") == ALL)
+
+    def counts(self, shard: str) -> tuple[int, int]:
+        """Number of usable samples of a shard, and of their rows; the same except with several pictures a sample."""
+        counts = self.info["shards"][shard]["counts"]
+        n = counts["samples"] - counts["unreadable"]
+        return n, counts.get("pictures", n)
+
     @property
     def image_member(self) -> str | None:
-        """`ImageConfig.member` of the index, for `find_image`."""
+        """`ImageConfig.member` of the index, for `find_image`. Raises ConfigError for "all"."""
+        if self.has_several:
+            raise ConfigError(
+                f"{self.path} has several pictures a sample (index.image.member=all), and this needs one; set "
+                "index.image.member to its suffix, or to first"
+            )
         member: str | None = self.info["image"].get("member")
         return member
 
@@ -144,8 +160,10 @@ class Dataset(ShardTables):
         """Every sample of a shard, usable or not, with its index row.
 
         Raises:
+            ConfigError: a sample may have several rows.
             DataError: the shard has changed since it was indexed.
         """
+        _ = self.image_member  # one row a sample
         rows = self.rows(shard)
         return zip(self._read(shard, rows), rows.to_pylist(), strict=True)
 
@@ -157,7 +175,7 @@ class Dataset(ShardTables):
                 yield from piece.samples()
 
     def pieces(self, shard: str, rows: pa.Table) -> Iterator[Piece | Sample]:
-        """The same, many ordinary samples at once.
+        """All samples, many ordinary ones at once; the positions are those of samples, not of rows.
 
         Args:
             shard: name of the shard.
@@ -168,6 +186,7 @@ class Dataset(ShardTables):
         """
         url, limits = self.urls[shard], SampleLimits.model_validate(self.info["limits"])
         digest = self.info["shards"][shard]["sha256"] is not None
+        rows = rows.take(sample_starts(rows)) if self.has_several else rows
         try:
             with open_read(url) as stream:
                 file = ShardFile(stream, url, digest)
@@ -239,13 +258,17 @@ class Dataset(ShardTables):
         next(images, None)  # none is left; the reader goes to the end and checks the shard
 
     def _images(self, shard: str, rows: pa.Table, is_read: list[bool]) -> Iterator[bytes]:
-        """Payload of the image of each sample to read."""
-        names, member = rows["image"].to_pylist(), self.image_member
+        """Payload of each image to read."""
+        names, member = rows["image"].to_pylist(), self.info["image"].get("member")
+        bounds = [*sample_starts(rows).tolist(), len(rows)]
         for piece in self.pieces(shard, rows):
+            at = piece.positions if isinstance(piece, Piece) else range(piece.position, piece.position + 1)
+            read = [i for i in range(bounds[at.start], bounds[at.stop]) if is_read[i]]
             if isinstance(piece, Piece):
-                yield from piece.payloads([names[i] for i in piece.positions if is_read[i]])
-            elif is_read[piece.position]:
-                yield find_image(piece, member)[1]
+                yield from piece.payloads([names[i] for i in read])
+            elif read:
+                images = find_images(piece, member)
+                yield from (images[i - bounds[at.start]][1] for i in read)
 
     def _start(
         self, shard: str, rows: pa.Table, images: Iterator[bytes], threads: "_Threads"

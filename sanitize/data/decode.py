@@ -79,6 +79,7 @@ class ImageConfig(BaseModel):
         channels: 3 (RGB) or 1 (luminance).
         member: suffix of the image that is read where a sample has several (`left.jpg`, also as `left.png`), or `first`
             in the order of the shard. None takes the only image, if it has a plain suffix (`jpg`) or is the only one.
+            `all` reads every picture of a sample (`clean` alone); the worst one decides on the sample.
         formats: formats that are read, by content and not by suffix; images of others are unreadable.
         max_pixels: number of pixels in the header above which an image is not decoded (decompression bombs). A side
             below 8 counts as 8.

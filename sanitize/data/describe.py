@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from sanitize.artifacts import FileEntry
 from sanitize.data.dataset import Dataset
+from sanitize.data.samples import ALL
 from sanitize.data.tables import Selection
 from sanitize.tar.compression import unread_suffix
 
@@ -77,10 +78,11 @@ def describe_clean(dataset: Dataset, selection: Selection, files: Mapping[str, F
     for shard in dataset.shards:
         if unread_suffix(shard):
             continue  # it has no clean shard
-        verdicts = selection.rows(shard, ["label", "status", "keep"])
+        verdicts = selection.sample_rows(shard, ["label", "keep"])
         kept = verdicts["label"].filter(verdicts["keep"]).to_pylist()
         labels.update(kept)
-        names = dataset.rows(shard, ["image"])["image"].filter(pc.not_equal(verdicts["status"], "unreadable"))
+        images = dataset.rows(shard, ["image", "status"])
+        names = images["image"].filter(pc.equal(images["status"], "ok"))
         suffixes.update(pc.replace_substring_regex(names, r"^(?:.*/)?[^./]*\.", "").unique().to_pylist())
         entry = files[f"clean/{shard}"]
         shards[f"clean/{shard}"] = {"samples": len(kept), "size": entry.size, "sha256": entry.sha256}
@@ -102,8 +104,9 @@ def croissant(description: Mapping[str, Any]) -> dict[str, Any]:
     """Content of `croissant.json`, from that of `dataset.json`.
 
     Three record sets: `images` and `labels` as stored in the shards, and `samples`, which joins them by key; `images`
-    alone where no member of the shards has labels. Paths are relative to the folder of the file. Unknown fields
-    (license, creator, url, datePublished, citeAs, version) are left out; add them before publication.
+    alone where no member of the shards has labels. With several pictures a sample, a record of `images` and `samples`
+    is one picture, by its name. Paths are relative to the folder of the file. Unknown fields (license, creator, url,
+    datePublished, citeAs, version) are left out; add them before publication.
     """
     n = description["samples"]
     source = description["made_from"]
@@ -172,8 +175,11 @@ def _file_set(name: str, shards: list[dict[str, str]], suffixes: list[str], type
 
 def _record_sets(description: Mapping[str, Any]) -> list[dict[str, Any]]:
     image_key = _key("image-files", description["image"]["suffixes"])
+    has_several = description["image"].get("member") == ALL
+    name = _field("images/name", "sc:Text", _extract("image-files", {"fileProperty": "fullpath"}))
     images = _record_set(
         "images",
+        *([name] if has_several else []),
         _field("images/key", "sc:Text", image_key),
         _field("images/image", "sc:ImageObject", _extract("image-files", {"fileProperty": "content"})),
     )
@@ -182,6 +188,13 @@ def _record_sets(description: Mapping[str, Any]) -> list[dict[str, Any]]:
     suffix, field = member
     value = {"jsonPath": _json_path(field)} if field else {"fileProperty": "content"}
     type = ["sc:Text" if description.get("classes") else "sc:Integer", "cr:Label"]
+    # Joined from the labels: a second picture of a sample (KEY.mask.png) has no label and is dropped.
+    keys = [_field("samples/key", "sc:Text", _other("labels/key"), references=_other("images/key"))]
+    if has_several:
+        keys = [
+            _field("samples/name", "sc:Text", _other("images/name")),
+            _field("samples/key", "sc:Text", _other("images/key"), references=_other("labels/key")),
+        ]
     return [
         images,
         _record_set(
@@ -191,8 +204,7 @@ def _record_sets(description: Mapping[str, Any]) -> list[dict[str, Any]]:
         ),
         _record_set(
             "samples",
-            # Joined from the labels: a second picture of a sample (KEY.mask.png) has no label and is dropped.
-            _field("samples/key", "sc:Text", _other("labels/key"), references=_other("images/key")),
+            *keys,
             _field("samples/image", "sc:ImageObject", _other("images/image")),
             _field("samples/label", type, _other("labels/label")),
         ),
@@ -204,7 +216,8 @@ def _json_path(field: str) -> str:
 
 
 def _record_set(name: str, *fields: dict[str, Any]) -> dict[str, Any]:
-    key = {"@id": f"{name}/key"}
+    """A record set; the first field is its key."""
+    key = {"@id": fields[0]["@id"]}
     return {"@type": "cr:RecordSet", "@id": name, "name": name, "key": key, "field": list(fields)}
 
 

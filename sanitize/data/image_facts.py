@@ -12,6 +12,7 @@ Shapes: N images, H x W pixels, C channels; S = 32, T = 16 pixels.
 
 import io
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,38 @@ def facts_name(shard: str) -> str:
     return f"facts/{shard}.parquet"
 
 
+class ReducedImage(NamedTuple):
+    """The pixels that facts are taken of, a few kilobytes for an image of any size.
+
+    Attributes:
+        canvas_SSC, details_SSC: see `canvas` and `details`; the same array for an image of that size.
+        flat: rows of one colour, as `_flat` returns them; None without, and for an image of that size.
+    """
+
+    canvas_SSC: np.ndarray
+    details_SSC: np.ndarray
+    flat: tuple[float, float, int] | None
+
+
+def reduced(pixels_HWC: np.ndarray) -> ReducedImage:
+    """The part of a decoded image that `ImageFacts` reads."""
+    canvas_SSC = canvas(pixels_HWC)
+    if canvas_SSC is pixels_HWC:
+        return ReducedImage(pixels_HWC, pixels_HWC, None)
+    return ReducedImage(canvas_SSC, details(pixels_HWC), _flat(canvas_SSC, pixels_HWC))
+
+
+def _flat(canvas_SSC: np.ndarray, pixels_HWC: np.ndarray) -> tuple[float, float, int] | None:
+    """Rows of one colour at top and bottom, and the colour: looked for on the small image first; None without."""
+    top = flat_rows(pixels_HWC) if _is_flat(canvas_SSC[0]) else 0.0
+    bottom = flat_rows(pixels_HWC[::-1]) if _is_flat(canvas_SSC[-1]) else 0.0
+    if not (top or bottom):
+        return None
+    colour_C = pixels_HWC[0 if top > bottom else -1].mean(0).round().astype(int).tolist()
+    red, green, blue = colour_C if len(colour_C) == 3 else 3 * colour_C
+    return top, bottom, red << 16 | green << 8 | blue
+
+
 class ImageFacts:
     """Facts about the images of one shard: one row for each image that was added; see `SCHEMA`.
 
@@ -71,25 +104,14 @@ class ImageFacts:
         self._columns: list[dict[str, np.ndarray]] = []
         self._stated: dict[int, str | None] = {}
 
-    def add(self, position: int, pixels_HWC: np.ndarray) -> None:
-        """Add a decoded image, uint8, of one or three channels."""
-        canvas_SSC = canvas(pixels_HWC)
-        if canvas_SSC is not pixels_HWC:
-            self._add_flat(position, canvas_SSC, pixels_HWC)
-            self._pending.append((position, canvas_SSC, details(pixels_HWC)))
-        else:
-            self._pending.append((position, pixels_HWC, pixels_HWC))
+    def add(self, position: int, image: np.ndarray | ReducedImage) -> None:
+        """Add a decoded image, uint8 (H, W, C) with one or three channels, or what `reduced` keeps of it."""
+        image = reduced(image) if isinstance(image, np.ndarray) else image
+        if image.flat is not None:
+            self._flat[position] = image.flat
+        self._pending.append((position, image.canvas_SSC, image.details_SSC))
         if len(self._pending) >= _BATCH:
             self._describe()
-
-    def _add_flat(self, position: int, canvas_SSC: np.ndarray, pixels_HWC: np.ndarray) -> None:
-        """Rows of one colour at either end: looked for on the small image first."""
-        top = flat_rows(pixels_HWC) if _is_flat(canvas_SSC[0]) else 0.0
-        bottom = flat_rows(pixels_HWC[::-1]) if _is_flat(canvas_SSC[-1]) else 0.0
-        if top or bottom:
-            colour_C = pixels_HWC[0 if top > bottom else -1].mean(0).round().astype(int).tolist()
-            red, green, blue = colour_C if len(colour_C) == 3 else 3 * colour_C
-            self._flat[position] = top, bottom, red << 16 | green << 8 | blue
 
     def add_stated(self, position: int, stated: str | None) -> None:
         """Add what `differing_hash` returns for the sample."""
@@ -121,8 +143,8 @@ class ImageFacts:
         facts = describe(canvas_NSSC, details_NSSC)
         last_N2T = facts["thumbnail"].reshape(-1, THUMB, THUMB)[:, [0, -1]]
         for i in np.flatnonzero((np.ptp(last_N2T, axis=2) <= ALIKE).any(1)).tolist():
-            if canvases[i] is patches[i]:  # not reduced, and not looked at before
-                self._add_flat(positions[i], canvases[i], canvases[i])
+            if canvases[i] is patches[i] and (flat := _flat(canvases[i], canvases[i])):  # not looked at before
+                self._flat[positions[i]] = flat
         tops, bottoms, fills = zip(*(self._flat.get(position, (0.0, 0.0, 0)) for position in positions), strict=True)
         facts |= {"flat_top": np.array(tops, np.float32), "flat_bottom": np.array(bottoms, np.float32)}
         facts |= {"fill": np.array(fills, np.uint32), "position": np.array(positions)}

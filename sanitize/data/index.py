@@ -22,21 +22,15 @@ from sanitize.compute import Compute
 from sanitize.data.class_names import MAX_NAMES, ClassNames, names_beside
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels, image_format
-from sanitize.data.image_facts import ImageFacts, write_facts
+from sanitize.data.image_facts import ImageFacts, ReducedImage, reduced, write_facts
 from sanitize.data.labels import MAX_CLASSES, BadLabel, LabelReader, notes_on
 from sanitize.data.layout import dots, explained
 from sanitize.data.reasons import Reasons
-from sanitize.data.rows import plain_rows, read_rows
-from sanitize.data.samples import (
-    Sample,
-    SampleLimits,
-    ShardReader,
-    find_image,
-    image_name,
-)
+from sanitize.data.rows import SCHEMA, SEVERAL, plain_rows, read_rows
+from sanitize.data.samples import ALL, Sample, SampleLimits, ShardReader, image_names
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.stated_hashes import differing_hash
-from sanitize.data.tables import rows_name, write_rows
+from sanitize.data.tables import rows_name, sample_starts, write_rows
 from sanitize.errors import ConfigError, DataError
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.compression import not_read, unread_suffix
@@ -71,6 +65,7 @@ class IndexConfig(BaseModel):
             samples in them is unknown.
         image_facts: True also takes facts about each decoded image (brightness, a perceptual hash, ...), which
             `check_hygiene` reads. They need check "decode".
+        max_pictures: with `image.member: all`, number of pictures above which a sample is unreadable.
         verify: "json:FIELD", a field of the metadata with the hash of the image as stored: sha256, sha512, sha1 or md5
             in hexadecimal, known by its length. An image with another hash stays usable; `check_hygiene` lists it.
     """
@@ -88,18 +83,32 @@ class IndexConfig(BaseModel):
     max_bad_shards: int = Field(default=0, ge=0)
     image_facts: bool = False
     verify: str | None = Field(default=None, pattern=r"^json:.+$")
+    max_pictures: int = Field(default=32, gt=0)
 
     @model_validator(mode="after")
     def _reads_images(self) -> Self:
         if self.verify is not None and self.check == "headers":
             raise ConfigError("index.verify compares images with their hashes, and index.check=headers reads no image")
+        if self.verify is not None and self.has_several:
+            raise ConfigError(
+                "index.verify names the hash of one image, and index.image.member=all reads several; set "
+                "index.verify=null, or index.image.member to the suffix of that image"
+            )
         return self
 
     def recipe(self) -> dict[str, Any]:
         """What the index depends on. Settings that came later are left out where they are off, so that an index from
         before them is still found."""
         settings = self.model_dump(mode="json")
-        return {k: v for k, v in settings.items() if k not in ("image_facts", "verify", "class_names") or v}
+        used = {name: settings[name] for name in ("image_facts", "verify", "class_names")} | {
+            "max_pictures": self.has_several
+        }
+        return {name: value for name, value in settings.items() if used.get(name, True)}
+
+    @property
+    def has_several(self) -> bool:
+        """True where every picture of a sample is read, and the index has one row a picture."""
+        return self.image.member == ALL
 
     @property
     def has_facts(self) -> bool:
@@ -142,6 +151,9 @@ def index_shards(
     shards: Sequence[str] | None = None,
 ) -> Work:
     """Read the shards once, check every sample as `config.check` says, and write one row a sample.
+
+    With `image.member: all` there is one row a picture: `position` counts the rows of a shard, and a column `sample`
+    its samples. An unreadable sample has one row.
 
     Args:
         config: requirements on samples.
@@ -208,11 +220,12 @@ def index_shard(
     labels: LabelReader | None = None,
     facts: ImageFacts | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
+    """Rows of one shard in the order of its samples (rows.SCHEMA, rows.SEVERAL), and a summary of the shard itself.
 
     Where class names are gathered, `label` is the number of a name in the list `names` of the schema's metadata. The
-    summary has sha256, bytes, damage and counts; `unread`: bytes behind the damage; `of_macos`: number of files of
-    macOS, if there are any; `formats`: number of images of each format that were read, usable or not.
+    summary has sha256, bytes, damage and counts (of samples; with `image.member: all` also of usable pictures);
+    `unread`: bytes behind the damage; `of_macos`: number of files of macOS, if there are any; `formats`: number of
+    images of each format that were read, usable or not.
 
     Args:
         url: path or URL of the shard.
@@ -227,29 +240,31 @@ def index_shard(
 
     formats: Counter[str] = Counter()
 
-    def judge(sample: Sample) -> dict[str, Any]:
-        judged = _judge(sample, config, reader, facts)
-        if isinstance(name := judged.get("label"), str):
-            judged["label"] = names.setdefault(name, len(names))
-            if len(names) > MAX_NAMES:
-                raise DataError(_too_many_names(url, config))
-        if judged.get("sha256"):  # the image was read
-            formats[image_format(find_image(sample, config.image.member)[1]) or "unknown"] += 1
+    def judge(sample: Sample, position: int) -> list[dict[str, Any]]:
+        judged = _judge(sample, position, config, reader, formats, facts)
+        for row in judged:
+            if isinstance(name := row.get("label"), str):
+                row["label"] = names.setdefault(name, len(names))
+                if len(names) > MAX_NAMES:
+                    raise DataError(_too_many_names(url, config))
         return judged
 
     found = None
-    if headers_only and reader.reads_members and not unread_suffix(url):
+    if headers_only and reader.reads_members and not unread_suffix(url) and not config.has_several:
         integers = reader.n_classes if reader.is_plain else 0
         found = plain_rows(url, config.limits, reader.suffix, integers, judge, advance, config.image.member)
     if found is None:
         suffix = reader.suffix if headers_only else None
-        found = read_rows(ShardReader(url, config.limits, suffix, digest=not headers_only), judge, advance)
+        shard = ShardReader(url, config.limits, suffix, digest=not headers_only)
+        found = read_rows(shard, judge, advance, SEVERAL if config.has_several else SCHEMA)
     table = explained(found.table, config.label)
     n_bad = len(table) - table["status"].to_pylist().count("ok")
     summary = {"sha256": found.sha256, "bytes": found.size, "damage": found.damage, "unread": found.n_unread}
     if found.n_of_macos:
         summary["of_macos"] = found.n_of_macos
-    counts = {"samples": len(table), "unreadable": n_bad}
+    counts = {"samples": len(sample_starts(table)), "unreadable": n_bad}
+    if config.has_several:
+        counts["pictures"] = len(table) - n_bad
     if config.classes == "names":
         table = table.replace_schema_metadata({"names": json.dumps(list(names))})
     return table, summary | {"counts": counts, "formats": dict(formats)}
@@ -262,35 +277,68 @@ def _too_many_names(where: str, config: IndexConfig) -> str:
     )
 
 
-def _judge(sample: Sample, config: IndexConfig, labels: LabelReader, facts: ImageFacts | None) -> dict[str, Any]:
-    """Status of a sample, the reason where it is not "ok", and its properties."""
+def _judge(
+    sample: Sample,
+    position: int,
+    config: IndexConfig,
+    labels: LabelReader,
+    formats: Counter[str],
+    facts: ImageFacts | None,
+) -> list[dict[str, Any]]:
+    """Rows of a sample: status, the reason where it is not "ok", and properties; one for each image that is read.
+
+    A sample with a bad image is unreadable, as a whole and in one row: nobody has looked at that image.
+
+    Args:
+        sample: the sample.
+        position: number of its first row.
+        config: requirements on samples.
+        labels: reader of its label.
+        formats: the formats of the images that are read are counted in it.
+        facts: facts about the images of usable samples are added to it.
+    """
     if sample.problem is not None:
-        return {"status": "unreadable", "reason": sample.problem}
+        return [{"status": "unreadable", "reason": sample.problem}]
     found: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    seen: list[ReducedImage] = []
+    payloads = dict(sample.members)
     try:
-        found["image"] = printable(_image_name(sample, config, labels))
-        if config.check != "headers":
-            image = find_image(sample, config.image.member)[1]
-            found["sha256"] = hashlib.sha256(image).hexdigest()
-        found["label"] = labels.read(sample)
-        if config.check == "decode":
-            pixels_HWC = decode_pixels(image, config.image)
-            found["height"], found["width"] = pixels_HWC.shape[:2]
-            if facts is not None and config.image_facts:
-                facts.add(sample.position, pixels_HWC)
-        if facts is not None and config.verify is not None:
-            facts.add_stated(sample.position, differing_hash(sample, image, config.verify.removeprefix("json:")))
+        for name in _image_names(sample, config, labels):
+            found = {"image": printable(name)}
+            if config.check != "headers":
+                found["sha256"] = hashlib.sha256(payloads[name]).hexdigest()
+                formats[image_format(payloads[name]) or "unknown"] += 1
+            found["label"] = rows[0]["label"] if rows else labels.read(sample)
+            if config.check == "decode":
+                pixels_HWC = decode_pixels(payloads[name], config.image)
+                found["height"], found["width"] = pixels_HWC.shape[:2]
+                if facts is not None and config.image_facts:
+                    seen.append(reduced(pixels_HWC))
+            rows.append(found | {"status": "ok"})
     except (LookupError, BadLabel, BadImage) as error:
-        return found | {"status": "unreadable", "reason": str(error.args[0])}
-    return found | {"status": "ok"}
+        reason = str(error.args[0])
+        if config.has_several and isinstance(error, BadImage):
+            reason = f"'{found['image']}': {reason}"
+        return [found | {"status": "unreadable", "reason": reason}]
+    if facts is not None:
+        for i, image in enumerate(seen):
+            facts.add(position + i, image)
+        if config.verify is not None:
+            stated = config.verify.removeprefix("json:")
+            facts.add_stated(position, differing_hash(sample, payloads[name], stated))
+    return rows
 
 
-def _image_name(sample: Sample, config: IndexConfig, labels: LabelReader) -> str:
+def _image_names(sample: Sample, config: IndexConfig, labels: LabelReader) -> list[str]:
     names = [name for name, _ in sample.sizes]
     try:
-        return image_name(names, config.image.member)
+        images = image_names(names, config.image.member)
     except LookupError as error:
         raise LookupError((labels.reads_members and dots(names, labels.suffix)) or error.args[0]) from None
+    if config.has_several and len(images) > config.max_pictures:
+        raise LookupError(f"{len(images)} pictures, more than index.max_pictures={config.max_pictures}")
+    return images
 
 
 def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) -> dict[str, Any]:
@@ -324,7 +372,8 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
         )
     if by_name:
         labels.update({label: by_name[name] for label, name in enumerate(classes or ())})
-    _refuse_if_bad(config, labels.total(), reasons, summaries)
+    n_ok = sum(summary["counts"]["samples"] - summary["counts"]["unreadable"] for summary in summaries.values())
+    _refuse_if_bad(config, n_ok, reasons, summaries)
     common = common_size(sizes, config.image.max_side) if config.check == "decode" else None
     n_classes = config.n_classes or (len(classes) if classes else max(labels) + 1)
     return {

@@ -3,7 +3,7 @@
 Shapes: N members, K samples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -32,10 +32,12 @@ SCHEMA = pa.schema(
         "members": pa.list_(pa.struct({"name": pa.string(), "size": pa.int64()})),
     }
 )
+SEVERAL = SCHEMA.append(pa.field("sample", pa.int64()))  # one row a picture; `sample` counts the samples of a shard
 _JUDGED = ("status", "reason", "label", "height", "width", "image", "sha256")
 _IMAGE_SUFFIXES = np.array([suffix.encode() for suffix in sorted(IMAGE_SUFFIXES)])
 _MAX_DIGITS = 6  # digits of a label that is read by columns
-Judge = Callable[[Sample], Mapping[str, Any]]  # from a sample to its status and other columns of _JUDGED
+# From a sample and the number of its first row to the columns _JUDGED of its rows.
+Judge = Callable[[Sample, int], Sequence[Mapping[str, Any]]]
 
 
 class ShardRows(NamedTuple):
@@ -49,37 +51,43 @@ class ShardRows(NamedTuple):
     n_of_macos: int = 0
 
 
-def read_rows(reader: ShardReader, judge: Judge, advance: Callable[[int], None]) -> ShardRows:
-    """One row for each sample of `reader`."""
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if name != "members"}
+def read_rows(
+    reader: ShardReader, judge: Judge, advance: Callable[[int], None], schema: pa.Schema = SCHEMA
+) -> ShardRows:
+    """The rows of each sample of `reader`; the first of them has its members."""
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names if name != "members"}
     names: list[str] = []
     sizes: list[int] = []
     counts: list[int] = []
     for sample in reader:
-        judged = judge(sample)
-        for name in _JUDGED:
-            columns[name].append(judged.get(name))
-        columns["position"].append(sample.position)
-        columns["key"].append(printable(sample.key))
-        columns["start"].append(sample.start)
-        columns["end"].append(sample.end)
+        rows = judge(sample, len(counts))
+        key = printable(sample.key)
+        own = {"key": key, "start": sample.start, "end": sample.end, "sample": sample.position}
+        for row in rows:
+            columns["position"].append(len(columns["position"]))
+            for name in _JUDGED:
+                columns[name].append(row.get(name))
+            for name in own.keys() & columns.keys():
+                columns[name].append(own[name])
         names += [printable(name) for name, _ in sample.sizes]
         sizes += [size for _, size in sample.sizes]
-        counts.append(len(sample.sizes))
+        counts += [len(sample.sizes), *[0] * (len(rows) - 1)]
         advance(1)
-    table = _table(columns, names, sizes, counts)
+    table = _table(columns, names, sizes, counts, schema)
     return ShardRows(table, reader.sha256 or None, reader.size, reader.damage, reader.n_unread, reader.n_of_macos)
 
 
-def _table(columns: Mapping[str, Any], names: Any, sizes: Any, counts: Any) -> pa.Table:
-    """Table from columns, the `names` and `sizes` of all members, and the number of members of each sample."""
+def _table(columns: Mapping[str, Any], names: Any, sizes: Any, counts: Any, schema: pa.Schema = SCHEMA) -> pa.Table:
+    """Table from columns, the `names` and `sizes` of all members, and the number of members of each row."""
     members = SCHEMA.field("members").type
     pairs = pa.StructArray.from_arrays([_strings(names), pa.array(sizes, pa.int64())], fields=list(members.value_type))
     lists = pa.ListArray.from_arrays(pa.array(np.cumsum([0, *counts]), pa.int32()), pairs, members)
     arrays = {
-        name: _strings(column) if SCHEMA.field(name).type == pa.string() else column for name, column in columns.items()
+        f.name: pa.array(_strings(columns[f.name]) if f.type == pa.string() else columns[f.name], f.type)
+        for f in schema
+        if f.name != "members"
     }
-    return pa.table([pa.array(arrays[f.name], f.type) for f in SCHEMA if f.name != "members"] + [lists], schema=SCHEMA)
+    return pa.table(arrays | {"members": lists}, schema=schema)
 
 
 def _strings(values: Any) -> pa.StringArray:
@@ -222,7 +230,7 @@ def _judged(plain: _Plain, first_K: np.ndarray, counts_K: np.ndarray, judge: Jud
     columns["label"] = label_K.tolist()
     columns["image"] = plain.names_N[image_K].astype(str).tolist()
     for k in np.flatnonzero(~easy_K).tolist():
-        judged = judge(_sample(plain, k, range(int(first_K[k]), int(first_K[k] + counts_K[k]))))
+        (judged,) = judge(_sample(plain, k, range(int(first_K[k]), int(first_K[k] + counts_K[k]))), k)
         for name in _JUDGED:
             columns[name][k] = judged.get(name)
     return columns

@@ -22,6 +22,7 @@ from sanitize.tar.write import BLOCK
 _SKIPPED_BYTES = 1 << 20  # bytes skipped at once
 _MAX_LISTED = 6  # suffixes in a reason
 _MAX_SHOWN = 40  # characters of a suffix or a label in a reason
+ALL = "all"  # `ImageConfig.member` that reads every picture of a sample
 
 
 class SampleLimits(BaseModel):
@@ -311,9 +312,7 @@ def image_name(names: Iterable[str], member: str | None = None) -> str:
         LookupError: there is no such image, or there are several; the message is the reason.
     """
     names = list(names)
-    pictures = {name: suffix for name in names if is_picture(suffix := split_name(name)[1])}
-    if not pictures:
-        raise LookupError(f"no image member{beside(names)}")
+    pictures = _pictures(names)
     if member == "first":
         return next(iter(pictures))
     if member is not None:
@@ -325,6 +324,19 @@ def image_name(names: Iterable[str], member: str | None = None) -> str:
             "these suffixes, or to first"
         )
     return (plain or list(pictures))[0]
+
+
+def image_names(names: Iterable[str], member: str | None = None) -> list[str]:
+    """Names of the images that are read of a sample: one, or with member "all" every picture. See `image_name`."""
+    return list(_pictures(list(names))) if member == ALL else [image_name(names, member)]
+
+
+def _pictures(names: Sequence[str]) -> dict[str, str]:
+    """Names of the pictures of a sample, with their suffixes. Raises LookupError where there is none."""
+    pictures = {name: suffix for name in names if is_picture(suffix := split_name(name)[1])}
+    if not pictures:
+        raise LookupError(f"no image member{beside(names)}")
+    return pictures
 
 
 def _the_only(pictures: Mapping[str, str], member: str, names: Sequence[str]) -> str:
@@ -360,6 +372,12 @@ def find_image(sample: Sample, member: str | None = None) -> tuple[str, bytes]:
     """The image member (name, payload). Arguments and errors: see `image_name`."""
     found = image_name((name for name, _ in sample.members), member)
     return next(one for one in sample.members if one[0] == found)
+
+
+def find_images(sample: Sample, member: str | None = None) -> list[tuple[str, bytes]]:
+    """The image members that are read (name, payload). Arguments and errors: see `image_names`."""
+    payloads = dict(sample.members)
+    return [(name, payloads[name]) for name in image_names(payloads, member)]
 
 
 def in_format(name: str, suffix: str) -> str:

@@ -196,8 +196,7 @@ def buffer_bytes(dataset: Dataset, cache_bytes: int) -> int | None:
 
 def first_rows(dataset: Dataset) -> dict[str, int]:
     """Row of the first usable sample of each shard; rows count the usable samples of all shards, in order."""
-    counts = [dataset.info["shards"][shard]["counts"] for shard in dataset.shards]
-    n_usable = [count["samples"] - count["unreadable"] for count in counts]
+    n_usable = [dataset.counts(shard)[1] for shard in dataset.shards]
     return dict(zip(dataset.shards, accumulate(n_usable, initial=0), strict=False))
 
 

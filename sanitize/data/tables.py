@@ -23,6 +23,17 @@ from sanitize.storage import is_local
 N_ORIENTATIONS = 9  # orientations a cell in the embedding `gradients`; Dalal & Triggs (2005): more do not help
 
 
+def sample_starts(rows: pa.Table) -> np.ndarray:
+    """Numbers of the rows with which the K samples of a shard begin, int64 (K,).
+
+    Args:
+        rows: rows of one shard; a column `sample` says which rows belong together, and without it each is a sample.
+    """
+    if "sample" not in rows.column_names:
+        return np.arange(len(rows))
+    return np.flatnonzero(np.diff(rows["sample"].to_numpy(), prepend=-1))
+
+
 def rows_name(shard: str) -> str:
     """Name of the file with the rows of `shard` in an artifact."""
     return f"rows/{shard}.parquet"
@@ -52,6 +63,19 @@ class ShardTables(Artifact):
         """Rows of one shard, in the order of its samples. Raises ArtifactError where the file is damaged."""
         with self._damage(shard):
             return pq.read_table(self.parquet(shard), columns=columns and list(columns))
+
+    @cached_property
+    def has_several(self) -> bool:
+        """True where a sample may have several rows, one for each of its pictures (`index.image.member: all`)."""
+        if not self.shards:
+            return False
+        with self._damage(self.shards[0]):
+            return "sample" in pq.read_schema(self.parquet(self.shards[0])).names
+
+    def sample_rows(self, shard: str, columns: Sequence[str]) -> pa.Table:
+        """The first row of each sample of one shard; see `rows`."""
+        rows = self.rows(shard, [*columns, "sample"] if self.has_several else columns)
+        return rows.take(sample_starts(rows)) if self.has_several else rows
 
     @contextmanager
     def _damage(self, shard: str) -> Iterator[None]:
@@ -150,7 +174,11 @@ class Scores(ShardTables):
 
 
 class Selection(ShardTables):
-    """One verdict a sample, in the order of the index: columns position, key, label, keep, status, reasons."""
+    """One verdict a sample, in the order of the index: columns position, key, label, keep, status, reasons.
+
+    With `index.image.member: all` one row a picture, and two more columns: `sample` (its number in the shard) and
+    `member` (name of the picture). The rows of a sample have one verdict.
+    """
 
 
 HygieneKind = Literal[

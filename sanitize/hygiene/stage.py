@@ -1,7 +1,8 @@
 """Hygiene of a data set: copies, leaks between training and test samples, images of low quality, wrong hashes.
 
-Found in what the index stored, before any model; no image is decoded. Shapes: N usable samples of all shards in sorted
-order, those of the test shards behind them; M samples of one shard.
+Found in what the index stored, before any model; no image is decoded. With several pictures a sample, each picture is
+looked at, copies within one sample are no finding, and counts are of samples. Shapes: N usable samples (or pictures) of
+all shards in sorted order, those of the test shards behind them; M of one shard.
 """
 
 import tempfile
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import HYGIENE_KINDS, Hygiene, HygieneKind, rows_name, write_rows
+from sanitize.data.tables import HYGIENE_KINDS, Hygiene, HygieneKind, rows_name, sample_starts, write_rows
 from sanitize.errors import ArtifactError
 from sanitize.hygiene import quality
 from sanitize.hygiene.copies import PIXELS, Thumbnails, first_of, near_groups, usual_distance
@@ -107,9 +108,10 @@ class Found(NamedTuple):
         slices: name of a shard -> slice of its samples.
         test_slices: the same of the test shards.
         position_N: position in the shard, int32.
+        sample_N: number of the sample among all, int32; None where each has one picture.
         first_N: index of the first sample with the same file, int32.
         group_N: smallest index in the group of copies, int32.
-        size_N: number of samples in the group of that index, without test samples, int32.
+        size_N: number of samples in the group of that index, without test samples, int32; each counts once.
         same_N: the same for copies at half the distance, which show one picture, not just one scene, int32.
         is_mixed_N: True where the samples of the group `same_N` of that index have different labels.
         test_N: index of the first test sample in the group of that index; -1 without, int32.
@@ -120,6 +122,7 @@ class Found(NamedTuple):
     slices: dict[str, slice]
     test_slices: dict[str, slice]
     position_N: np.ndarray
+    sample_N: np.ndarray | None
     first_N: np.ndarray
     group_N: np.ndarray
     size_N: np.ndarray
@@ -128,6 +131,11 @@ class Found(NamedTuple):
     test_N: np.ndarray
     usual: Usual | None
     near_distance: float
+
+    def is_another(self, i_M: np.ndarray, j_M: np.ndarray) -> np.ndarray:
+        """True where pictures i and j are of different samples, bool (M,)."""
+        sample_N = self.sample_N
+        return np.asarray(i_M != j_M if sample_N is None else sample_N[i_M] != sample_N[j_M])
 
     def place(self, i: int) -> tuple[str, int]:
         """Shard and position of sample i."""
@@ -143,7 +151,8 @@ def usable(dataset: Dataset, shard: str) -> tuple[pa.Table, pa.Table | None]:
     Raises:
         ArtifactError: the facts are about other samples.
     """
-    rows = dataset.rows(shard, ["position", "key", "label", "status", "sha256", "height", "width"])
+    columns = ["position", "key", "label", "status", "sha256", "height", "width"]
+    rows = dataset.rows(shard, [*columns, "sample"] if dataset.has_several else columns)
     rows = rows.filter(pc.equal(rows["status"], "ok"))
     facts = dataset.facts(shard)
     if facts is not None and not facts["position"].equals(rows["position"]):
@@ -162,6 +171,8 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
     digest_N, hash_N = np.zeros(n, _DIGEST), np.zeros(n, np.uint64)
     label_N, position_N = np.zeros(n, np.int32), np.zeros(n, np.int32)
     is_judged_N = np.zeros(n, bool)
+    has_several = dataset.has_several or (test is not None and test.has_several)
+    sample_N, n_samples = np.zeros(n if has_several else 0, np.int32), 0
     counts, has_facts = UsualCounts(config.quality.grey), False
     slices: list[dict[str, slice]] = [{}, {}]
     start = 0
@@ -181,6 +192,10 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
                         counts.add(facts, rows)
                 else:
                     file.write(bytes(PIXELS * len(rows)))
+                if has_several:
+                    starts = sample_starts(rows)
+                    sample_N[at] = n_samples + np.repeat(np.arange(len(starts)), np.diff(starts, append=len(rows)))
+                    n_samples += len(starts)
                 slices[which][shard] = at
                 start = at.stop
         file.flush()
@@ -191,11 +206,16 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
         same_N, group_N, distance = first_N, first_N, config.near_distance
         if has_facts:
             thumbnails = Thumbnails(file, n)
-            distance = min(distance, config.near_fraction * usual_distance(key_N, is_judged_N, thumbnails))
+            # Of each sample the first picture: the others may be frames of one scene, nearer than any other sample.
+            is_first_N = is_judged_N & np.diff(sample_N, prepend=-1).astype(bool) if has_several else is_judged_N
+            distance = min(distance, config.near_fraction * usual_distance(key_N, is_first_N, thumbnails))
             same_N = near_groups(hash_N, first_N, is_judged_N, thumbnails, config.near_bits, distance / 2)
             group_N = near_groups(hash_N, same_N, is_judged_N, thumbnails, config.near_bits, distance)
     del key_N, hash_N
-    size_N = np.bincount(group_N[:n_train], minlength=n_train).astype(np.int32)
+    in_group_n = group_N[:n_train]
+    if has_several:
+        in_group_n = in_group_n[_once_a_sample(in_group_n, sample_N[:n_train])]
+    size_N = np.bincount(in_group_n, minlength=n_train).astype(np.int32)
     test_N = np.full(n, -1, np.int32)
     test_N[group_N[n_train:][::-1]] = np.arange(n_train, n, dtype=np.int32)[::-1]  # the first one is written last
     is_mixed_N = np.zeros(n_train, bool)
@@ -204,6 +224,7 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
         slices[0],
         slices[1],
         position_N,
+        sample_N if has_several else None,
         first_N,
         group_N,
         size_N,
@@ -213,6 +234,12 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
         counts.usual() if has_facts else None,
         distance,
     )
+
+
+def _once_a_sample(group_n: np.ndarray, sample_n: np.ndarray) -> np.ndarray:
+    """Indices of the first picture of each sample in each group, ascending."""
+    pairs_n = group_n.astype(np.int64) << 32 | sample_n
+    return np.sort(np.unique(pairs_n, return_index=True)[1])
 
 
 def _digests(rows: pa.Table) -> np.ndarray:
@@ -248,7 +275,7 @@ def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str)
     at = found.slices[shard]
     own_M = np.arange(at.start, at.stop)
     first_M, group_M = found.first_N[at], found.group_N[at]
-    for m in np.flatnonzero(first_M != own_M).tolist():
+    for m in np.flatnonzero(found.is_another(first_M, own_M)).tolist():
         add(
             "exact_duplicate",
             m,
@@ -256,7 +283,7 @@ def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str)
             None,
             int(first_M[m]),
         )
-    for m in np.flatnonzero((group_M != own_M) & (first_M == own_M)).tolist():
+    for m in np.flatnonzero(found.is_another(group_M, own_M) & (first_M == own_M)).tolist():
         add(
             "near_duplicate",
             m,
@@ -282,7 +309,7 @@ def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str)
 
 def _name(found: Found, i: int) -> str:
     shard, position = found.place(int(i))
-    return f"number {position} of {shard}"
+    return f"{'number' if found.sample_N is None else 'picture'} {position} of {shard}"
 
 
 def _burst(config: HygieneConfig, found: Found, group: int) -> str:
@@ -297,7 +324,13 @@ def _summary(config: HygieneConfig, dataset: Dataset, found: Found, builder: Art
     examples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in HYGIENE_KINDS}
     for shard in dataset.shards:
         table = pq.read_table(pa.BufferReader(builder.read(rows_name(shard))))
+        sample_M = dataset.rows(shard, ["sample"])["sample"].to_numpy() if dataset.has_several else None
+        last: dict[str, int] = {}  # kind -> sample of the last finding
         for row in table.to_pylist():
+            sample = row["position"] if sample_M is None else int(sample_M[row["position"]])
+            if last.get(row["kind"]) == sample:
+                continue
+            last[row["kind"]] = sample
             kinds[row["kind"]] += 1
             classes[row["kind"]][row["label"]] += 1
             if len(examples[row["kind"]]) < N_EXAMPLES:
@@ -309,7 +342,7 @@ def _summary(config: HygieneConfig, dataset: Dataset, found: Found, builder: Art
         else "digests"
         if dataset.info["check"] != "headers"
         else "nothing",
-        "samples": dataset.n_samples,
+        "samples": sum(dataset.counts(shard)[0] for shard in dataset.shards),
         "near_distance": found.near_distance,
         "usual": None if found.usual is None else found.usual._asdict(),
         "counts": {kind: kinds[kind] for kind in HYGIENE_KINDS},
@@ -331,6 +364,8 @@ def _groups(dataset: Dataset, found: Found, groups: list[int]) -> Iterator[dict[
     wanted = np.array(sorted(groups), np.int32)
     for shard, at in found.slices.items():
         here = np.flatnonzero(np.isin(found.group_N[at], wanted))
+        if found.sample_N is not None:
+            here = here[_once_a_sample(found.group_N[at][here], found.sample_N[at][here])]
         if not len(here):
             continue
         rows = usable(dataset, shard)[0].select(["position", "key", "label"]).take(here)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -63,6 +63,8 @@ class CleanConfig(RunConfig):
             `hygiene.quarantine` put samples into quarantine.
         embed, select, write, report: sections of the stages.
     """
+
+    has_several: ClassVar[bool] = True
 
     trusted: tuple[str, ...] = ()
     index: IndexConfig = Field(default=IndexConfig(), validate_default=True)
@@ -164,7 +166,8 @@ class CleanRun(JobRun):
 
         Returns:
             Columns shard, position, key, label, status (kept, quarantined or unreadable), keep, reasons, and for each
-            scorer score_KIND (float32; null where the sample is unreadable).
+            scorer score_KIND (float32; null where the sample is unreadable). With `index.image.member: all` one row a
+            picture, with the columns sample (its number in the shard) and member (name of the picture) behind key.
         """
         selection, _ = latest(self.folder)
         scores = {scorer.kind: Scores.load(self._in(scores_folder(scorer))) for scorer in self.config.scorers}
@@ -176,7 +179,8 @@ class CleanRun(JobRun):
 
 def _verdicts(selection: Selection, scores: dict[str, Scores], shard: str) -> pa.Table:
     rows = selection.rows(shard)
-    rows = rows.select(["position", "key", "label", "status", "keep", "reasons"])
+    several = ["sample", "member"] if selection.has_several else []
+    rows = rows.select(["position", "key", *several, "label", "status", "keep", "reasons"])
     rows = rows.add_column(0, "shard", pa.array([shard] * len(rows), pa.string()))
     positions = rows["position"].to_numpy()
     for kind, of_scorer in scores.items():
@@ -285,12 +289,15 @@ def summary(cleaned: Cleaned) -> dict[str, Any]:
     counts = cleaned.selection.manifest().counts
     classes = cleaned.selection.read_json("selection.json")["classes"]
     finding = finding_of(cleaned.scores, cleaned.selection, cleaned.embedder, cleaned.dataset.class_names)
+    samples = {name: counts.get(name, 0) for name in ("samples", "kept", "quarantined", "unreadable")}
+    if cleaned.dataset.has_several:
+        samples["pictures"] = cleaned.dataset.n_samples
     damaged = {name: shard["damage"] for name, shard in cleaned.dataset.info["shards"].items() if shard["damage"]}
     return {
         "verdict": finding.plain(),
         "suspect": cleaned.embedder.suspect,
         "hygiene": None if cleaned.hygiene is None else findings_of(cleaned.hygiene),
-        "samples": {name: counts.get(name, 0) for name in ("samples", "kept", "quarantined", "unreadable")},
+        "samples": samples,
         "classes_touched": {label: c | _name(cleaned.dataset, label) for label, c in classes.items() if c["removed"]},
         "notes": cleaned.dataset.info.get("notes", []),
         "damaged_shards": damaged,

@@ -17,14 +17,15 @@ from contextlib import contextmanager, nullcontext
 from inspect import Parameter, Signature, getdoc
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from sanitize.compute import Compute
 from sanitize.data.index import IndexConfig
 from sanitize.distributed import rank0_first, world
+from sanitize.errors import ConfigError
 from sanitize.jobs.result import JobResult
 from sanitize.jobs.run import CONFIGS, Run, claimed
 from sanitize.jobs.runner import RunnerConfig, Threads
@@ -97,7 +98,18 @@ class RunConfig(ShardsConfig):
         index: settings of reading shards.
     """
 
+    has_several: ClassVar[bool] = False  # True for jobs that can look at several pictures a sample
+
     index: IndexConfig = IndexConfig()
+
+    @model_validator(mode="after")
+    def _one_picture_a_sample(self) -> Self:
+        if self.index.has_several and not self.has_several:
+            raise ConfigError(
+                "index.image.member=all is for `clean` alone: this job reads one picture a sample; set "
+                "index.image.member to its suffix, such as left.jpg, or to first"
+            )
+        return self
 
 
 class ModelRunConfig(RunConfig):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -42,6 +42,8 @@ class PlanConfig(CleanConfig):
         scale_to: number of samples of a larger data set of such shards, for which the costs are calculated too; None
             leaves it out.
     """
+
+    has_several: ClassVar[bool] = False
 
     n_samples: int = Field(default=600, ge=40)
     n_shards: int = Field(default=4, ge=1)

@@ -78,6 +78,11 @@ class RedTeamConfig(BaseModel):
 
     @model_validator(mode="after")
     def _cases_are_distinct_and_requirements_valid(self) -> Self:
+        if self.clean.index.has_several:
+            raise ConfigError(
+                "clean.index.image.member=all is for `clean` alone: attacks poison one picture a sample; set "
+                "clean.index.image.member to its suffix, such as left.jpg, or to first"
+            )
         names = [case_name(attack) for attack in self.attacks]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"attacks: two have the name {min(twice)}; change the rate of one, or run it by itself")

@@ -53,9 +53,14 @@ class ReferenceConfig(BaseModel):
 
     @classmethod
     def of_run(cls, run: CleanConfig, dataset: Dataset, statistics: StatisticsConfig, level: float | None) -> Self:
-        """From the config of a run. Raises ConfigError where its rules cannot judge samples one by one."""
+        """From the config of a run. Raises ConfigError where samples are not judged one by one, by one picture."""
         if run.select.verdict == "combined":
             raise ConfigError("a run with verdict 'combined' judges all samples together: approve one with any or all")
+        if run.index.has_several:
+            raise ConfigError(
+                "a run with index.image.member=all cannot be a reference, which judges one picture a sample; approve a "
+                "run with index.image.member set to its suffix, such as left.jpg, or to first"
+            )
         image = run.index.image.model_copy(update={"size": dataset.image_shape[1:]})
         index = like(run.index, dataset).model_copy(update={"image": image})
         judge = JudgeConfig(select=run.select, level=level)

@@ -181,7 +181,8 @@ def _reasons(
         reasons.append(Reason("flagged samples were kept (select.verdict, max_removed_fraction, or restored by hand)"))
     least = int(scorers[PLANTED].get("config", {}).get("min_class", 0))
     statistics = scorers[PLANTED].get("classes", {})
-    small = [label for label, entry in classes.items() if entry.get("n", 0) < least or label not in statistics]
+    judged = {label: entry.get("pictures", entry.get("n", 0)) for label, entry in classes.items()}
+    small = [label for label, n in judged.items() if n < least or label not in statistics]
     n_small, n_all = (sum(classes[label].get("n", 0) for label in labels) for labels in (small, classes))
     if n_small > UNJUDGED * n_all:
         named = _listed(small, names) + (", ..." if small[MAX_NAMED:] else "")

@@ -1,7 +1,8 @@
 """The numbers of the page, from artifacts alone.
 
 Memory is bounded for any data set: counters of each class, the few highest scores, and histograms that are filled in a
-second pass over the scores. Shapes: N scored samples of one shard, K classes, S scorers.
+second pass over the scores. Of several pictures a sample, the one with the highest score counts. Shapes: N scored
+samples of one shard, R rows, K classes, S scorers.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import Scores, Selection
+from sanitize.data.tables import Scores, Selection, sample_starts
 from sanitize.errors import ArtifactError
 from sanitize.progress import track
 from sanitize.report.charts import bin_edges
@@ -76,22 +77,52 @@ def collect(
 
 
 class _Rows(NamedTuple):
-    """Scored samples of one shard, in its order."""
+    """Scored samples of one shard, in its order.
+
+    Attributes:
+        shard: name of the shard.
+        samples_N: numbers of the samples in the shard.
+        labels_N, kept_N: their labels and verdicts.
+        positions_SN, scores_SN: position and score of the row with the sample's highest score, for each scorer.
+        n_rows: number of scored rows; more than N with several pictures a sample.
+    """
 
     shard: str
-    positions_N: np.ndarray
+    samples_N: np.ndarray
     labels_N: np.ndarray
     kept_N: np.ndarray
+    positions_SN: np.ndarray
     scores_SN: np.ndarray
+    n_rows: int
 
 
 def _scored(selection: Selection, scores: Sequence[Scores], shard: str) -> _Rows:
-    verdicts = selection.rows(shard, ["position", "label", "status"])
+    columns = ["position", "label", "status", *(["sample"] if selection.has_several else [])]
+    verdicts = selection.rows(shard, columns)
     verdicts = verdicts.filter(pc.not_equal(verdicts["status"], "unreadable"))
-    positions_N = verdicts["position"].to_numpy()
-    kept_N = pc.equal(verdicts["status"], "kept").to_numpy()
-    scores_SN = np.stack([_scores_of(of_scorer, shard, positions_N) for of_scorer in scores])
-    return _Rows(shard, positions_N, verdicts["label"].to_numpy(), kept_N, scores_SN)
+    positions_R = verdicts["position"].to_numpy()
+    scores_SR = np.stack([_scores_of(of_scorer, shard, positions_R) for of_scorer in scores])
+    starts = sample_starts(verdicts)
+    samples_R = verdicts["sample"].to_numpy() if selection.has_several else positions_R
+    at_SN = np.stack([_highest(scores_R, starts) for scores_R in scores_SR])
+    return _Rows(
+        shard,
+        samples_R[starts],
+        verdicts["label"].to_numpy()[starts],
+        pc.equal(verdicts["status"], "kept").to_numpy()[starts],
+        positions_R[at_SN],
+        np.take_along_axis(scores_SR, at_SN, 1),
+        len(positions_R),
+    )
+
+
+def _highest(scores_R: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Number of the first row with the highest score of each sample, int64 (N,)."""
+    if len(starts) == len(scores_R):
+        return starts
+    sample_R = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(scores_R)))
+    order_R = np.lexsort((-scores_R, sample_R))
+    return np.asarray(order_R[starts])
 
 
 def _scores_of(scores: Scores, shard: str, positions_N: np.ndarray) -> np.ndarray:
@@ -111,6 +142,7 @@ class _Pick(NamedTuple):
     shard: str
     position: int
     label: int
+    sample: int
 
 
 class _Tally:
@@ -122,6 +154,7 @@ class _Tally:
     def __init__(self, silent_SK: np.ndarray, n_best: int) -> None:
         n_scorers, n_classes = silent_SK.shape
         self._silent_SK = silent_SK
+        self.n_rows = 0
         self.n_K = np.zeros(n_classes, np.int64)
         self.removed_K = np.zeros(n_classes, np.int64)
         self.low_SK = np.full((n_scorers, n_classes), np.inf)
@@ -132,16 +165,18 @@ class _Tally:
 
     def update(self, rows: _Rows) -> None:
         n_classes = len(self.n_K)
+        self.n_rows += rows.n_rows
         self.n_K += np.bincount(rows.labels_N, minlength=n_classes)
         self.removed_K += np.bincount(rows.labels_N[~rows.kept_N], minlength=n_classes)
-        for s, scores_N in enumerate(rows.scores_SN):
+        for s, (positions_N, scores_N) in enumerate(zip(rows.positions_SN, rows.scores_SN, strict=True)):
             np.minimum.at(self.low_SK[s], rows.labels_N, scores_N)
             np.maximum.at(self.high_SK[s], rows.labels_N, scores_N)
             for kept, best in self.best.items():
                 of_kind = np.flatnonzero((rows.kept_N == kept) & ~self._silent_SK[s, rows.labels_N])
                 top = of_kind[np.argsort(-scores_N[of_kind], kind="stable")[: self._n_best]].tolist()
-                values = zip(*(a[top].tolist() for a in (-scores_N, rows.positions_N, rows.labels_N)), strict=True)
-                best[s] += [_Pick(minus_score, rows.shard, position, label) for minus_score, position, label in values]
+                columns = (-scores_N, positions_N, rows.labels_N, rows.samples_N)
+                values = zip(*(column[top].tolist() for column in columns), strict=True)
+                best[s] += [_Pick(minus_score, rows.shard, *others) for minus_score, *others in values]
                 best[s].sort()
                 del best[s][self._n_best :]
 
@@ -153,7 +188,7 @@ class _Tally:
         unique: dict[tuple[str, int], tuple[int, _Pick]] = {}
         for turn in turns:
             if turn is not None:
-                unique.setdefault((turn[1].shard, turn[1].position), turn)
+                unique.setdefault((turn[1].shard, turn[1].sample), turn)
         return list(unique.values())[:n]
 
 
@@ -188,7 +223,8 @@ def _counts(tally: _Tally, selection: Selection) -> dict[str, int]:
     if any(n != stated.get(name, 0) for name, n in found.items()):
         raise ArtifactError(f"{selection.path}: its rows give {found}, its manifest has {dict(stated)}")
     renamed = {"clean": found["kept"], "quarantined": removed, "unreadable": found["unreadable"]}
-    return {"samples": stated["samples"], **renamed, "restored": stated.get("restored", 0)}
+    pictures = {"pictures": tally.n_rows} if selection.has_several else {}
+    return {"samples": stated["samples"], **renamed, "restored": stated.get("restored", 0), **pictures}
 
 
 def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selection) -> list[dict[str, Any]]:
@@ -212,6 +248,7 @@ def _classes(tally: _Tally, kinds: list[str], dataset: Dataset, selection: Selec
                 "label": label,
                 "name": names.get(label),
                 "n": n,
+                **{name: of_class[name] for name in ("pictures",) if name in of_class},
                 "removed": removed,
                 "by_hygiene": of_class.get("by_hygiene", 0),
                 "removed_fraction": removed / n,
@@ -265,7 +302,8 @@ def _suspects(
     picks = [(*pick, "quarantined") for pick in removed] + [(*pick, "kept") for pick in kept]
     shards = sorted({pick.shard for _, pick, _ in picks})
     wanted = {s: sorted({pick.position for _, pick, _ in picks if pick.shard == s}) for s in shards}
-    found = {s: selection.rows(s, ["key", "reasons"]).take(wanted[s]).to_pylist() for s in shards}
+    columns = ["key", "reasons", *(["member"] if selection.has_several else [])]
+    found = {s: selection.rows(s, columns).take(wanted[s]).to_pylist() for s in shards}
     verdicts = {(s, position): row for s in shards for position, row in zip(wanted[s], found[s], strict=True)}
     trusted = set(selection.read_json("selection.json").get("trusted", []))
     suspects = []
@@ -277,6 +315,7 @@ def _suspects(
                 "shard": pick.shard,
                 "position": pick.position,
                 "key": verdict["key"],
+                **({"member": verdict["member"]} if selection.has_several else {}),
                 "label": pick.label,
                 "scorer": kinds[s],
                 "score": -pick.minus_score,

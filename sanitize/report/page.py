@@ -322,7 +322,8 @@ def _note(of_class: dict[str, Any], numbers: dict[str, Any]) -> str:
     if "unsure" in decisions:
         return "no removals; a group is undecided"
     least = max((scorer.get("min_class", 0) for scorer in numbers["scorers"]), default=0)
-    return "too few samples to judge" if of_class["n"] < least else "no removals"
+    n_judged = of_class.get("pictures", of_class["n"])
+    return "too few samples to judge" if n_judged < least else "no removals"
 
 
 def _charts(numbers: dict[str, Any]) -> dict[str, Any]:

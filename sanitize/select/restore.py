@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.compute import Compute
-from sanitize.data.tables import Selection, rows_name, write_rows
+from sanitize.data.tables import Selection, rows_name, sample_starts, write_rows
 from sanitize.errors import DataError
-from sanitize.select.stage import SCHEMA
+from sanitize.select.stage import SCHEMA, SEVERAL
 from sanitize.stage import Advance, Work, stage
 
 
@@ -45,15 +45,20 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
             if row["status"] == "quarantined" and wanted & {row["key"], f"{shard}:{row['key']}"}:
                 reason = {"stage": "restore", "reason": config.note or "put back by hand"}
                 row |= {"status": "kept", "keep": True, "reasons": [*row["reasons"], reason]}
-                part.counts["restored"] += 1
-            part.counts[row["status"]] += 1
-        part.counts["samples"] += len(rows)
-        write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
+        table = pa.Table.from_pylist(rows, SEVERAL if selection.has_several else SCHEMA)
+        before = selection.sample_rows(shard, ["status"])["status"].to_pylist()
+        after = table["status"].take(sample_starts(table)).to_pylist()
+        part.counts["restored"] += sum(old != new for old, new in zip(before, after, strict=True))
+        part.counts.update(after)
+        part.counts["samples"] += len(after)
+        write_rows(part, shard, table)
 
     def finish(part: Part, builder: ArtifactBuilder) -> None:
         removed: Counter[str] = Counter()
         for shard in selection.shards:
-            table = pq.read_table(pa.BufferReader(builder.read(rows_name(shard))), columns=["label", "status"])
+            columns = ["label", "status", *(["sample"] if selection.has_several else [])]
+            table = pq.read_table(pa.BufferReader(builder.read(rows_name(shard))), columns=columns)
+            table = table.take(sample_starts(table))
             removed.update(str(row["label"]) for row in table.to_pylist() if row["status"] == "quarantined")
         summary = selection.read_object("selection.json", "classes")
         for label, entry in summary["classes"].items():
@@ -69,7 +74,7 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
 def _check(selection: Selection, wanted: set[str]) -> None:
     places: dict[str, list[str]] = {}  # key, or SHARD:KEY -> SHARD:KEY of each such sample in quarantine
     for shard in selection.shards:
-        for row in selection.rows(shard, ["key", "status"]).to_pylist():
+        for row in selection.sample_rows(shard, ["key", "status"]).to_pylist():
             if row["status"] == "quarantined":
                 for name in (row["key"], place := f"{shard}:{row['key']}"):
                     places.setdefault(name, []).append(place)

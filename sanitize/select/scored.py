@@ -1,7 +1,8 @@
 """Scores of all scorers for all samples, side by side.
 
 The only state of a run that grows with the data set: 17 bytes a sample for label, place in its class and trust, and a
-float32 score a scorer. Shapes: N scored samples, in the order of shards and rows.
+float32 score a scorer. Shapes: N scored samples, in the order of shards and rows; with several pictures a sample, N
+pictures, and 8 more bytes for each.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ class Scored:
         trusted: label -> indices of its trusted samples, int64.
         trusted_N: True for trusted samples.
         outputs: scores of each scorer.
+        sample_N: number of the sample among all, ascending, int64; None where each has one picture.
     """
 
     slices: dict[str, slice]
@@ -47,10 +49,28 @@ class Scored:
     trusted: dict[int, np.ndarray]
     trusted_N: np.ndarray
     outputs: list[ScorerOutput]
+    sample_N: np.ndarray | None = None
+
+    def worst(self, label: int, values_n: np.ndarray) -> np.ndarray:
+        """Largest value of each judged sample of a class, given those of its pictures, in order."""
+        return values_n if self.sample_N is None else _worst(values_n, self.sample_N[self.judged[label]])[0]
+
+    def any_picture(self, is_found_N: np.ndarray) -> np.ndarray:
+        """True for all pictures of a sample of which one is True, bool (N,)."""
+        if self.sample_N is None or not len(is_found_N):
+            return is_found_N
+        found_K, n_K = _worst(is_found_N, self.sample_N)
+        return np.repeat(found_K, n_K)
 
     def by_class(self, values_N: np.ndarray) -> dict[int, np.ndarray]:
         """Label -> values of its judged samples."""
         return {label: values_N[at] for label, at in self.judged.items()}
+
+
+def _worst(values_n: np.ndarray, sample_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Largest value of each sample, and the number of its values."""
+    starts = np.flatnonzero(np.diff(sample_n, prepend=-1))
+    return np.maximum.reduceat(values_n, starts), np.diff(starts, append=len(sample_n))
 
 
 def kind_of(scores: Scores) -> str:

@@ -1,8 +1,9 @@
 """Turn scores into verdicts, each with its reasons. Only scores and index rows are read, so a changed rule takes
 seconds.
 
-The rule of each scorer flags samples; `SelectConfig.verdict` says how many flags put a sample into quarantine.
-Shapes: N scored samples, S scorers.
+The rule of each scorer flags samples; `SelectConfig.verdict` says how many flags put a sample into quarantine. With
+several pictures a sample, rules and verdict judge each picture, and a sample is removed if any of its pictures is;
+counts and the cap are of samples. Shapes: N scored samples (or pictures), S scorers.
 """
 
 import math
@@ -13,18 +14,20 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import Hygiene, HygieneKind, Scores, Selection, write_rows
+from sanitize.data.tables import Hygiene, HygieneKind, Scores, Selection, sample_starts, write_rows
 from sanitize.errors import ArtifactError, ConfigError
 from sanitize.select.hygiene import Unclean
 from sanitize.select.rules import RULE, Rule, benjamini_hochberg, cauchy_combination, keep_all_but
 from sanitize.select.scored import Scored, ScorerOutput, kind_of, read_scores
 from sanitize.stage import Advance, Bars, Work, stage
 
+SIBLING = "sample"  # stage of the reason of a picture that is removed because of another one of its sample
 NEIGHBOURS = 20  # of which toxic_direction states the disagreement
 
 REASON = pa.struct(
@@ -46,6 +49,8 @@ SCHEMA = pa.schema(
         "reasons": pa.list_(REASON),
     }
 )
+
+SEVERAL = SCHEMA.append(pa.field("sample", pa.int64())).append(pa.field("member", pa.string()))
 
 
 class SelectConfig(BaseModel):
@@ -143,7 +148,7 @@ def select_samples(
         trust |= {"quarantine": sorted(set(quarantine))}
         inputs |= {"hygiene": hygiene.digest}
     unclean = Unclean(dataset, hygiene, frozenset(quarantine))
-    decided = cache(lambda: _decide(config, scores, trusted, unclean))
+    decided = cache(lambda: _decide(config, dataset, scores, trusted, unclean))
     return Work(
         parts=dataset.shards,
         write_part=lambda shard, part, advance: write_verdicts(dataset, decided(), shard, part, advance),
@@ -188,6 +193,7 @@ class Decision:
         combined_N: combined p-values, for verdict `combined`.
         unclean: findings of `check_hygiene` that put samples into quarantine.
         suspected_N: True for samples that the scorers removed, where findings may have removed others.
+        worst_N: True for pictures that the scorers removed, not their samples; None where each has one picture.
     """
 
     scored: Scored
@@ -197,6 +203,7 @@ class Decision:
     combined_N: np.ndarray | None = None
     unclean: Unclean | None = None
     suspected_N: np.ndarray | None = None
+    worst_N: np.ndarray | None = None
 
     def summary(self, config: SelectConfig) -> dict[str, Any]:
         """Content of selection.json."""
@@ -205,8 +212,9 @@ class Decision:
             "rules": {result.output.kind: result.rule.model_dump(mode="json") for result in self.results},
             "classes": {
                 str(label): {
-                    "n": len(removed_n),
-                    "removed": int(removed_n.sum()),
+                    "n": len(self.scored.worst(label, removed_n)),
+                    **({} if self.scored.sample_N is None else {"pictures": len(removed_n)}),
+                    "removed": int(self.scored.worst(label, removed_n).sum()),
                     **({"by_hygiene": by_hygiene} if (by_hygiene := self._by_hygiene(label)) else {}),
                     "capped": label in self.capped,
                     "scorers": {result.output.kind: result.classes[label] for result in self.results},
@@ -217,31 +225,45 @@ class Decision:
 
     def _by_hygiene(self, label: int) -> int:
         """Samples of a class that findings of hygiene removed, and no scorer."""
-        return (
-            0
-            if self.suspected_N is None
-            else int((self.removed_N & ~self.suspected_N)[self.scored.judged[label]].sum())
-        )
+        if self.suspected_N is None:
+            return 0
+        is_clean_n = (self.removed_N & ~self.suspected_N)[self.scored.judged[label]]
+        return int(self.scored.worst(label, is_clean_n).sum())
 
     def reasons(self, i: int, label: int) -> list[dict[str, Any]]:
         """Evidence of the scorers against sample i, of class `label`."""
         reasons = [_reason(result, label, i) for result in self.results if result.flagged_N[i]]
-        if self.combined_N is None or not self.removed_N[i]:
+        if self.combined_N is None or not (self.removed_N if self.worst_N is None else self.worst_N)[i]:
             return reasons
         p_values = ", ".join(f"{r.output.kind} {r.p_N[i]:.2g}" for r in self.results if r.p_N is not None)
         text = f"combined p-value {self.combined_N[i]:.2g} ({p_values})"
         return [{"stage": "combined", "reason": text, "p_value": float(self.combined_N[i])}, *reasons]
 
 
-def _decide(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str], unclean: Unclean) -> Decision:
-    decision = _by_scores(config, scores, trusted)
-    scored = decision.scored
-    removed_N = decision.removed_N | (unclean.mask(scored.slices) & ~scored.trusted_N)
-    return replace(decision, removed_N=removed_N, unclean=unclean, suspected_N=decision.removed_N)
-
-
-def _by_scores(config: SelectConfig, scores: Sequence[Scores], trusted: Sequence[str]) -> Decision:
+def _decide(
+    config: SelectConfig, dataset: Dataset, scores: Sequence[Scores], trusted: Sequence[str], unclean: Unclean
+) -> Decision:
     scored = read_scores(scores, trusted)
+    if dataset.has_several:
+        scored = replace(scored, sample_N=_samples(dataset, scored.slices))
+    decision = _by_scores(config, scored)
+    suspected_N = scored.any_picture(decision.removed_N)
+    removed_N = suspected_N | scored.any_picture(unclean.mask(scored.slices) & ~scored.trusted_N)
+    worst_N = decision.removed_N if dataset.has_several else None
+    return replace(decision, removed_N=removed_N, unclean=unclean, suspected_N=suspected_N, worst_N=worst_N)
+
+
+def _samples(dataset: Dataset, slices: Mapping[str, slice]) -> np.ndarray:
+    """Number of the sample of each usable picture among all samples, ascending, int64 (N,)."""
+    numbers, n = [np.zeros(0, np.int64)], 0
+    for shard in slices:
+        rows = dataset.rows(shard, ["sample", "status"])
+        numbers.append(n + rows.filter(pc.equal(rows["status"], "ok"))["sample"].to_numpy())
+        n += len(rows)
+    return np.concatenate(numbers)
+
+
+def _by_scores(config: SelectConfig, scored: Scored) -> Decision:
     rules = config.rules_of({output.kind: output.rule for output in scored.outputs})
     results = [rule_on(output, rules[output.kind], scored, config) for output in scored.outputs]
     if config.verdict == "combined":
@@ -263,7 +285,8 @@ def _combine(config: SelectConfig, scored: Scored, results: list[RuleResult]) ->
     threshold = keep_all_but(judged, benjamini_hochberg(-judged, config.q))
     removed_N, capped = np.zeros(len(combined_N), bool), set()
     for label, s_n in scored.by_class(-combined_N).items():
-        cap = keep_all_but(s_n, int(config.max_removed_fraction * len(s_n)))
+        worst_k = scored.worst(label, s_n)
+        cap = keep_all_but(worst_k, int(config.max_removed_fraction * len(worst_k)))
         removed_N[scored.judged[label]] = s_n > max(threshold, cap)
         if cap > threshold:
             capped.add(label)
@@ -285,12 +308,13 @@ def rule_on(output: ScorerOutput, rule: Rule, scored: Scored, config: SelectConf
     flagged_N = np.zeros(len(output.scores_N), bool)
     for label, s_n in by_class.items():
         most = 1.0 if label in decided.uncapped else config.max_removed_fraction
-        cap = keep_all_but(s_n, int(most * len(s_n)))
+        worst_k = scored.worst(label, s_n)
+        cap = keep_all_but(worst_k, int(most * len(worst_k)))
         # A rule that flags a whole class gives minus infinity, which JSON cannot hold: take the lowest float.
         threshold = max(decided.thresholds[label], cap, float(np.finfo(np.float32).min))
         flagged_N[scored.judged[label]] = s_n > threshold
         classes[label] = {
-            "flagged": int((s_n > threshold).sum()),
+            "flagged": int((worst_k > threshold).sum()),
             "threshold": threshold if threshold < math.inf else None,
             "capped": bool(cap > decided.thresholds[label]),
             **output.statistics.get(label, {}),
@@ -307,15 +331,19 @@ def rule_on(output: ScorerOutput, rule: Rule, scored: Scored, config: SelectConf
 def write_verdicts(dataset: Dataset, decision: Decision, shard: str, part: Part, advance: Advance) -> None:
     """Write the verdicts of one shard, and count them."""
     rows = verdicts_of_shard(dataset, decision, shard)
-    write_rows(part, shard, pa.Table.from_pylist(rows, SCHEMA))
-    part.counts.update(samples=len(rows), **{s: sum(r["status"] == s for r in rows) for s in STATUSES})
-    advance(len(rows))
+    table = pa.Table.from_pylist(rows, SEVERAL if dataset.has_several else SCHEMA)
+    write_rows(part, shard, table)
+    found = table["status"].take(sample_starts(table)).to_pylist()
+    part.counts.update(samples=len(found), **{status: found.count(status) for status in STATUSES})
+    advance(len(found))
 
 
 def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[dict[str, Any]]:
-    """One row a sample of the shard, as in SCHEMA. Raises ArtifactError where other samples were scored."""
+    """The rows of the shard, as in SCHEMA or SEVERAL. Raises ArtifactError where other samples were scored."""
     scored = decision.scored.slices.get(shard, slice(0, 0))
-    indexed = dataset.rows(shard, ["position", "key", "label", "status", "reason"]).to_pylist()
+    columns = ["position", "key", "label", "status", "reason"]
+    table = dataset.rows(shard, [*columns, "sample", "image"] if dataset.has_several else columns)
+    indexed = table.to_pylist()
     if sum(row["status"] == "ok" for row in indexed) != scored.stop - scored.start:
         raise ArtifactError(f"the scores of shard {shard} do not belong to the samples of {dataset.path}")
     rows, at = [], iter(range(scored.start, scored.stop))
@@ -323,6 +351,8 @@ def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[
     found = {} if decision.unclean is None or is_trusted else decision.unclean.reasons(shard)
     for row in indexed:
         verdict = {name: row[name] for name in ("position", "key", "label")}
+        if dataset.has_several:
+            verdict |= {"sample": row["sample"], "member": row["image"]}
         if row["status"] != "ok":
             reasons = [{"stage": "index", "reason": row["reason"]}]
             rows.append(verdict | {"status": "unreadable", "keep": False, "reasons": reasons})
@@ -332,7 +362,20 @@ def verdicts_of_shard(dataset: Dataset, decision: Decision, shard: str) -> list[
         status = "kept" if keep else "quarantined"
         reasons = decision.reasons(i, row["label"]) + found.get(row["position"], [])
         rows.append(verdict | {"status": status, "keep": keep, "reasons": reasons})
+    if dataset.has_several:
+        _name_the_worst(rows)
     return rows
+
+
+def _name_the_worst(rows: list[dict[str, Any]]) -> None:
+    """Give pictures that are removed because of another one of their sample a reason that names it."""
+    named: dict[int, str] = {}  # sample -> its first picture with a reason
+    for row in rows:
+        if row["status"] == "quarantined" and row["reasons"]:
+            named.setdefault(row["sample"], row["member"])
+    for row in rows:
+        if row["status"] == "quarantined" and not row["reasons"]:
+            row["reasons"] = [{"stage": SIBLING, "reason": f"picture {named[row['sample']]} of its sample is removed"}]
 
 
 def _reason(result: RuleResult, label: int, i: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Copy kept samples, byte for byte; put the others into quarantine shards with the evidence beside them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,9 +14,10 @@ from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.describe import croissant, describe_clean
 from sanitize.data.samples import Sample
-from sanitize.data.tables import Selection
+from sanitize.data.tables import Selection, sample_starts
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
+from sanitize.select.stage import SIBLING
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.compression import unread_suffix
 from sanitize.tar.names import SeenPaths, folded_path, is_portable
@@ -24,6 +25,7 @@ from sanitize.tar.read import unsafe_name
 from sanitize.tar.write import TarWriter
 
 EVIDENCE = "sanitize.json"
+_PICTURE = {"position": "position", "member": "image", "sha256": "sha256"}  # of a picture in the evidence, by column
 
 
 class WriteConfig(BaseModel):
@@ -99,11 +101,13 @@ def _write_shard(
     rows, verdicts = dataset.rows(shard), selection.rows(shard)
     if not rows["position"].equals(verdicts["position"]):
         raise DataError(f"the verdicts are not about the samples of shard {shard} that were indexed")
+    starts, keep_R = sample_starts(rows), verdicts["keep"].to_numpy()
+    keep_N = keep_R[starts]
+    if not np.array_equal(keep_R, np.repeat(keep_N, np.diff(starts, append=len(rows)))):
+        raise DataError(f"the pictures of a sample of shard {shard} have different verdicts")
     if unread_suffix(shard):
         return  # nothing was read, and an output must have the format of its name
-    keep_N = verdicts["keep"].to_numpy()
-    goes = pa.array(~keep_N)
-    removed = zip(rows.filter(goes).to_pylist(), verdicts.filter(goes).to_pylist(), strict=True)
+    removed = _removed(rows.filter(pa.array(~keep_R)), verdicts.filter(pa.array(~keep_R)))
     taken, names = SeenPaths(folded_path), dataset.class_names
     with ExitStack() as stack:
         clean = stack.enter_context(shard_writer(part, f"clean/{shard}", config.gzip_level))
@@ -123,19 +127,27 @@ def _write_shard(
                 advance(len(keep_K))
             for sample in gone:
                 _quarantine(sample, shard, *next(removed), quarantine, taken, names)
-    part.counts.update(verdicts["status"].to_pylist())
+    part.counts.update(verdicts["status"].take(starts).to_pylist())
+
+
+def _removed(rows: pa.Table, verdicts: pa.Table) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Index rows and verdicts of each removed sample; several with one row a picture."""
+    starts = sample_starts(rows)
+    for start, n in zip(starts.tolist(), np.diff(starts, append=len(rows)).tolist(), strict=True):
+        yield rows.slice(start, n).to_pylist(), verdicts.slice(start, n).to_pylist()
 
 
 def _quarantine(
     sample: Sample,
     shard: str,
-    row: dict[str, Any],
-    verdict: dict[str, Any],
+    rows: list[dict[str, Any]],
+    verdicts: list[dict[str, Any]],
     tar: TarWriter,
     taken: SeenPaths,
     class_names: Mapping[int, str],
 ) -> None:
     """The members as they were, and the evidence against them. Names unsafe to extract are replaced."""
+    row, verdict = rows[0], verdicts[0]
     stem = sample.key
     renamed = {}
     names = [name for name, _ in sample.members]
@@ -149,17 +161,35 @@ def _quarantine(
         tar.add(name, data)
     evidence = {
         "shard": shard,
-        "position": sample.position,
+        "position": row["position"],
         "key": verdict["key"],
         "label": verdict["label"],
         **({"class_name": class_name} if (class_name := class_names.get(verdict["label"])) else {}),
         "status": verdict["status"],
         "sha256": row["sha256"],
-        "reasons": [{name: value for name, value in r.items() if value is not None} for r in verdict["reasons"]],
+        "reasons": [_stated(reason) for reason in verdict["reasons"]],
     }
+    if "sample" in row:
+        del evidence["sha256"]
+        evidence |= {"sample": row["sample"], "reasons": _of_pictures(verdicts)}
+        evidence["pictures"] = [_stated({to: one[name] for to, name in _PICTURE.items()}) for one in rows]
     if renamed:
         evidence["renamed"] = renamed
     tar.add(f"{stem}.{EVIDENCE}", json.dumps(evidence, sort_keys=True).encode())
+
+
+def _stated(reason: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in reason.items() if value is not None}
+
+
+def _of_pictures(verdicts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Reasons of the pictures of a sample, each with the name of its picture."""
+    return [
+        _stated({"member": verdict["member"]} | reason)
+        for verdict in verdicts
+        for reason in verdict["reasons"]
+        if reason["stage"] != SIBLING
+    ]
 
 
 def _can_be_extracted(stem: str, names: list[str]) -> bool:

@@ -19,7 +19,9 @@ from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.sources import find_shards
 from sanitize.data.tables import Selection, write_rows
 from sanitize.data.writer import shard_writer
+from sanitize.select import ContaminationRule, SelectConfig, WriteConfig, select_samples, write_selected
 from sanitize.storage import sha256_file
+from tests.select.test_stage import make_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:ConjunctiveGraph is deprecated:DeprecationWarning")  # rdflib's own
 # What Croissant recommends and we cannot know; mlcroissant warns of nothing else.
@@ -219,3 +221,35 @@ def test_a_shard_that_was_not_written_is_missed(written: Written, tmp_path: Path
     dataset, selection = Dataset.load(home / "index"), Selection.load(home / "selection")
     with pytest.raises(KeyError, match=r"clean/a\.tar"):
         describe_clean(dataset, selection, {"clean/deep/b.tar.gz": FileEntry(sha256="0" * 64, size=0)})
+
+
+def test_mlcroissant_reads_every_picture_of_a_sample_with_its_label(
+    mlc: Any, tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes]
+) -> None:
+    members = [
+        (f"s{i}.{suffix}", data)
+        for i in range(4)
+        for suffix, data in (
+            ("left.png", make_png(2 * i)),
+            ("right.png", make_png(2 * i + 1)),
+            ("cls", b"%d" % (i % 2)),
+        )
+    ]
+    make_tar(tmp_path / "in/x.tar", members)
+    config = IndexConfig.model_validate({"image": {"member": "all"}})
+    dataset = index_shards(config, str(tmp_path / "in"), str(tmp_path / "index"), Compute(device="cpu"))
+    scores = make_scores(tmp_path / "scores", dataset, lambda _shard, row: row["position"])
+    rule = ContaminationRule(rate=0.25, factor=1)
+    selection = select_samples(SelectConfig(rule=rule), dataset, [scores], str(tmp_path / "selection"), Compute())
+    written = write_selected(WriteConfig(), dataset, selection, str(tmp_path / "out"), Compute(device="cpu"))
+    assert written.read_json("dataset.json")["labels"] == {"0": 1, "1": 1}
+    croissant = mlc.Dataset(jsonld=written.file("croissant.json"))
+    assert warnings_of(croissant) == UNKNOWN
+    found = {record["samples/name"].decode(): record for record in croissant.records("samples")}
+    assert sorted(found) == ["s0.left.png", "s0.right.png", "s1.left.png", "s1.right.png"]
+    payloads = dict(members)
+    for name, record in found.items():
+        assert record["samples/key"].decode() == name.partition(".")[0]
+        assert record["samples/label"] == int(name[1])
+        stored = np.asarray(Image.open(io.BytesIO(payloads[name])))
+        assert np.array_equal(np.asarray(record["samples/image"]), stored)

@@ -507,9 +507,9 @@ def test_by_columns_or_one_by_one_the_same_keys_are_refused(
                 assert strict.table["reason"].null_count == len(strict.table)
 
 
-def judge_nothing(sample: Sample) -> dict[str, Any]:
+def judge_nothing(sample: Sample, _position: int) -> list[dict[str, Any]]:
     """Only the findings of the reader itself."""
-    return {"status": "ok"} if sample.problem is None else {"status": "unreadable", "reason": sample.problem}
+    return [{"status": "ok"} if sample.problem is None else {"status": "unreadable", "reason": sample.problem}]
 
 
 @pytest.mark.parametrize("member", [None, "left.jpg", "png", "first", "LEFT.JPG"])

@@ -21,7 +21,7 @@ from sanitize.artifacts import ArtifactBuilder, Part, Sources
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels, image_format
-from sanitize.data.image_facts import ImageFacts, write_facts
+from sanitize.data.image_facts import FACTS_VERSION, ImageFacts, write_facts
 from sanitize.data.labels import MAX_NAMES, BadLabel, LabelReader, notes_on
 from sanitize.data.layout import dots, explained
 from sanitize.data.reasons import Reasons
@@ -94,7 +94,8 @@ class IndexConfig(BaseModel):
         """What the index depends on. Settings that came later are left out where they are off, so that an index from
         before them is still found."""
         settings = self.model_dump(mode="json")
-        return {k: v for k, v in settings.items() if k not in ("image_facts", "verify") or v}
+        recipe = {k: v for k, v in settings.items() if k not in ("image_facts", "verify") or v}
+        return recipe | ({"image_facts": FACTS_VERSION} if self.image_facts else {})
 
     @property
     def has_facts(self) -> bool:

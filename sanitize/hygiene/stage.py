@@ -5,8 +5,9 @@ order, those of the test shards behind them; M samples of one shard.
 """
 
 import tempfile
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.compute import Compute
+from sanitize.data import image_facts
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import HYGIENE_KINDS, Hygiene, HygieneKind, rows_name, write_rows
 from sanitize.errors import ArtifactError
@@ -66,7 +68,7 @@ class HygieneConfig(BaseModel):
     quarantine: tuple[HygieneKind, ...] = ()
 
 
-@stage(Hygiene, gpu=False, draws="nothing")
+@stage(Hygiene, version=2, gpu=False, draws="nothing")
 def check_hygiene(
     config: HygieneConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
 ) -> Work:
@@ -105,7 +107,7 @@ class Found(NamedTuple):
 
     Attributes:
         slices: name of a shard -> slice of its samples.
-        test_slices: the same of the test shards.
+        names, starts: name and first sample of all shards, those of the test shards behind the others.
         position_N: position in the shard, int32.
         first_N: index of the first sample with the same file, int32.
         group_N: smallest index in the group of copies, int32.
@@ -118,7 +120,8 @@ class Found(NamedTuple):
     """
 
     slices: dict[str, slice]
-    test_slices: dict[str, slice]
+    names: list[str]
+    starts: list[int]
     position_N: np.ndarray
     first_N: np.ndarray
     group_N: np.ndarray
@@ -131,21 +134,23 @@ class Found(NamedTuple):
 
     def place(self, i: int) -> tuple[str, int]:
         """Shard and position of sample i."""
-        n = len(self.size_N)
-        slices = self.slices if i < n else self.test_slices
-        shard = next(name for name, at in slices.items() if at.start <= i < at.stop)
-        return shard, int(self.position_N[i])
+        return self.names[bisect_right(self.starts, i) - 1], int(self.position_N[i])
 
 
-def usable(dataset: Dataset, shard: str) -> tuple[pa.Table, pa.Table | None]:
+def usable(dataset: Dataset, shard: str, columns: Sequence[str] | None = None) -> tuple[pa.Table, pa.Table | None]:
     """Index rows of the M usable samples of a shard, and facts about their images where the index decoded them.
+
+    Args:
+        dataset: index.
+        shard: name of the shard.
+        columns: columns of the facts; None reads all.
 
     Raises:
         ArtifactError: the facts are about other samples.
     """
     rows = dataset.rows(shard, ["position", "key", "label", "status", "sha256", "height", "width"])
     rows = rows.filter(pc.equal(rows["status"], "ok"))
-    facts = dataset.facts(shard)
+    facts = dataset.facts(shard, columns)
     if facts is not None and not facts["position"].equals(rows["position"]):
         raise ArtifactError(f"the facts about images of shard {shard} do not belong to the samples of {dataset.path}")
     return rows, facts
@@ -163,12 +168,14 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
     label_N, position_N = np.zeros(n, np.int32), np.zeros(n, np.int32)
     is_judged_N = np.zeros(n, bool)
     counts, has_facts = UsualCounts(config.quality.grey), False
-    slices: list[dict[str, slice]] = [{}, {}]
+    slices: dict[str, slice] = {}
+    names: list[str] = []
+    starts: list[int] = []
     start = 0
     with tempfile.TemporaryFile() as file:
         for which, data in enumerate([dataset] if test is None else [dataset, test]):
             for shard in data.shards:
-                rows, facts = usable(data, shard)
+                rows, facts = usable(data, shard, ("position", "hash", "contrast", "colour", "thumbnail"))
                 at = slice(start, start + len(rows))
                 digest_N[at] = _digests(rows)
                 label_N[at], position_N[at] = rows["label"].to_numpy(), rows["position"].to_numpy()
@@ -176,12 +183,15 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
                     has_facts = True
                     hash_N[at] = facts["hash"].to_numpy()
                     is_judged_N[at] = facts["contrast"].to_numpy() >= _LEAST_CONTRAST
-                    file.writelines(facts["thumbnail"].to_pylist())
+                    file.write(_bytes(facts["thumbnail"]))
                     if which == 0:
                         counts.add(facts, rows)
                 else:
                     file.write(bytes(PIXELS * len(rows)))
-                slices[which][shard] = at
+                names.append(shard)
+                starts.append(start)
+                if which == 0:
+                    slices[shard] = at
                 start = at.stop
         file.flush()
         first_N = first_of(digest_N)
@@ -192,8 +202,7 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
         if has_facts:
             thumbnails = Thumbnails(file, n)
             distance = min(distance, config.near_fraction * usual_distance(key_N, is_judged_N, thumbnails))
-            same_N = near_groups(hash_N, first_N, is_judged_N, thumbnails, config.near_bits, distance / 2)
-            group_N = near_groups(hash_N, same_N, is_judged_N, thumbnails, config.near_bits, distance)
+            same_N, group_N = near_groups(hash_N, first_N, is_judged_N, thumbnails, config.near_bits, distance)
     del key_N, hash_N
     size_N = np.bincount(group_N[:n_train], minlength=n_train).astype(np.int32)
     test_N = np.full(n, -1, np.int32)
@@ -201,8 +210,9 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
     is_mixed_N = np.zeros(n_train, bool)
     is_mixed_N[same_N[:n_train][label_N[:n_train] != label_N[same_N[:n_train]]]] = True
     return Found(
-        slices[0],
-        slices[1],
+        slices,
+        names,
+        starts,
         position_N,
         first_N,
         group_N,
@@ -215,6 +225,12 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
     )
 
 
+def _bytes(thumbnails: pa.ChunkedArray) -> memoryview:
+    """The thumbnails one behind the other."""
+    column = thumbnails.combine_chunks()
+    return memoryview(column.buffers()[1])[PIXELS * column.offset : PIXELS * (column.offset + len(column))]
+
+
 def _digests(rows: pa.Table) -> np.ndarray:
     """First half of each sha256; zeros where the index did not hash the file."""
     if rows["sha256"].null_count:
@@ -224,7 +240,7 @@ def _digests(rows: pa.Table) -> np.ndarray:
 
 def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str) -> list[dict[str, Any]]:
     """Rows of one shard, in the order of its samples and of `HYGIENE_KINDS`."""
-    rows, facts = usable(dataset, shard)
+    rows, facts = usable(dataset, shard, [name for name in image_facts.SCHEMA.names if name != "thumbnail"])
     keys, labels = rows["key"], rows["label"]
     listed: list[dict[str, Any]] = []
 
@@ -333,7 +349,7 @@ def _groups(dataset: Dataset, found: Found, groups: list[int]) -> Iterator[dict[
         here = np.flatnonzero(np.isin(found.group_N[at], wanted))
         if not len(here):
             continue
-        rows = usable(dataset, shard)[0].select(["position", "key", "label"]).take(here)
+        rows = usable(dataset, shard, ["position"])[0].select(["position", "key", "label"]).take(here)
         for m, row in zip(here.tolist(), rows.to_pylist(), strict=True):
             group = int(found.group_N[at.start + m])
             labels[group][row["label"]] += 1

@@ -33,7 +33,7 @@ def grouped(hash_N: np.ndarray, pixels_NP: np.ndarray, distance: float = 0.28) -
         file.write(pixels_NP.tobytes())
         file.flush()
         start_N = np.arange(n, dtype=np.int32)
-        return near_groups(hash_N, start_N, np.ones(n, bool), Thumbnails(file, n), 10, distance)
+        return near_groups(hash_N, start_N, np.ones(n, bool), Thumbnails(file, n), 10, distance)[1]
 
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {

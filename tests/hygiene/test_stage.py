@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from sanitize.artifacts import verify
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.image_facts import ImageFacts
+from sanitize.data.image_facts import FACTS_VERSION, ImageFacts
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.tables import Hygiene
 from sanitize.errors import ConfigError
@@ -220,7 +220,7 @@ def test_verify_needs_the_images() -> None:
 def test_an_index_without_facts_has_the_recipe_it_had() -> None:
     assert "image_facts" not in IndexConfig().recipe()
     assert "verify" not in IndexConfig().recipe()
-    assert FACTS.recipe()["image_facts"] is True
+    assert FACTS.recipe()["image_facts"] == FACTS_VERSION
 
 
 @given(

@@ -3,8 +3,8 @@
 `check_hygiene` reads them, so that no image is decoded a second time. Each image is reduced to 32 x 32 pixels, and many
 are described at once, in whole numbers. The facts do not depend on which images are described together.
 
-A pixel of the reduced image is the mean of 3 x 3 pixels, spread evenly over its part of the image; a slight blur (1, 6, 1)
-makes up for the pixels between them. Averages of all pixels take three times as long and find no more copies.
+A pixel of the reduced image is the mean of 3 x 3 pixels, spread evenly over its part of the image; a slight blur
+(1, 6, 1) makes up for the pixels between them. Averages of all pixels take longer and find no more copies.
 
 Perceptual hash: signs of the 64 coefficients of lowest frequency of the cosine transform of the luminance, at 16 x 16
 pixels, without the mean (Zauner, 2010: pHash). Smoothness: squared differences of neighbouring pixels, over those of
@@ -69,8 +69,8 @@ class ImageFacts:
     colour: largest difference between two channels of a pixel.
     flat_top, flat_bottom: share of rows at that end that are of one colour, all of them of the same. fill: the colour
     of the larger end, 0xRRGGBB; 0 without.
-    stated: hash that the metadata state where the image has another one, "" where it has this one; null where they
-    state none that can be read, and where `IndexConfig.verify` is off.
+    stated: hash that is stated where the image has another one, or the reason why a table states none; "" where the
+    image has the stated one; null where the metadata state none, and where `IndexConfig.verify` is off.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class ImageFacts:
             self._flat[position] = top, bottom, red << 16 | green << 8 | blue
 
     def add_stated(self, position: int, stated: str | None) -> None:
-        """Add what `differing_hash` returns for the sample."""
+        """Add what `StatedHashes.differing` returns for the sample."""
         self._stated[position] = stated
 
     def table(self) -> pa.Table:
@@ -192,7 +192,7 @@ def reduced(pixels_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(1024)
 def _places(height: int, width: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that `reduced` takes, of the reduced image and of the patches; columns of either, in the order of channels."""
+    """Rows that `reduced` takes, those of the patches last; columns of the reduced image, and of the patches."""
     step = -(-max(height, width) // MAX_SIDE)
     rows = np.concatenate([_taps(height), _patches(height, step)])
     columns_TS = _taps(width).reshape(SIDE, _TAPS).T
@@ -248,7 +248,7 @@ def flat_rows(pixels_HWC: np.ndarray) -> float:
         if is_wide_R.any():
             return float(start + is_wide_R.argmax()) / n
         high_1C, low_1C = high_RC[-1:], low_RC[-1:]
-        start, step = start + step, 2 * step
+        start, step = start + step, min(2 * step, 1024)
     return 1.0
 
 
@@ -278,9 +278,8 @@ def describe(
 def _mean(x_NSS: np.ndarray) -> np.ndarray:
     """Mean of one channel, uint8 (N,)."""
     n = len(x_NSS)
-    four_N4 = (
-        np.add.reduce(x_NSS.reshape(n, -1).view(np.uint64), axis=1).view(np.uint16).reshape(n, 4)
-    )  # 256 * 255 fits
+    # Four sums of 256 pixels by one addition: 256 * 255 fits 16 bits.
+    four_N4 = np.add.reduce(x_NSS.reshape(n, -1).view(np.uint64), axis=1).view(np.uint16).reshape(n, 4)
     return (np.add.reduce(four_N4, axis=1, dtype=np.uint32) // (SIDE * SIDE)).astype(np.uint8)
 
 

@@ -34,7 +34,7 @@ from sanitize.data.samples import (
     image_name,
 )
 from sanitize.data.sources import find_shards, fingerprint_shards
-from sanitize.data.stated_hashes import differing_hash
+from sanitize.data.stated_hashes import StatedHashes
 from sanitize.data.tables import rows_name, write_rows
 from sanitize.errors import ConfigError, DataError
 from sanitize.stage import Advance, Bars, Work, stage
@@ -67,8 +67,9 @@ class IndexConfig(BaseModel):
             samples in them is unknown.
         image_facts: True also takes facts about each decoded image (brightness, a perceptual hash, ...), which
             `check_hygiene` reads. They need check "decode".
-        verify: "json:FIELD", a field of the metadata with the hash of the image as stored: sha256, sha512, sha1 or md5
-            in hexadecimal, known by its length. An image with another hash stays usable; `check_hygiene` lists it.
+        verify: place of the hash of the image as stored: "json:FIELD", a field of the metadata, or "table:FILE#COLUMN",
+            as for `label`. sha256, sha512, sha1 or md5 in hexadecimal, known by its length. An image with another hash
+            stays usable; `check_hygiene` lists it, and images whose key has no row in the table, or several.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,7 +83,7 @@ class IndexConfig(BaseModel):
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     max_bad_shards: int = Field(default=0, ge=0)
     image_facts: bool = False
-    verify: str | None = Field(default=None, pattern=r"^json:.+$")
+    verify: str | None = Field(default=None, pattern=r"^(json|table):.+$")
 
     @model_validator(mode="after")
     def _reads_images(self) -> Self:
@@ -109,8 +110,9 @@ class IndexConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_of_labels(self) -> Self:
-        if self.label is not None and self.label.startswith("table:") and "#" not in self.label[6:]:
-            raise ConfigError(f"index.label={self.label} names no column: table:FILE#COLUMN")
+        for name, place in (("label", self.label), ("verify", self.verify)):
+            if place is not None and place.startswith("table:") and "#" not in place[6:]:
+                raise ConfigError(f"index.{name}={place} names no column: table:FILE#COLUMN")
         if isinstance(self.classes, tuple):
             if not self.classes or len(set(self.classes)) < len(self.classes) or len(self.classes) > MAX_NAMES:
                 raise ConfigError(f"index.classes needs 1 to {MAX_NAMES:,} different names")
@@ -150,10 +152,12 @@ def index_shards(
     found = dict(sorted(found.items()))
     _refuse_unread(config, found)
     labels = label_reader(config)
+    hashes = None if config.verify is None else StatedHashes(config.verify)
+    tables = {"label table": labels.sha256, "hash table": hashes.sha256 if hashes else None}
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         facts = ImageFacts() if config.has_facts else None
-        table, summary = index_shard(str(found[shard]["url"]), config, advance, labels, facts)
+        table, summary = index_shard(str(found[shard]["url"]), config, advance, labels, facts, hashes)
         write_rows(
             part, shard, table.replace_schema_metadata((table.schema.metadata or {}) | {"shard": json.dumps(summary)})
         )
@@ -171,7 +175,7 @@ def index_shards(
         sources=found,
         bar=Bars("index"),
         config=config.recipe(),
-        inputs=dict.fromkeys(found, "shard") | ({"label table": labels.sha256} if labels.sha256 else {}),
+        inputs=dict.fromkeys(found, "shard") | {name: sha256 for name, sha256 in tables.items() if sha256},
     )
 
 
@@ -193,6 +197,7 @@ def index_shard(
     advance: Callable[[int], None] = lambda _n: None,
     labels: LabelReader | None = None,
     facts: ImageFacts | None = None,
+    hashes: StatedHashes | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Rows of one shard in the order of its samples (rows.SCHEMA), and a summary of the shard itself.
 
@@ -206,6 +211,7 @@ def index_shard(
         advance: function called with the number of finished samples.
         labels: `label_reader(config)`, if the caller has it.
         facts: facts about the images are added to it, as `config` says.
+        hashes: images are compared with them, and what differs is added to `facts`.
     """
     headers_only = config.check == "headers"
     reader = labels or label_reader(config)
@@ -214,7 +220,7 @@ def index_shard(
     formats: Counter[str] = Counter()
 
     def judge(sample: Sample) -> dict[str, Any]:
-        judged = _judge(sample, config, reader, facts)
+        judged = _judge(sample, config, reader, facts, hashes)
         if isinstance(name := judged.get("label"), str):
             judged["label"] = names.setdefault(name, len(names))
             if len(names) > MAX_NAMES:
@@ -246,7 +252,9 @@ def _too_many_names(where: str, config: IndexConfig) -> str:
     )
 
 
-def _judge(sample: Sample, config: IndexConfig, labels: LabelReader, facts: ImageFacts | None) -> dict[str, Any]:
+def _judge(
+    sample: Sample, config: IndexConfig, labels: LabelReader, facts: ImageFacts | None, hashes: StatedHashes | None
+) -> dict[str, Any]:
     """Status of a sample, the reason where it is not "ok", and its properties."""
     if sample.problem is not None:
         return {"status": "unreadable", "reason": sample.problem}
@@ -262,8 +270,8 @@ def _judge(sample: Sample, config: IndexConfig, labels: LabelReader, facts: Imag
             found["height"], found["width"] = pixels_HWC.shape[:2]
             if facts is not None and config.image_facts:
                 facts.add(sample.position, pixels_HWC)
-        if facts is not None and config.verify is not None:
-            facts.add_stated(sample.position, differing_hash(sample, image, config.verify.removeprefix("json:")))
+        if facts is not None and hashes is not None:
+            facts.add_stated(sample.position, hashes.differing(sample, image))
     except (LookupError, BadLabel, BadImage) as error:
         return found | {"status": "unreadable", "reason": str(error.args[0])}
     return found | {"status": "ok"}

@@ -120,10 +120,8 @@ def _linked(
                 is_close &= differ != 0
             at = np.flatnonzero(is_close) + start
             i, j = order_M[at], order_M[at + offset]
-            is_new_half, is_new = (
-                (half_N[i] != half_N[j]) & ~has_half_N[j],
-                (whole_N[i] != whole_N[j]) & ~has_whole_N[j],
-            )
+            is_new_half = (half_N[i] != half_N[j]) & ~has_half_N[j]
+            is_new = (whole_N[i] != whole_N[j]) & ~has_whole_N[j]
             wanted = is_new_half | is_new
             i, j, is_new_half, is_new = i[wanted], j[wanted], is_new_half[wanted], is_new[wanted]
             if len(i):

@@ -288,7 +288,8 @@ def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str)
     if facts is not None:
         for m, stated in enumerate(facts["stated"].to_pylist()):
             if stated:
-                add("wrong_hash", m, f"the metadata state the hash {stated[:16]}… for another image")
+                is_reason = " " in stated  # why a table states no hash
+                add("wrong_hash", m, stated if is_reason else f"the hash {stated[:16]}… is stated, of another image")
     if facts is not None and found.usual is not None and _has_pictures(dataset, facts):
         for kind, (is_found_M, value_M) in judge_quality(facts, rows, config.quality, found.usual).items():
             for m in np.flatnonzero(is_found_M).tolist():

@@ -244,7 +244,7 @@ def flat_rows(pixels_HWC: np.ndarray) -> float:
         block_RWC = pixels_HWC[start : start + step]
         high_RC = np.maximum.accumulate(np.concatenate([high_1C, block_RWC.max(1)]))
         low_RC = np.minimum.accumulate(np.concatenate([low_1C, block_RWC.min(1)]))
-        is_wide_R = (high_RC - low_RC > ALIKE).any(1)[1:]
+        is_wide_R = (high_RC - low_RC)[1:].max(1) > ALIKE
         if is_wide_R.any():
             return float(start + is_wide_R.argmax()) / n
         high_1C, low_1C = high_RC[-1:], low_RC[-1:]

@@ -284,7 +284,8 @@ def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str)
         add("label_conflict", m, "copies of this picture have different labels", None, int(found.same_N[at][m]))
     for m in np.flatnonzero(found.test_N[group_M] >= 0).tolist():
         other = int(found.test_N[group_M[m]])
-        add("test_leak", m, f"the same picture as test sample {_name(found, other)}", None, other)
+        alike = "the same file" if found.first_N[other] == first_M[m] else "nearly the same picture"
+        add("test_leak", m, f"{alike} as test sample {_name(found, other)}", None, other)
     if facts is not None:
         for m, stated in enumerate(facts["stated"].to_pylist()):
             if stated:

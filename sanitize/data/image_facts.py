@@ -30,6 +30,7 @@ ALIKE = 4  # levels within which the pixels of a row are of one colour, after JP
 _TAPS = 3  # rows and columns of the image for one of the reduced image
 _LARGE = 16 * MAX_SIDE  # pixels a side, above which most rows and columns are left out at once
 _WAITING = 2048  # images that wait (at most 9 KB each): the same few calls one after another stay in the caches
+_WAITING_BYTES = 1 << 22  # of decoded images that wait to be reduced, for the same reason
 _BATCH = 96  # images described by one call; larger arrays go back to the system and come again page by page
 _LUMINANCE = (77, 150, 29)  # of 256 (ITU-R 601)
 _BINS = 64
@@ -75,6 +76,8 @@ class ImageFacts:
 
     def __init__(self) -> None:
         self._small: list[tuple[int, np.ndarray]] = []  # position, image of 32 x 32 pixels
+        self._large: list[tuple[int, np.ndarray]] = []  # position, image of another size
+        self._large_bytes = 0
         self._reduced: list[tuple[int, tuple[np.ndarray, np.ndarray]]] = []  # position, what `reduced` returns
         self._flat: dict[int, tuple[float, float, int]] = {}  # by position: top, bottom, fill
         self._columns: list[dict[str, np.ndarray]] = []
@@ -85,10 +88,19 @@ class ImageFacts:
         if pixels_HWC.shape[:2] == (SIDE, SIDE):
             self._small.append((position, pixels_HWC))
         else:
+            self._large.append((position, pixels_HWC))
+            self._large_bytes += pixels_HWC.nbytes
+            if self._large_bytes > _WAITING_BYTES:
+                self._reduce()
+        if len(self._small) + len(self._large) + len(self._reduced) >= _WAITING:
+            self._describe()
+
+    def _reduce(self) -> None:
+        for position, pixels_HWC in self._large:
             self._reduced.append((position, reduced(pixels_HWC)))
             self._add_flat(position, pixels_HWC)
-        if len(self._small) + len(self._reduced) >= _WAITING:
-            self._describe()
+        self._large.clear()
+        self._large_bytes = 0
 
     def _add_flat(self, position: int, pixels_HWC: np.ndarray) -> None:
         """Rows of one colour at either end."""
@@ -121,6 +133,7 @@ class ImageFacts:
 
     def _describe(self) -> None:
         """Describe what was added since the last call."""
+        self._reduce()
         for start in range(0, len(self._small), _BATCH):
             positions, images = zip(*self._small[start : start + _BATCH], strict=True)
             canvas_NSSC = np.concatenate(images).reshape(len(images), SIDE, SIDE, -1)

@@ -148,13 +148,14 @@ class Dataset(ShardTables):
         """Files with facts; a manifest of many shards takes long to read."""
         return frozenset(name for name in self.manifest().files if name.startswith("facts/"))
 
-    def facts(self, shard: str) -> pa.Table | None:
+    def facts(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table | None:
         """Facts about the images of a shard (image_facts.SCHEMA); None where the index took none."""
         name = facts_name(shard)
         if name not in self._facts:
             return None
         with self._damage(shard):
-            return pq.read_table(self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name)))
+            source = self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name))
+            return pq.read_table(source, columns=columns and list(columns))
 
     def samples(self, shard: str) -> Iterator[tuple[Sample, dict[str, Any]]]:
         """Every sample of a shard, usable or not, with its index row.

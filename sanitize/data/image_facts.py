@@ -1,7 +1,10 @@
 """Facts about decoded images, taken while the index decodes them: a hash, a thumbnail, brightness, sharpness, …
 
 `check_hygiene` reads them, so that no image is decoded a second time. Each image is reduced to 32 x 32 pixels, and many
-are described at once. The facts do not depend on which images are described together.
+are described at once, in whole numbers. The facts do not depend on which images are described together.
+
+A pixel of the reduced image is the mean of 3 x 3 pixels, spread evenly over its part of the image; a slight blur
+(1, 6, 1) makes up for the pixels between them. Averages of all pixels take longer and find no more copies.
 
 Perceptual hash: signs of the 64 coefficients of lowest frequency of the cosine transform of the luminance, at 16 x 16
 pixels, without the mean (Zauner, 2010: pHash). Smoothness: squared differences of neighbouring pixels, over those of
@@ -11,23 +14,29 @@ Shapes: N images, H x W pixels, C channels; S = 32, T = 16 pixels.
 """
 
 import io
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from sanitize.artifacts import Part
-from sanitize.data.decode import resized
 
-SIDE, THUMB, PATCH = 32, 16, 8  # sides of the canvas, of the thumbnail, of a patch
+FACTS_VERSION = 2  # raised when images get other facts; part of the recipe of an index with facts
+SIDE, THUMB, PATCH = 32, 16, 8  # sides of the reduced image, of the thumbnail, of a patch
 MAX_SIDE = 256  # sharpness is judged at this many pixels a side; a finer blur matters to no model
 ALIKE = 4  # levels within which the pixels of a row are of one colour, after JPEG
-_BATCH = 192  # images described at once
+_TAPS = 3  # rows and columns of the image for one of the reduced image
+_LARGE = 16 * MAX_SIDE  # pixels a side, above which most rows and columns are left out at once
+_WAITING = 2048  # images that wait (at most 9 KB each): the same few calls one after another stay in the caches
+_WAITING_BYTES = 1 << 22  # of decoded images that wait to be reduced, for the same reason
+_BATCH = 96  # images described by one call; larger arrays go back to the system and come again page by page
 _LUMINANCE = (77, 150, 29)  # of 256 (ITU-R 601)
-_LEVELS = np.arange(64.0)
+_BINS = 64
+_COUNTS = np.arange(SIDE * SIDE // 2 + 1)
+_COUNT_BITS = _COUNTS * np.log2(np.maximum(_COUNTS, 1))
 _PICTURE = {
     "hash": pa.uint64(),
     "thumbnail": pa.binary(THUMB * THUMB),
@@ -53,35 +62,18 @@ def facts_name(shard: str) -> str:
 
 
 class ReducedImage(NamedTuple):
-    """The pixels that facts are taken of, a few kilobytes for an image of any size.
+    """What the facts need of an image that is not 32 x 32: a few kilobytes of an image of any size.
 
     Attributes:
-        canvas_SSC, details_SSC: see `canvas` and `details`; the same array for an image of that size.
-        flat: rows of one colour, as `_flat` returns them; None without, and for an image of that size.
+        sums_SX: sums of 3 x 3 pixels for each pixel of the reduced image, uint16 (32, C * 32).
+        details_SX: 16 patches of 8 x 8 pixels from all over the image, uint8 (32, C * 32). Above `MAX_SIDE` the pixels
+            of a patch are not neighbours.
+        flat: rows of one colour at top and bottom, as shares, and the colour; None without.
     """
 
-    canvas_SSC: np.ndarray
-    details_SSC: np.ndarray
+    sums_SX: np.ndarray
+    details_SX: np.ndarray
     flat: tuple[float, float, int] | None
-
-
-def reduced(pixels_HWC: np.ndarray) -> ReducedImage:
-    """The part of a decoded image that `ImageFacts` reads."""
-    canvas_SSC = canvas(pixels_HWC)
-    if canvas_SSC is pixels_HWC:
-        return ReducedImage(pixels_HWC, pixels_HWC, None)
-    return ReducedImage(canvas_SSC, details(pixels_HWC), _flat(canvas_SSC, pixels_HWC))
-
-
-def _flat(canvas_SSC: np.ndarray, pixels_HWC: np.ndarray) -> tuple[float, float, int] | None:
-    """Rows of one colour at top and bottom, and the colour: looked for on the small image first; None without."""
-    top = flat_rows(pixels_HWC) if _is_flat(canvas_SSC[0]) else 0.0
-    bottom = flat_rows(pixels_HWC[::-1]) if _is_flat(canvas_SSC[-1]) else 0.0
-    if not (top or bottom):
-        return None
-    colour_C = pixels_HWC[0 if top > bottom else -1].mean(0).round().astype(int).tolist()
-    red, green, blue = colour_C if len(colour_C) == 3 else 3 * colour_C
-    return top, bottom, red << 16 | green << 8 | blue
 
 
 class ImageFacts:
@@ -94,27 +86,46 @@ class ImageFacts:
     colour: largest difference between two channels of a pixel.
     flat_top, flat_bottom: share of rows at that end that are of one colour, all of them of the same. fill: the colour
     of the larger end, 0xRRGGBB; 0 without.
-    stated: hash that the metadata state where the image has another one, "" where it has this one; null where they
-    state none that can be read, and where `IndexConfig.verify` is off.
+    stated: hash that is stated where the image has another one, or the reason why a table states none; "" where the
+    image has the stated one; null where the metadata state none, and where `IndexConfig.verify` is off.
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[int, np.ndarray, np.ndarray]] = []  # position, canvas, details
+        self._small: list[tuple[int, np.ndarray]] = []  # position, image of 32 x 32 pixels
+        self._large: list[tuple[int, np.ndarray]] = []  # position, image of another size
+        self._large_bytes = 0
+        self._reduced: list[tuple[int, np.ndarray, np.ndarray]] = []  # position, sums, details
         self._flat: dict[int, tuple[float, float, int]] = {}  # by position: top, bottom, fill
         self._columns: list[dict[str, np.ndarray]] = []
         self._stated: dict[int, str | None] = {}
 
     def add(self, position: int, image: np.ndarray | ReducedImage) -> None:
-        """Add a decoded image, uint8 (H, W, C) with one or three channels, or what `reduced` keeps of it."""
-        image = reduced(image) if isinstance(image, np.ndarray) else image
-        if image.flat is not None:
-            self._flat[position] = image.flat
-        self._pending.append((position, image.canvas_SSC, image.details_SSC))
-        if len(self._pending) >= _BATCH:
+        """Add a decoded image, uint8 (H, W, C) of one or three channels, or what `reduced` keeps of it."""
+        if isinstance(image, ReducedImage):
+            self._add_reduced(position, image)
+        elif image.shape[:2] == (SIDE, SIDE):
+            self._small.append((position, image))
+        else:
+            self._large.append((position, image))
+            self._large_bytes += image.nbytes
+            if self._large_bytes > _WAITING_BYTES:
+                self._reduce()
+        if len(self._small) + len(self._large) + len(self._reduced) >= _WAITING:
             self._describe()
 
+    def _reduce(self) -> None:
+        for position, pixels_HWC in self._large:
+            self._add_reduced(position, reduced(pixels_HWC))
+        self._large.clear()
+        self._large_bytes = 0
+
+    def _add_reduced(self, position: int, image: ReducedImage) -> None:
+        self._reduced.append((position, image.sums_SX, image.details_SX))
+        if image.flat is not None:
+            self._flat[position] = image.flat
+
     def add_stated(self, position: int, stated: str | None) -> None:
-        """Add what `differing_hash` returns for the sample."""
+        """Add what `StatedHashes.differing` returns for the sample."""
         self._stated[position] = stated
 
     def table(self) -> pa.Table:
@@ -129,25 +140,36 @@ class ImageFacts:
         arrays = [pa.array(positions_N)]
         for name, kind in _PICTURE.items():
             arrays.append(_column(columns[name], kind, at_N, is_missing_N))
-        arrays.append(pa.array([self._stated.get(int(i)) for i in positions_N], pa.string()))
+        stated = [self._stated.get(i) for i in positions_N.tolist()] if self._stated else None
+        arrays.append(pa.nulls(len(positions_N), pa.string()) if stated is None else pa.array(stated, pa.string()))
         return pa.table(arrays, schema=SCHEMA)
 
     def _describe(self) -> None:
-        if not self._pending:
-            return
-        positions, canvases, patches = zip(*self._pending, strict=True)
-        self._pending.clear()
-        canvas_NSSC = np.stack(canvases)
-        is_same = all(a is b for a, b in zip(canvases, patches, strict=True))
-        details_NSSC = canvas_NSSC if is_same else np.stack(patches)
-        facts = describe(canvas_NSSC, details_NSSC)
-        last_N2T = facts["thumbnail"].reshape(-1, THUMB, THUMB)[:, [0, -1]]
-        for i in np.flatnonzero((np.ptp(last_N2T, axis=2) <= ALIKE).any(1)).tolist():
-            if canvases[i] is patches[i] and (flat := _flat(canvases[i], canvases[i])):  # not looked at before
-                self._flat[positions[i]] = flat
-        tops, bottoms, fills = zip(*(self._flat.get(position, (0.0, 0.0, 0)) for position in positions), strict=True)
-        facts |= {"flat_top": np.array(tops, np.float32), "flat_bottom": np.array(bottoms, np.float32)}
-        facts |= {"fill": np.array(fills, np.uint32), "position": np.array(positions)}
+        """Describe what was added since the last call."""
+        self._reduce()
+        for start in range(0, len(self._small), _BATCH):
+            positions, images = zip(*self._small[start : start + _BATCH], strict=True)
+            canvas_NSSC = np.concatenate(images).reshape(len(images), SIDE, SIDE, -1)
+            channels = [canvas_NSSC[..., c].astype(np.uint16) for c in range(canvas_NSSC.shape[3])]
+            facts, grey_NSS = describe(channels)
+            for i in np.flatnonzero((np.ptp(grey_NSS[:, [0, -1]], axis=2) <= ALIKE + 1).any(1)).tolist():  # 1: rounding
+                if (flat := _flat(images[i])) is not None:
+                    self._flat[positions[i]] = flat
+            self._keep(positions, facts)
+        for start in range(0, len(self._reduced), _BATCH):
+            positions, *images = zip(*self._reduced[start : start + _BATCH], strict=True)
+            sums_NSX, details_NSX = (np.concatenate(parts).reshape(len(parts), SIDE, -1) for parts in images)
+            self._keep(positions, describe(_means(sums_NSX), _channels(details_NSX))[0])
+        self._small.clear()
+        self._reduced.clear()
+
+    def _keep(self, positions: Sequence[int], facts: dict[str, np.ndarray]) -> None:
+        n = len(positions)
+        top_N, bottom_N, fill_N = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, np.uint32)
+        for i, position in enumerate(positions) if self._flat else ():
+            if position in self._flat:
+                top_N[i], bottom_N[i], fill_N[i] = self._flat.pop(position)
+        facts |= {"flat_top": top_N, "flat_bottom": bottom_N, "fill": fill_N, "position": np.array(positions)}
         self._columns.append(facts)
 
 
@@ -175,90 +197,193 @@ def _column(values: np.ndarray, kind: pa.DataType, at: np.ndarray, is_missing: n
     return pa.array(whole, kind, mask=is_missing)
 
 
-def canvas(pixels_HWC: np.ndarray) -> np.ndarray:
-    """The image at 32 x 32 pixels, uint8 (32, 32, C)."""
-    if pixels_HWC.shape[:2] == (SIDE, SIDE):
-        return pixels_HWC
-    return resized(torch.from_numpy(pixels_HWC).permute(2, 0, 1), (SIDE, SIDE)).permute(1, 2, 0).numpy()
+def reduced(pixels_HWC: np.ndarray) -> ReducedImage:
+    """The part of a decoded image, uint8, that is not 32 x 32, that `ImageFacts` reads."""
+    flat = _flat(pixels_HWC)
+    if max(pixels_HWC.shape) > _LARGE:  # three rows of a picture of 1 x 1,000,000 pixels would be a bomb
+        step = -(-max(pixels_HWC.shape) // MAX_SIDE)
+        pixels_HWC = pixels_HWC[::step, ::step]
+    height, width, channels = pixels_HWC.shape
+    rows, columns, patch_columns = _places(height, width, channels)
+    picked = pixels_HWC.reshape(height, width * channels).take(rows, 0)
+    sums = np.add.reduce(picked[: SIDE * _TAPS].reshape(SIDE, _TAPS, -1), axis=1, dtype=np.uint16)
+    sums = np.add.reduce(sums.take(columns, 1).reshape(SIDE, _TAPS, -1), axis=1)
+    return ReducedImage(sums, picked[SIDE * _TAPS :].take(patch_columns, 1), flat)
 
 
-def details(pixels_HWC: np.ndarray) -> np.ndarray:
-    """16 patches of 8 x 8 pixels from all over the image, uint8 (32, 32, C); pixels are left out above `MAX_SIDE`."""
-    height, width = pixels_HWC.shape[:2]
-    step = -(-max(height, width) // MAX_SIDE)
-    return pixels_HWC.take(_patches(height, step), 0).take(_patches(width, step), 1)
+def _flat(pixels_HWC: np.ndarray) -> tuple[float, float, int] | None:
+    """Rows of one colour at top and bottom, and the colour at the longer end, 0xRRGGBB; None without."""
+    top = flat_rows(pixels_HWC) if _may_be_flat(pixels_HWC, 0) else 0.0
+    bottom = flat_rows(pixels_HWC[::-1]) if _may_be_flat(pixels_HWC, len(pixels_HWC) - 1) else 0.0
+    if not (top or bottom):
+        return None
+    colour_C = pixels_HWC[0 if top > bottom else -1].mean(0).round().astype(int).tolist()
+    red, green, blue = colour_C if len(colour_C) == 3 else 3 * colour_C
+    return top, bottom, red << 16 | green << 8 | blue
 
 
 @lru_cache(1024)
+def _places(height: int, width: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows that `reduced` takes, those of the patches last; columns of the reduced image, and of the patches."""
+    step = -(-max(height, width) // MAX_SIDE)
+    rows = np.concatenate([_taps(height), _patches(height, step)])
+    columns_TS = _taps(width).reshape(SIDE, _TAPS).T
+    columns_TCS = channels * columns_TS[:, None] + np.arange(channels)[:, None]
+    patch_columns_CS = channels * _patches(width, step) + np.arange(channels)[:, None]
+    return rows, columns_TCS.ravel(), patch_columns_CS.ravel()
+
+
+def _taps(side: int) -> np.ndarray:
+    """Indices of three rows for each of 32, evenly spread."""
+    n = SIDE * _TAPS
+    return (2 * np.arange(n) + 1) * side // (2 * n)
+
+
 def _patches(side: int, step: int) -> np.ndarray:
     """Indices of four runs of 8 pixels, `step` apart."""
     starts = np.linspace(0, max(0, side // step - PATCH), SIDE // PATCH).astype(np.int64)
     return np.minimum(step * (starts[:, None] + np.arange(PATCH)).ravel(), side - 1)
 
 
-def _is_flat(row_SC: np.ndarray) -> bool:
-    """True for one colour; a few pixels are compared faster in Python."""
-    values, channels = row_SC.tobytes(), row_SC.shape[1]
-    return all(max(values[c::channels]) - min(values[c::channels]) <= ALIKE for c in range(channels))
+def _means(sums_NSX: np.ndarray) -> list[np.ndarray]:
+    """Channels of reduced images, uint16 (N, 32, 32) each, from the sums of `reduced`."""
+    sums_NSX += _TAPS**2 // 2
+    sums_NSX //= _TAPS**2
+    return _channels(sums_NSX)
+
+
+def _channels(x_NSX: np.ndarray) -> list[np.ndarray]:
+    """Channels that lie side by side in each row, uint16 (N, 32, 32) each."""
+    x_NSCS = x_NSX.reshape(len(x_NSX), SIDE, -1, SIDE)
+    return [x_NSCS[:, :, c].astype(np.uint16) for c in range(x_NSCS.shape[2])]
+
+
+def _may_be_flat(pixels_HWC: np.ndarray, row: int) -> bool:
+    """False where a few pixels show that a row is not of one colour; single pixels are fetched faster than a row."""
+    last, fetch = pixels_HWC.shape[1] - 1, pixels_HWC.item
+    first = fetch(row, 0, 0)
+    return all(abs(fetch(row, last * i // 4, 0) - first) <= ALIKE for i in (2, 4, 1, 3))
 
 
 def flat_rows(pixels_HWC: np.ndarray) -> float:
     """Share of rows at the top that are of one colour, all of them of the same; in [0, 1]."""
-    first_C = pixels_HWC[0, 0].astype(np.int16)
-    high_C, low_C = first_C, first_C
-    for row, row_WC in enumerate(pixels_HWC):
-        high_C, low_C = np.maximum(high_C, row_WC.max(0)), np.minimum(low_C, row_WC.min(0))
-        if (high_C - low_C > ALIKE).any():
-            return row / len(pixels_HWC)
+    n = len(pixels_HWC)
+    if (np.ptp(pixels_HWC[0], axis=0) > ALIKE).any():
+        return 0.0
+    high_1C = low_1C = pixels_HWC[:1, 0].astype(np.int16)
+    start, step = 0, 8
+    while start < n:
+        block_RWC = pixels_HWC[start : start + step]
+        high_RC = np.maximum.accumulate(np.concatenate([high_1C, block_RWC.max(1)]))
+        low_RC = np.minimum.accumulate(np.concatenate([low_1C, block_RWC.min(1)]))
+        is_wide_R = (high_RC - low_RC)[1:].max(1) > ALIKE
+        if is_wide_R.any():
+            return float(start + is_wide_R.argmax()) / n
+        high_1C, low_1C = high_RC[-1:], low_RC[-1:]
+        start, step = start + step, min(2 * step, 1024)
     return 1.0
 
 
-def describe(canvas_NSSC: np.ndarray, details_NSSC: np.ndarray) -> dict[str, np.ndarray]:
-    """Facts about images, uint8: name of a column -> values of N images; without the flat rows at both ends."""
-    n = len(canvas_NSSC)
-    grey_NSS, (red_N, green_N, blue_N) = _luminance(canvas_NSSC)
-    detail_NSS = grey_NSS if details_NSSC is canvas_NSSC else _luminance(details_NSSC)[0]
-    thumbs_NTT = _halved(grey_NSS)
-    levels_NP = (grey_NSS[:, :, ::2] >> 2).reshape(n, -1) + 64 * np.arange(n, dtype=np.int32)[:, None]
-    counts_NV = np.bincount(levels_NP.ravel(), minlength=64 * n).reshape(n, 64).astype(np.float64)
-    pixels = levels_NP.shape[1]
-    below_NV = np.cumsum(counts_NV, 1)
-    mean_N, squares_N = counts_NV @ _LEVELS / pixels, counts_NV @ _LEVELS**2 / pixels
-    share_NV = counts_NV / pixels
-    entropy_N = -np.einsum("nv,nv->n", share_NV, np.log2(np.where(counts_NV > 0, share_NV, 1)))
-    return {
-        "hash": hashes(thumbs_NTT),
-        "thumbnail": thumbs_NTT.reshape(n, -1),
-        "red": red_N,
-        "green": green_N,
-        "blue": blue_N,
-        "low": (4 * (below_NV * 20 < pixels).sum(1)).astype(np.uint8),
-        "high": (4 * (below_NV * 100 < pixels * 99).sum(1) + 3).astype(np.uint8),
-        "contrast": (4 * np.sqrt(np.maximum(0, squares_N - mean_N**2))).astype(np.float32),
-        "entropy": entropy_N.round(3).astype(np.float32),
-        "smoothness": _smoothness(detail_NSS),
-        "colour": _colour(canvas_NSSC),
-    }
+def describe(
+    channels: Sequence[np.ndarray], details: Sequence[np.ndarray] | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Facts about N images, without the flat rows at both ends; and their luminance, uint8 (N, 32, 32).
+
+    Args:
+        channels: images of 32 x 32 pixels, uint16 (N, 32, 32) for each channel; overwritten.
+        details: patches of the images before they were reduced, in the same form; None where they were not reduced.
+
+    Returns:
+        Name of a column -> values of N images; and the luminance.
+    """
+    n = len(channels[0])
+    red_N, green_N, blue_N = channels if len(channels) == 3 else 3 * [channels[0]]
+    facts = dict(zip(("red", "green", "blue"), map(_mean, (red_N, green_N, blue_N)), strict=True))
+    facts["colour"] = _colour(channels, averaged=details is not None)
+    grey_NSS = _luminance(channels)
+    thumbs_NTT = _halved(grey_NSS if details is None else _blurred(grey_NSS))
+    facts |= {"hash": hashes(thumbs_NTT), "thumbnail": thumbs_NTT.reshape(n, -1)}
+    facts["smoothness"] = _smoothness(grey_NSS if details is None else _luminance(details))
+    return facts | _histograms(grey_NSS), grey_NSS
 
 
-def _luminance(pixels_NHWC: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Luminance, uint8 (N, H, W), and the means of red, green and blue, uint8 (N,) each."""
-    n, height, width, channels = pixels_NHWC.shape
-    wide = [pixels_NHWC[..., c].astype(np.uint16) for c in range(channels)]
-    means = [(x_NHW.reshape(n, -1).sum(1, dtype=np.uint32) // (height * width)).astype(np.uint8) for x_NHW in wide]
-    if channels == 1:
-        return pixels_NHWC[..., 0], means * 3
-    for x_NHW, weight in zip(wide, _LUMINANCE, strict=True):
-        x_NHW *= weight
-    wide[0] += wide[1]
-    wide[0] += wide[2]
-    return (wide[0] >> 8).astype(np.uint8), means
+def _mean(x_NSS: np.ndarray) -> np.ndarray:
+    """Mean of one channel, uint8 (N,)."""
+    n = len(x_NSS)
+    # Four sums of 256 pixels by one addition: 256 * 255 fits 16 bits.
+    four_N4 = np.add.reduce(x_NSS.reshape(n, -1).view(np.uint64), axis=1).view(np.uint16).reshape(n, 4)
+    return (np.add.reduce(four_N4, axis=1, dtype=np.uint32) // (SIDE * SIDE)).astype(np.uint8)
+
+
+def _colour(channels: Sequence[np.ndarray], averaged: bool) -> np.ndarray:
+    """Largest difference between two channels of a pixel, of every fourth pixel, uint8 (N,).
+
+    Args:
+        channels: images, uint16 (N, 32, 32) for each channel.
+        averaged: True takes means of 2 x 2 pixels instead, where pixels are noisier than those of the image.
+    """
+    n = len(channels[0])
+    if len(channels) == 1:
+        return np.zeros(n, np.uint8)
+    if averaged:
+        channels = [(x_NSS[:, ::2] + x_NSS[:, 1::2]) >> 1 for x_NSS in channels]
+        channels = [(x_NTS + np.roll(x_NTS, -1, 2)) >> 1 for x_NTS in channels]
+    red, green, blue = channels if averaged else [x_NSS[:, ::2] for x_NSS in channels]
+    spread = np.maximum(red, green)
+    np.maximum(spread, blue, out=spread)
+    spread -= np.minimum(np.minimum(red, green), blue)
+    return spread[:, :, ::2].reshape(n, -1).max(1).astype(np.uint8)
+
+
+def _luminance(channels: Sequence[np.ndarray]) -> np.ndarray:
+    """Luminance, uint8 (N, 32, 32); the channels are overwritten."""
+    if len(channels) == 1:
+        return channels[0].astype(np.uint8)
+    for x_NSS, weight in zip(channels, _LUMINANCE, strict=True):
+        x_NSS *= weight
+    whole_NSS = channels[0]
+    whole_NSS += channels[1]
+    whole_NSS += channels[2]
+    whole_NSS >>= 8
+    return whole_NSS.astype(np.uint8)
+
+
+def _blurred(grey_NSS: np.ndarray) -> np.ndarray:
+    """The images after a blur of (1, 6, 1) in both directions, uint8."""
+    x_NSS = grey_NSS.astype(np.uint16)
+    for axis in (1, 2):
+        edge_NSS = np.concatenate([x_NSS.take([0], axis), x_NSS, x_NSS.take([-1], axis)], axis)
+        before, after = (edge_NSS[:, :-2], edge_NSS[:, 2:]) if axis == 1 else (edge_NSS[..., :-2], edge_NSS[..., 2:])
+        x_NSS *= 6
+        x_NSS += before
+        x_NSS += after
+    x_NSS += 32
+    x_NSS >>= 6
+    return x_NSS.astype(np.uint8)
 
 
 def _halved(grey_NSS: np.ndarray) -> np.ndarray:
     """Means of 2 x 2 pixels, uint8 (N, 16, 16)."""
     wide_NTS = grey_NSS[:, ::2].astype(np.uint16) + grey_NSS[:, 1::2]
     return ((wide_NTS[..., ::2] + wide_NTS[..., 1::2]) >> 2).astype(np.uint8)
+
+
+def _histograms(grey_NSS: np.ndarray) -> dict[str, np.ndarray]:
+    """Facts from the histogram of the luminance, of every second pixel in 64 bins."""
+    n = len(grey_NSS)
+    pixels = SIDE * SIDE // 2
+    bins_NP = (grey_NSS >> 2).reshape(n, -1)[:, ::2] + _BINS * np.arange(n)[:, None]
+    counts_NV = np.bincount(bins_NP.ravel(), minlength=_BINS * n).reshape(n, _BINS)
+    below_NV = np.cumsum(counts_NV, 1)
+    level_V = np.arange(_BINS)
+    mean_N, squares_N = counts_NV @ level_V / pixels, counts_NV @ level_V**2 / pixels
+    entropy_N = np.log2(pixels) - _COUNT_BITS[counts_NV].sum(1) / pixels
+    return {
+        "low": (4 * (below_NV * 20 < pixels).sum(1)).astype(np.uint8),
+        "high": (4 * (below_NV * 100 < pixels * 99).sum(1) + 3).astype(np.uint8),
+        "contrast": (4 * np.sqrt(np.maximum(0, squares_N - mean_N**2))).astype(np.float32),
+        "entropy": entropy_N.round(3).astype(np.float32),
+    }
 
 
 def _cosines() -> np.ndarray:
@@ -281,29 +406,25 @@ _LOWEST = np.array(_ORDER)[np.arange(64) * 37 % 64]
 
 
 def _smoothness(detail_NSS: np.ndarray) -> np.ndarray:
-    """Squared differences one pixel apart over those two apart, float32 (N,), within patches of 8 x 8 pixels."""
+    """Squared differences one pixel apart over those two apart, float32 (N,), within patches of 8 x 8 pixels.
+
+    With d the differences of neighbours, those two apart are sums of two d: (d + d')^2 = d^2 + 2 d d' + d'^2. All sums
+    are whole numbers below 2^24, exact in float32 in any order.
+    """
     n = len(detail_NSS)
-    near_N, far_N = np.zeros(n, np.float32), np.zeros(n, np.float32)
-    wide_NSS = detail_NSS.astype(np.float32)
-    for x_NSS in (wide_NSS[:, ::4], wide_NSS[:, :, ::4].transpose(0, 2, 1)):  # more lines say no more
-        x_NPL = np.ascontiguousarray(x_NSS).reshape(n, -1, PATCH)
-        step_NPL = x_NPL[..., 1:] - x_NPL[..., :-1]
-        near_N += (_squares(step_NPL[..., 1:]) + _squares(step_NPL[..., :-1])) / 2
-        far_N += _squares(step_NPL[..., 1:] + step_NPL[..., :-1])
-    return np.where(far_N > 0, near_N / np.maximum(far_N, 1), np.float32(1))
+    near_N, far_N = np.zeros(n), np.zeros(n)
+    for x_NSS in (detail_NSS[:, ::4], detail_NSS[:, :, ::4].transpose(0, 2, 1)):  # more lines say no more
+        x_NP = np.zeros((n, SIDE * PATCH + 1), np.float32)
+        x_NP[:, :-1].reshape(n, PATCH, SIDE)[...] = x_NSS
+        step_NP = x_NP[:, 1:] - x_NP[:, :-1]
+        step_NP[:, PATCH - 1 :: PATCH] = 0  # from one patch to the next
+        squares_N, products_N = _dots(step_NP, step_NP), _dots(step_NP[:, 1:], step_NP[:, :-1])
+        first, last = step_NP[:, ::PATCH], step_NP[:, PATCH - 2 :: PATCH]  # each is one of two d only once
+        once_N = _dots(first, first) + _dots(last, last)
+        near_N += squares_N - once_N / 2
+        far_N += 2 * squares_N - once_N + 2 * products_N
+    return np.where(far_N > 0, near_N / np.maximum(far_N, 1), 1).astype(np.float32)
 
 
-def _squares(x_NPL: np.ndarray) -> np.ndarray:
-    """Sums of squares; not exact above 2^24, but the order of summation is always the same."""
-    flat_NP = x_NPL.reshape(len(x_NPL), -1)
-    return np.einsum("np,np->n", flat_NP, flat_NP)
-
-
-def _colour(pixels_NHWC: np.ndarray) -> np.ndarray:
-    """Largest difference between two channels of a pixel, of every fourth pixel, uint8 (N,)."""
-    n = len(pixels_NHWC)
-    if pixels_NHWC.shape[3] == 1:
-        return np.zeros(n, np.uint8)
-    red, green, blue = (pixels_NHWC[:, ::2, ::2, c].reshape(n, -1) for c in range(3))
-    most, least = np.maximum(red, green), np.minimum(red, green)
-    return (np.maximum(most, blue) - np.minimum(least, blue)).max(1)
+def _dots(a_NP: np.ndarray, b_NP: np.ndarray) -> np.ndarray:
+    return np.einsum("np,np->n", a_NP, b_NP).astype(np.float64)

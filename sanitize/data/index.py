@@ -22,14 +22,14 @@ from sanitize.compute import Compute
 from sanitize.data.class_names import MAX_NAMES, ClassNames, names_beside
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import BadImage, ImageConfig, decode_pixels, image_format
-from sanitize.data.image_facts import ImageFacts, ReducedImage, reduced, write_facts
+from sanitize.data.image_facts import FACTS_VERSION, SIDE, ImageFacts, reduced, write_facts
 from sanitize.data.labels import MAX_CLASSES, BadLabel, LabelReader, notes_on
 from sanitize.data.layout import dots, explained
 from sanitize.data.reasons import Reasons
 from sanitize.data.rows import SCHEMA, SEVERAL, plain_rows, read_rows
 from sanitize.data.samples import ALL, Sample, SampleLimits, ShardReader, image_names
 from sanitize.data.sources import find_shards, fingerprint_shards
-from sanitize.data.stated_hashes import differing_hash
+from sanitize.data.stated_hashes import StatedHashes
 from sanitize.data.tables import rows_name, sample_starts, write_rows
 from sanitize.errors import ConfigError, DataError
 from sanitize.stage import Advance, Bars, Work, stage
@@ -66,8 +66,9 @@ class IndexConfig(BaseModel):
         image_facts: True also takes facts about each decoded image (brightness, a perceptual hash, ...), which
             `check_hygiene` reads. They need check "decode".
         max_pictures: with `image.member: all`, number of pictures above which a sample is unreadable.
-        verify: "json:FIELD", a field of the metadata with the hash of the image as stored: sha256, sha512, sha1 or md5
-            in hexadecimal, known by its length. An image with another hash stays usable; `check_hygiene` lists it.
+        verify: place of the hash of the image as stored: "json:FIELD", a field of the metadata, or "table:FILE#COLUMN",
+            as for `label`. sha256, sha512, sha1 or md5 in hexadecimal, known by its length. An image with another hash
+            stays usable; `check_hygiene` lists it, and images whose key has no row in the table, or several.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,7 +83,7 @@ class IndexConfig(BaseModel):
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     max_bad_shards: int = Field(default=0, ge=0)
     image_facts: bool = False
-    verify: str | None = Field(default=None, pattern=r"^json:.+$")
+    verify: str | None = Field(default=None, pattern=r"^(json|table):.+$")
     max_pictures: int = Field(default=32, gt=0)
 
     @model_validator(mode="after")
@@ -103,7 +104,8 @@ class IndexConfig(BaseModel):
         used = {name: settings[name] for name in ("image_facts", "verify", "class_names")} | {
             "max_pictures": self.has_several
         }
-        return {name: value for name, value in settings.items() if used.get(name, True)}
+        recipe = {name: value for name, value in settings.items() if used.get(name, True)}
+        return recipe | ({"image_facts": FACTS_VERSION} if self.image_facts else {})
 
     @property
     def has_several(self) -> bool:
@@ -122,8 +124,9 @@ class IndexConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_of_labels(self) -> Self:
-        if self.label is not None and self.label.startswith("table:") and "#" not in self.label[6:]:
-            raise ConfigError(f"index.label={self.label} names no column: table:FILE#COLUMN")
+        for name, place in (("label", self.label), ("verify", self.verify)):
+            if place is not None and place.startswith("table:") and "#" not in place[6:]:
+                raise ConfigError(f"index.{name}={place} names no column: table:FILE#COLUMN")
         if isinstance(self.classes, tuple):
             if not self.classes or len(set(self.classes)) < len(self.classes) or len(self.classes) > MAX_NAMES:
                 raise ConfigError(f"index.classes needs 1 to {MAX_NAMES:,} different names")
@@ -176,10 +179,12 @@ def index_shards(
     found = dict(sorted(found.items()))
     _refuse_unread(config, found)
     labels = label_reader(config)
+    hashes = None if config.verify is None else StatedHashes(config.verify)
+    tables = {"label table": labels.sha256, "hash table": hashes.sha256 if hashes else None}
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         facts = ImageFacts() if config.has_facts else None
-        table, summary = index_shard(str(found[shard]["url"]), config, advance, labels, facts)
+        table, summary = index_shard(str(found[shard]["url"]), config, advance, labels, facts, hashes)
         write_rows(
             part, shard, table.replace_schema_metadata((table.schema.metadata or {}) | {"shard": json.dumps(summary)})
         )
@@ -197,7 +202,7 @@ def index_shards(
         sources=found,
         bar=Bars("index"),
         config=config.recipe(),
-        inputs=dict.fromkeys(found, "shard") | ({"label table": labels.sha256} if labels.sha256 else {}),
+        inputs=dict.fromkeys(found, "shard") | {name: sha256 for name, sha256 in tables.items() if sha256},
     )
 
 
@@ -219,6 +224,7 @@ def index_shard(
     advance: Callable[[int], None] = lambda _n: None,
     labels: LabelReader | None = None,
     facts: ImageFacts | None = None,
+    hashes: StatedHashes | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Rows of one shard in the order of its samples (rows.SCHEMA, rows.SEVERAL), and a summary of the shard itself.
 
@@ -233,6 +239,7 @@ def index_shard(
         advance: function called with the number of finished samples.
         labels: `label_reader(config)`, if the caller has it.
         facts: facts about the images are added to it, as `config` says.
+        hashes: images are compared with them, and what differs is added to `facts`.
     """
     headers_only = config.check == "headers"
     reader = labels or label_reader(config)
@@ -241,7 +248,7 @@ def index_shard(
     formats: Counter[str] = Counter()
 
     def judge(sample: Sample, position: int) -> list[dict[str, Any]]:
-        judged = _judge(sample, position, config, reader, formats, facts)
+        judged = _judge(sample, position, config, reader, formats, facts, hashes)
         for row in judged:
             if isinstance(name := row.get("label"), str):
                 row["label"] = names.setdefault(name, len(names))
@@ -284,6 +291,7 @@ def _judge(
     labels: LabelReader,
     formats: Counter[str],
     facts: ImageFacts | None,
+    hashes: StatedHashes | None,
 ) -> list[dict[str, Any]]:
     """Rows of a sample: status, the reason where it is not "ok", and properties; one for each image that is read.
 
@@ -296,12 +304,13 @@ def _judge(
         labels: reader of its label.
         formats: the formats of the images that are read are counted in it.
         facts: facts about the images of usable samples are added to it.
+        hashes: images are compared with them, and what differs is added to `facts`.
     """
     if sample.problem is not None:
         return [{"status": "unreadable", "reason": sample.problem}]
     found: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    seen: list[ReducedImage] = []
+    seen: list[Any] = []  # what facts are taken of: decoded images, or what is kept of them
     payloads = dict(sample.members)
     try:
         for name in _image_names(sample, config, labels):
@@ -314,7 +323,8 @@ def _judge(
                 pixels_HWC = decode_pixels(payloads[name], config.image)
                 found["height"], found["width"] = pixels_HWC.shape[:2]
                 if facts is not None and config.image_facts:
-                    seen.append(reduced(pixels_HWC))
+                    keeps_all = not config.has_several or pixels_HWC.shape[:2] == (SIDE, SIDE)
+                    seen.append(pixels_HWC if keeps_all else reduced(pixels_HWC))
             rows.append(found | {"status": "ok"})
     except (LookupError, BadLabel, BadImage) as error:
         reason = str(error.args[0])
@@ -324,9 +334,8 @@ def _judge(
     if facts is not None:
         for i, image in enumerate(seen):
             facts.add(position + i, image)
-        if config.verify is not None:
-            stated = config.verify.removeprefix("json:")
-            facts.add_stated(position, differing_hash(sample, payloads[name], stated))
+        if hashes is not None:
+            facts.add_stated(position, hashes.differing(sample, payloads[name]))
     return rows
 
 

@@ -31,7 +31,7 @@ _MAX_PATH = 8  # steps of a path in JSON
 _MAX_TABLE_BYTES, _MAX_ROWS, _MAX_COLUMNS = 2**28, 10_000_000, 1_000
 _MAX_UNPACKED_BYTES = 2**31  # of the two columns of a Parquet file
 _KEY_COLUMNS = ("key", "__key__")
-_TWICE = object()
+TWICE = object()
 
 
 class BadLabel(ValueError):
@@ -68,7 +68,7 @@ class LabelReader:
         self._has_labels = label is not None
         self.suffix, self.field = ("", "") if kind == "table" and rest else (kind.lower(), rest)
         if kind == "table" and rest:
-            self._table, self.sha256 = _read_table(*rest.rpartition("#")[::2])
+            self._table, self.sha256 = read_table(*rest.rpartition("#")[::2], "labels")
         self.names: Mapping[str, int] | str | None = None
         if isinstance(classes, str):
             self.names = classes
@@ -246,78 +246,90 @@ def _of_table(table: Mapping[str, Any], key: str) -> bytes:
     value = table.get(key)
     if value is None:
         raise BadLabel(f"key '{key}' is not in the table of labels")
-    if value is _TWICE:
+    if value is TWICE:
         raise BadLabel(f"key '{key}' has several rows in the table of labels")
     return value if isinstance(value, bytes) else b"%d" % value
 
 
-def _read_table(url: str, column: str) -> tuple[dict[str, Any], str]:
-    """Label by key, and the sha256 of the file; a key with several rows has the value _TWICE."""
+def read_table(url: str, column: str, what: str) -> tuple[dict[str, Any], str]:
+    """Value by key, and the sha256 of the file.
+
+    Args:
+        url: CSV or Parquet file with a column `key`.
+        column: column with the values.
+        what: what the values are, for messages.
+
+    Returns:
+        Integers, or texts as bytes; TWICE for a key with several rows.
+
+    Raises:
+        ConfigError: the table has no such column, or is larger than the limits.
+        DataError: the table cannot be read.
+    """
+    name = f"the table of {what} {url}"
     size = fingerprint(url)["size"]
     if isinstance(size, int) and size > _MAX_TABLE_BYTES:
-        raise ConfigError(f"the table of labels {url} has {size} bytes, more than {_MAX_TABLE_BYTES}")
+        raise ConfigError(f"{name} has {size} bytes, more than {_MAX_TABLE_BYTES}")
     data = read_bytes(url)
     read: Callable[[bytes, str, str], list[tuple[Any, Any]]] = _read_parquet if data.startswith(b"PAR1") else _read_csv
     try:
-        rows = read(data, url, column)
+        rows = read(data, name, column)
     except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"the table of labels {url} cannot be read: {str(error).splitlines()[0][:200]}") from error
+        raise DataError(f"{name} cannot be read: {str(error).splitlines()[0][:200]}") from error
     found: dict[str, Any] = {}
     for key, value in rows:
         if key is not None and value is not None:
-            found[str(key)] = _TWICE if str(key) in found else value
+            found[str(key)] = TWICE if str(key) in found else value
     return found, hashlib.sha256(data).hexdigest()
 
 
-def _key_column(names: Sequence[str], url: str, column: str) -> str:
+def _key_column(names: Sequence[str], name: str, column: str) -> str:
     if len(names) > _MAX_COLUMNS:
-        raise ConfigError(f"the table of labels {url} has {len(names)} columns, more than {_MAX_COLUMNS}")
+        raise ConfigError(f"{name} has {len(names)} columns, more than {_MAX_COLUMNS}")
     for key in _KEY_COLUMNS:
         if names.count(key) == names.count(column) == 1 and key != column:
             return key
-    shown = ", ".join(printable(name[:40]) for name in names[:20])
-    raise ConfigError(f"the table of labels {url} needs one column 'key' and one column {column!r}; it has {shown}")
+    shown = ", ".join(printable(other[:40]) for other in names[:20])
+    raise ConfigError(f"{name} needs one column 'key' and one column {column!r}; it has {shown}")
 
 
-def _check_rows(n: int, url: str) -> None:
+def _check_rows(n: int, name: str) -> None:
     if n > _MAX_ROWS:
-        raise ConfigError(f"the table of labels {url} has more than {_MAX_ROWS} rows")
+        raise ConfigError(f"{name} has more than {_MAX_ROWS} rows")
 
 
-def _read_csv(data: bytes, url: str, column: str) -> list[tuple[str, bytes]]:
+def _read_csv(data: bytes, name: str, column: str) -> list[tuple[str, bytes]]:
     lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
     names = next(lines, [])
-    at = names.index(_key_column(names, url, column)), names.index(column)
+    at = names.index(_key_column(names, name, column)), names.index(column)
     found: list[tuple[str, bytes]] = []
     for number, line in enumerate(lines, 2):
         if line:
             if len(line) != len(names):
-                raise DataError(
-                    f"the table of labels {url} has {len(line)} cells in row {number}, and {len(names)} columns"
-                )
+                raise DataError(f"{name} has {len(line)} cells in row {number}, and {len(names)} columns")
             found.append((line[at[0]], line[at[1]].encode()))
-            _check_rows(len(found), url)
+            _check_rows(len(found), name)
     return found
 
 
-def _read_parquet(data: bytes, url: str, column: str) -> list[tuple[Any, Any]]:
+def _read_parquet(data: bytes, name: str, column: str) -> list[tuple[Any, Any]]:
     limits = {"thrift_string_size_limit": _MAX_TABLE_BYTES, "thrift_container_size_limit": _MAX_ROWS}
     file = pq.ParquetFile(pa.BufferReader(data), **limits)
-    _check_rows(file.metadata.num_rows, url)
-    wanted = [_key_column(file.schema_arrow.names, url, column), column]
-    for name in wanted:
-        kind = file.schema_arrow.field(name).type
+    _check_rows(file.metadata.num_rows, name)
+    wanted = [_key_column(file.schema_arrow.names, name, column), column]
+    for wanted_name in wanted:
+        kind = file.schema_arrow.field(wanted_name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise ConfigError(f"column {name!r} of the table of labels {url} holds {kind}, not integers or texts")
+            raise ConfigError(f"column {wanted_name!r} of {name} holds {kind}, not integers or texts")
     n_bytes = n_rows = 0
     found: list[tuple[Any, Any]] = []
     for batch in file.iter_batches(4096, columns=wanted):
         n_bytes, n_rows = n_bytes + batch.nbytes, n_rows + len(batch)
         if n_bytes > _MAX_UNPACKED_BYTES:
-            raise ConfigError(f"the table of labels {url} unpacks to more than {_MAX_UNPACKED_BYTES} bytes")
-        _check_rows(n_rows, url)
-        keys, values = (batch[name].to_pylist() for name in wanted)
+            raise ConfigError(f"{name} unpacks to more than {_MAX_UNPACKED_BYTES} bytes")
+        _check_rows(n_rows, name)
+        keys, values = (batch[one].to_pylist() for one in wanted)
         found += [
             (key, value.encode() if isinstance(value, str) else value) for key, value in zip(keys, values, strict=True)
         ]

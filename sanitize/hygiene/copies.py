@@ -12,7 +12,8 @@ Shapes: N images, T thumbnails of P = 256 pixels.
 """
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import combinations_with_replacement
 from typing import BinaryIO
 
 import numpy as np
@@ -62,57 +63,74 @@ def first_of(keys_N: np.ndarray) -> np.ndarray:
 
 
 def near_groups(
-    hash_N: np.ndarray, group_N: np.ndarray, is_judged_N: np.ndarray, thumbnails: Thumbnails, bits: int, distance: float
-) -> np.ndarray:
-    """Smallest index in the group of each image, int32 (N,): itself where it has no copies.
+    hash_N: np.ndarray, first_N: np.ndarray, is_judged_N: np.ndarray, thumbnails: Thumbnails, bits: int, distance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of copies at half the distance, and at the distance: smallest index in the group of each image.
 
     Args:
         hash_N: perceptual hashes, uint64.
-        group_N: groups so far, of closer copies, in the same form.
+        first_N: index of the first image with the same file, int32.
         is_judged_N: False for images that have no near copies, such as those of one colour.
         thumbnails: for the check on pixels.
         bits: most bits in which the hashes of a pair differ.
         distance: largest distance of the thumbnails of a pair.
+
+    Returns:
+        Two arrays, int32 (N,): an image has its own index where it has no copies. The groups of the first lie within
+        those of the second.
     """
     at_M = np.flatnonzero(is_judged_N).astype(np.int32)
+    half_N = whole_N = first_N
     for rotation in range(ROTATIONS):
-        linked = list(
-            _linked(hash_N, group_N, at_M, rotation, bits, lambda i, j: _distance(thumbnails, i, j) <= distance)
-        )
+        linked = list(_linked(hash_N, half_N, whole_N, at_M, rotation, bits, distance, thumbnails))
         if linked:
-            here, there = (np.concatenate(ends) for ends in zip(*linked, strict=True))
-            group_N = _merged(group_N, here, there)
-    return group_N
+            i, j, is_half = (np.concatenate(parts) for parts in zip(*linked, strict=True))
+            whole_N = _merged(whole_N, i, j)
+            half_N = _merged(half_N, i[is_half], j[is_half])
+    return half_N, whole_N
 
 
 def _linked(
     hash_N: np.ndarray,
-    group_N: np.ndarray,
+    half_N: np.ndarray,
+    whole_N: np.ndarray,
     at_M: np.ndarray,
     rotation: int,
     bits: int,
-    is_alike: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of alike images that are close in one sorted order; at most one pair for each image."""
+    distance: float,
+    thumbnails: Thumbnails,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs of alike images that are close in one sorted order, and whether they are alike at half the distance.
+
+    At most one pair of either kind for each image: a burst has as many links as copies.
+    """
     turn = np.uint64(64 // ROTATIONS * rotation)
     hash_M = hash_N[at_M]
     turned_M = (hash_M << turn) | (hash_M >> (np.uint64(64) - turn) if turn else np.uint64(0))
     order_M = at_M[np.argsort(turned_M, kind="stable")]
-    del hash_M, turned_M
-    is_linked_N = np.zeros(len(hash_N), bool)
+    del turned_M
+    hash_M = hash_N[order_M]
+    has_half_N, has_whole_N = np.zeros(len(hash_N), bool), np.zeros(len(hash_N), bool)
     for offset in range(1, WINDOW + 1):
         for start in range(0, len(order_M) - offset, _CHUNK):
             stop = min(start + _CHUNK, len(order_M) - offset)
-            i, j = order_M[start:stop], order_M[start + offset : stop + offset]
-            close = np.bitwise_count(hash_N[i] ^ hash_N[j]) <= bits
-            close &= (group_N[i] != group_N[j]) & ~is_linked_N[j]
+            differ = hash_M[start:stop] ^ hash_M[start + offset : stop + offset]
+            is_close = np.bitwise_count(differ) <= bits
             if rotation:  # equal hashes are in the same order every time
-                close &= hash_N[i] != hash_N[j]
-            i, j = i[close], j[close]
+                is_close &= differ != 0
+            at = np.flatnonzero(is_close) + start
+            i, j = order_M[at], order_M[at + offset]
+            is_new_half = (half_N[i] != half_N[j]) & ~has_half_N[j]
+            is_new = (whole_N[i] != whole_N[j]) & ~has_whole_N[j]
+            wanted = is_new_half | is_new
+            i, j, is_new_half, is_new = i[wanted], j[wanted], is_new_half[wanted], is_new[wanted]
             if len(i):
-                alike = is_alike(i, j)
-                is_linked_N[j[alike]] = True
-                yield i[alike], j[alike]
+                distance_P = _distance(thumbnails, i, j)
+                is_half = is_new_half & (distance_P <= distance / 2)
+                is_linked = is_half | (is_new & (distance_P <= distance))
+                has_half_N[j[is_half]] = True
+                has_whole_N[j[is_linked]] = True
+                yield i[is_linked], j[is_linked], is_half[is_linked]
 
 
 def _distance(thumbnails: Thumbnails, i: np.ndarray, j: np.ndarray) -> np.ndarray:
@@ -125,13 +143,17 @@ def _distance(thumbnails: Thumbnails, i: np.ndarray, j: np.ndarray) -> np.ndarra
 
 def _merged(group_N: np.ndarray, here: np.ndarray, there: np.ndarray) -> np.ndarray:
     """The groups after these links, each named by its smallest index."""
-    n = len(group_N)
-    ends = group_N[here], group_N[there]
-    links = coo_matrix((np.ones(len(here), bool), ends), shape=(n, n))
-    component_N = connected_components(links, directed=False)[1]
-    smallest = np.full(int(component_N.max()) + 1, n, np.int32)
-    np.minimum.at(smallest, component_N, np.arange(n, dtype=np.int32))
-    return smallest[component_N[group_N]]
+    if not len(here):
+        return group_N
+    involved, ends = np.unique(np.concatenate([group_N[here], group_N[there]]), return_inverse=True)
+    n = len(involved)
+    links = coo_matrix((np.ones(len(here), bool), (ends[: len(here)], ends[len(here) :])), shape=(n, n))
+    component_G = connected_components(links, directed=False)[1]
+    smallest = np.full(n, np.iinfo(np.int32).max, np.int32)
+    np.minimum.at(smallest, component_G, involved)
+    named_N = np.arange(len(group_N), dtype=np.int32)
+    named_N[involved] = smallest[component_G]
+    return named_N[group_N]
 
 
 def usual_distance(key_N: np.ndarray, is_judged_N: np.ndarray, thumbnails: Thumbnails, most: int = 2000) -> float:
@@ -155,13 +177,18 @@ def usual_distance(key_N: np.ndarray, is_judged_N: np.ndarray, thumbnails: Thumb
     if len(at_M) < 3:
         return float("inf")
     x_MP = thumbnails.rows(at_M)
-    nearest_M = np.concatenate([_nearest(x_MP, start) for start in range(0, len(x_MP), 500)])
+    nearest_M = _nearest(x_MP)
     return float(np.median(np.sqrt(np.maximum(0, 2 - 2 * nearest_M))))
 
 
-def _nearest(x_MP: np.ndarray, start: int) -> np.ndarray:
-    """Largest correlation of 500 rows from `start` on with any other row."""
-    similar_BM = x_MP[start : start + 500] @ x_MP.T
-    rows = np.arange(len(similar_BM))
-    similar_BM[rows, start + rows] = -1
-    return similar_BM.max(1)
+def _nearest(x_MP: np.ndarray) -> np.ndarray:
+    """Largest correlation of each row with any other one."""
+    nearest_M = np.full(len(x_MP), -1, np.float32)
+    parts = [slice(start, start + 500) for start in range(0, len(x_MP), 500)]
+    for here, there in combinations_with_replacement(parts, 2):
+        similar = x_MP[here] @ x_MP[there].T
+        if here == there:
+            np.fill_diagonal(similar, -1)
+        nearest_M[here] = np.maximum(nearest_M[here], similar.max(1))
+        nearest_M[there] = np.maximum(nearest_M[there], similar.max(0))
+    return nearest_M

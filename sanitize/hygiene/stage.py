@@ -6,8 +6,9 @@ all shards in sorted order, those of the test shards behind them; M of one shard
 """
 
 import tempfile
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.compute import Compute
+from sanitize.data import image_facts
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import HYGIENE_KINDS, Hygiene, HygieneKind, rows_name, sample_starts, write_rows
 from sanitize.errors import ArtifactError
@@ -67,7 +69,7 @@ class HygieneConfig(BaseModel):
     quarantine: tuple[HygieneKind, ...] = ()
 
 
-@stage(Hygiene, gpu=False, draws="nothing")
+@stage(Hygiene, version=2, gpu=False, draws="nothing")
 def check_hygiene(
     config: HygieneConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
 ) -> Work:
@@ -106,7 +108,7 @@ class Found(NamedTuple):
 
     Attributes:
         slices: name of a shard -> slice of its samples.
-        test_slices: the same of the test shards.
+        names, starts: name and first sample of all shards, those of the test shards behind the others.
         position_N: position in the shard, int32.
         sample_N: number of the sample among all, int32; None where each has one picture.
         first_N: index of the first sample with the same file, int32.
@@ -120,7 +122,8 @@ class Found(NamedTuple):
     """
 
     slices: dict[str, slice]
-    test_slices: dict[str, slice]
+    names: list[str]
+    starts: list[int]
     position_N: np.ndarray
     sample_N: np.ndarray | None
     first_N: np.ndarray
@@ -139,22 +142,24 @@ class Found(NamedTuple):
 
     def place(self, i: int) -> tuple[str, int]:
         """Shard and position of sample i."""
-        n = len(self.size_N)
-        slices = self.slices if i < n else self.test_slices
-        shard = next(name for name, at in slices.items() if at.start <= i < at.stop)
-        return shard, int(self.position_N[i])
+        return self.names[bisect_right(self.starts, i) - 1], int(self.position_N[i])
 
 
-def usable(dataset: Dataset, shard: str) -> tuple[pa.Table, pa.Table | None]:
+def usable(dataset: Dataset, shard: str, columns: Sequence[str] | None = None) -> tuple[pa.Table, pa.Table | None]:
     """Index rows of the M usable samples of a shard, and facts about their images where the index decoded them.
+
+    Args:
+        dataset: index.
+        shard: name of the shard.
+        columns: columns of the facts; None reads all.
 
     Raises:
         ArtifactError: the facts are about other samples.
     """
-    columns = ["position", "key", "label", "status", "sha256", "height", "width"]
-    rows = dataset.rows(shard, [*columns, "sample"] if dataset.has_several else columns)
+    of_rows = ["position", "key", "label", "status", "sha256", "height", "width"]
+    rows = dataset.rows(shard, [*of_rows, "sample"] if dataset.has_several else of_rows)
     rows = rows.filter(pc.equal(rows["status"], "ok"))
-    facts = dataset.facts(shard)
+    facts = dataset.facts(shard, columns)
     if facts is not None and not facts["position"].equals(rows["position"]):
         raise ArtifactError(f"the facts about images of shard {shard} do not belong to the samples of {dataset.path}")
     return rows, facts
@@ -174,12 +179,14 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
     has_several = dataset.has_several or (test is not None and test.has_several)
     sample_N, n_samples = np.zeros(n if has_several else 0, np.int32), 0
     counts, has_facts = UsualCounts(config.quality.grey), False
-    slices: list[dict[str, slice]] = [{}, {}]
+    slices: dict[str, slice] = {}
+    names: list[str] = []
+    starts: list[int] = []
     start = 0
     with tempfile.TemporaryFile() as file:
         for which, data in enumerate([dataset] if test is None else [dataset, test]):
             for shard in data.shards:
-                rows, facts = usable(data, shard)
+                rows, facts = usable(data, shard, ("position", "hash", "contrast", "colour", "thumbnail"))
                 at = slice(start, start + len(rows))
                 digest_N[at] = _digests(rows)
                 label_N[at], position_N[at] = rows["label"].to_numpy(), rows["position"].to_numpy()
@@ -187,16 +194,19 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
                     has_facts = True
                     hash_N[at] = facts["hash"].to_numpy()
                     is_judged_N[at] = facts["contrast"].to_numpy() >= _LEAST_CONTRAST
-                    file.writelines(facts["thumbnail"].to_pylist())
+                    file.write(_bytes(facts["thumbnail"]))
                     if which == 0:
                         counts.add(facts, rows)
                 else:
                     file.write(bytes(PIXELS * len(rows)))
                 if has_several:
-                    starts = sample_starts(rows)
-                    sample_N[at] = n_samples + np.repeat(np.arange(len(starts)), np.diff(starts, append=len(rows)))
-                    n_samples += len(starts)
-                slices[which][shard] = at
+                    firsts = sample_starts(rows)
+                    sample_N[at] = n_samples + np.repeat(np.arange(len(firsts)), np.diff(firsts, append=len(rows)))
+                    n_samples += len(firsts)
+                names.append(shard)
+                starts.append(start)
+                if which == 0:
+                    slices[shard] = at
                 start = at.stop
         file.flush()
         first_N = first_of(digest_N)
@@ -209,8 +219,7 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
             # Of each sample the first picture: the others may be frames of one scene, nearer than any other sample.
             is_first_N = is_judged_N & np.diff(sample_N, prepend=-1).astype(bool) if has_several else is_judged_N
             distance = min(distance, config.near_fraction * usual_distance(key_N, is_first_N, thumbnails))
-            same_N = near_groups(hash_N, first_N, is_judged_N, thumbnails, config.near_bits, distance / 2)
-            group_N = near_groups(hash_N, same_N, is_judged_N, thumbnails, config.near_bits, distance)
+            same_N, group_N = near_groups(hash_N, first_N, is_judged_N, thumbnails, config.near_bits, distance)
     del key_N, hash_N
     in_group_n = group_N[:n_train]
     if has_several:
@@ -221,8 +230,9 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
     is_mixed_N = np.zeros(n_train, bool)
     is_mixed_N[same_N[:n_train][label_N[:n_train] != label_N[same_N[:n_train]]]] = True
     return Found(
-        slices[0],
-        slices[1],
+        slices,
+        names,
+        starts,
         position_N,
         sample_N if has_several else None,
         first_N,
@@ -242,6 +252,12 @@ def _once_a_sample(group_n: np.ndarray, sample_n: np.ndarray) -> np.ndarray:
     return np.sort(np.unique(pairs_n, return_index=True)[1])
 
 
+def _bytes(thumbnails: pa.ChunkedArray) -> memoryview:
+    """The thumbnails one behind the other."""
+    column = thumbnails.combine_chunks()
+    return memoryview(column.buffers()[1])[PIXELS * column.offset : PIXELS * (column.offset + len(column))]
+
+
 def _digests(rows: pa.Table) -> np.ndarray:
     """First half of each sha256; zeros where the index did not hash the file."""
     if rows["sha256"].null_count:
@@ -251,7 +267,7 @@ def _digests(rows: pa.Table) -> np.ndarray:
 
 def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str) -> list[dict[str, Any]]:
     """Rows of one shard, in the order of its samples and of `HYGIENE_KINDS`."""
-    rows, facts = usable(dataset, shard)
+    rows, facts = usable(dataset, shard, [name for name in image_facts.SCHEMA.names if name != "thumbnail"])
     keys, labels = rows["key"], rows["label"]
     listed: list[dict[str, Any]] = []
 
@@ -295,11 +311,13 @@ def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str)
         add("label_conflict", m, "copies of this picture have different labels", None, int(found.same_N[at][m]))
     for m in np.flatnonzero(found.test_N[group_M] >= 0).tolist():
         other = int(found.test_N[group_M[m]])
-        add("test_leak", m, f"the same picture as test sample {_name(found, other)}", None, other)
+        alike = "the same file" if found.first_N[other] == first_M[m] else "nearly the same picture"
+        add("test_leak", m, f"{alike} as test sample {_name(found, other)}", None, other)
     if facts is not None:
         for m, stated in enumerate(facts["stated"].to_pylist()):
             if stated:
-                add("wrong_hash", m, f"the metadata state the hash {stated[:16]}… for another image")
+                is_reason = " " in stated  # why a table states no hash
+                add("wrong_hash", m, stated if is_reason else f"the hash {stated[:16]}… is stated, of another image")
     if facts is not None and found.usual is not None and _has_pictures(dataset, facts):
         for kind, (is_found_M, value_M) in judge_quality(facts, rows, config.quality, found.usual).items():
             for m in np.flatnonzero(is_found_M).tolist():
@@ -368,7 +386,7 @@ def _groups(dataset: Dataset, found: Found, groups: list[int]) -> Iterator[dict[
             here = here[_once_a_sample(found.group_N[at][here], found.sample_N[at][here])]
         if not len(here):
             continue
-        rows = usable(dataset, shard)[0].select(["position", "key", "label"]).take(here)
+        rows = usable(dataset, shard, ["position"])[0].select(["position", "key", "label"]).take(here)
         for m, row in zip(here.tolist(), rows.to_pylist(), strict=True):
             group = int(found.group_N[at.start + m])
             labels[group][row["label"]] += 1

@@ -15,7 +15,7 @@ EXPLAINED = {
     "near_duplicate": "Nearly the picture of an earlier sample: encoded again, rescaled, recoloured, the next frame.",
     "label_conflict": "Copies of one picture have different labels.",
     "test_leak": "The picture is also in the test shards: accuracy on them is too high.",
-    "wrong_hash": "The metadata state the hash of another image: the image was exchanged or encoded again.",
+    "wrong_hash": "The stated hash is of another image (exchanged, or encoded again), or a table of hashes has none.",
     "dark": "Nearly all pixels are dark.",
     "bright": "Nearly all pixels are white.",
     "blank": "One colour.",

@@ -17,6 +17,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.labels import BadLabel, LabelReader, json_value, label_fields, notes_on, read_label
 from sanitize.data.samples import Sample
+from sanitize.data.stated_hashes import StatedHashes
 from sanitize.errors import ConfigError, DataError
 
 Make = Callable[..., Any]
@@ -254,29 +255,33 @@ def test_names_may_be_in_a_table(tmp_path: Path, make_tar: Make, make_png: Make,
         (b"key,class\n" + b"a,1\n" * 300_000, "bytes, more than"),
     ],
 )
+@pytest.mark.parametrize("reader", [LabelReader, StatedHashes])
 def test_hostile_tables_are_refused_in_one_line(
-    data: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: Callable[[str], object], data: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MAX_ROWS", 50)
     monkeypatch.setattr(module, "_MAX_TABLE_BYTES", 1_000_000)
     (tmp_path / "t").write_bytes(data)
     with pytest.raises((ConfigError, DataError), match=message) as error:
-        LabelReader(f"table:{tmp_path}/t#class")
+        reader(f"table:{tmp_path}/t#class")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.hostile
-def test_a_parquet_table_does_not_unpack_without_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reader", [LabelReader, StatedHashes])
+def test_a_parquet_table_does_not_unpack_without_limit(
+    reader: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sink = io.BytesIO()
     pq.write_table(pa.table({"key": ["a" * 1000] * 20_000, "class": [1] * 20_000}), sink, compression="zstd")
     (tmp_path / "t").write_bytes(sink.getvalue())
     assert len(sink.getvalue()) < 100_000
     monkeypatch.setattr(module, "_MAX_UNPACKED_BYTES", 10_000_000)
     with pytest.raises(ConfigError, match="unpacks to more than"):
-        LabelReader(f"table:{tmp_path}/t#class")
+        reader(f"table:{tmp_path}/t#class")
     pq.write_table(pa.table({"key": [["a"]], "class": [1]}), tmp_path / "t")
     with pytest.raises(ConfigError, match="not integers or texts"):
-        LabelReader(f"table:{tmp_path}/t#class")
+        reader(f"table:{tmp_path}/t#class")
 
 
 # --- what is odd --------------------------------------------------------------------------------------------------

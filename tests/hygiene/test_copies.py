@@ -33,7 +33,7 @@ def grouped(hash_N: np.ndarray, pixels_NP: np.ndarray, distance: float = 0.28) -
         file.write(pixels_NP.tobytes())
         file.flush()
         start_N = np.arange(n, dtype=np.int32)
-        return near_groups(hash_N, start_N, np.ones(n, bool), Thumbnails(file, n), 10, distance)
+        return near_groups(hash_N, start_N, np.ones(n, bool), Thumbnails(file, n), 10, distance)[1]
 
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
@@ -122,3 +122,28 @@ def test_pictures_that_are_all_alike_have_a_small_usual_distance() -> None:
             key_N = rng.integers(0, 2**63, 300).astype(np.uint64)
             found.append(usual_distance(key_N, np.ones(300, bool), Thumbnails(file, 300)))
     assert found[0] < 0.5 < 1 < found[1]
+
+
+@given(seed=st.integers(0, 50), distance=st.floats(0.1, 1.5))
+@settings(max_examples=20)
+def test_groups_at_half_the_distance_lie_within_the_others(seed: int, distance: float) -> None:
+    rng = np.random.default_rng(seed)
+    base_KP, base_hash_K = rng.integers(0, 256, (6, PIXELS)), rng.integers(0, 2**63, 6, dtype=np.uint64)
+    of_N = rng.integers(0, 6, 40)
+    noise_NP = rng.normal(0, 1, (40, PIXELS)) * rng.uniform(0, 90, (40, 1))
+    pixels_NP = np.clip(base_KP[of_N] + noise_NP, 0, 255).astype(np.uint8)
+    hash_N = base_hash_K[of_N] ^ (np.uint64(1) << rng.integers(0, 64, 40).astype(np.uint64))
+    with tempfile.TemporaryFile() as file:
+        file.write(pixels_NP.tobytes())
+        file.flush()
+        thumbnails = Thumbnails(file, 40)
+        half_N, whole_N = near_groups(
+            hash_N, np.arange(40, dtype=np.int32), np.ones(40, bool), thumbnails, 10, distance
+        )
+        x_NP = thumbnails.rows(np.arange(40))
+    assert (whole_N[half_N] == whole_N).all()
+    for group_N, limit in ((half_N, distance / 2), (whole_N, distance)):
+        assert (group_N <= np.arange(40)).all()
+        for i in np.flatnonzero(group_N != np.arange(40)):  # linked to some member of the group
+            others = np.flatnonzero((group_N == group_N[i]) & (np.arange(40) != i))
+            assert np.linalg.norm(x_NP[others] - x_NP[i], axis=1).min() <= limit + 1e-5

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from sanitize.artifacts import verify
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.image_facts import ImageFacts
+from sanitize.data.image_facts import FACTS_VERSION, ImageFacts
 from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.stated_hashes import NO_HASH, NO_ROW, SEVERAL_ROWS
 from sanitize.data.tables import Hygiene
 from sanitize.errors import ConfigError
 from sanitize.hygiene import HygieneConfig, check_hygiene
@@ -182,6 +183,40 @@ def test_an_image_that_the_metadata_do_not_name_is_a_finding_and_stays_usable(
     assert Dataset.load(str(tmp_path / "index")).n_samples == 6
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_hashes_may_be_in_a_table_that_names_every_sample(
+    tmp_path: Path, scene: Scene, stored: Stored, make_tar: Make, suffix: str
+) -> None:
+    images = [stored(scene(i)) for i in range(6)]
+    shards = make_tar(tmp_path / "a.tar", [m for i, data in enumerate(images) for m in sample(f"d/k{i}", data)])
+    rows = [(f"d/k{i}", hashlib.sha256(data).hexdigest()) for i, data in enumerate(images[:4])]
+    rows[1] = "d/k1", hashlib.md5(b"the picture that was there").hexdigest()
+    rows += [("d/k3", rows[3][1]), ("d/k4", "unknown")]
+    table = tmp_path / f"hashes.{suffix}"
+
+    def write(rows: list[tuple[str, str]]) -> None:
+        if suffix == "csv":
+            table.write_text("key,sha\n" + "".join(f"{key},{value}\n" for key, value in rows))
+        else:
+            pq.write_table(pa.table({"key": [k for k, _ in rows], "sha": [v for _, v in rows]}), table)
+
+    write(rows)
+    index = IndexConfig(image_facts=True, verify=f"table:{table}#sha")
+    hygiene = checked(shards, tmp_path, index)
+    listed = {row["key"]: row["reason"] for row in hygiene.rows("a.tar").to_pylist() if row["kind"] == "wrong_hash"}
+    assert listed == {
+        "d/k1": f"the hash {rows[1][1][:16]}… is stated, of another image",
+        "d/k3": SEVERAL_ROWS,
+        "d/k4": NO_HASH,
+        "d/k5": NO_ROW,
+    }
+    dataset = Dataset.load(str(tmp_path / "index"))
+    assert dataset.n_samples == 6
+    write([*rows, ("other", "f" * 64)])
+    again = index_shards(index, shards, str(tmp_path / "again"), COMPUTE)
+    assert again.manifest().recipe.inputs["hash table"] != dataset.manifest().recipe.inputs["hash table"]
+
+
 @pytest.mark.hostile
 @pytest.mark.parametrize(
     "stated",
@@ -215,12 +250,14 @@ def test_hashes_that_are_none_are_no_finding(
 def test_verify_needs_the_images() -> None:
     with pytest.raises((ConfigError, ValidationError), match="verify"):
         IndexConfig(check="headers", verify="json:sha256")
+    with pytest.raises((ConfigError, ValidationError), match="names no column"):
+        IndexConfig(verify="table:hashes.csv")
 
 
 def test_an_index_without_facts_has_the_recipe_it_had() -> None:
     assert "image_facts" not in IndexConfig().recipe()
     assert "verify" not in IndexConfig().recipe()
-    assert FACTS.recipe()["image_facts"] is True
+    assert FACTS.recipe()["image_facts"] == FACTS_VERSION
 
 
 @given(

@@ -81,6 +81,7 @@ def approved(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "optim": {"epochs": 3, "batch_size": 32, "learning_rate": 0.02},
             "min_steps": 1,
             "max_steps": 1,
+            "canary": None,
         },
         "scorers": [{"kind": "spectral"}],
         "compute": {"device": "cpu"},

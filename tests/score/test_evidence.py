@@ -424,7 +424,7 @@ PLANTED = Evidence(
 
 
 def test_the_size_of_a_group_decides_nothing_and_the_rule_is_monotone() -> None:
-    config, apart = EvidenceConfig(), Measures(separation=4.0)
+    config, apart = EvidenceConfig(), Measures(separation=5.0)
 
     def decided(evidence: Evidence, has_learned: bool = True) -> str:
         return decision(evidence, config, has_learned, apart)[0]

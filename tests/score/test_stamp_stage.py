@@ -43,7 +43,9 @@ def evidence(**values: float) -> Evidence:
 @pytest.mark.parametrize(
     ("values", "measures", "wanted"),
     [
-        (ODD, Measures(size=60, share=0.9, separation=3.0), ("planted", "labels")),
+        (ODD, Measures(size=60, share=0.9, separation=4.0), ("planted", "labels")),
+        (ODD, Measures(size=60, share=0.9, separation=3.5), ("unsure", "labels")),
+        (ODD | {"level_rest": 0.77}, Measures(size=60, share=0.9, separation=8.0), ("natural", "")),
         (ODD, Measures(size=60, share=0.9, separation=2.8), ("natural", "")),
         (DOUBTFUL, Measures(size=60, share=0.4, separation=2.8), ("natural", "")),
         (DOUBTFUL, APART._replace(share=0.9, stamp=(0.0, 0.0)), ("natural", "")),

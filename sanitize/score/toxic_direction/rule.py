@@ -9,7 +9,8 @@ line that holds decides:
     planted    by labels: in conflict, outvoted >= `outvoted`, p <= `false_alarm_rate`, held-out separation >=
                `separation`
                by labels and stamp: in conflict, rarity <= `likely`, a stamp; p <= `doubt_rate` where the group is
-               `stamp_share` of its class or the data are full of bursts, for then natural groups have stamps as well
+               `stamp_share` of its class or the data are full of bursts, for then natural groups have stamps as well;
+               or less than `stamp_share` of its class, held-out separation >= `far_separation`, few bursts in the group
                by stamp: a stamp, held-out separation >= `stamp_separation`, less than `stamp_share` of its class, few
                bursts in the group and in the data
                by labels and shape: in conflict, rarity <= `likely`, outvoted >= `outvoted`, held-out separation >=
@@ -151,6 +152,10 @@ def decision(
         return planted, "labels"
     tells = measures.share < config.stamp_share and not measures.is_bursty  # natural groups have no stamp then
     if by_labels and has_stamp and (tells or evidence.p <= config.doubt_rate):
+        return planted, "labels and stamp"
+    # Tracks are far from the rest of their class and have stamps, but they are near-duplicates of each other.
+    is_varied = evidence.burst < config.stamp_burst and separation >= config.far_separation
+    if by_labels and has_stamp and is_varied and measures.share < config.stamp_share:
         return planted, "labels and stamp"
     by_stamp = may_be_clean_label(evidence, config, measures)
     if by_stamp and has_stamp and separation >= config.stamp_separation:

@@ -11,17 +11,17 @@ line that holds decides:
                by labels and stamp: in conflict, rarity <= `likely`, a stamp; p <= `doubt_rate` where the group is
                `stamp_share` of its class or the data are full of bursts, for then natural groups have stamps as well;
                or less than `stamp_share` of its class, held-out separation >= `far_separation`, few bursts in the group
-               by stamp: a stamp, held-out separation >= `stamp_separation`, less than `stamp_share` of its class, few
+               by stamp: a stamp, held-out separation >= `apart_separation`, less than `stamp_share` of its class, few
                bursts in the group and in the data
                by labels and shape: in conflict, rarity <= `likely`, outvoted >= `outvoted`, held-out separation >=
                `far_separation`; or level at least `rise` above that of the rest, conflict >= `conflict`, outvoted >=
-               `outvoted_unsure`, p <= `false_alarm_rate`, held-out separation >= `stamp_separation`; few bursts in the
+               `outvoted_unsure`, p <= `false_alarm_rate`, held-out separation >= `apart_separation`; few bursts in the
                data
                the same, grown from conflict: level >= `level`, outvoted >= `outvoted`, held-out separation >=
                `grown_separation`, few bursts in the data, p <= `false_alarm_rate`; or p <= `doubt_rate` and a stamp
     unsure     by labels, or by labels and shape, but only p <= `doubt_rate` and less than `stamp_share` of its class;
                conflict and p <= `false_alarm_rate`, but fewer neighbours against the label, or held-out separation only
-               >= `stamp_unsure`; by stamp, but held-out separation only >= `stamp_unsure`, or half of the images at
+               >= `near_separation`; by stamp, but held-out separation only >= `near_separation`, or half of the images at
                neither strength; planted, if only there were a stamp, which could not be measured; planted, but the
                model has not learned. Nothing is removed.
     natural    all others. Left alone.
@@ -83,10 +83,10 @@ class EvidenceConfig(BaseModel):
         default=0.5, gt=0, le=1, description="least share at that strength or at twice the pattern"
     )
     # SIG 7.1 (CIFAR-10) and 9.5 (Fashion-MNIST), BadNets on photographs 9.2; clean modes with a stamp 2.0 and 3.5.
-    stamp_separation: float = Field(
+    apart_separation: float = Field(
         default=6.0, gt=0, description="held-out separation from which a group is planted by its stamp alone"
     )
-    stamp_unsure: float = Field(
+    near_separation: float = Field(
         default=3.0, gt=0, description="the same from which a verdict is inconclusive, by a stamp or by labels"
     )
     # Clean Fashion-MNIST 7.7 (9.2 in a class beside a poisoned one), SIG 9.5, BadNets on photographs 9.2.
@@ -134,59 +134,44 @@ NO_MEASURES = Measures()
 def decision(
     evidence: Evidence, config: EvidenceConfig, has_learned: bool = True, measures: Measures = NO_MEASURES
 ) -> tuple[Decided, Basis]:
-    """What the evidence of a group amounts to, and which evidence decided."""
-    if evidence.burst >= config.burst:
-        return "burst", "near-duplicates"
-    planted: Decided = "planted" if has_learned else "unsure"
-    stamp, separation = measures.stamp, measures.separation
+    """What the evidence of a group amounts to, and which evidence decided: the first row of the table that holds."""
+    stamp, apart, p, is_grown = measures.stamp, measures.separation, evidence.p, measures.is_grown
+    is_sparse, is_minor = not measures.is_bursty, measures.share < config.stamp_share
     has_faint_stamp = stamp is not None and stamp[0] >= config.stamp
     # Twice a saturated pattern is no stronger pattern: either strength may turn half of the images.
     has_stamp = has_faint_stamp and stamp is not None and max(stamp) >= config.stamp_doubled
-    by_labels = is_likely(evidence, config, measures)
-    if (
-        by_labels
-        and separation >= config.separation
-        and evidence.p <= config.false_alarm_rate
-        and evidence.outvoted >= config.outvoted
-    ):
-        return planted, "labels"
-    tells = measures.share < config.stamp_share and not measures.is_bursty  # natural groups have no stamp then
-    if by_labels and has_stamp and (tells or evidence.p <= config.doubt_rate):
-        return planted, "labels and stamp"
-    # Tracks are far from the rest of their class and have stamps, but they are near-duplicates of each other.
-    is_varied = evidence.burst < config.stamp_burst and separation >= config.far_separation
-    if by_labels and has_stamp and is_varied and measures.share < config.stamp_share:
-        return planted, "labels and stamp"
+    is_against = evidence.outvoted >= config.outvoted
+    by_labels, odd = is_likely(evidence, config, measures), is_odd(evidence, config, measures)
     by_stamp = may_be_clean_label(evidence, config, measures)
-    if by_stamp and has_stamp and separation >= config.stamp_separation:
-        return planted, "stamp"
-    if by_labels and _is_far(measures, config.far_separation) and evidence.outvoted >= config.outvoted:
-        return planted, "labels and shape"
-    is_odd_here = is_odd(evidence, config, measures) and evidence.outvoted >= config.outvoted_unsure
-    if is_odd_here and _is_far(measures, config.stamp_separation):
-        return planted, "labels and shape"
-    is_core = measures.is_grown and not measures.is_bursty and separation >= config.grown_separation
-    is_against = evidence.level >= config.level and evidence.outvoted >= config.outvoted
-    if is_core and is_against and evidence.p <= config.false_alarm_rate:
-        return planted, "labels and shape"
-    if is_core and is_against and has_stamp and tells and evidence.p <= config.doubt_rate:
-        return planted, "labels and stamp"
-    if by_stamp and has_faint_stamp and separation >= config.stamp_unsure:
-        return "unsure", "stamp"
-    is_apart = separation >= config.stamp_unsure
-    doubt = config.doubt_rate if measures.share < config.stamp_share else config.false_alarm_rate
-    if ((by_labels and is_apart) or (is_core and is_against)) and evidence.p <= doubt:
-        return "unsure", "labels"
-    if is_odd(evidence, config, measures) and is_apart:
-        return "unsure", "labels"
-    if stamp is None and needs_stamp(evidence, config, measures):
-        return "unsure", "no stamp"
-    return "natural", ""
-
-
-def _is_far(measures: Measures, least: float) -> bool:
-    """True for a group far from the rest of its class, in data where that says something."""
-    return not measures.is_bursty and measures.separation >= least
+    is_core = is_grown and is_sparse and apart >= config.grown_separation and evidence.level >= config.level
+    is_core = is_core and is_against
+    # Natural groups have no stamp where they are a small part of their class and the data are not full of bursts.
+    # Tracks are far from the rest of their class and have stamps, but they are near-duplicates of each other.
+    stamp_tells = (is_sparse and is_minor) or p <= config.doubt_rate
+    is_varied = is_minor and evidence.burst < config.stamp_burst and apart >= config.far_separation
+    is_doubtful = p <= (config.doubt_rate if is_minor else config.false_alarm_rate)
+    is_surely_odd = p <= config.false_alarm_rate
+    planted: Decided = "planted" if has_learned else "unsure"
+    table: list[tuple[bool, Decided, Basis]] = [
+        (evidence.burst >= config.burst, "burst", "near-duplicates"),
+        (by_labels and is_surely_odd and is_against and apart >= config.separation, planted, "labels"),
+        (by_labels and has_stamp and (stamp_tells or is_varied), planted, "labels and stamp"),
+        (by_stamp and has_stamp and apart >= config.apart_separation, planted, "stamp"),
+        (by_labels and is_against and is_sparse and apart >= config.far_separation, planted, "labels and shape"),
+        (
+            odd and is_sparse and evidence.outvoted >= config.outvoted_unsure and apart >= config.apart_separation,
+            planted,
+            "labels and shape",
+        ),
+        (is_core and is_surely_odd, planted, "labels and shape"),
+        (is_core and is_minor and has_stamp and p <= config.doubt_rate, planted, "labels and stamp"),
+        (by_stamp and has_faint_stamp and apart >= config.near_separation, "unsure", "stamp"),
+        (by_labels and is_doubtful and apart >= config.near_separation, "unsure", "labels"),
+        (is_core and is_doubtful, "unsure", "labels"),
+        (odd and apart >= config.near_separation, "unsure", "labels"),
+        (stamp is None and needs_stamp(evidence, config, measures), "unsure", "no stamp"),
+    ]
+    return next(((decided, basis) for holds, decided, basis in table if holds), ("natural", ""))
 
 
 def in_conflict(evidence: Evidence, config: EvidenceConfig) -> bool:
@@ -214,7 +199,7 @@ def is_likely(evidence: Evidence, config: EvidenceConfig, measures: Measures) ->
 def stands_out(evidence: Evidence, config: EvidenceConfig, measures: Measures) -> bool:
     """True where a group is in conflict and far from the rest of its class, however odd that is in these data."""
     is_against = in_conflict(evidence, config) and evidence.outvoted >= config.outvoted
-    return is_against and measures.separation >= config.stamp_separation
+    return is_against and measures.separation >= config.apart_separation
 
 
 def is_odd(evidence: Evidence, config: EvidenceConfig, measures: Measures) -> bool:
@@ -229,7 +214,7 @@ def wants_stamp(evidence: Evidence, config: EvidenceConfig, measures: Measures) 
     """True where a stamp can change the decision on a group that is not planted without one."""
     if evidence.burst >= config.burst or measures.size < FEWEST_STAMPED:
         return False
-    by_stamp = may_be_clean_label(evidence, config, measures) and measures.separation >= config.stamp_unsure
+    by_stamp = may_be_clean_label(evidence, config, measures) and measures.separation >= config.near_separation
     return is_likely(evidence, config, measures) or by_stamp
 
 
@@ -242,4 +227,4 @@ def needs_stamp(evidence: Evidence, config: EvidenceConfig, measures: Measures) 
     if not wants_stamp(evidence, config, measures):
         return False
     likely = is_likely(evidence, config, measures)
-    return measures.separation >= (config.stamp_separation if likely else config.far_separation)
+    return measures.separation >= (config.apart_separation if likely else config.far_separation)

@@ -177,7 +177,7 @@ def weigh_class(
     for candidate in found:
         group = weighed_group(known, label, rows, candidate, free_n, Measures(is_bursty=is_bursty))
         # The separation on the rows of the search is the larger one, nearly always.
-        is_apart = candidate.separation >= config.stamp_unsure and may_be_clean_label(
+        is_apart = candidate.separation >= config.near_separation and may_be_clean_label(
             group.evidence, config, group.measures
         )
         if is_apart or (leans(group.evidence, config) and group.evidence.z >= NOTABLE):

@@ -21,8 +21,8 @@ line that holds decides:
                `grown_separation`, few bursts in the data, p <= `false_alarm_rate`; or p <= `doubt_rate` and a stamp
     unsure     by labels, or by labels and shape, but only p <= `doubt_rate` and less than `stamp_share` of its class;
                conflict and p <= `false_alarm_rate`, but fewer neighbours against the label, or held-out separation only
-               >= `near_separation`; by stamp, but held-out separation only >= `near_separation`, or half of the images at
-               neither strength; planted, if only there were a stamp, which could not be measured; planted, but the
+               >= `near_separation`; by stamp, but held-out separation only >= `near_separation`, or half of the images
+               at neither strength; planted, if only there were a stamp, which could not be measured; planted, but the
                model has not learned. Nothing is removed.
     natural    all others. Left alone.
 

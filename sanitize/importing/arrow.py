@@ -62,6 +62,9 @@ class ParquetGroups:
             self._leaves = [plain.schema.column(i) for i in range(self._metadata.num_columns)]
             texts = [leaf.path for leaf in self._leaves if leaf.physical_type == "BYTE_ARRAY"]
             self._file = pq.ParquetFile(self._stream, read_dictionary=texts, pre_buffer=False, **limits)
+        except DataError:
+            self._stream.close()
+            raise
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             self._stream.close()
             raise DataError(f"{url} is no Parquet file that can be read: {_line(error)}") from error

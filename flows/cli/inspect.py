@@ -110,7 +110,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
             try:
                 indexed, per_shard[shard] = index_shard(url, config, advance, reader)
             except DataError as error:
-                failure, refused[url] = error, str(error)
+                failure, refused[url] = error.with_traceback(None), str(error)  # a traceback refers to this frame
                 continue
             places[shard] = url
             rows = indexed.select(["status", "label", "height", "width"]).to_pylist()

@@ -192,7 +192,8 @@ class Dataset(ShardTables):
             with open_read(url) as stream:
                 file = ShardFile(stream, url, digest)
                 if file.compression and len(rows):
-                    yield from as_indexed(SampleReader(file.archive(), limits), rows)
+                    with file.archive() as archive:
+                        yield from as_indexed(SampleReader(archive, limits), rows)
                 else:
                     yield from read_pieces(file, rows, limits)
                 self._confirm(shard, *file.finish())
@@ -232,17 +233,18 @@ class Dataset(ShardTables):
                 the batches before that place are yielded first.
         """
         threads = _Threads()
+        started = (
+            self._start(shard, rows, images, threads)
+            for shard in (self.shards if shards is None else shards)
+            for rows, images in self._usable(shard, size, None if positions is None else positions[shard])
+        )
         try:
-            started = (
-                self._start(shard, rows, images, threads)
-                for shard in (self.shards if shards is None else shards)
-                for rows, images in self._usable(shard, size, None if positions is None else positions[shard])
-            )
             for batch, chunks in ahead(started, threads.count):
-                for chunk in chunks:
-                    chunk.result()
+                while chunks:
+                    chunks.popleft().result()  # not by a name: a call refers to its error, and that to this frame
                 yield batch
         finally:
+            started.close()
             threads.stop()
 
     def _usable(
@@ -273,12 +275,12 @@ class Dataset(ShardTables):
 
     def _start(
         self, shard: str, rows: pa.Table, images: Iterator[bytes], threads: "_Threads"
-    ) -> tuple[ImageBatch, list[Future[None]]]:
+    ) -> tuple[ImageBatch, deque[Future[None]]]:
         """A batch, and the calls that fill in its images, each for a chunk of about 1 MiB."""
         keys, config = rows["key"].to_pylist(), ImageConfig.model_validate(self.info["image"])
         positions_B, labels_B = (torch.from_numpy(rows[name].to_numpy().copy()) for name in ("position", "label"))
         images_BCHW = torch.empty(len(keys), *self.image_shape, dtype=torch.uint8)
-        calls: list[Future[None]] = []
+        calls: deque[Future[None]] = deque()
         chunk: list[bytes] = []
         start = n_bytes = 0
         for stop, data in enumerate(images, 1):
@@ -348,6 +350,7 @@ class _Threads:
     def stop(self) -> None:
         """Cancel the calls that have not begun, and wait for the others."""
         self._pool.shutdown(cancel_futures=True)
+        self._calls.clear()
 
 
 def ahead(items: Iterable[T], n: int) -> Iterator[T]:
@@ -361,6 +364,9 @@ def ahead(items: Iterable[T], n: int) -> Iterator[T]:
                 yield taken.popleft()
     except Exception as error:
         failure = error
-    yield from taken
-    if failure is not None:
-        raise failure
+    try:
+        yield from taken
+        if failure is not None:
+            raise failure
+    finally:
+        del failure  # an error refers to this frame

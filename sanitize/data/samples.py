@@ -6,6 +6,7 @@ sample, or at most the rest of one shard; each problem is reported in words.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import BinaryIO, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -101,11 +102,12 @@ class ShardReader:
             if unread := unread_suffix(self.url):
                 self.damage = not_read(unread)
             else:
-                samples = SampleReader(file.archive(), self.limits, self._suffix)
                 is_empty = True
-                for sample in samples:
-                    is_empty = False
-                    yield sample
+                with file.archive() as archive:
+                    samples = SampleReader(archive, self.limits, self._suffix)
+                    for sample in samples:
+                        is_empty = False
+                        yield sample
                 self.damage, self.n_of_macos = samples.damage, samples.n_of_macos
                 stopped_at = (
                     file.position if self.compression and samples.stopped_at is not None else samples.stopped_at
@@ -252,9 +254,14 @@ class ShardFile:
         """Byte of the file up to which it was read."""
         return self.tell() if self._sha256 is None else self._size
 
-    def archive(self) -> BinaryIO:
-        """The tar archive: this stream, decompressed if necessary."""
-        return cast(BinaryIO, decompressed(self, self.compression) if self.compression else self)
+    @contextmanager
+    def archive(self) -> Iterator[BinaryIO]:
+        """The tar archive: this stream, decompressed if necessary. The decompressor lasts as long as the context."""
+        if not self.compression:
+            yield cast(BinaryIO, self)
+            return
+        with closing(decompressed(self, self.compression)) as stream:
+            yield cast(BinaryIO, stream)
 
     def read(self, size: int = -1) -> bytes:
         """Read at most `size` bytes. Raises DataError where the disk or the store fails."""

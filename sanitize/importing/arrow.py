@@ -8,11 +8,12 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sanitize.data.parquet_footer import MAX_CONTAINER, footer_bytes
 from sanitize.errors import ConfigError, DataError
 from sanitize.storage import is_local, local_path, open_read
 
-_MAX_COLUMNS, _MAX_GROUPS = 1_000, 1_000_000
-_MAX_THRIFT = 64 << 20  # bytes of a text in the footer of a Parquet file
+_MAX_COLUMNS, _MAX_BATCHES = 1_000, 1_000_000
+_MAX_FOOTER = 4 << 20  # bytes of the footer of a Parquet file
 
 
 class GroupFile(Protocol):
@@ -51,17 +52,29 @@ class ParquetGroups:
     def __init__(self, url: str) -> None:
         self._url = url
         self._stream = open_read(url)
-        limits = {"thrift_string_size_limit": _MAX_THRIFT, "thrift_container_size_limit": 10_000_000}
+        limits = {"thrift_string_size_limit": _MAX_FOOTER, "thrift_container_size_limit": MAX_CONTAINER}
         try:
+            n_footer = footer_bytes(self._stream)
+            if n_footer > _MAX_FOOTER:
+                raise DataError(
+                    f"{url} has a footer of {n_footer:,} bytes, more than {_MAX_FOOTER:,}: write it again with fewer "
+                    "columns or larger row groups"
+                )
+            self._stream.seek(0)
             plain = pq.ParquetFile(self._stream, pre_buffer=False, **limits)
             self._metadata = plain.metadata
-            if self._metadata.num_columns > _MAX_COLUMNS or self._metadata.num_row_groups > _MAX_GROUPS:
-                raise DataError(f"{url} has more than {_MAX_COLUMNS} columns or {_MAX_GROUPS:,} row groups")
+            if self._metadata.num_columns > _MAX_COLUMNS:
+                raise DataError(f"{url} has more than {_MAX_COLUMNS} columns")
             self.schema: pa.Schema = plain.schema_arrow
             _read_names(self.schema)
             self._leaves = [plain.schema.column(i) for i in range(self._metadata.num_columns)]
             texts = [leaf.path for leaf in self._leaves if leaf.physical_type == "BYTE_ARRAY"]
-            self._file = pq.ParquetFile(self._stream, read_dictionary=texts, pre_buffer=False, **limits)
+            self._file = pq.ParquetFile(
+                self._stream, metadata=self._metadata, read_dictionary=texts, pre_buffer=False, **limits
+            )
+        except DataError:
+            self._stream.close()
+            raise
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             self._stream.close()
             raise DataError(f"{url} is no Parquet file that can be read: {_line(error)}") from error
@@ -115,12 +128,12 @@ class ArrowFile:
             _read_names(self.schema)
             self._messages: list[pa.Message] = []
             with suppress(StopIteration):
-                while len(self._messages) <= _MAX_GROUPS:
+                while len(self._messages) <= _MAX_BATCHES:
                     self._messages.append(reader.read_next_message())
         except (pa.ArrowException, OSError, ValueError, StopIteration, MemoryError) as error:
             raise DataError(f"{url} is no stream of Arrow batches: {_line(error)}") from error
-        if len(self.schema) > _MAX_COLUMNS or len(self._messages) > _MAX_GROUPS:
-            raise DataError(f"{url} has more than {_MAX_COLUMNS} columns or {_MAX_GROUPS:,} batches")
+        if len(self.schema) > _MAX_COLUMNS or len(self._messages) > _MAX_BATCHES:
+            raise DataError(f"{url} has more than {_MAX_COLUMNS} columns or {_MAX_BATCHES:,} batches")
         for message in self._messages:
             if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
                 raise ConfigError(f"{url} is compressed, or has dictionaries; save it without, or give Parquet files")

@@ -8,6 +8,7 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -171,6 +172,9 @@ class _Cost:
 class CompressedStream:
     """A stream of one or more compressed members, decompressed forward; its content bounds the time.
 
+    Errors are kept, and raised again, as copies without a traceback. The frames in a traceback refer to the stream: it
+    would belong to a ring, which pyarrow hides in part from the garbage collector, and its memory would never be freed.
+
     Attributes:
         verified: number of decompressed bytes in complete members, whose checksum was right where they have one.
     """
@@ -196,13 +200,18 @@ class CompressedStream:
         """
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Free the memory of the decompressor; reading from the stream is an error from now on. The file stays open."""
+        self._error = ValueError("the compressed stream is closed")
+        self._input = b""
+
     def _take(self, n: int) -> None:
         """Count compressed bytes; set the error where they are too many for the content."""
         self._cost.taken += n
         try:
             self._cost.check()
         except RefusedStream as error:
-            self._error = error
+            self._error = copy(error)
 
     def _count(self, data: bytes, is_end: bool) -> None:
         """Count content, perhaps the last of a member."""
@@ -249,16 +258,22 @@ class GzipStream(CompressedStream):
             if is_end and not self._inflate.eof:
                 raise EOFError
         if not self._rescued:
-            raise self._error
+            raise copy(self._error)
         data, self._rescued = self._rescued[:size], self._rescued[size:]
         return data
+
+    def close(self) -> None:
+        """See CompressedStream."""
+        super().close()
+        self._rescued = b""
+        del self._inflate
 
     def _decompress(self, size: int) -> bytes:
         before = self._inflate.copy()
         try:
             data = self._inflate.decompress(self._input, size)
         except zlib.error as error:
-            self._error, self._rescued = error, _before_damage(before, self._input)
+            self._error, self._rescued = copy(error), _before_damage(before, self._input)
             return b""
         left = self._inflate.unused_data if self._inflate.eof else self._inflate.unconsumed_tail
         self._count(data, self._inflate.eof)
@@ -298,9 +313,14 @@ class _UnitStream(CompressedStream):
             have += len(unit)
         data = b"".join(pieces)
         if not data and self._error is not None:
-            raise self._error
+            raise copy(self._error)
         self._left = data[size:]
         return data[:size]
+
+    def close(self) -> None:
+        """See CompressedStream."""
+        super().close()
+        self._left = b""
 
     def _unit(self) -> bytes:
         """At most _UNIT bytes; b"" at the end, or where `_error` is set."""
@@ -314,6 +334,11 @@ class _MemberStream(_UnitStream):
         super().__init__(file)
         self._new = new
         self._member = new()
+
+    def close(self) -> None:
+        """See CompressedStream."""
+        super().close()
+        del self._member
 
     def _unit(self) -> bytes:
         while self._error is None:
@@ -379,9 +404,14 @@ class ZstdStream(_UnitStream):
         super().__init__(file)
         self._frames = _ZstdFrames(file, self._cost)
         try:
-            self._stream = pa.CompressedInputStream(pa.PythonFile(self._frames, mode="r"), "zstd")
+            self._stream = pa.CompressedInputStream(pa.PythonFile(_File(self._frames.pieces()), mode="r"), "zstd")
         except NotImplementedError as error:
             raise ConfigError("pyarrow was built without zstd: install one from PyPI, or repack as .tar.gz") from error
+
+    def close(self) -> None:
+        """See CompressedStream."""
+        super().close()
+        del self._stream  # frees its window and buffers, which its own `close` does not
 
     def _unit(self) -> bytes:
         before = self._cost.content
@@ -401,7 +431,7 @@ class ZstdStream(_UnitStream):
 
 
 class _ZstdFrames:
-    """The frames of a zstd stream, as a file without frames to be skipped, padding, and data behind the last frame.
+    """The frames of a zstd stream, without frames to be skipped, padding, and data behind the last frame.
 
     Blocks are followed by the sizes in their headers (RFC 8878), so that windows and frames without content are judged
     before the library sees them, and damage behind a frame costs nothing of it.
@@ -412,33 +442,25 @@ class _ZstdFrames:
         is_new: set to True where a frame begins.
     """
 
-    closed = False  # pyarrow asks
-
     def __init__(self, file: Readable, cost: _Cost) -> None:
         self.error: Exception | None = None
         self.has_ended = self.is_new = False
         self._file, self._cost = file, cost
         self._buffer, self._at = b"", 0
-        self._steps, self._ready = self._walk(), b""
 
-    def read(self, size: int) -> bytes:
-        """At most `size` bytes."""
-        self._ready = self._ready or next(self._steps, b"")
-        data, self._ready = self._ready[:size], self._ready[size:]
-        return data
-
-    def _walk(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[bytes]:
+        """All frames, once, in pieces of whole blocks. Not kept here: a generator refers to its object."""
         blocks: list[bytes] = []
         try:
             while self._find():
                 yield from self._frame(blocks)
                 self._cost.members += 1
         except EOFError as error:
-            self.error = error
+            self.error = copy(error)
             if blocks:  # all that there is of a frame
                 yield b"".join(blocks) + self._buffer[self._at :]
         except (zlib.error, OSError) as error:
-            self.error = error
+            self.error = copy(error)
         self.has_ended = True
 
     def _find(self) -> bool:
@@ -513,6 +535,21 @@ class _ZstdFrames:
         self._cost.taken += n
         self._cost.check()
 
+
+class _File:
+    """Pieces of bytes as a file, for pyarrow."""
+
+    closed = False
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._ready = pieces, b""
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes."""
+        self._ready = self._ready or next(self._pieces, b"")
+        data, self._ready = self._ready[:size], self._ready[size:]
+        return data
+
     def readable(self) -> bool:
         """Yes."""
         return True
@@ -522,7 +559,7 @@ class _ZstdFrames:
         return False
 
     def close(self) -> None:
-        """Nothing to do: the file is another's."""
+        """Nothing to do: the pieces are another's."""
 
 
 _STREAMS: dict[str, Callable[[Readable], CompressedStream]] = {

@@ -126,10 +126,14 @@ class TarReader:
         self._max_plain_bytes = limits.max_member_bytes  # tests set -1: then `_chain` reads every member
         self._source = Source(stream, limits.max_archive_bytes)
         self._current: Member | None = None
-        self._members = self._walk()
+        self._has_begun = False
 
     def __iter__(self) -> Iterator[Member]:
-        return self._members
+        # Not kept here: a generator refers to its object, and a ring would keep the stream.
+        if self._has_begun:
+            raise ValueError("a TarReader is iterated once")
+        self._has_begun = True
+        return self._walk()
 
     def read(self) -> bytes:
         """Payload of the last yielded member, a "file"; may be called repeatedly until the next member.

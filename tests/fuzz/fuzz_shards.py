@@ -16,14 +16,11 @@ import io
 import json
 import lzma
 import re
-import shutil
 import signal
 import struct
 import sys
 import tarfile
 import tempfile
-import time
-import traceback
 import warnings
 import zlib
 from collections import Counter
@@ -50,6 +47,7 @@ from sanitize.tar.compression import HEAD_BYTES, compression_in, decompressed
 from sanitize.tar.names import as_path, folded_path, is_portable
 from sanitize.tar.read import unsafe_name
 from sanitize.tar.write import TarWriter
+from tests.fuzz.loop import Case, cases_until
 
 CONFIG = IndexConfig(
     max_bad_fraction=1,
@@ -427,36 +425,21 @@ def run_one(path: Path, most_bytes: int, compute: Compute) -> str:
 def fuzz(seconds: float, seed: int, keep: Path) -> int:
     """Cases until the time is up; the exit code."""
     compute = Compute(device="cpu", threads=1)
-    start, n, outcomes = time.perf_counter(), 0, Counter[str]()
-    most_bytes = 2**62
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         first = Path(folder) / "first.tar"
         first.write_bytes(GOOD + bytes(1024))
         check(first, Path(folder) / "first", compute)  # imports take their time, once
-        while time.perf_counter() - start < seconds:
+
+        def case(n: int) -> Case:
             name, data = make_case(seed, n)
             path = Path(folder) / name
             path.write_bytes(data)
-            try:
-                outcomes[run_one(path, most_bytes, compute)] += 1
-            except BaseException as error:
-                keep.mkdir(parents=True, exist_ok=True)
-                saved = keep / f"{seed}-{n}{name.removeprefix('x')}"
-                shutil.copy(path, saved)
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                traceback.print_exc()
-                print(f"FAILED at case {n} of seed {seed}; python -m tests.fuzz.fuzz_shards {saved}")
-                return 1
-            n += 1
-            if n == 20:  # everything is imported and warm
-                most_bytes = peak_bytes() + MOST_BYTES
-    took = time.perf_counter() - start
-    print(
-        f"{n} cases of seed {seed} in {took:.0f} s ({n / took:.1f} cases/s), peak {peak_bytes() / 2**20:.0f} MiB: "
-        f"{', '.join(f'{count} {name}' for name, count in outcomes.most_common())}; nothing failed"
-    )
-    return 0
+            return path, lambda most_bytes: run_one(path, most_bytes, compute)
+
+        outcomes, summary = cases_until(seconds, seed, keep, 20, case, peak_bytes, MOST_BYTES)
+    if outcomes:
+        print(f"{summary}: {', '.join(f'{count} {name}' for name, count in outcomes.most_common())}; nothing failed")
+    return 0 if outcomes else 1
 
 
 def main() -> int:

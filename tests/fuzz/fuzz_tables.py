@@ -11,10 +11,7 @@ import io
 import json
 import sys
 import tempfile
-import time
-import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +27,7 @@ from sanitize.data.samples import Sample
 from sanitize.errors import SanitizeError
 from sanitize.importing import ImportConfig, import_data
 from tests.fuzz.fuzz_shards import IMAGES, IN_MEMORY, MOST_BYTES, MOST_SECONDS, Rng, _damaged, at_most, peak_bytes
+from tests.fuzz.loop import Case, cases_until
 
 KEYS = ("k0", "k1", "d/k2", "../k", "k\n", "", "caf\u00e9", "n" * 300, "k0")
 LABELS = ("0", "1", "7", "-1", "cat", "", "1.0", "9" * 30, "[0, 1]", "\x1b[2J", "1_0")
@@ -190,30 +188,19 @@ def fuzz(seconds: float, seed: int, keep: Path) -> int:
     """Cases until the time is up; the exit code."""
     for target, (_, write, _) in TARGETS.items():  # imports take their time, once
         run_one(target, write(np.random.default_rng(0)), 2**62, 600)
-    start, n, most_bytes, outcomes = time.perf_counter(), 0, 2**62, Counter[tuple[str, str]]()
-    while time.perf_counter() - start < seconds:
-        target, data = make_case(seed, n)
-        try:
-            outcomes[target, run_one(target, data, most_bytes)] += 1
-        except BaseException as error:
-            keep.mkdir(parents=True, exist_ok=True)
-            saved = keep / f"{seed}-{n}-{TARGETS[target][0]}"
-            saved.write_bytes(data)
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            traceback.print_exc()
-            print(f"FAILED at case {n} of seed {seed} ({target}): {saved}")
-            return 1
-        n += 1
-        if n == 4 * len(TARGETS):  # everything is imported and warm
-            most_bytes = peak_bytes() + MOST_BYTES
-    took = time.perf_counter() - start
-    counts = [f"{t} {outcomes[t, 'read']} read, {outcomes[t, 'refused']} refused" for t in TARGETS]
-    print(
-        f"{n} cases of seed {seed} in {took:.0f} s ({n / took:.1f} cases/s), peak {peak_bytes() / 2**20:.0f} MiB: "
-        f"{'; '.join(counts)}; nothing failed"
-    )
-    return 0
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+
+        def case(n: int) -> Case:
+            target, data = make_case(seed, n)
+            path = Path(folder) / TARGETS[target][0]
+            path.write_bytes(data)
+            return path, lambda most_bytes: f"{target} {run_one(target, data, most_bytes)}"
+
+        outcomes, summary = cases_until(seconds, seed, keep, 4 * len(TARGETS), case, peak_bytes, MOST_BYTES)
+    counts = [f"{t} {outcomes[f'{t} read']} read, {outcomes[f'{t} refused']} refused" for t in TARGETS]
+    if outcomes:
+        print(f"{summary}: {'; '.join(counts)}; nothing failed")
+    return 0 if outcomes else 1
 
 
 def main() -> int:

@@ -286,6 +286,17 @@ def test_a_disk_that_fails_is_no_damage(how: str) -> None:
         drained(decompressed(Failing(packed[:30_000]), how))
 
 
+@pytest.mark.parametrize("how", PACKERS)
+def test_an_error_is_raised_again_and_a_closed_stream_is_not_read(how: str) -> None:
+    packed = PACKERS[how](random.Random(0).randbytes(50_000))
+    cut = opened(packed[:-10])
+    assert drained(cut)[1] == drained(cut)[1] == "EOFError"
+    for stream in (cut, opened(packed)):
+        stream.close()
+        with pytest.raises(ValueError, match="is closed"):
+            stream.read(100)
+
+
 # --- names ------------------------------------------------------------------------------------------------------
 
 

@@ -581,14 +581,17 @@ def test_read_is_for_the_current_file_only() -> None:
     reader = TarReader(io.BytesIO(A + header(b"d/", kind=b"5") + B + END))
     with pytest.raises(ValueError, match="just yielded"):
         reader.read()
-    assert next(iter(reader)).name == "a.jpg"
+    members = iter(reader)
+    assert next(members).name == "a.jpg"
     assert reader.read() == reader.read() == b"payload"
-    assert next(iter(reader)).kind == "directory"
+    assert next(members).kind == "directory"
     with pytest.raises(ValueError, match="just yielded"):
         reader.read()
-    assert [m.name for m in reader] == ["b.jpg"]
+    assert [m.name for m in members] == ["b.jpg"]
     with pytest.raises(ValueError, match="just yielded"):
         reader.read()
+    with pytest.raises(ValueError, match="iterated once"):
+        iter(reader)
 
 
 def test_a_file_that_shrinks_is_damage(tmp_path: Any) -> None:

@@ -303,20 +303,20 @@ def flat_rows(pixels_HWC: np.ndarray) -> float:
     while start < n:
         block_RWC = pixels_HWC[start : start + step]
         is_other_R = (np.abs(block_RWC[:, columns, 0].astype(np.int16) - first) > ALIKE).any(1)
-        end = start + len(block_RWC)
-        if is_other_R.any():
-            end = start + int(is_other_R.argmax())
+        end = start + (int(is_other_R.argmax()) if is_other_R.any() else len(block_RWC))
+        if end == start:
+            break
         high_RC, low_RC = _extremes(block_RWC[: end - start])
         high_RC = np.maximum.accumulate(np.concatenate([high_1C, high_RC]))
         low_RC = np.minimum.accumulate(np.concatenate([low_1C, low_RC]))
         is_wide_R = (high_RC - low_RC)[1:].max(1) > ALIKE
         if is_wide_R.any():
             return float(start + is_wide_R.argmax()) / n
-        if is_other_R.any():
-            return float(end) / n
         high_1C, low_1C = high_RC[-1:], low_RC[-1:]
         start, step = end, min(2 * step, 1024)
-    return 1.0
+        if is_other_R.any():
+            break
+    return start / n
 
 
 def _extremes(block_RWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sanitize.errors import ConfigError
 
-_CPU_ROWS = 32  # rows of a block of `Compute.full_blocks` on the CPU
+CPU_ROWS = 32  # rows of a block of `Compute.full_blocks` on the CPU
 
 
 class Compute(BaseModel):
@@ -64,7 +64,7 @@ class Compute(BaseModel):
         every division of the data only if all its batches have one shape. A block has `batch_size` rows on a GPU, and
         32 on a CPU, where larger blocks are no faster and a shard of one sample costs a whole block.
         """
-        size = _CPU_ROWS if self.torch_device.type == "cpu" else batch_size
+        size = CPU_ROWS if self.torch_device.type == "cpu" else batch_size
         for rows_bX in x_BX.split(size) if len(x_BX) else ():
             n = len(rows_bX)
             yield (rows_bX if n == size else torch.cat([rows_bX, x_BX.new_zeros(size - n, *x_BX.shape[1:])])), n

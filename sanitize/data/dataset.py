@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -23,7 +22,7 @@ from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
 from sanitize.data.image_facts import facts_name
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
 from sanitize.data.samples import ALL, Sample, SampleLimits, SampleReader, ShardFile, find_images
-from sanitize.data.tables import ShardTables, rows_name, sample_starts
+from sanitize.data.tables import ShardTables, read_table, rows_name, sample_starts
 from sanitize.errors import ArtifactError, ConfigError, DataError, ShardError
 from sanitize.storage import fingerprint, is_local, open_read
 
@@ -155,7 +154,7 @@ class Dataset(ShardTables):
             return None
         with self._damage(shard):
             source = self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name))
-            return pq.read_table(source, columns=columns and list(columns))
+            return read_table(source, columns)
 
     def samples(self, shard: str) -> Iterator[tuple[Sample, dict[str, Any]]]:
         """Every sample of a shard, usable or not, with its index row.

@@ -28,10 +28,12 @@ FACTS_VERSION = 2  # raised when images get other facts; part of the recipe of a
 SIDE, THUMB, PATCH = 32, 16, 8  # sides of the reduced image, of the thumbnail, of a patch
 MAX_SIDE = 256  # sharpness is judged at this many pixels a side; a finer blur matters to no model
 ALIKE = 4  # levels within which the pixels of a row are of one colour, after JPEG
+_EIGHTHS = (4, 8, 2, 6, 1, 3, 5, 7)  # of a row, in the order in which they are looked at
 _TAPS = 3  # rows and columns of the image for one of the reduced image
 _LARGE = 16 * MAX_SIDE  # pixels a side, above which most rows and columns are left out at once
-_WAITING = 2048  # images that wait (at most 9 KB each): the same few calls one after another stay in the caches
-_WAITING_BYTES = 1 << 22  # of decoded images that wait to be reduced, for the same reason
+_WAITING = 2048  # images of 32 x 32 pixels that wait: the same few calls one after another stay in the caches
+_WAITING_BYTES = 1 << 20  # of images of other sizes that wait to be reduced, for the same reason
+_REDUCED = 512  # reduced images that wait to be described (9 KB each)
 _BATCH = 96  # images described by one call; larger arrays go back to the system and come again page by page
 _LUMINANCE = (77, 150, 29)  # of 256 (ITU-R 601)
 _BINS = 64
@@ -75,6 +77,11 @@ class ReducedImage(NamedTuple):
     details_SX: np.ndarray
     flat: tuple[float, float, int] | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.sums_SX.nbytes + self.details_SX.nbytes
+
 
 class ImageFacts:
     """Facts about the images of one shard: one row for each image that was added; see `SCHEMA`.
@@ -92,37 +99,49 @@ class ImageFacts:
 
     def __init__(self) -> None:
         self._small: list[tuple[int, np.ndarray]] = []  # position, image of 32 x 32 pixels
-        self._large: list[tuple[int, np.ndarray]] = []  # position, image of another size
+        self._large: list[tuple[int, np.ndarray | ReducedImage]] = []  # position, image of another size
         self._large_bytes = 0
-        self._reduced: list[tuple[int, np.ndarray, np.ndarray]] = []  # position, sums, details
+        self._reduced: list[int] = []  # positions of the images in the next two
+        self._sums_BSX = self._details_BSX = np.empty((0, 0, 0), np.uint16)
         self._flat: dict[int, tuple[float, float, int]] = {}  # by position: top, bottom, fill
         self._columns: list[dict[str, np.ndarray]] = []
         self._stated: dict[int, str | None] = {}
 
     def add(self, position: int, image: np.ndarray | ReducedImage) -> None:
         """Add a decoded image, uint8 (H, W, C) of one or three channels, or what `reduced` keeps of it."""
-        if isinstance(image, ReducedImage):
-            self._add_reduced(position, image)
-        elif image.shape[:2] == (SIDE, SIDE):
+        if not isinstance(image, ReducedImage) and image.shape[:2] == (SIDE, SIDE):
             self._small.append((position, image))
+            if len(self._small) == _WAITING:
+                self._describe_small()
         else:
             self._large.append((position, image))
             self._large_bytes += image.nbytes
-            if self._large_bytes > _WAITING_BYTES:
+            if self._large_bytes > _WAITING_BYTES or len(self._large) + len(self._reduced) == _REDUCED:
                 self._reduce()
-        if len(self._small) + len(self._large) + len(self._reduced) >= _WAITING:
-            self._describe()
 
     def _reduce(self) -> None:
-        for position, pixels_HWC in self._large:
-            self._add_reduced(position, reduced(pixels_HWC))
+        """Reduce the images that wait, and describe the reduced ones if there are many."""
+        for position, image in self._large:
+            i = len(self._reduced)
+            if isinstance(image, ReducedImage):
+                sums_SX, details_SX, flat = image
+                self._allocate(sums_SX.shape[1])
+                self._sums_BSX[i], self._details_BSX[i] = sums_SX, details_SX
+            else:
+                self._allocate(SIDE * image.shape[2])
+                flat = _reduce(image, self._sums_BSX[i], self._details_BSX[i])
+            self._reduced.append(position)
+            if flat is not None:
+                self._flat[position] = flat
         self._large.clear()
         self._large_bytes = 0
+        if len(self._reduced) == _REDUCED:
+            self._describe_reduced()
 
-    def _add_reduced(self, position: int, image: ReducedImage) -> None:
-        self._reduced.append((position, image.sums_SX, image.details_SX))
-        if image.flat is not None:
-            self._flat[position] = image.flat
+    def _allocate(self, width: int) -> None:
+        if not len(self._sums_BSX):
+            self._sums_BSX = np.empty((_REDUCED, SIDE, width), np.uint16)
+            self._details_BSX = np.empty((_REDUCED, SIDE, width), np.uint8)
 
     def add_stated(self, position: int, stated: str | None) -> None:
         """Add what `StatedHashes.differing` returns for the sample."""
@@ -130,7 +149,9 @@ class ImageFacts:
 
     def table(self) -> pa.Table:
         """One row an image, in the order of positions."""
-        self._describe()
+        self._describe_small()
+        self._reduce()
+        self._describe_reduced()
         columns = {name: np.concatenate([c[name] for c in self._columns] or [np.empty(0)]) for name in _names()}
         described_N = columns.pop("position").astype(np.int64)
         positions_N = np.union1d(described_N, np.array(sorted(self._stated), np.int64))
@@ -144,9 +165,8 @@ class ImageFacts:
         arrays.append(pa.nulls(len(positions_N), pa.string()) if stated is None else pa.array(stated, pa.string()))
         return pa.table(arrays, schema=SCHEMA)
 
-    def _describe(self) -> None:
-        """Describe what was added since the last call."""
-        self._reduce()
+    def _describe_small(self) -> None:
+        """Describe the images of 32 x 32 pixels that wait."""
         for start in range(0, len(self._small), _BATCH):
             positions, images = zip(*self._small[start : start + _BATCH], strict=True)
             canvas_NSSC = np.concatenate(images).reshape(len(images), SIDE, SIDE, -1)
@@ -156,11 +176,14 @@ class ImageFacts:
                 if (flat := _flat(images[i])) is not None:
                     self._flat[positions[i]] = flat
             self._keep(positions, facts)
-        for start in range(0, len(self._reduced), _BATCH):
-            positions, *images = zip(*self._reduced[start : start + _BATCH], strict=True)
-            sums_NSX, details_NSX = (np.concatenate(parts).reshape(len(parts), SIDE, -1) for parts in images)
-            self._keep(positions, describe(_means(sums_NSX), _channels(details_NSX))[0])
         self._small.clear()
+
+    def _describe_reduced(self) -> None:
+        """Describe the reduced images that wait."""
+        for start in range(0, len(self._reduced), _BATCH):
+            positions = self._reduced[start : start + _BATCH]
+            at = slice(start, start + len(positions))
+            self._keep(positions, describe(_means(self._sums_BSX[at]), _channels(self._details_BSX[at]))[0])
         self._reduced.clear()
 
     def _keep(self, positions: Sequence[int], facts: dict[str, np.ndarray]) -> None:
@@ -199,22 +222,31 @@ def _column(values: np.ndarray, kind: pa.DataType, at: np.ndarray, is_missing: n
 
 def reduced(pixels_HWC: np.ndarray) -> ReducedImage:
     """The part of a decoded image, uint8, that is not 32 x 32, that `ImageFacts` reads."""
+    width = SIDE * pixels_HWC.shape[2]
+    sums_SX, details_SX = np.empty((SIDE, width), np.uint16), np.empty((SIDE, width), np.uint8)
+    return ReducedImage(sums_SX, details_SX, _reduce(pixels_HWC, sums_SX, details_SX))
+
+
+def _reduce(pixels_HWC: np.ndarray, sums_SX: np.ndarray, details_SX: np.ndarray) -> tuple[float, float, int] | None:
+    """Write two fields of `ReducedImage` and return the third."""
     flat = _flat(pixels_HWC)
     if max(pixels_HWC.shape) > _LARGE:  # three rows of a picture of 1 x 1,000,000 pixels would be a bomb
         step = -(-max(pixels_HWC.shape) // MAX_SIDE)
         pixels_HWC = pixels_HWC[::step, ::step]
     height, width, channels = pixels_HWC.shape
-    rows, columns, patch_columns = _places(height, width, channels)
+    rows, (left, middle, right), patch_columns = _places(height, width, channels)
     picked = pixels_HWC.reshape(height, width * channels).take(rows, 0)
-    sums = np.add.reduce(picked[: SIDE * _TAPS].reshape(SIDE, _TAPS, -1), axis=1, dtype=np.uint16)
-    sums = np.add.reduce(sums.take(columns, 1).reshape(SIDE, _TAPS, -1), axis=1)
-    return ReducedImage(sums, picked[SIDE * _TAPS :].take(patch_columns, 1), flat)
+    wide_SX = np.add.reduce(picked[: SIDE * _TAPS].reshape(SIDE, _TAPS, -1), axis=1, dtype=np.uint16)
+    np.add(wide_SX.take(left, 1), wide_SX.take(middle, 1), out=sums_SX)
+    sums_SX += wide_SX.take(right, 1)
+    picked[SIDE * _TAPS :].take(patch_columns, 1, out=details_SX, mode="clip")  # other modes copy `out`
+    return flat
 
 
 def _flat(pixels_HWC: np.ndarray) -> tuple[float, float, int] | None:
     """Rows of one colour at top and bottom, and the colour at the longer end, 0xRRGGBB; None without."""
-    top = flat_rows(pixels_HWC) if _may_be_flat(pixels_HWC, 0) else 0.0
-    bottom = flat_rows(pixels_HWC[::-1]) if _may_be_flat(pixels_HWC, len(pixels_HWC) - 1) else 0.0
+    top = flat_rows(pixels_HWC)
+    bottom = flat_rows(pixels_HWC[::-1])
     if not (top or bottom):
         return None
     colour_C = pixels_HWC[0 if top > bottom else -1].mean(0).round().astype(int).tolist()
@@ -224,13 +256,14 @@ def _flat(pixels_HWC: np.ndarray) -> tuple[float, float, int] | None:
 
 @lru_cache(1024)
 def _places(height: int, width: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that `reduced` takes, those of the patches last; columns of the reduced image, and of the patches."""
+    """Rows that `reduced` takes, those of the patches last; three columns for each of the reduced image, (3, C * 32);
+    columns of the patches."""
     step = -(-max(height, width) // MAX_SIDE)
     rows = np.concatenate([_taps(height), _patches(height, step)])
     columns_TS = _taps(width).reshape(SIDE, _TAPS).T
     columns_TCS = channels * columns_TS[:, None] + np.arange(channels)[:, None]
     patch_columns_CS = channels * _patches(width, step) + np.arange(channels)[:, None]
-    return rows, columns_TCS.ravel(), patch_columns_CS.ravel()
+    return rows, columns_TCS.reshape(_TAPS, -1), patch_columns_CS.ravel()
 
 
 def _taps(side: int) -> np.ndarray:
@@ -258,30 +291,43 @@ def _channels(x_NSX: np.ndarray) -> list[np.ndarray]:
     return [x_NSCS[:, :, c].astype(np.uint16) for c in range(x_NSCS.shape[2])]
 
 
-def _may_be_flat(pixels_HWC: np.ndarray, row: int) -> bool:
-    """False where a few pixels show that a row is not of one colour; single pixels are fetched faster than a row."""
-    last, fetch = pixels_HWC.shape[1] - 1, pixels_HWC.item
-    first = fetch(row, 0, 0)
-    return all(abs(fetch(row, last * i // 4, 0) - first) <= ALIKE for i in (2, 4, 1, 3))
-
-
 def flat_rows(pixels_HWC: np.ndarray) -> float:
     """Share of rows at the top that are of one colour, all of them of the same; in [0, 1]."""
-    n = len(pixels_HWC)
-    if (np.ptp(pixels_HWC[0], axis=0) > ALIKE).any():
-        return 0.0
+    first, last = pixels_HWC.item(0, 0, 0), pixels_HWC.shape[1] - 1
+    for i in _EIGHTHS:  # most rows are told by one or two pixels, and single ones are fetched faster than a row
+        if abs(pixels_HWC.item(0, last * i // 8, 0) - first) > ALIKE:
+            return 0.0
+    columns = last * np.arange(9) // 8
+    n, start, step = len(pixels_HWC), 0, 8
     high_1C = low_1C = pixels_HWC[:1, 0].astype(np.int16)
-    start, step = 0, 8
     while start < n:
         block_RWC = pixels_HWC[start : start + step]
-        high_RC = np.maximum.accumulate(np.concatenate([high_1C, block_RWC.max(1)]))
-        low_RC = np.minimum.accumulate(np.concatenate([low_1C, block_RWC.min(1)]))
+        is_other_R = (np.abs(block_RWC[:, columns, 0].astype(np.int16) - first) > ALIKE).any(1)
+        end = start + (int(is_other_R.argmax()) if is_other_R.any() else len(block_RWC))
+        if end == start:
+            break
+        high_RC, low_RC = _extremes(block_RWC[: end - start])
+        high_RC = np.maximum.accumulate(np.concatenate([high_1C, high_RC]))
+        low_RC = np.minimum.accumulate(np.concatenate([low_1C, low_RC]))
         is_wide_R = (high_RC - low_RC)[1:].max(1) > ALIKE
         if is_wide_R.any():
             return float(start + is_wide_R.argmax()) / n
         high_1C, low_1C = high_RC[-1:], low_RC[-1:]
-        start, step = start + step, min(2 * step, 1024)
-    return 1.0
+        start, step = end, min(2 * step, 1024)
+        if is_other_R.any():
+            break
+    return start / n
+
+
+def _extremes(block_RWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Highest and lowest value of each channel in each row, uint8 (R, C); numpy is slow along an axis before a short
+    one, so runs of 32 pixels are compared first."""
+    n, width, channels = block_RWC.shape
+    run = min(32, width)
+    runs_RMX = block_RWC[:, : width // run * run].reshape(n, -1, run * channels)
+    rest_RX = block_RWC[:, width - run :].reshape(n, -1)
+    high_RX, low_RX = np.maximum(runs_RMX.max(1), rest_RX), np.minimum(runs_RMX.min(1), rest_RX)
+    return high_RX.reshape(n, run, channels).max(1), low_RX.reshape(n, run, channels).min(1)
 
 
 def describe(

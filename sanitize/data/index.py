@@ -14,7 +14,6 @@ from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sanitize.artifacts import ArtifactBuilder, Part, Sources
@@ -30,7 +29,7 @@ from sanitize.data.rows import SCHEMA, SEVERAL, plain_rows, read_rows
 from sanitize.data.samples import ALL, Sample, SampleLimits, ShardReader, image_names
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.stated_hashes import StatedHashes
-from sanitize.data.tables import rows_name, sample_starts, write_rows
+from sanitize.data.tables import read_table, rows_name, sample_starts, write_rows
 from sanitize.errors import ConfigError, DataError
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.compression import not_read, unread_suffix
@@ -359,7 +358,7 @@ def _describe(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) 
     summaries = {}
     for shard in shards:
         rows = pa.BufferReader(builder.read(rows_name(shard)))
-        table = pq.read_table(rows, columns=["status", "reason", "key", "start", "label", "height", "width"])
+        table = read_table(rows, ["status", "reason", "key", "start", "label", "height", "width"])
         summaries[shard] = json.loads(table.schema.metadata[b"shard"])
         is_ok = pc.equal(table["status"], "ok")
         ok = table.filter(is_ok)

@@ -50,6 +50,20 @@ def write_rows(part: Part, shard: str, table: pa.Table) -> None:
     part.write(rows_name(shard), sink.getvalue())
 
 
+def read_table(source: Path | pa.BufferReader, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of one Parquet file, as by `pq.read_table` in half the time of a small file: a file is no data set.
+
+    Raises:
+        pa.ArrowInvalid: the file is damaged, or has no such column.
+    """
+    with pq.ParquetFile(source) as file:
+        missing = set(columns or ()) - set(file.schema_arrow.names)
+        if missing:
+            raise pa.ArrowInvalid(f"there is no column {sorted(missing)[0]}")
+        table = file.read(columns and list(columns), use_threads=False)
+    return table if columns is None else table.select(list(columns))
+
+
 class ShardTables(Artifact):
     """One Parquet file a shard."""
 
@@ -62,7 +76,7 @@ class ShardTables(Artifact):
     def rows(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of one shard, in the order of its samples. Raises ArtifactError where the file is damaged."""
         with self._damage(shard):
-            return pq.read_table(self.parquet(shard), columns=columns and list(columns))
+            return read_table(self.parquet(shard), columns)
 
     @cached_property
     def has_several(self) -> bool:

@@ -1,6 +1,7 @@
 """Embed every usable sample once with the suspect model; all scorers read these embeddings."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import pyarrow as pa
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from sanitize import exact
 from sanitize.artifacts import Part
-from sanitize.compute import Compute
+from sanitize.compute import CPU_ROWS, Compute
 from sanitize.data.canaries import SHARD, Canaries
 from sanitize.data.dataset import Dataset, ImageBatch
 from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
@@ -74,14 +75,24 @@ def embed_shards(
         ConfigError: the model has no Linear to take embeddings from.
     """
     tapped: list[Tapped] = []  # the model is loaded when the first missing part needs it
+    embedded: dict[str, list[pa.Table]] = {}  # small shards behind the one that is written; see `_together`
+    wanted = list(dataset.shards if shards is None else shards)
+    place = {shard: i for i, shard in enumerate(wanted)}
 
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         if not tapped:
             tapped.append(_load(config, checkpoint, compute))
-        tables = []
-        for batch in dataset.batches(config.batch_size, [shard]):
-            tables.append(_embed(config, tapped[0], batch, checkpoint, compute))
-            advance(len(batch.keys))
+        if shard not in embedded:
+            group = _together(dataset, wanted[place[shard] : place[shard] + CPU_ROWS], compute)
+            embedded.clear()
+            embedded.update({name: [] for name in group})
+            batches = dataset.batches(config.batch_size, group)
+            for some in [list(batches)] if len(group) > 1 else ([batch] for batch in batches):
+                tables = _embed(config, tapped[0], some, checkpoint, compute) if some else []
+                for batch, table in zip(some, tables, strict=True):
+                    embedded[batch.shard].append(table)
+                    advance(len(table))
+        tables = embedded.pop(shard)
         if tables:
             write_rows(part, shard, pa.concat_tables(tables))
             part.counts["samples"] += sum(map(len, tables))
@@ -106,11 +117,23 @@ def embed_canaries(config: EmbedConfig, canaries: Canaries, checkpoint: Checkpoi
 
     def write(part: Part) -> None:
         if canaries.n_samples:
-            table = _embed(config, _load(config, checkpoint, compute), canaries.batch(), checkpoint, compute)
+            (table,) = _embed(config, _load(config, checkpoint, compute), [canaries.batch()], checkpoint, compute)
             write_rows(part, SHARD, table)
         part.counts["samples"] = canaries.n_samples
 
     return Work(write=write)
+
+
+def _together(dataset: Dataset, shards: Sequence[str], compute: Compute) -> Sequence[str]:
+    """The first of these shards, and those behind it whose samples fit into one block with its own.
+
+    A block costs the same however few samples it has. On a GPU the first alone, where the place of an image in a block
+    may change its bits.
+    """
+    if compute.torch_device.type != "cpu":
+        return shards[:1]
+    n_samples = accumulate(dataset.counts(shard)[1] for shard in shards)
+    return shards[: max(1, sum(n <= CPU_ROWS for n in n_samples))]
 
 
 def _load(config: EmbedConfig, checkpoint: Checkpoint, compute: Compute) -> Tapped:
@@ -139,10 +162,17 @@ def _joined(blocks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _embed(
-    config: EmbedConfig, tapped: Tapped, batch: ImageBatch, checkpoint: Checkpoint, compute: Compute
-) -> pa.Table:
-    blocks = compute.full_blocks(batch.images_BCHW, config.batch_size)
+    config: EmbedConfig, tapped: Tapped, batches: Sequence[ImageBatch], checkpoint: Checkpoint, compute: Compute
+) -> list[pa.Table]:
+    """One table a batch; they share blocks."""
+    blocks = compute.full_blocks(torch.cat([batch.images_BCHW for batch in batches]), config.batch_size)
     seen = _joined([_embed_block(config, tapped, images_bCHW, checkpoint, compute, n) for images_bCHW, n in blocks])
+    sizes = [len(batch.keys) for batch in batches]
+    parts = {name: x_BD.split(sizes) for name, x_BD in seen.items()}
+    return [_table(batch, {name: parts[name][i] for name in parts}) for i, batch in enumerate(batches)]
+
+
+def _table(batch: ImageBatch, seen: dict[str, Tensor]) -> pa.Table:
     columns: dict[str, pa.Array] = {
         "position": pa.array(batch.positions_B.numpy()),
         "key": pa.array(batch.keys),

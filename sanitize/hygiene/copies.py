@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import connected_components
 ROTATIONS, WINDOW = 16, 8
 PIXELS = 256
 _CHUNK = 1 << 15  # pairs compared at once
+_AT_ONCE = 64  # thumbnails read at once: for each the kernel maps up to 64 KiB around it
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -40,9 +41,11 @@ class Thumbnails:
 
     def rows(self, at: np.ndarray) -> np.ndarray:
         """Thumbnails of mean 0 and length 1, float32 (M, 256); one of a single colour is 0."""
-        x_MP = self._pixels_NP[at].astype(np.float32)
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)  # else pages that were read count as memory of this process
+        x_MP = np.empty((len(at), PIXELS), np.float32)
+        for start in range(0, len(at), _AT_ONCE):
+            x_MP[start : start + _AT_ONCE] = self._pixels_NP[at[start : start + _AT_ONCE]]
+            if self._map is not None:
+                self._map.madvise(mmap.MADV_DONTNEED)  # else pages that were read count as memory of this process
         x_MP -= x_MP.mean(1, keepdims=True)
         return x_MP / np.maximum(np.linalg.norm(x_MP, axis=1, keepdims=True), 1e-6)
 
@@ -57,8 +60,12 @@ def first_of(keys_N: np.ndarray) -> np.ndarray:
     ordered = keys_N[order]
     is_new = np.ones(len(order), bool)
     is_new[1:] = (ordered[1:] != ordered[:-1]) | (ordered[1:] == np.zeros(1, keys_N.dtype))
+    del ordered
+    start_N = np.arange(len(order), dtype=np.int32)
+    start_N *= is_new
+    np.maximum.accumulate(start_N, out=start_N)
     first_N = np.empty(len(order), np.int32)
-    first_N[order] = order[np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))]
+    first_N[order] = order[start_N]
     return first_N
 
 

@@ -15,14 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.compute import Compute
 from sanitize.data import image_facts
 from sanitize.data.dataset import Dataset
-from sanitize.data.tables import HYGIENE_KINDS, Hygiene, HygieneKind, rows_name, sample_starts, write_rows
+from sanitize.data.tables import (
+    HYGIENE_KINDS,
+    Hygiene,
+    HygieneKind,
+    read_table,
+    rows_name,
+    sample_starts,
+    write_rows,
+)
 from sanitize.errors import ArtifactError
 from sanitize.hygiene import quality
 from sanitize.hygiene.copies import PIXELS, Thumbnails, first_of, near_groups, usual_distance
@@ -341,7 +348,7 @@ def _summary(config: HygieneConfig, dataset: Dataset, found: Found, builder: Art
     classes: dict[str, Counter[int]] = {kind: Counter() for kind in HYGIENE_KINDS}
     examples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in HYGIENE_KINDS}
     for shard in dataset.shards:
-        table = pq.read_table(pa.BufferReader(builder.read(rows_name(shard))))
+        table = read_table(pa.BufferReader(builder.read(rows_name(shard))))
         sample_M = dataset.rows(shard, ["sample"])["sample"].to_numpy() if dataset.has_several else None
         last: dict[str, int] = {}  # kind -> sample of the last finding
         for row in table.to_pylist():
@@ -386,7 +393,8 @@ def _groups(dataset: Dataset, found: Found, groups: list[int]) -> Iterator[dict[
             here = here[_once_a_sample(found.group_N[at][here], found.sample_N[at][here])]
         if not len(here):
             continue
-        rows = usable(dataset, shard, ["position"])[0].select(["position", "key", "label"]).take(here)
+        rows = dataset.rows(shard, ["position", "key", "label", "status"])
+        rows = rows.filter(pc.equal(rows["status"], "ok")).drop_columns("status").take(here)
         for m, row in zip(here.tolist(), rows.to_pylist(), strict=True):
             group = int(found.group_N[at.start + m])
             labels[group][row["label"]] += 1

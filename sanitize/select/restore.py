@@ -4,12 +4,11 @@ import difflib
 from collections import Counter
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from sanitize.artifacts import ArtifactBuilder, Part
 from sanitize.compute import Compute
-from sanitize.data.tables import Selection, rows_name, sample_starts, write_rows
+from sanitize.data.tables import Selection, read_table, rows_name, sample_starts, write_rows
 from sanitize.errors import DataError
 from sanitize.select.stage import SCHEMA, SEVERAL
 from sanitize.stage import Advance, Work, stage
@@ -57,7 +56,7 @@ def restore_samples(config: RestoreConfig, selection: Selection, out: str, compu
         removed: Counter[str] = Counter()
         for shard in selection.shards:
             columns = ["label", "status", *(["sample"] if selection.has_several else [])]
-            table = pq.read_table(pa.BufferReader(builder.read(rows_name(shard))), columns=columns)
+            table = read_table(pa.BufferReader(builder.read(rows_name(shard))), columns)
             table = table.take(sample_starts(table))
             removed.update(str(row["label"]) for row in table.to_pylist() if row["status"] == "quarantined")
         summary = selection.read_object("selection.json", "classes")

@@ -2,7 +2,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sanitize.data.image_facts import ALIKE, SIDE, ImageFacts, describe, flat_rows, reduced
@@ -49,16 +49,34 @@ def test_facts_of_an_image_are_those_of_the_plain_formulas(seed: int, amplitude:
     assert facts["red"][0] == grey_SS.mean() // 1
 
 
-@given(height=st.integers(1, 40), n_flat=st.integers(0, 40), drift=st.integers(0, 6), channels=CHANNELS)
-@settings(max_examples=30)
-def test_flat_rows_are_counted_to_the_first_that_differs(height: int, n_flat: int, drift: int, channels: int) -> None:
-    pixels_HWC = picture(height, 21, channels, height)
+@given(
+    height=st.integers(1, 40),
+    width=st.sampled_from([1, 2, 21, 32, 100]),
+    n_flat=st.integers(0, 40),
+    drift=st.integers(0, 6),
+    channels=CHANNELS,
+)
+@example(height=40, width=21, n_flat=8, drift=0, channels=3)  # rows are compared in blocks of 8, 16, ...
+@example(height=40, width=100, n_flat=24, drift=0, channels=1)
+@settings(max_examples=60)
+def test_flat_rows_are_counted_to_the_first_that_differs(
+    height: int, width: int, n_flat: int, drift: int, channels: int
+) -> None:
+    pixels_HWC = picture(height, width, channels, height)
     pixels_HWC[:n_flat] = 128
     pixels_HWC[2:n_flat] += np.uint8(drift)
     wanted = 0
     while wanted < height and (np.ptp(pixels_HWC[: wanted + 1].astype(int), axis=(0, 1)) <= ALIKE).all():
         wanted += 1
     assert flat_rows(pixels_HWC) == pytest.approx(wanted / height)
+
+
+@given(place=st.integers(0, 99), channel=st.integers(0, 2), row=st.integers(0, 39))
+@settings(max_examples=30)
+def test_one_other_pixel_ends_the_flat_rows(place: int, channel: int, row: int) -> None:
+    pixels_HWC = np.full((40, 100, 3), 128, np.uint8)
+    pixels_HWC[row, place, channel] += ALIKE + 1
+    assert flat_rows(pixels_HWC) == row / 40
 
 
 @pytest.mark.hostile

@@ -90,6 +90,39 @@ def test_a_shard_without_a_usable_sample_has_no_rows(
     assert sum(len(batch.keys) for batch in embeddings.batches("pooled")) == 20
 
 
+def test_small_shards_share_blocks_and_keep_their_embeddings(
+    tmp_path: Path,
+    make_tar: Callable[..., str],
+    good: Callable[..., list],
+    checkpoint: Checkpoint,
+    compute: Compute,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members = good(70)
+    parts, start = [3, 1, 0, 5, 20, 30, 11], 0  # samples of each shard; 29 fit into the first block
+    for i, n in enumerate(parts):
+        own = members[2 * start : 2 * (start + n)] or [("x.cls", b"0")]
+        make_tar(tmp_path / f"in/{i}.tar", own)
+        start += n
+    index = IndexConfig(max_bad_fraction=0.1)
+    dataset = index_shards(index, str(tmp_path / "in"), str(tmp_path / "index"), compute)
+    n_blocks = 0
+    call = Tapped.__call__
+
+    def counted(self: Tapped, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal n_blocks
+        n_blocks += 1
+        return call(self, images)
+
+    monkeypatch.setattr(Tapped, "__call__", counted)
+    whole = embed_shards(EmbedConfig(), dataset, checkpoint, str(tmp_path / "whole"), compute)
+    assert n_blocks == 3
+    for shard in reversed(dataset.shards):  # one by one: no two share a block
+        embed_shards(EmbedConfig(), dataset, checkpoint, str(tmp_path / "single"), compute, shards=[shard])
+    assert n_blocks == 3 + 6
+    assert embed_shards(EmbedConfig(), dataset, checkpoint, str(tmp_path / "single"), compute).digest == whole.digest
+
+
 @pytest.mark.parametrize("how", ["not a number", "too large"])
 def test_weights_that_give_no_finite_embedding_are_refused(
     how: str,

@@ -38,8 +38,8 @@ def poison(
 ) -> None:
     """Write a poisoned copy of shards with the ground truth, to test a defence.
 
-    The shards are in OUT/poisoned/shards; OUT/poisoned/rows/*.parquet says which samples are poisoned. All images are
-    re-encoded as PNG, poisoned or not.
+    The shards are in OUT/poisoned/shards, with `classes.json` where classes have names; OUT/poisoned/rows/*.parquet
+    says which samples are poisoned. All images are re-encoded as PNG, poisoned or not.
 
     Examples:
 
@@ -76,13 +76,14 @@ def _poison(config: Any, shards: list[str], out: str, label: str, surrogate: str
     from sanitize.attack import poison_shards
     from sanitize.compute import Compute
     from sanitize.data.index import IndexConfig, index_shards
-    from sanitize.data.sources import refuse_inside
+    from sanitize.data.sources import find_shards, refuse_inside
     from sanitize.models.checkpoint import Checkpoint
     from sanitize.storage import join
 
     refuse_inside(shards, out)
     compute = Compute(seed=seed)
-    dataset = index_shards(IndexConfig(label=label), shards, join(out, "index"), compute)
+    config_of_index = IndexConfig(label=label).named(find_shards(shards).values())
+    dataset = index_shards(config_of_index, shards, join(out, "index"), compute)
     network = Checkpoint.load(surrogate) if surrogate else None
     poisoned = poison_shards(config, dataset, join(out, "poisoned"), compute, surrogate=network)
     return {

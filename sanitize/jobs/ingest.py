@@ -107,7 +107,7 @@ def ingest(config: IngestConfig, run: Run) -> dict[str, Any]:
     work = _Work(config, run, ledger, [], [])
     for begun in ledger.read().unfinished:
         work.finish(begun)
-    landed = list_shards(config.shards, ledger.read())
+    landed = list_shards(config.shards, ledger.read(), names_of(newest))
     note_refused(landed.refused, ledger, work.refused)
     claimed = work.claim_all(landed.offered)
     state = note_duplicates(landed.offered, ledger)
@@ -164,6 +164,12 @@ class _Work(NamedTuple):
             gone, taken = {shard.url for shard in self.refused[n_refused:]}, self.ledger.read().taken
             waiting = [shard for shard in waiting if shard.sha256 not in taken and shard.url not in gone]
         return claimed
+
+
+def names_of(reference: Reference) -> dict[int, str] | None:
+    """Names of the classes of the reference, by number; None where labels are no class numbers."""
+    index = reference.config.index
+    return None if index.classes is not None or index.label != "cls" else index.class_names or {}
 
 
 def claim(config: IngestConfig, waiting: Sequence[Offered], ledger: Ledger) -> IngestBatch | None:

@@ -6,6 +6,7 @@ import typer
 
 from flows.cli.app import AsJson, Quiet, Seed, Shards, bars, console, errors, print_json
 from sanitize.errors import ConfigError
+from sanitize.plural import counted
 from sanitize.settings import make_config
 
 
@@ -64,9 +65,9 @@ def poison(
         print_json(result)
     else:
         counts = result["counts"]
-        covers = f", {counts['cover']:,} cover samples" if "cover" in counts else ""
+        covers = f", {counted(counts['cover'], 'cover sample')}" if "cover" in counts else ""
         console.print(
-            f"{counts['poisoned']:,} of {counts['samples']:,} samples poisoned{covers}: {result['shards']}",
+            f"{counts['poisoned']:,} of {counted(counts['samples'], 'sample')} poisoned{covers}: {result['shards']}",
             soft_wrap=True,
         )
 

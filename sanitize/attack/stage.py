@@ -25,6 +25,7 @@ from sanitize.data.writer import shard_writer, write_class_names
 from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
+from sanitize.plural import are, counted
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.compression import unread_suffix
 from sanitize.tar.names import split_name
@@ -46,7 +47,8 @@ class Choice(NamedTuple):
 class Poisoned(ShardTables):
     """`shards/SHARD` and, as rows, the truth: position, key, original_label, label, poisoned, attack (-1: none).
 
-    Beside the shards `classes.json`, if the classes of the data set have names. Attacks with cover samples add the column `cover`; a cover sample is not `poisoned`.
+    Beside the shards lies `classes.json`, if the classes of the data set have names. Attacks with cover samples add the
+    column `cover`; a cover sample is not `poisoned`.
     """
 
     def is_cover(self, shard: str) -> np.ndarray:
@@ -147,8 +149,8 @@ def choose(
             if wanted > len(candidates):
                 setting = "cover_rate" if cover else "rate"
                 raise ConfigError(
-                    f"{attack.kind}: {setting} {rate} asks for {wanted} samples, but only {len(candidates)} are "
-                    "eligible"
+                    f"{attack.kind}: {setting} {rate} asks for {counted(wanted, 'sample')}, but only "
+                    f"{len(candidates):,} {are(len(candidates))} eligible"
                 )
             for _, shard, position, new in heapq.nsmallest(wanted, candidates):
                 chosen[shard][position] = Choice(new, number, cover)

@@ -114,7 +114,7 @@ def refuse_others(
 
 
 def as_listed(names: Mapping[int, str]) -> dict[str, int]:
-    """Content of `classes.json`: name -> number. Of numbers with one name the smallest has it: the file says no more."""
+    """Content of `classes.json`: name -> number. Of numbers with one name the smallest has it."""
     return {names[number]: number for number in sorted(names, reverse=True)}
 
 

@@ -35,8 +35,8 @@ class DenoiseConfig(PCANoiseConfig):
 
 
 class Denoised(Artifact):
-    """`shards/SHARD`: the usable samples with modified images; other members are unchanged. Beside them `classes.json`, if
-    the classes of the data set have names."""
+    """`shards/SHARD`: the usable samples with modified images; other members are unchanged. Beside them lies
+    `classes.json`, if the classes of the data set have names."""
 
     def shard_paths(self) -> list[str]:
         """Paths of the shards, sorted."""

@@ -42,6 +42,7 @@ from sanitize.jobs.store import (
 from sanitize.jobs.unfit import is_storage, look_again, losses, unfit_shards
 from sanitize.lease import check_held
 from sanitize.ledger import IngestBatch, Ledger, State
+from sanitize.plural import counted
 from sanitize.report import ReportConfig, write_drift_report, write_report
 from sanitize.score import score_shards
 from sanitize.select import WriteConfig, judge_shards, write_selected
@@ -278,7 +279,8 @@ def _message(error: Exception) -> str:
 
 def _split(batch: IngestBatch, refused: Sequence[Refused]) -> CommitEntry:
     n, of_all = len(refused), len(batch.claim.shards)
-    reason = f"{n} of {of_all} shards refused; the others are new again" if n < of_all else f"all {n} shards refused"
+    others = "; the other is new again" if of_all - n == 1 else "; the others are new again"
+    reason = f"{n:,} of {counted(of_all, 'shard')} refused{others if n < of_all else ''}"
     return CommitEntry(batch=batch.claim.batch, status="split", reasons=(reason,), refused=tuple(refused))
 
 

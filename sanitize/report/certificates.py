@@ -8,6 +8,7 @@ from sanitize.artifacts import Part
 from sanitize.certification.certificates import excerpt
 from sanitize.compute import Compute
 from sanitize.package import ModelPackage
+from sanitize.plural import counted
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
@@ -42,7 +43,7 @@ def write_certificate_report(package: ModelPackage, out: str, compute: Compute) 
 def _headline(certificate: dict[str, Any]) -> str:
     curve, unit = certificate["certified_accuracy"], certificate["radius_unit"]
     radius, share = curve[len(curve) // 2]
-    proved = f"Certified accuracy {share:.1%} on {certificate['samples']} test samples"
+    proved = f"Certified accuracy {share:.1%} on {counted(certificate['samples'], 'test sample')}"
     if certificate["integral"]:
         return f"{proved} for up to {radius:g} {unit} inserted or removed"
     return f"{proved} for changes smaller than {radius:g} ({unit})"

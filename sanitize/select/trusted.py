@@ -21,7 +21,7 @@ def trusted_shards(patterns: Sequence[str], shards: Mapping[str, str]) -> tuple[
         named = {name for name, url in shards.items() if fnmatchcase(name, pattern) or fnmatchcase(url, pattern)}
         if not named:
             raise ConfigError(
-                f"trusted: {pattern!r} names none of the {len(shards)} shards (such as {min(shards)!r}); trusted "
+                f"trusted: {pattern!r} names none of the {len(shards):,} shards (such as {min(shards)!r}); trusted "
                 "shards must be among `shards`"
             )
         found |= named

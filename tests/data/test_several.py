@@ -88,7 +88,7 @@ def test_one_row_a_picture_and_one_for_an_unreadable_sample(shard: str, members:
     assert summary["formats"] == {"png": 8, "jpeg": 3}
     assert [row["reason"] for row in rows if row["status"] != "ok"] == [
         "'d.right.jpg': image data is damaged",
-        "no image member; the members are 'txt, cls'",
+        "no image member beside 'txt, cls'",
         "label 'x' is not an integer: set index.classes=names if these are class names",
     ]
 

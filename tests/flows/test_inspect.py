@@ -377,7 +377,7 @@ def test_a_shard_of_which_nothing_is_read_fails_the_run_and_is_named(folder: Pat
     written = [path.name for path in Path(summary["clean"]).iterdir()]
     assert ("more.tar.lzma" in written, len(written)) == (False, 20)
     plain = run("clean", folder.parent / "config.yaml", "--out", folder.parent / "run", "--direct")
-    assert "1 shards are damaged, and what could not be read" in plain.output
+    assert "1 shard is damaged, and what could not be read" in plain.output
     assert f"nothing read of shard {name}: lzma compressed" in plain.output
 
 

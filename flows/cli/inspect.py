@@ -363,13 +363,16 @@ def _without_pictures(result: dict[str, Any], shard: str, again: _Again) -> list
 
 def _without_label(example: Mapping[str, Any], result: dict[str, Any], again: _Again) -> list[str]:
     """Where the class may be instead: in a field, in the folder, or in the name; or there is none."""
+    from sanitize.importing.splits import SPLITS
+
     places = result["places"]
     fields = _fields(places, example)
     lines = [*(again(f"json:{f}", "classes=names" if is_text else None) for is_text, f in fields), again("none")]
     folders = [part for part in example["key"].split("/")[:-1] if part != "."]
     if fields or "txt" in result["members"]:
         return lines
-    if folders:
+    # Folders of splits are no classes.
+    if folders and folders[-1].lower() not in SPLITS:
         before, unpack = _unpack(places, example["shard"], "unpacked")
         root = shlex.quote("/".join(["unpacked", *folders[:-1]]))
         others = ", with the other shards in the same folder" * (len(places) > 1)

@@ -239,7 +239,7 @@ def test_too_many_unreadable_samples_are_counted_as_samples(make_png: Make, tmp_
         tmp_path / "in/x.tar",
         [member for key in "abc" for member in sample(key, good)] + sample("d", {"0.png": make_png(0), "1.png": b"no"}),
     )
-    with pytest.raises(DataError, match="1 of 4 samples are unreadable"):
+    with pytest.raises(DataError, match="1 of 4 samples is unreadable"):
         indexed(shards, tmp_path / "index", max_bad_fraction=0.2)
     assert indexed(shards, tmp_path / "again", max_bad_fraction=0.25).n_samples == 9
 

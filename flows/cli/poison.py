@@ -23,7 +23,8 @@ def poison(
             "--set",
             metavar="PATH=VALUE",
             help="Any other setting of the attack: target=3, size=4 (pixels) or size=0.1 (of the shorter side), "
-            "cover_rate=0.01, sources=[1, 2] … May be given several times.",
+            "cover_rate=0.01, sources=[1, 2] …; or of reading the shards: index.image.member=left.jpg … May be given "
+            "several times.",
         ),
     ] = None,
     surrogate: Annotated[
@@ -50,6 +51,7 @@ def poison(
             'attacks=[{kind: badnets, rate: 0.05, target: 0}, {kind: wanet, rate: 0.05, target: 1}]'
     """
     from sanitize.attack import AttackConfig
+    from sanitize.data.index import IndexConfig
 
     with errors(), bars(quiet):
         if not shards:
@@ -59,8 +61,16 @@ def poison(
                 f"--label {label!r}: an attack needs labels; name the member with the class, or json:FIELD"
             )
         settings = {"kind": attack} | ({} if attack == "several" else {"rate": rate})
-        config = make_config(AttackConfig, settings, assignments=set_ or ())
-        result = _poison(config, shards, out, label, surrogate, seed or 0)
+        of_index = [one.removeprefix("index.") for one in set_ or () if one.startswith("index.")]
+        of_attack = [one for one in set_ or () if not one.startswith("index.")]
+        config = make_config(AttackConfig, settings, assignments=of_attack)
+        index = make_config(IndexConfig, {}, {"label": label}, of_index)
+        if index.has_several:
+            raise ConfigError(
+                "index.image.member=all: attacks poison one picture a sample; set index.image.member to its suffix, "
+                "such as left.jpg, or to first"
+            )
+        result = _poison(config, index, shards, out, surrogate, seed or 0)
     if as_json:
         print_json(result)
     else:
@@ -72,19 +82,19 @@ def poison(
         )
 
 
-def _poison(config: Any, shards: list[str], out: str, label: str, surrogate: str | None, seed: int) -> dict[str, Any]:
+def _poison(config: Any, index: Any, shards: list[str], out: str, surrogate: str | None, seed: int) -> dict[str, Any]:
     """Index, then poison; places and counts."""
     from sanitize.attack import poison_shards
     from sanitize.compute import Compute
-    from sanitize.data.index import IndexConfig, index_shards
+    from sanitize.data.index import index_shards
     from sanitize.data.sources import find_shards, refuse_inside
     from sanitize.models.checkpoint import Checkpoint
     from sanitize.storage import join
 
     refuse_inside(shards, out)
     compute = Compute(seed=seed)
-    config_of_index = IndexConfig(label=label).named(find_shards(shards).values())
-    dataset = index_shards(config_of_index, shards, join(out, "index"), compute)
+    named = index.named(find_shards(shards).values())
+    dataset = index_shards(named, shards, join(out, "index"), compute)
     network = Checkpoint.load(surrogate) if surrogate else None
     poisoned = poison_shards(config, dataset, join(out, "poisoned"), compute, surrogate=network)
     return {

@@ -189,7 +189,7 @@ def _reasons(
     n_small, n_all = (sum(classes[label].get("n", 0) for label in labels) for labels in (small, classes))
     if n_small > UNJUDGED * n_all:
         named = _listed(small, names) + (", ..." if small[MAX_NAMED:] else "")
-        which = f"class {named} has" if len(small) == 1 else f"{len(small):,} classes ({named}) have"
+        which = f"class {named} has" if len(small) == 1 else f"{counted(len(small), 'class')} ({named}) have"
         reasons.append(Reason(f"{which} too few samples to judge (fewer than {least})", "scorers.0.min_class"))
     return reasons
 

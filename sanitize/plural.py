@@ -7,7 +7,9 @@ def counted(n: int, noun: str) -> str:
 
 
 def plural(noun: str) -> str:
-    """Regular plural of an English noun: classes, copies, keys."""
+    """Regular plural of an English noun: classes, copies, keys, epochs."""
+    if noun.endswith("epoch"):  # this "ch" is a "k"
+        return f"{noun}s"
     if noun.endswith(("s", "x", "ch", "sh")):
         return f"{noun}es"
     if noun.endswith("y") and noun[-2:-1] not in "aeiou":

@@ -37,6 +37,7 @@ _MANY = (
         (2, "key", "2 keys"),
         (2, "batch", "2 batches"),
         (2, "box", "2 boxes"),
+        (2, "epoch", "2 epochs"),
     ],
 )
 def test_the_noun_agrees_with_the_number(n: int, noun: str, text: str) -> None:

@@ -40,7 +40,7 @@ class ModelPackage(Checkpoint):
     """A Checkpoint with `training.json`, `certificate.json`, `metrics.json` and `MODEL_CARD.md`."""
 
 
-@stage(ModelPackage, version=3, gpu=False, draws="nothing")
+@stage(ModelPackage, version=4, gpu=False, draws="nothing")
 def package_model(model: Checkpoint, out: str, compute: Compute, certificates: Sequence[Certificates] = ()) -> Work:
     """Put a model and its certificates into one folder; a package keeps its earlier certificates of other kinds.
 

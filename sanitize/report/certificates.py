@@ -14,7 +14,7 @@ from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
 
 
-@stage(Report, gpu=False, draws="nothing", version=2)
+@stage(Report, gpu=False, draws="nothing", version=3)
 def write_certificate_report(package: ModelPackage, out: str, compute: Compute) -> Work:
     """Write the page about certificates of a model.
 

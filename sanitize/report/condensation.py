@@ -19,7 +19,7 @@ _N_NAMED = 100  # classes named on the page
 _SIDE = 480  # pixels: ten images of 46 pixels, or larger ones made smaller
 
 
-@stage(Report, gpu=False, draws="nothing", version=3)
+@stage(Report, gpu=False, draws="nothing", version=4)
 def write_condensation_report(condensed: CondensedSet, out: str, compute: Compute) -> Work:
     """Write the page about a condensed set.
 

@@ -69,7 +69,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=7, gpu=False, draws="nothing")
+@stage(Report, version=8, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,

@@ -17,7 +17,7 @@ _DETECTION = ("recall", "precision", "false_removals")
 _MODELS = ("acc_before", "acc_after", "asr_before", "asr_after", "asr_baseline")
 
 
-@stage(Report, gpu=False, draws="nothing", version=3)
+@stage(Report, gpu=False, draws="nothing", version=4)
 def write_redteam_report(findings: Findings, samples: Samples, out: str, compute: Compute) -> Work:
     """Write the page about a red team.
 

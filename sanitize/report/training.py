@@ -13,7 +13,7 @@ from sanitize.stage import Work, stage
 from sanitize.training import RobustModel
 
 
-@stage(Report, gpu=False, draws="nothing", version=2)
+@stage(Report, gpu=False, draws="nothing", version=3)
 def write_training_report(model: RobustModel, out: str, compute: Compute) -> Work:
     """Write the page about robust training.
 

@@ -42,6 +42,7 @@ from sanitize.jobs.job import ShardsConfig
 from sanitize.jobs.redteam import table as table_of_cases
 from sanitize.jobs.run import Run
 from sanitize.jobs.runner import Processes, Ray, RunnerConfig, Threads
+from sanitize.plural import counted
 from sanitize.stage import STAGES
 from sanitize.tar.names import as_markdown, printable
 
@@ -255,8 +256,8 @@ def _report_interrupt(run_id: str, signum: int) -> None:
 def _publish_clean(run: PrefectRun, summary: dict[str, Any]) -> None:
     samples = summary["samples"]
     counts = (
-        f"**{samples['samples']:,} samples: {samples['kept']:,} clean, {samples['quarantined']:,} quarantined, "
-        f"{samples['unreadable']:,} unreadable.**"
+        f"**{counted(samples['samples'], 'sample')}: {samples['kept']:,} clean, "
+        f"{samples['quarantined']:,} quarantined, {samples['unreadable']:,} unreadable.**"
     )
     run.publish("clean", summary, counts)
 

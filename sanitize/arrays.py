@@ -13,6 +13,7 @@ from torch import Tensor
 from sanitize.compute import Compute
 from sanitize.data.tables import EmbeddingBatch
 from sanitize.errors import ConfigError, DataError
+from sanitize.plural import are, counted
 from sanitize.score import ToxicDirection, ToxicDirectionConfig
 from sanitize.select import SelectConfig
 from sanitize.select.scored import Scored, ScorerOutput
@@ -190,7 +191,9 @@ def _embedding(name: str, values: Array, n: int) -> Tensor:
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"{name} has shape {tuple(array.shape)}; give one row a sample, (N, D)")
     if len(array) != n:
-        raise DataError(f"{name} has {len(array):,} rows, and there are {n:,} labels; give one label a row")
+        raise DataError(
+            f"{name} has {counted(len(array), 'row')}, and there {are(n)} {counted(n, 'label')}; give one label a row"
+        )
     if array.is_complex():
         raise DataError(f"{name} has dtype {_name(array)}; give real numbers")
     array = array.float()
@@ -218,5 +221,6 @@ def _refuse_small(labels_N: Tensor, scorer: ToxicDirectionConfig) -> None:
     most = int(labels_N.unique(return_counts=True)[1].max())
     if most < scorer.min_class:
         raise DataError(
-            f"the largest class has {most} samples; a class is judged from {scorer.min_class} samples on (min_class)"
+            f"the largest class has {counted(most, 'sample')}; a class is judged from "
+            f"{counted(scorer.min_class, 'sample')} on (min_class)"
         )

@@ -27,6 +27,7 @@ from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.models.pixels import OnPixels
+from sanitize.plural import counted
 from sanitize.stage import Work, stage
 from sanitize.storage import exists, join
 from sanitize.tar.names import as_markdown
@@ -39,7 +40,7 @@ class ModelPackage(Checkpoint):
     """A Checkpoint with `training.json`, `certificate.json`, `metrics.json` and `MODEL_CARD.md`."""
 
 
-@stage(ModelPackage, version=3, gpu=False, draws="nothing")
+@stage(ModelPackage, version=4, gpu=False, draws="nothing")
 def package_model(model: Checkpoint, out: str, compute: Compute, certificates: Sequence[Certificates] = ()) -> Work:
     """Put a model and its certificates into one folder; a package keeps its earlier certificates of other kinds.
 
@@ -170,7 +171,7 @@ def _card(
         "# Model card",
         "",
         "## The model",
-        f"{_architecture(config)}, {config.n_classes} classes{_names(config)}. "
+        f"{_architecture(config)}, {counted(config.n_classes, 'class')}{_names(config)}. "
         f"It takes images of {channels} x {height} x {width} (channels, height, width) with values in "
         f"{list(config.input_range)}, normalised by mean {list(config.mean)} and standard deviation {list(config.std)} "
         "on the scale [0, 1].",
@@ -205,7 +206,9 @@ def _plain(line: str) -> str:
 
 def _architecture(config: ModelConfig) -> str:
     one = ", ".join(f"{name} {value}" for name, value in config.architecture.model_dump(mode="json").items())
-    return f"The vote of {config.n_networks} networks ({one})" if config.is_ensemble else f"One network ({one})"
+    return (
+        f"The vote of {counted(config.n_networks, 'network')} ({one})" if config.is_ensemble else f"One network ({one})"
+    )
 
 
 def _names(config: ModelConfig) -> str:

@@ -1,14 +1,14 @@
 """Progress of long work: the library reports it, the caller may show it.
 
 Silent by default. `with shown(): ...` shows every `track` inside, from any thread: on a terminal as a rich bar with a
-rate; elsewhere (a log, a pipe) as one plain line for each stage that has ended.
+rate; elsewhere (a log, a pipe) as one plain line for each stage that has ended, and one after each 30 s without a line.
 """
 
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
@@ -23,68 +23,114 @@ class _Rate(Column):
         return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="cyan")
 
 
+SILENCE = 30.0  # seconds without a line in a log, after which a line says how far the work is
+
+
 @dataclass
 class _Stage:
-    """Work under one description: what has ended, and how many bars have not."""
+    """Work under one description: the bars that have not ended, and what is done by those that have."""
 
     unit: str
     began: float
     ended: float = 0.0
     n_done: int = 0
-    n_running: int = 0
+    n_bars: int = 0
+    running: "list[Bar]" = field(default_factory=list)
     note: str = ""
+
+    def so_far(self, description: str) -> str:
+        """How far the work is."""
+        n = self.n_done + sum(bar.n_done for bar in self.running)
+        # Groups of shards begin one after another: the sum of all their totals is not known before the last one.
+        total = self.running[0].total if self.n_bars == 1 else None
+        count = f"{n:,}" if total is None or n > total else f"{n:,} of {total:,}"
+        return f"{description}: {count} {self.unit} after {time.monotonic() - self.began:.0f} s{self._noted()}"
+
+    def ended_line(self, description: str) -> str:
+        """What was done."""
+        return f"{description}: {self.n_done:,} {self.unit} in {self.ended - self.began:.1f} s{self._noted()}"
+
+    def _noted(self) -> str:
+        note = self.running[-1].noted if self.running else self.note
+        return f", {note}" if note else ""
 
 
 class _Lines:
-    """Lines on stages that have ended.
+    """Lines on stages that have ended, and on those that run where no other line was printed for `silence` seconds.
 
     The groups of shards of a stage are one line, so a line is printed when the next stage begins.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console, self._lock = console, threading.Lock()
+    def __init__(self, console: Console, silence: float) -> None:
+        self._console, self._silence, self._lock = console, silence, threading.Lock()
         self._stages: dict[str, _Stage] = {}
+        self._last, self._closed = time.monotonic(), threading.Event()
+        # Daemon: a command that is interrupted does not wait for it.
+        self._watch = threading.Thread(target=self._break_silence, name="progress", daemon=True)
+        self._watch.start()
 
-    def begin(self, description: str, unit: str) -> None:
+    def begin(self, bar: "Bar") -> None:
         """A bar begins."""
         with self._lock:
-            self._print_ended(description)
-            self._stages.setdefault(description, _Stage(unit, time.monotonic())).n_running += 1
+            self._print_ended(bar.description)
+            stage = self._stages.setdefault(bar.description, _Stage(bar.unit, time.monotonic()))
+            stage.n_bars += 1
+            stage.running.append(bar)
 
-    def end(self, description: str, n_done: int, note: str) -> None:
-        """A bar has ended; `n_done` is 0 where it has failed."""
+    def end(self, bar: "Bar", has_failed: bool) -> None:
+        """A bar has ended; what a failed one did does not count."""
         with self._lock:
-            stage = self._stages[description]
-            stage.n_running -= 1
-            stage.n_done += n_done
-            stage.ended, stage.note = time.monotonic(), note or stage.note
+            stage = self._stages[bar.description]
+            stage.running.remove(bar)
+            stage.n_bars -= has_failed
+            stage.n_done += 0 if has_failed else bar.n_done
+            stage.ended, stage.note = time.monotonic(), bar.noted or stage.note
 
     def close(self) -> None:
         """Print what has ended."""
+        self._closed.set()
+        self._watch.join()
         with self._lock:
             self._print_ended()
 
+    def _break_silence(self) -> None:
+        wait = self._silence
+        while not self._closed.wait(wait):
+            with self._lock:
+                if time.monotonic() - self._last >= self._silence:
+                    running = [stage.so_far(text) for text, stage in self._stages.items() if stage.running]
+                    if running:
+                        self._print("; ".join(running))
+                wait = max(self._last + self._silence - time.monotonic(), self._silence / 30)
+
     def _print_ended(self, but: str | None = None) -> None:
         for description, stage in list(self._stages.items()):
-            if stage.n_running or description == but:
+            if stage.running or description == but:
                 continue
             del self._stages[description]
-            note = f", {stage.note}" if stage.note else ""
-            line = f"{description}: {stage.n_done:,} {stage.unit} in {stage.ended - stage.began:.1f} s{note}"
             if stage.n_done:  # no line for a stage without work left
-                self._console.print(Text(line), soft_wrap=True, highlight=False)
+                self._print(stage.ended_line(description))
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True, highlight=False)
+        self._last = time.monotonic()
 
 
 _display: Progress | _Lines | None = None
 
 
 @contextmanager
-def shown(console: Console | None = None) -> Iterator[None]:
-    """Show progress on `console` (default: stderr) inside the block."""
+def shown(console: Console | None = None, silence: float = SILENCE) -> Iterator[None]:
+    """Show progress on `console` (default: stderr) inside the block.
+
+    Args:
+        console: where to show it.
+        silence: in a log, seconds without a line after which a line says how far the work is.
+    """
     global _display
     console = console or Console(stderr=True)
     if not _is_terminal(console):
-        _display = lines = _Lines(console)
+        _display = lines = _Lines(console, silence)
         try:
             yield
         finally:
@@ -115,35 +161,36 @@ class Bar:
     """One bar; it is shown only inside of `shown`."""
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
-        self._description, self._display = description, _display
-        self._note, self._n_done, self._lock = "", 0, threading.Lock()
+        self.description, self.total, self.unit = description, total, unit
+        self.noted, self.n_done = "", 0
+        self._display, self._lock = _display, threading.Lock()
         if isinstance(self._display, Progress):
             self._task = self._display.add_task(description, total=total, unit=unit)
         elif self._display is not None:
-            self._display.begin(description, unit)
+            self._display.begin(self)
 
     def __call__(self, n: int) -> None:
         """Advance by `n` units."""
         if self._display is None:
             return
         with self._lock:
-            self._n_done += n
+            self.n_done += n
         if isinstance(self._display, Progress):
             self._display.advance(self._task, n)
 
     def note(self, text: str) -> None:
         """Show a text behind the description, in place of the previous one."""
-        self._note = text
+        self.noted = text
         if isinstance(self._display, Progress):
-            self._display.update(self._task, description=f"{self._description}: {text}")
+            self._display.update(self._task, description=f"{self.description}: {text}")
 
     def end(self, has_failed: bool) -> None:
         """The work has ended, after fewer units than `total` perhaps."""
         if isinstance(self._display, _Lines):
-            self._display.end(self._description, 0 if has_failed else self._n_done, self._note)
+            self._display.end(self, has_failed)
         elif self._display is not None and not has_failed:
             # No bar for a stage without work left.
-            self._display.update(self._task, total=self._n_done, visible=self._n_done > 0)
+            self._display.update(self._task, total=self.n_done, visible=self.n_done > 0)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sanitize.errors import ArtifactError
+from sanitize.plural import counted
 from sanitize.storage import create
 
 _TENSOR = "__tensor__"
@@ -81,7 +82,8 @@ def after_interrupt() -> str:
     if snapshots is None:
         return "the training in progress keeps no snapshots, and begins again"
     if not snapshots.path.exists():
-        return f"the training in progress has no snapshot yet (one every {snapshots.every:,} steps), and begins again"
+        every = counted(snapshots.every, "step")
+        return f"the training in progress has no snapshot yet (one every {every}), and begins again"
     return "the training in progress goes on from its last snapshot"
 
 

@@ -1,6 +1,7 @@
 import io
 import re
 import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -123,3 +124,41 @@ def test_in_a_log_work_that_failed_and_was_tried_again_counts_once() -> None:
         with track("write", 5) as advance:
             advance(5)
     assert lines_of(text) == ["write: 5 samples in _ s"]
+
+
+def test_in_a_log_a_long_stage_says_how_far_it_is_and_its_groups_have_no_total() -> None:
+    text = io.StringIO()
+
+    def wait_for(line: str) -> None:
+        until = time.monotonic() + 20
+        while line not in text.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert line in text.getvalue()
+
+    with shown(Console(file=text), silence=0.05), track("red team", 2, "cases") as case:
+        with track("train", 1200) as bar:
+            bar(1000)
+            bar.note("loss 1")
+            wait_for("red team: 0 of 2 cases after 0 s; train: 1,000 of 1,200 samples after 0 s, loss 1\n")
+            bar(200)
+        case(1)
+        for _ in range(2):
+            with track("embed", 6) as bar:
+                bar(5)
+                wait_for("embed: 5 of 6 samples")
+        with suppress(OSError), track("embed", 6) as bar:
+            raise OSError
+        with track("embed", 6) as bar:
+            bar(5)
+            wait_for("red team: 1 of 2 cases after 0 s; embed: 15 samples after 0 s\n")
+
+
+def test_in_a_log_short_stages_leave_no_line_before_they_end_and_no_thread() -> None:
+    text = io.StringIO()
+    with shown(Console(file=text), silence=0.2):
+        for number in range(8):  # 0.4 s in all; a line each 0.05 s
+            with track(f"stage {number}", 3) as bar:
+                time.sleep(0.05)
+                bar(3)
+    assert lines_of(text) == [f"stage {number}: 3 samples in _ s" for number in range(8)]
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress"]

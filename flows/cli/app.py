@@ -17,6 +17,7 @@ from rich.text import Text
 
 from flows import interrupts
 from sanitize.errors import ConfigError, RequestError, SanitizeError
+from sanitize.plural import counted
 from sanitize.settings import WrongSettings, problems_of
 
 
@@ -170,7 +171,8 @@ def print_leaks(n: int | None, out: str) -> None:
         say(
             "warning",
             "yellow",
-            f"{n:,} training samples show a picture of the test shards: {out}/05-hygiene lists them",
+            f"{counted(n, 'training sample')} {'shows' if n == 1 else 'show'} a picture of the test shards: "
+            f"{out}/05-hygiene lists {'it' if n == 1 else 'them'}",
         )
 
 
@@ -179,7 +181,7 @@ def print_certificates(certificates: list[dict[str, Any]]) -> None:
     from sanitize.certification.certificates import excerpt
 
     for certificate in certificates:
-        unit, title = certificate["radius_unit"], f"{certificate['kind']}, {certificate['samples']} samples"
+        unit, title = certificate["radius_unit"], f"{certificate['kind']}, {counted(certificate['samples'], 'sample')}"
         table = Table(unit, "certified accuracy", title=title)
         for radius, share in excerpt(certificate["certified_accuracy"]):
             table.add_row(f"{radius:g}", f"{share:.1%}")

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from flows.cli.app import console, say
 from flows.cli.command import Option, job_command
+from sanitize.plural import are, counted, were
 
 
 @job_command(
@@ -80,8 +81,8 @@ def _print_suspect(suspect: dict[str, Any] | None, unit: str) -> None:
         return
     n, n_all, (height, width) = suspect["n_samples"], suspect["n_all"], suspect["size"]
     console.print(
-        f"suspect model: {suspect['steps']:,} steps, {suspect['epochs']:,} epochs, {n:,} of {n_all:,} {unit} at "
-        f"{height}x{width} pixels, accuracy {suspect['accuracy']:.2f}",
+        f"suspect model: {counted(suspect['steps'], 'step')}, {counted(suspect['epochs'], 'epoch')}, {n:,} of "
+        f"{n_all:,} {unit} at {height}x{width} pixels, accuracy {suspect['accuracy']:.2f}",
         highlight=False,
         soft_wrap=True,
     )
@@ -107,10 +108,13 @@ def _print_verdict(finding: dict[str, Any]) -> None:
 
 def _print_counts(counts: dict[str, int], n_damaged: int) -> None:
     """Samples by verdict, in one line."""
-    pictures = f"; {counts['pictures']:,} pictures were judged" if "pictures" in counts else ""
-    damaged = f"; {n_damaged:,} shards are damaged, and what could not be read of them is not counted"
+    n, n_pictures = counts["samples"], counts.get("pictures")
+    pictures = "" if n_pictures is None else f"; {counted(n_pictures, 'picture')} {were(n_pictures)} judged"
+    damaged = (
+        f"; {counted(n_damaged, 'shard')} {are(n_damaged)} damaged, and what could not be read there is not counted"
+    )
     console.print(
-        f"[bold]{counts['samples']:,}[/bold] samples = {counts['kept']:,} clean "
+        f"[bold]{n:,}[/bold] {'sample' if n == 1 else 'samples'} = {counts['kept']:,} clean "
         f"+ {counts['quarantined']:,} quarantined + {counts['unreadable']:,} unreadable"
         f"{pictures}{damaged if n_damaged else ''}",
         style="yellow" if n_damaged else None,

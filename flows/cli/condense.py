@@ -4,6 +4,7 @@ from typing import Any
 
 from flows.cli.app import console, print_leaks, print_places
 from flows.cli.command import Option, job_command
+from sanitize.plural import counted
 
 
 @job_command(
@@ -36,7 +37,7 @@ def condense(result: dict[str, Any], out: str) -> None:
     print_leaks(result.pop("test_leaks"), out)
     accuracies = result.pop("test_accuracy") or []
     last = result.pop("last")
-    console.print(f"loss {last['loss']:.4g} after {last['iteration']:,} iterations", highlight=False)
+    console.print(f"loss {last['loss']:.4g} after {counted(last['iteration'], 'iteration')}", highlight=False)
     if accuracies:
         reached = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
         console.print(f"test accuracy of networks trained on the condensed set: {reached}", highlight=False)

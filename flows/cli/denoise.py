@@ -4,6 +4,7 @@ from typing import Any
 
 from flows.cli.app import console, print_places
 from flows.cli.command import Option, job_command
+from sanitize.plural import counted
 
 
 @job_command(
@@ -25,5 +26,5 @@ def denoise(result: dict[str, Any], out: str) -> None:
 
         sanitize train --shards 'runs/denoised/20-denoised/shards/*.tar' --out runs/robust
     """
-    console.print(f"{result.pop('samples'):,} samples", highlight=False)
+    console.print(counted(result.pop("samples"), "sample"), highlight=False)
     print_places(result)

@@ -7,6 +7,7 @@ import typer
 
 from flows.cli.app import AsJson, Quiet, Seed, bars, console, errors, print_json, say
 from sanitize.errors import ConfigError
+from sanitize.plural import counted
 from sanitize.settings import make_config
 
 _SHOWN = 10  # classes in the output; `--json` has all
@@ -130,8 +131,8 @@ def _show(result: dict[str, Any]) -> None:
     for what, n in result["notes"].items():
         say("left out", "yellow", f"{n:,} {what}")
     console.print(
-        f"{result['offered']:,} images = {result['imported']:,} imported + {result['refused']:,} refused; "
-        f"{result['shards']:,} shard{'s' * (result['shards'] != 1)}: {result['out']}",
+        f"{counted(result['offered'], 'image')} = {result['imported']:,} imported + {result['refused']:,} refused; "
+        f"{counted(result['shards'], 'shard')}: {result['out']}",
         highlight=False,
         soft_wrap=True,
     )

@@ -15,6 +15,7 @@ from flows.cli.app import (
     say,
 )
 from flows.cli.command import DEVICE, REQUIRED, SHARDS, Option, job_command
+from sanitize.plural import counted
 
 BatchName = Annotated[
     str, typer.Argument(help="First characters of the name of a batch; `sanitize batches` lists them.")
@@ -75,7 +76,9 @@ def reference(result: dict[str, Any], out: str) -> None:
 
         sanitize reference runs/first --store s3://bucket/store --note "checked by Ada"
     """
-    console.print(f"reference v0001 is in {result['folder']}, from {result['shards']:,} shards", soft_wrap=True)
+    console.print(
+        f"reference v0001 is in {result['folder']}, from {counted(result['shards'], 'shard')}", soft_wrap=True
+    )
     _warn_of_level(result)
 
 
@@ -87,8 +90,9 @@ def _warn_of_level(result: dict[str, Any]) -> None:
         say(
             "level",
             "yellow",
-            f"{level:g} flags no sample: p-values from {n_rows:,} held-out samples cannot be so small. Batches are "
-            f"still compared as a whole. Take --level {least:g} or more, or a run of {math.ceil(2 / level):,} samples",
+            f"{level:g} flags no sample: p-values from {counted(n_rows, 'held-out sample')} cannot be so small. "
+            f"Batches are still compared as a whole. Take --level {least:g} or more, or a run of "
+            f"{counted(math.ceil(2 / level), 'sample')}",
         )
 
 
@@ -125,8 +129,8 @@ def ingest(result: dict[str, Any], out: str) -> None:
         sanitize ingest configs/ingest.yaml --store s3://bucket/store
     """
     console.print(
-        f"{result['new']:,} new shards, {result['duplicates']:,} copies of others, {result['known']:,} known; "
-        f"reference v{result['reference']:04d}"
+        f"{counted(result['new'], 'new shard')}, {counted(result['duplicates'], 'copy')} of others, "
+        f"{result['known']:,} known; reference v{result['reference']:04d}"
     )
     if not any(result[name] for name in ("new", "duplicates", "known", "refused", "changing", "unreadable")):
         say("nothing", "yellow", "has landed yet at the sources")
@@ -146,7 +150,7 @@ def ingest(result: dict[str, Any], out: str) -> None:
 
 def _print_batch(batch: dict[str, Any], more: str = "") -> None:
     """One line, and one for each reason."""
-    line = f"{batch['shards']:,} shards"
+    line = counted(batch["shards"], "shard")
     if counts := batch["samples"]:
         line += "".join(f", {counts[name]:,} {name}" for name in ("kept", "quarantined", "unreadable"))
     say(f"{batch['status']:>8} {batch['batch']}", STYLES[batch["status"]], line + more)
@@ -275,6 +279,6 @@ def refit(result: dict[str, Any], out: str) -> None:
 
         sanitize refit --store runs/store --note "monthly"
     """
-    what = f"reference v{result['reference']:04d}, {len(result['merged']):,} batches merged: {result['folder']}"
+    what = f"reference v{result['reference']:04d}, {counted(len(result['merged']), 'batch')} merged: {result['folder']}"
     console.print(what, soft_wrap=True)
     _warn_of_level(result)

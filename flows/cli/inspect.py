@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.app import AsJson, Quiet, as_text, bars, console, errors, print_json, say
+from sanitize.plural import counted
 from sanitize.settings import make_config
 
 _N_CLASSES = 20  # classes on the terminal
@@ -77,7 +78,7 @@ def inspect(
     if as_json:
         print_json(result)
     else:
-        _show(result, config.label is not None)
+        _show(result, config.label is not None, config.has_several)
         if hygiene:
             _show_hygiene(result["hygiene"], _names(result))
     if not is_well:
@@ -210,7 +211,7 @@ def _show_hygiene(found: dict[str, Any], names: Mapping[int, str]) -> None:
         labels = ", ".join(f"{class_name(int(label), names)}: {n:,}" for label, n in group["labels"].items())
         keys = ", ".join(as_text(member["key"]).plain for member in group["members"][:4])
         console.print(
-            f"{group['n']:,} copies in class {labels}: {keys}, …", highlight=False, soft_wrap=True, markup=False
+            f"{counted(group['n'], 'copy')} in class {labels}: {keys}, …", highlight=False, soft_wrap=True, markup=False
         )
 
 
@@ -362,13 +363,16 @@ def _without_pictures(result: dict[str, Any], shard: str, again: _Again) -> list
 
 def _without_label(example: Mapping[str, Any], result: dict[str, Any], again: _Again) -> list[str]:
     """Where the class may be instead: in a field, in the folder, or in the name; or there is none."""
+    from sanitize.importing.splits import SPLITS
+
     places = result["places"]
     fields = _fields(places, example)
     lines = [*(again(f"json:{f}", "classes=names" if is_text else None) for is_text, f in fields), again("none")]
     folders = [part for part in example["key"].split("/")[:-1] if part != "."]
     if fields or "txt" in result["members"]:
         return lines
-    if folders:
+    # Folders of splits are no classes.
+    if folders and folders[-1].lower() not in SPLITS:
         before, unpack = _unpack(places, example["shard"], "unpacked")
         root = shlex.quote("/".join(["unpacked", *folders[:-1]]))
         others = ", with the other shards in the same folder" * (len(places) > 1)
@@ -397,7 +401,7 @@ def _fields(places: Mapping[str, str], example: Mapping[str, Any]) -> list[tuple
     return []
 
 
-def _show(result: dict[str, Any], has_labels: bool) -> None:
+def _show(result: dict[str, Any], has_labels: bool, has_several: bool) -> None:
     """A row for each shard with problems, one line for all shards, and the reasons with examples."""
     from sanitize.data.reasons import differences
 
@@ -413,18 +417,28 @@ def _show(result: dict[str, Any], has_labels: bool) -> None:
     n_samples = sum(summary["counts"]["samples"] for summary in per_shard.values())
     n_bytes = sum(summary["bytes"] for summary in per_shard.values())
     n_bad, n_damaged = sum(result["unreadable"].values()), sum(bool(s["damage"]) for s in per_shard.values())
+    n_pictures = sum(summary["counts"].get("pictures", 0) for summary in per_shard.values())
+    pictures = f" with {counted(n_pictures, 'usable picture')}" if has_several else ""
     console.print(
-        f"{len(per_shard):,} shards, {n_bytes:,} bytes: {n_samples:,} samples, {n_bad:,} unreadable; "
-        f"{n_damaged:,} shards damaged, {len(result['refused']):,} refused",
+        f"{counted(len(per_shard), 'shard')}, {counted(n_bytes, 'byte')}: {counted(n_samples, 'sample')}{pictures}, "
+        f"{n_bad:,} unreadable; {counted(n_damaged, 'shard')} damaged, {len(result['refused']):,} refused",
         soft_wrap=True,
     )
     if has_labels:
-        console.print("classes:", _classes(result), soft_wrap=True)
+        console.print("samples by class:" if has_several else "classes:", _classes(result), soft_wrap=True)
     else:
         console.print("no labels are read: all samples are one class", soft_wrap=True)
-    console.print("formats:", ", ".join(f"{name}: {n:,}" for name, n in result["formats"].items()) or "none")
+    # With several pictures a sample, classes count samples, and formats and sizes count pictures.
+    of_pictures = " of pictures" if has_several else ""
+    console.print(
+        f"formats{of_pictures}:", ", ".join(f"{name}: {n:,}" for name, n in result["formats"].items()) or "none"
+    )
     sizes = list(result["image_sizes"].items())[:10]
-    console.print("image sizes:", ", ".join(f"{size}: {n:,}" for size, n in sizes) or "none", soft_wrap=True)
+    console.print(
+        "sizes of pictures:" if has_several else "image sizes:",
+        ", ".join(f"{size}: {n:,}" for size, n in sizes) or "none",
+        soft_wrap=True,
+    )
     console.print("members:", _some(result["members"], _N_MEMBERS), soft_wrap=True)
     for note in result["notes"]:
         say("note:", "yellow", note)
@@ -435,7 +449,9 @@ def _show(result: dict[str, Any], has_labels: bool) -> None:
             where = f"{example['key']} in {example['shard']} at byte {example['byte']:,}"
             say(" " * 10, "", f"{where}: {other}" if other else where)
     if len(result["reasons"]) > _N_KINDS:
-        say("unreadable", "yellow", f"{len(result['reasons']) - _N_KINDS:,} other kinds of reasons: see --json")
+        say(
+            "unreadable", "yellow", f"{counted(len(result['reasons']) - _N_KINDS, 'other kind')} of reasons: see --json"
+        )
     for reason in result["refused"].values():
         say("refused", "red", reason)
     for line in result["next"]:

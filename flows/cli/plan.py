@@ -6,6 +6,7 @@ from rich.table import Table
 
 from flows.cli.app import console
 from flows.cli.command import DEVICE, SHARDS, Option, job_command
+from sanitize.plural import counted
 
 
 @job_command(
@@ -35,17 +36,17 @@ def plan(result: dict[str, Any], out: str) -> None:
     """
     data, scaled, minutes = result["data"], result["scaled"], result["task_minutes"]
     console.print(
-        f"{data['shards']:,} shards, {_bytes(data['bytes'])}, about {data['samples']:,} samples; measured on "
-        f"{result['measured_on']:,} of them with {result['compute']}",
+        f"{counted(data['shards'], 'shard')}, {_bytes(data['bytes'])}, about {counted(data['samples'], 'sample')}; "
+        f"measured on {result['measured_on']:,} of them with {result['compute']}",
         highlight=False,
     )
-    _table(result, f"{data['samples']:,} samples, the time of one worker")
+    _table(result, f"{counted(data['samples'], 'sample')}, the time of one worker")
     _groups(result, data["shards"], minutes)
     if scaled is not None:
-        _table(scaled, f"{scaled['samples']:,} samples in {scaled['shards']:,} shards, calculated")
+        _table(scaled, f"{counted(scaled['samples'], 'sample')} in {counted(scaled['shards'], 'shard')}, calculated")
         _groups(scaled, scaled["shards"], minutes)
     sizes = {data["samples"]: result} | ({} if scaled is None else {scaled["samples"]: scaled})
-    _memory({f"{n:,} samples": planned["memory"] for n, planned in sizes.items()})
+    _memory({counted(n, "sample"): planned["memory"] for n, planned in sizes.items()})
 
 
 def _groups(planned: dict[str, Any], n_shards: int, minutes: float) -> None:
@@ -55,7 +56,7 @@ def _groups(planned: dict[str, Any], n_shards: int, minutes: float) -> None:
     if n == n_shards and planned["task_seconds"] > 60 * minutes:
         why = f"a group has at least one shard; {minutes:g} minutes (--task-minutes) need smaller shards"
     console.print(
-        f"--groups {n}: the shards in {n:,} group{'s' if n > 1 else ''}, one task each in every stage that goes over "
+        f"--groups {n}: the shards in {counted(n, 'group')}, one task each in every stage that goes over "
         f"shards; the longest task takes about {longest} ({why})",
         highlight=False,
         soft_wrap=True,

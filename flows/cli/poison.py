@@ -6,6 +6,7 @@ import typer
 
 from flows.cli.app import AsJson, Quiet, Seed, Shards, bars, console, errors, print_json
 from sanitize.errors import ConfigError
+from sanitize.plural import counted
 from sanitize.settings import make_config
 
 
@@ -22,7 +23,8 @@ def poison(
             "--set",
             metavar="PATH=VALUE",
             help="Any other setting of the attack: target=3, size=4 (pixels) or size=0.1 (of the shorter side), "
-            "cover_rate=0.01, sources=[1, 2] … May be given several times.",
+            "cover_rate=0.01, sources=[1, 2] …; or of reading the shards: index.image.member=left.jpg … May be given "
+            "several times.",
         ),
     ] = None,
     surrogate: Annotated[
@@ -38,8 +40,8 @@ def poison(
 ) -> None:
     """Write a poisoned copy of shards with the ground truth, to test a defence.
 
-    The shards are in OUT/poisoned/shards; OUT/poisoned/rows/*.parquet says which samples are poisoned. All images are
-    re-encoded as PNG, poisoned or not.
+    The shards are in OUT/poisoned/shards, with `classes.json` where classes have names; OUT/poisoned/rows/*.parquet
+    says which samples are poisoned. All images are re-encoded as PNG, poisoned or not.
 
     Examples:
 
@@ -49,6 +51,7 @@ def poison(
             'attacks=[{kind: badnets, rate: 0.05, target: 0}, {kind: wanet, rate: 0.05, target: 1}]'
     """
     from sanitize.attack import AttackConfig
+    from sanitize.data.index import IndexConfig
 
     with errors(), bars(quiet):
         if not shards:
@@ -58,31 +61,40 @@ def poison(
                 f"--label {label!r}: an attack needs labels; name the member with the class, or json:FIELD"
             )
         settings = {"kind": attack} | ({} if attack == "several" else {"rate": rate})
-        config = make_config(AttackConfig, settings, assignments=set_ or ())
-        result = _poison(config, shards, out, label, surrogate, seed or 0)
+        of_index = [one.removeprefix("index.") for one in set_ or () if one.startswith("index.")]
+        of_attack = [one for one in set_ or () if not one.startswith("index.")]
+        config = make_config(AttackConfig, settings, assignments=of_attack)
+        index = make_config(IndexConfig, {}, {"label": label}, of_index)
+        if index.has_several:
+            raise ConfigError(
+                "index.image.member=all: attacks poison one picture a sample; set index.image.member to its suffix, "
+                "such as left.jpg, or to first"
+            )
+        result = _poison(config, index, shards, out, surrogate, seed or 0)
     if as_json:
         print_json(result)
     else:
         counts = result["counts"]
-        covers = f", {counts['cover']:,} cover samples" if "cover" in counts else ""
+        covers = f", {counted(counts['cover'], 'cover sample')}" if "cover" in counts else ""
         console.print(
-            f"{counts['poisoned']:,} of {counts['samples']:,} samples poisoned{covers}: {result['shards']}",
+            f"{counts['poisoned']:,} of {counted(counts['samples'], 'sample')} poisoned{covers}: {result['shards']}",
             soft_wrap=True,
         )
 
 
-def _poison(config: Any, shards: list[str], out: str, label: str, surrogate: str | None, seed: int) -> dict[str, Any]:
+def _poison(config: Any, index: Any, shards: list[str], out: str, surrogate: str | None, seed: int) -> dict[str, Any]:
     """Index, then poison; places and counts."""
     from sanitize.attack import poison_shards
     from sanitize.compute import Compute
-    from sanitize.data.index import IndexConfig, index_shards
-    from sanitize.data.sources import refuse_inside
+    from sanitize.data.index import index_shards
+    from sanitize.data.sources import find_shards, refuse_inside
     from sanitize.models.checkpoint import Checkpoint
     from sanitize.storage import join
 
     refuse_inside(shards, out)
     compute = Compute(seed=seed)
-    dataset = index_shards(IndexConfig(label=label), shards, join(out, "index"), compute)
+    named = index.named(find_shards(shards).values())
+    dataset = index_shards(named, shards, join(out, "index"), compute)
     network = Checkpoint.load(surrogate) if surrogate else None
     poisoned = poison_shards(config, dataset, join(out, "poisoned"), compute, surrogate=network)
     return {

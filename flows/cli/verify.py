@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.app import AsJson, check_there, console, errors, print_json, say
+from sanitize.plural import counted
 
 
 def verify(
@@ -39,5 +40,5 @@ def verify(
             say("differs", "red", problem)
         for note in found.notes:
             say("note", "yellow", note)
-        console.print(f"{found.n_files:,} files checked, {len(found.problems):,} problem(s)")
+        console.print(f"{counted(found.n_files, 'file')} checked, {counted(len(found.problems), 'problem')}")
     raise typer.Exit(1 if found.problems else 0)

@@ -16,14 +16,16 @@ from sanitize.attack.attack import Attack
 from sanitize.attack.several import AttackConfig
 from sanitize.attack.stored import OnStored, stored_image
 from sanitize.compute import Compute
+from sanitize.data.class_names import CLASSES_FILE
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import encode_png
 from sanitize.data.samples import Sample, find_image, in_format
 from sanitize.data.tables import ShardTables, write_rows
-from sanitize.data.writer import shard_writer
+from sanitize.data.writer import shard_writer, write_class_names
 from sanitize.errors import ConfigError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
+from sanitize.plural import are, counted
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.compression import unread_suffix
 from sanitize.tar.names import split_name
@@ -45,7 +47,8 @@ class Choice(NamedTuple):
 class Poisoned(ShardTables):
     """`shards/SHARD` and, as rows, the truth: position, key, original_label, label, poisoned, attack (-1: none).
 
-    Attacks with cover samples add the column `cover`; a cover sample is not `poisoned`.
+    Beside the shards lies `classes.json`, if the classes of the data set have names. Attacks with cover samples add the
+    column `cover`; a cover sample is not `poisoned`.
     """
 
     def is_cover(self, shard: str) -> np.ndarray:
@@ -55,10 +58,11 @@ class Poisoned(ShardTables):
 
     def shard_paths(self) -> list[str]:
         """Paths of the poisoned shards, sorted."""
-        return [self.url(name) for name in sorted(self.manifest().files) if name.startswith("shards/")]
+        names = sorted(name for name in self.manifest().files if name.startswith("shards/"))
+        return [self.url(name) for name in names if not name.endswith(f"/{CLASSES_FILE}")]
 
 
-@stage(Poisoned, version=3, gpu=False)
+@stage(Poisoned, version=4, gpu=False)
 def poison_shards(
     config: AttackConfig,
     dataset: Dataset,
@@ -118,6 +122,7 @@ def poison_shards(
 
     def finish(part: Part, _builder: ArtifactBuilder) -> None:
         part.write_json("attack.json", config.model_dump(mode="json"))
+        write_class_names(part, (f"shards/{shard}" for shard in dataset.shards), dataset.class_names)
 
     settings = config.model_dump(mode="json") | ({"exclude": sorted(exclude)} if exclude else {})
     bar = Bars("poison", dataset.n_samples)
@@ -144,8 +149,8 @@ def choose(
             if wanted > len(candidates):
                 setting = "cover_rate" if cover else "rate"
                 raise ConfigError(
-                    f"{attack.kind}: {setting} {rate} asks for {wanted} samples, but only {len(candidates)} are "
-                    "eligible"
+                    f"{attack.kind}: {setting} {rate} asks for {counted(wanted, 'sample')}, but only "
+                    f"{len(candidates):,} {are(len(candidates))} eligible"
                 )
             for _, shard, position, new in heapq.nsmallest(wanted, candidates):
                 chosen[shard][position] = Choice(new, number, cover)

@@ -19,6 +19,7 @@ from torch import Tensor
 from sanitize.ascent import linf_ball, projected_ascent
 from sanitize.compute import Compute
 from sanitize.errors import ConfigError, NumericsError
+from sanitize.plural import counted
 
 # Images (P, C, H, W) as float levels, and names of a random stream -> scalar to minimise.
 Objective = Callable[[Tensor, tuple[str | int, ...]], Tensor]
@@ -123,7 +124,9 @@ def plant(
     wanted = round(rate * len(labels_N))
     of_class_X = (labels_N == label).nonzero()[:, 0]
     if wanted > len(of_class_X):
-        raise ConfigError(f"rate {rate} asks for {wanted} images, but class {label} has only {len(of_class_X)}")
+        raise ConfigError(
+            f"rate {rate} asks for {counted(wanted, 'image')}, but class {label} has only {len(of_class_X)}"
+        )
     rows_P = of_class_X[torch.randperm(len(of_class_X), generator=generator)[:wanted]]
     poisoned_NCHW, is_poisoned_N = images_NCHW.clone(), torch.zeros(len(labels_N), dtype=torch.bool)
     poisoned_NCHW[rows_P] = craft(images_NCHW[rows_P])

@@ -32,6 +32,7 @@ from sanitize.models.mlp import MLPConfig
 from sanitize.models.sizes import MAX_NETWORKS
 from sanitize.models.stacked import Stacked
 from sanitize.models.weights import refuse_misfits
+from sanitize.plural import counted
 from sanitize.progress import track
 from sanitize.score import LabelMarginConfig, NeighboursConfig, SpectralConfig
 from sanitize.stage import Advance, Work, stage
@@ -192,7 +193,7 @@ def _proved(config: PartitionConfig, dataset: Dataset, n_samples: int) -> dict[s
                 "A prediction does not change if at most as many training samples as its radius are inserted into the "
                 "training set or removed from it, whatever the samples, and training is repeated with the same "
                 "settings and seed. A changed sample counts twice: one removal, one insertion. With "
-                f"{config.n_partitions} partitions no radius can be larger than {config.n_partitions // 2}."
+                f"{counted(config.n_partitions, 'partition')} no radius can be larger than {config.n_partitions // 2}."
             ),
             "training_set": {"dataset": dataset.digest, "samples": n_samples},
             "filter": "inside each partition" if config.filter else "none",

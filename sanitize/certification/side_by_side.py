@@ -13,6 +13,7 @@ from sanitize.compute import Compute
 from sanitize.loop import Objective, OptimConfig, Step, TrainBatch, train
 from sanitize.models.config import ModelConfig
 from sanitize.models.stacked import Stacked
+from sanitize.plural import counted
 from sanitize.progress import track
 from sanitize.snapshots import training
 
@@ -43,7 +44,10 @@ def fit_networks(
     """
     networks = stacked_networks(model_config, numbers, compute)
     data = PartitionBatches(samples, numbers, optim.batch_size, steps_per_epoch, compute)
-    with track(f"train {len(numbers)} partitions", optim.epochs * data.samples_per_epoch) as advance, training(None):
+    with (
+        track(f"train {counted(len(numbers), 'partition')}", optim.epochs * data.samples_per_epoch) as advance,
+        training(None),
+    ):
         history = train(
             networks,
             data.epoch,

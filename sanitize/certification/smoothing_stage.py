@@ -20,6 +20,7 @@ from sanitize.data.tables import write_rows
 from sanitize.errors import ConfigError, NumericsError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.pixels import OnPixels
+from sanitize.plural import counted
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.storage import is_local, local_path
 
@@ -160,8 +161,9 @@ def _proved(config: CertifySmoothingConfig, compute: Compute) -> dict[str, Any]:
                 "The smoothed classifier returns the class that the model predicts most often for copies of an image "
                 f"with Gaussian noise of standard deviation {config.sigma:g}. It returns the same class for every "
                 "image closer than the radius in l2 (pixels on [0, 1]). For each image alone this holds with a "
-                f"probability of at least {1 - config.alpha:g} over the noise that was drawn. With {config.n} copies "
-                f"and sigma {config.sigma:g} no radius can be larger than {_rounded(config.largest_radius)}."
+                f"probability of at least {1 - config.alpha:g} over the noise that was drawn. With "
+                f"{counted(config.n, 'copy')} and sigma {config.sigma:g} "
+                f"no radius can be larger than {_rounded(config.largest_radius)}."
             ),
             "not_covered": [
                 "the model without the noise",

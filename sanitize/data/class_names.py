@@ -1,5 +1,5 @@
 """Names of the classes of integer labels, for people to read: `classes.json` beside the shards, as `sanitize import`
-writes it, or `dataset.json` beside the folder of clean shards.
+writes it, or `dataset.json` beside the folder of clean or condensed shards.
 
 No result depends on a name: a class without a name is shown by its number, and names never choose labels.
 """
@@ -25,7 +25,11 @@ _MAX_SHOWN = 60  # characters of a name in a sentence or a table
 _MAX_NUMBER = 2**31
 # Numbers of classes in a sentence: "class 3", "classes (3, 5, ...)", "labelled 3"; not "class 3.5" or "class 3 %".
 _NUMBERS = re.compile(r"\b(class|classes|labelled)( \(?)(\d{1,9}(?:, \d{1,9})*)\b(?!\.\d| %)")
-_WRITTEN = ("clean", "quarantine")  # folders of written shards; their description is beside them
+REMEDY = (
+    "Import both with one list of classes (`sanitize import --classes FILE`); if a file is wrong, set "
+    "index.class_names={}, which leaves names out"
+)
+_WRITTEN = ("clean", "quarantine", "shards")  # folders of written shards; their description is beside them
 
 
 def _checked(name: str) -> str:
@@ -62,11 +66,12 @@ def named_in(text: str, names: Mapping[int, str]) -> str:
     return _NUMBERS.sub(name, text) if names else text
 
 
-def names_beside(urls: Iterable[str]) -> dict[int, str]:
+def names_beside(urls: Iterable[str], remedy: str = REMEDY) -> dict[int, str]:
     """Names of the classes from the files beside shards, by number; empty where there are none.
 
     Args:
         urls: paths or URLs of the shards.
+        remedy: as for `refuse_others`.
 
     Raises:
         DataError: the shards lie in several folders that number the classes in different ways.
@@ -81,19 +86,22 @@ def names_beside(urls: Iterable[str]) -> dict[int, str]:
     first = ""
     for url, names in zip(files, for_each(_names_in, files), strict=True):
         if names:
-            refuse_others(names, found, url, first)
+            refuse_others(names, found, url, first, remedy)
             first = first or url
             found |= names
     return dict(sorted(found.items()))
 
 
-def refuse_others(names: Mapping[int, str], others: Mapping[int, str], url: str, whose: str) -> None:
+def refuse_others(
+    names: Mapping[int, str], others: Mapping[int, str], url: str, whose: str, remedy: str = REMEDY
+) -> None:
     """Raise DataError where two lists of names give a number two names, or a name two numbers.
 
     Args:
         names: names from the file `url`.
         others: names to compare with.
         url, whose: where the names and the others come from, for the message.
+        remedy: end of the message: what to do.
     """
     numbers = {name: number for number, name in others.items()}
     for number, name in names.items():
@@ -101,9 +109,13 @@ def refuse_others(names: Mapping[int, str], others: Mapping[int, str], url: str,
             there = f"{others[number]!r}" if number in others else f"no class, and {name!r} is {numbers[name]}"
             raise DataError(
                 f"the classes are numbered in different ways: class {number} is {name!r} in {printable(url)}; in "
-                f"{printable(whose)} it is {there}. Import both with one list of classes (`sanitize import "
-                "--classes FILE`); if a file is wrong, set index.class_names={}, which leaves names out"
+                f"{printable(whose)} it is {there}. {remedy}"
             )
+
+
+def as_listed(names: Mapping[int, str]) -> dict[str, int]:
+    """Content of `classes.json`: name -> number. Of numbers with one name the smallest has it."""
+    return {names[number]: number for number in sorted(names, reverse=True)}
 
 
 def _names_in(url: str, _place: Any) -> dict[int, str]:

@@ -18,6 +18,7 @@ from sanitize.artifacts import FileEntry
 from sanitize.data.dataset import Dataset
 from sanitize.data.samples import ALL
 from sanitize.data.tables import Selection
+from sanitize.plural import counted
 from sanitize.tar.compression import unread_suffix
 
 # The standard JSON-LD context of Croissant 1.0, whole: mlcroissant warns of any other.
@@ -116,8 +117,9 @@ def croissant(description: Mapping[str, Any]) -> dict[str, Any]:
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": f"clean-{source['selection'][:12]}",
         "description": (
-            f"{n['kept']} samples {_classes(description)} in {len(description['shards'])} WebDataset "
-            f"shards, kept by sanitize out of {sum(n.values())} ({n['quarantined']} quarantined, {n['unreadable']} "
+            f"{counted(n['kept'], 'sample')} {_classes(description)} in "
+            f"{counted(len(description['shards']), 'WebDataset shard')}, kept by "
+            f"sanitize out of {sum(n.values())} ({n['quarantined']} quarantined, {n['unreadable']} "
             f"unreadable). Index {source['dataset']}, selection {source['selection']}."
         ),
         "distribution": _distribution(description),
@@ -126,7 +128,7 @@ def croissant(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _classes(description: Mapping[str, Any]) -> str:
-    return "without labels" if description["label"] is None else f"of {description['n_classes']} classes"
+    return "without labels" if description["label"] is None else f"of {counted(description['n_classes'], 'class')}"
 
 
 def _label_member(description: Mapping[str, Any]) -> tuple[str, str] | None:

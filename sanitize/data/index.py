@@ -31,6 +31,7 @@ from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.stated_hashes import StatedHashes
 from sanitize.data.tables import read_table, rows_name, sample_starts, write_rows
 from sanitize.errors import ConfigError, DataError
+from sanitize.plural import are, counted
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.compression import not_read, unread_suffix
 from sanitize.tar.names import printable
@@ -144,7 +145,7 @@ class IndexConfig(BaseModel):
         return self.model_copy(update={"class_names": names}) if names else self
 
 
-@stage(Dataset, version=4, gpu=False, draws="nothing")
+@stage(Dataset, version=5, gpu=False, draws="nothing")
 def index_shards(
     config: IndexConfig,
     sources: Sequence[str] | str | Sources,
@@ -455,7 +456,8 @@ def notes_on_shards(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         summaries: as for `bad_shards`.
     """
     n = sum(summary.get("of_macos", 0) for summary in summaries.values())
-    return [f"{n:,} files of macOS (._NAME, .DS_Store) belong to no sample and are left out"] if n else []
+    belong = "belongs to no sample and is left out" if n == 1 else "belong to no sample and are left out"
+    return [f"{counted(n, 'file')} of macOS (._NAME, .DS_Store) {belong}"] if n else []
 
 
 def lost_samples(summaries: Mapping[str, Mapping[str, Any]]) -> int:
@@ -507,12 +509,12 @@ def _refuse_if_bad(config: IndexConfig, n_ok: int, found: Reasons, summaries: Ma
         lost = [f"{n_lost} x behind damage in a shard (about)"] if n_lost else []
         most = "; ".join([*([found.most()] if found.counts() else []), *lost])
         why.append(
-            f"{n_bad} of {n_ok + n_bad} samples are unreadable, more than max_bad_fraction={config.max_bad_fraction}: "
-            f"{most}. {_what_to_do(config, found)}"
+            f"{n_bad:,} of {counted(n_ok + n_bad, 'sample')} {are(n_bad)} unreadable, more than "
+            f"max_bad_fraction={config.max_bad_fraction}: {most}. {_what_to_do(config, found)}"
         )
     elif n_ok == 0:
         damaged = [f"{printable(shard)} ({s['damage']})" for shard, s in summaries.items() if s["damage"]]
-        why.append(f"no usable sample in {len(summaries)} shards{': ' if damaged else ''}{_some(damaged)}")
+        why.append(f"no usable sample in {counted(len(summaries), 'shard')}{': ' if damaged else ''}{_some(damaged)}")
     if len(bad) > config.max_bad_shards and (n_ok or n_bad):
         why.append(_too_many(bad, len(summaries), config))
     if why:
@@ -542,8 +544,9 @@ def shard_names(table: pa.Table) -> list[str] | None:
 def _too_many(bad: Mapping[str, str], n_shards: int, config: IndexConfig) -> str:
     named = [f"{printable(shard)} ({damage})" for shard, damage in bad.items()]
     return (
-        f"{len(bad)} of {n_shards} shards could not be read, more than max_bad_shards={config.max_bad_shards}: "
-        f"{_some(named)}. Repair or remove them, or raise index.max_bad_shards to go on without them"
+        f"{len(bad):,} of {counted(n_shards, 'shard')} could not be read, more than "
+        f"max_bad_shards={config.max_bad_shards}: {_some(named)}. "
+        "Repair or remove them, or raise index.max_bad_shards to go on without them"
     )
 
 

@@ -19,6 +19,7 @@ from sanitize.data.layout import dots
 from sanitize.data.parquet_footer import MAX_CONTAINER, footer_bytes
 from sanitize.data.samples import Sample, beside
 from sanitize.errors import ConfigError, DataError
+from sanitize.plural import counted, have
 from sanitize.storage import fingerprint, read_bytes
 from sanitize.tar.names import printable, split_name
 
@@ -363,5 +364,6 @@ def notes_on(labels: Mapping[int, int], n_classes: int | None, classes: Sequence
         ]
     n = n_classes or top + 1
     if present < n:
-        return [f"{n - present:,} of {n:,} classes have no samples; harmless if these are gaps in the numbers"]
+        gaps = "its number is a gap" if n - present == 1 else "these are gaps in the numbers"
+        return [f"{n - present:,} of {counted(n, 'class')} {have(n - present)} no samples; harmless if {gaps}"]
     return []

@@ -69,7 +69,7 @@ class Reasons:
     def most(self, n: int = 3) -> str:
         """The most frequent kinds, each by its first reason, for a message."""
         return "; ".join(
-            f"{kind.n} x {kind.examples[0]['reason']}{' and the like' * (_DIFFERENT in kind.reason)}"
+            f"{kind.n:,} x {'for example: ' * (_DIFFERENT in kind.reason)}{kind.examples[0]['reason']}"
             for kind in self.kinds()[:n]
         )
 

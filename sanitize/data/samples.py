@@ -360,7 +360,7 @@ def _the_only(pictures: Mapping[str, str], member: str, names: Sequence[str]) ->
 
 def beside(names: Sequence[str]) -> str:
     """End of a reason that lists what is there instead."""
-    return f"; the members are '{_listed(names)}'" if names else ""
+    return f" beside '{_listed(names)}'" if names else ""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -4,13 +4,14 @@ import bz2
 import gzip
 import io
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
 from sanitize.artifacts import Part
+from sanitize.data.class_names import CLASSES_FILE, as_listed
 from sanitize.storage import HashingWriter
 from sanitize.tar.compression import compression_of
 from sanitize.tar.write import TarWriter
@@ -26,6 +27,19 @@ def shard_writer(part: Part, name: str, gzip_level: int = 6) -> Iterator[TarWrit
         tar = TarWriter(sink)
         yield tar
         tar.close()
+
+
+def write_class_names(part: Part, shards: Iterable[str], names: Mapping[int, str]) -> None:
+    """`classes.json` beside shards of the artifact, so that who reads them has the names; nothing without names.
+
+    Args:
+        part: part of the artifact.
+        shards: names of the shards' files in the artifact.
+        names: names of the classes by number (`Dataset.class_names`).
+    """
+    if names:
+        for folder in sorted({shard[: shard.rfind("/") + 1] for shard in shards}):
+            part.write_json(folder + CLASSES_FILE, as_listed(names))
 
 
 @contextmanager

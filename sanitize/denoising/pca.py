@@ -18,6 +18,7 @@ from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ArtifactError, ConfigError
+from sanitize.plural import counted
 from sanitize.progress import track
 from sanitize.stage import Work, stage
 from sanitize.streaming import Moments
@@ -103,7 +104,7 @@ def fit_pca(config: PCAConfig, dataset: Dataset, out: str, compute: Compute) -> 
         ConfigError: the data set has fewer than two images.
     """
     if dataset.n_samples < 2:
-        raise ConfigError(f"{dataset.path} has {dataset.n_samples} usable images: at least two are needed")
+        raise ConfigError(f"{dataset.path} has {counted(dataset.n_samples, 'usable image')}: at least two are needed")
     n_pixels = torch.Size(dataset.image_shape).numel()
 
     def write(part: Part) -> None:

@@ -9,12 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sanitize.artifacts import Artifact, Part
+from sanitize.artifacts import Artifact, ArtifactBuilder, Part
 from sanitize.compute import Compute
+from sanitize.data.class_names import CLASSES_FILE
 from sanitize.data.dataset import Dataset
 from sanitize.data.decode import ImageConfig, decode, encode_png
 from sanitize.data.samples import Sample, find_image, in_format
-from sanitize.data.writer import shard_writer
+from sanitize.data.writer import shard_writer, write_class_names
 from sanitize.denoising.pca import PCA
 from sanitize.denoising.pca_noise import PCANoise, PCANoiseConfig
 from sanitize.stage import Advance, Bars, Work, stage
@@ -34,7 +35,13 @@ class DenoiseConfig(PCANoiseConfig):
 
 
 class Denoised(Artifact):
-    """`shards/SHARD`: the usable samples with modified images; other members are unchanged."""
+    """`shards/SHARD`: the usable samples with modified images; other members are unchanged. Beside them lies
+    `classes.json`, if the classes of the data set have names."""
+
+    def shard_paths(self) -> list[str]:
+        """Paths of the shards, sorted."""
+        names = sorted(name for name in self.manifest().files if name.startswith("shards/"))
+        return [self.url(name) for name in names if not name.endswith(f"/{CLASSES_FILE}")]
 
     def image(self, sample: Sample, member: str | None = None) -> Tensor:
         """The modified image of a sample of these shards, rounded to uint8, (C, H, W).
@@ -47,7 +54,7 @@ class Denoised(Artifact):
         return decode(find_image(sample, member)[1], ImageConfig())
 
 
-@stage(Denoised, gpu=False)
+@stage(Denoised, version=2, gpu=False)
 def denoise_shards(
     config: DenoiseConfig,
     pca: PCA,
@@ -82,7 +89,10 @@ def denoise_shards(
                     part.counts["samples"] += 1
                     advance(1)
 
-    return Work(parts=dataset.shards, write_part=write_part, bar=Bars("denoise", dataset.n_samples))
+    def finish(part: Part, _builder: ArtifactBuilder) -> None:
+        write_class_names(part, (f"shards/{shard}" for shard in dataset.shards), dataset.class_names)
+
+    return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=Bars("denoise", dataset.n_samples))
 
 
 def _copy(

@@ -32,6 +32,7 @@ from sanitize.loop import Objective, OptimConfig, Step, TrainBatch, train
 from sanitize.models.checkpoint import Checkpoint, write_checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.models.taps import find_taps
+from sanitize.plural import counted
 from sanitize.progress import track
 from sanitize.snapshots import Snapshots, training
 from sanitize.stage import Work, stage
@@ -205,7 +206,8 @@ def _source(config: SimCLRConfig, dataset: Dataset, n_steps: int, i: int, comput
     """The share of a data set in every batch of an epoch, so that all data sets end together."""
     if dataset.n_samples < n_steps:
         raise ConfigError(
-            f"{dataset.path} has {dataset.n_samples} samples for {n_steps} batches: leave it out, or raise batch_size"
+            f"{dataset.path} has {counted(dataset.n_samples, 'sample')} for {counted(n_steps, 'batch')}: "
+            "leave it out, or raise batch_size"
         )
     order = partial(compute.generator, "simclr", "shuffle", i)
     return shuffled(dataset, dataset.n_samples // n_steps, config.cache_bytes, order, compute.torch_device)

@@ -21,6 +21,7 @@ from sanitize.errors import DataError
 from sanitize.importing.config import ImportConfig
 from sanitize.importing.detect import open_source
 from sanitize.importing.source import Offered, Source
+from sanitize.plural import counted, were
 from sanitize.stage import Advance, Bars, Work, stage
 from sanitize.tar.names import printable
 from sanitize.tar.write import TarWriter
@@ -213,4 +214,6 @@ def _check(summary: dict[str, Any], config: ImportConfig, places: Sequence[str])
     hint = "" if summary["imported"] else ". Paths of a table or of COCO start from its folder, or from --images FOLDER"
     more = f"more than max_refused_fraction {config.max_refused_fraction:g}: mend them or raise --max-refused"
     why = more if summary["imported"] else "nothing to import"
-    raise DataError(f"{places[0]}: {refused:,} of {offered:,} images were refused, {why}. {most}{hint}")
+    raise DataError(
+        f"{places[0]}: {refused:,} of {counted(offered, 'image')} {were(refused)} refused, {why}. {most}{hint}"
+    )

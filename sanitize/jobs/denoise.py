@@ -33,7 +33,7 @@ class DenoiseRun(JobRun):
     def shards(self) -> list[str]:
         """Paths or URLs of the modified shards, sorted."""
         denoised = Denoised.load(self._in("20-denoised"))
-        return [denoised.url(name) for name in sorted(denoised.manifest().files) if name.startswith("shards/")]
+        return denoised.shard_paths()
 
     @property
     def report(self) -> str:

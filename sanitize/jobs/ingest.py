@@ -42,6 +42,7 @@ from sanitize.jobs.store import (
 from sanitize.jobs.unfit import is_storage, look_again, losses, unfit_shards
 from sanitize.lease import check_held
 from sanitize.ledger import IngestBatch, Ledger, State
+from sanitize.plural import counted
 from sanitize.report import ReportConfig, write_drift_report, write_report
 from sanitize.score import score_shards
 from sanitize.select import WriteConfig, judge_shards, write_selected
@@ -107,7 +108,7 @@ def ingest(config: IngestConfig, run: Run) -> dict[str, Any]:
     work = _Work(config, run, ledger, [], [])
     for begun in ledger.read().unfinished:
         work.finish(begun)
-    landed = list_shards(config.shards, ledger.read())
+    landed = list_shards(config.shards, ledger.read(), names_of(newest))
     note_refused(landed.refused, ledger, work.refused)
     claimed = work.claim_all(landed.offered)
     state = note_duplicates(landed.offered, ledger)
@@ -164,6 +165,12 @@ class _Work(NamedTuple):
             gone, taken = {shard.url for shard in self.refused[n_refused:]}, self.ledger.read().taken
             waiting = [shard for shard in waiting if shard.sha256 not in taken and shard.url not in gone]
         return claimed
+
+
+def names_of(reference: Reference) -> dict[int, str] | None:
+    """Names of the classes of the reference, by number; None where labels are no class numbers."""
+    index = reference.config.index
+    return None if index.classes is not None or index.label != "cls" else index.class_names or {}
 
 
 def claim(config: IngestConfig, waiting: Sequence[Offered], ledger: Ledger) -> IngestBatch | None:
@@ -272,7 +279,8 @@ def _message(error: Exception) -> str:
 
 def _split(batch: IngestBatch, refused: Sequence[Refused]) -> CommitEntry:
     n, of_all = len(refused), len(batch.claim.shards)
-    reason = f"{n} of {of_all} shards refused; the others are new again" if n < of_all else f"all {n} shards refused"
+    others = "; the other is new again" if of_all - n == 1 else "; the others are new again"
+    reason = f"{n:,} of {counted(of_all, 'shard')} refused{others if n < of_all else ''}"
     return CommitEntry(batch=batch.claim.batch, status="split", reasons=(reason,), refused=tuple(refused))
 
 

@@ -1,17 +1,23 @@
 """Listing of incoming shards: shards to offer to the ledger, and refused files with their reasons."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
+from sanitize.data.class_names import names_beside, refuse_others
 from sanitize.data.sources import list_sources
 from sanitize.entries import Offered, Refused
 from sanitize.errors import ConfigError, DataError, StorageError
 from sanitize.ledger import State
 from sanitize.progress import track
-from sanitize.storage import fingerprint, sha256_file
+from sanitize.storage import absolute, fingerprint, is_local, sha256_file
+
+NAMES_REMEDY = (
+    "Import the shards again with the classes of the reference (`sanitize import --classes FILE`); if the file is "
+    "wrong, mend or remove it"
+)
 
 
 class Landed(NamedTuple):
@@ -36,8 +42,14 @@ class _Changing(Exception):
     """A shard changed while it was read."""
 
 
-def list_shards(sources: Sequence[str], state: State) -> Landed:
+def list_shards(sources: Sequence[str], state: State, names: Mapping[int, str] | None = None) -> Landed:
     """List all incoming shards. A shard that was seen before is known by size and time, and is not read again.
+
+    Args:
+        sources: places of incoming shards.
+        state: state of the ledger.
+        names: names of the classes of the reference, by number. New shards in folders that number the classes in
+            another way are refused. None compares nothing: labels are no class numbers.
 
     Raises:
         ConfigError: a source is no folder, pattern or URL, or there is no reference.
@@ -47,10 +59,11 @@ def list_shards(sources: Sequence[str], state: State) -> Landed:
     found = list_sources(sources, may_come=True)
     urls = list(found.shards.values())
     landed = Landed([], [], [refuse(url, reason) for url, reason in sorted(found.refused.items())], [], [])
+    unfit = {} if names is None else _other_numbers(urls, names, state)
 
     def look(url: str) -> Offered | Refused | Exception:
         try:
-            return _offered(url, state)
+            return _offered(url, state, unfit)
         except (ConfigError, DataError, OSError, UnicodeError) as error:
             return refuse(url, str(error))
         except (StorageError, _Changing) as error:
@@ -88,11 +101,52 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _offered(url: str, state: State) -> Offered:
+def _other_numbers(urls: Iterable[str], names: Mapping[int, str], state: State) -> dict[str, Exception]:
+    """Folders whose new shards cannot be taken, because files there number the classes in another way, with the reason.
+
+    They are compared with the reference, and with each other, those with known shards first.
+    """
+    known = {_folder(url) for url, _, _ in state.seen}
+    folders = sorted({_folder(url) for url in urls}, key=lambda folder: (folder not in known, folder))
+
+    def read(folder: str) -> dict[int, str] | Exception:
+        try:
+            return names_beside([folder], NAMES_REMEDY)
+        except (ConfigError, DataError, StorageError, OSError) as error:
+            return error
+
+    with ThreadPoolExecutor(16) as pool:
+        read_names = list(pool.map(read, folders))
+    unfit: dict[str, Exception] = {}
+    before: dict[int, str] = {}
+    first = ""
+    for folder, found in zip(folders, read_names, strict=True):
+        if isinstance(found, Exception):
+            unfit[folder] = found
+            continue
+        try:
+            refuse_others(found, names, folder, f"the reference v{state.reference.version:04d}", NAMES_REMEDY)
+            refuse_others(found, before, folder, first, NAMES_REMEDY)
+        except DataError as error:
+            unfit[folder] = error
+        else:
+            first = first or (folder if found else "")
+            before |= found
+    return unfit
+
+
+def _folder(url: str) -> str:
+    """The folder of a shard, with a slash at its end."""
+    return (absolute(url) if is_local(url) else url).rpartition("/")[0] + "/"
+
+
+def _offered(url: str, state: State, unfit: Mapping[str, Exception]) -> Offered:
     url.encode()  # a folder above may have a name that is not UTF-8, which the ledger cannot hold
     seen = _fingerprint(url)
     digest = known = state.seen.get(seen)
     if digest is None:
+        if (error := unfit.get(_folder(url))) is not None:
+            raise error
         digest = sha256_file(url)
     if known is None and _fingerprint(url) != seen:
         raise _Changing(f"{url} changed while it was read; the next ingest reads it again")

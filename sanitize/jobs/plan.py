@@ -24,6 +24,7 @@ from sanitize.jobs.clean import CleanConfig, clean_inside
 from sanitize.jobs.job import job
 from sanitize.jobs.result import CallResult
 from sanitize.jobs.run import Run
+from sanitize.plural import are, counted
 from sanitize.select import trusted_shards
 from sanitize.tar.compression import plain_suffix
 
@@ -132,7 +133,9 @@ def plan(config: PlanConfig, run: Run) -> dict[str, Any]:
     small, n_small, _ = _try(config, found, chosen, trusted, few, scratch / "small")
     large, n_large, stored = _try(config, found, chosen, trusted, per_shard, scratch / "large")
     if n_large <= n_small:
-        raise DataError(f"{n_large} samples in {len(chosen)} shards are too few to measure on")
+        raise DataError(
+            f"{counted(n_large, 'sample')} in {counted(len(chosen), 'shard')} {are(n_large)} too few to measure on"
+        )
     costs = _costs(small, large, n_large - n_small, n_large, config)
     n_bytes = sum(int(shard["size"]) for shard in fingerprint_shards(found).values())
     n = round(n_bytes / stored)

@@ -13,6 +13,7 @@ from sanitize.data.reasons import gathered
 from sanitize.entries import ClaimEntry, Offered, Refused
 from sanitize.errors import DataError, ShardError, StorageError
 from sanitize.jobs.landed import as_utf8
+from sanitize.plural import are, counted
 from sanitize.storage import exists, fingerprint, join, sha256_file
 
 logger = logging.getLogger("sanitize.ingest")
@@ -125,13 +126,14 @@ def _why_bad(table: pa.Table, summary: dict[str, Any], config: IndexConfig) -> s
         return f"it has no samples{damage}"
     if n_bad < n and n_bad <= config.max_bad_fraction * n:
         return (
-            f"it lost an unknown number of samples behind the {n} that are there ({summary['damage']}), and not "
-            f"more than max_bad_shards={config.max_bad_shards} such shards may be in a batch. Let the whole shard land"
+            f"it lost an unknown number of samples behind the {'one' if n == 1 else f'{n:,}'} that {are(n)} there "
+            f"({summary['damage']}), and not more than max_bad_shards={config.max_bad_shards} such shards may be in a "
+            "batch. Let the whole shard land"
         )
     lost = [f"about {n_lost} x behind the damage"] if n_lost else []
     why = "; ".join([gathered(reason for reason in table["reason"].to_pylist() if reason).most(), *lost])
     limit = f"more than max_bad_fraction={config.max_bad_fraction}" if n_bad < n else "all there are"
-    return f"{n_bad} of {n} samples are unreadable, {limit}: {why}{damage}"
+    return f"{n_bad:,} of {counted(n, 'sample')} {are(n_bad)} unreadable, {limit}: {why}{damage}"
 
 
 def losses(dataset: Dataset, claim: ClaimEntry) -> list[str]:

@@ -24,6 +24,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.samples import Sample
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ConfigError, DataError
+from sanitize.plural import counted
 from sanitize.progress import track
 from sanitize.stage import Work, stage
 from sanitize.tar.names import split_name
@@ -124,7 +125,9 @@ def sample_shards(
 def divide(config: SampleConfig, dataset: Dataset, compute: Compute) -> dict[str, dict[int, Side]]:
     """Side of the chosen samples: {shard: {position: side}}; every shard in the result has some."""
     if dataset.n_samples < 3:
-        raise DataError(f"{dataset.path} has {dataset.n_samples} usable samples: too few for training and test")
+        raise DataError(
+            f"{dataset.path} has {counted(dataset.n_samples, 'usable sample')}: too few for training and test"
+        )
     n_train, n_test = config.sizes(dataset.n_samples)
     sides: dict[str, dict[int, Side]] = {}
     for *_, shard, position in heapq.nlargest(n_train, _hashed(dataset, compute)):

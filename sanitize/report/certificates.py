@@ -8,12 +8,13 @@ from sanitize.artifacts import Part
 from sanitize.certification.certificates import excerpt
 from sanitize.compute import Compute
 from sanitize.package import ModelPackage
+from sanitize.plural import counted
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
 
 
-@stage(Report, gpu=False, draws="nothing", version=2)
+@stage(Report, gpu=False, draws="nothing", version=3)
 def write_certificate_report(package: ModelPackage, out: str, compute: Compute) -> Work:
     """Write the page about certificates of a model.
 
@@ -42,7 +43,7 @@ def write_certificate_report(package: ModelPackage, out: str, compute: Compute) 
 def _headline(certificate: dict[str, Any]) -> str:
     curve, unit = certificate["certified_accuracy"], certificate["radius_unit"]
     radius, share = curve[len(curve) // 2]
-    proved = f"Certified accuracy {share:.1%} on {certificate['samples']} test samples"
+    proved = f"Certified accuracy {share:.1%} on {counted(certificate['samples'], 'test sample')}"
     if certificate["integral"]:
         return f"{proved} for up to {radius:g} {unit} inserted or removed"
     return f"{proved} for changes smaller than {radius:g} ({unit})"

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
+from sanitize.plural import counted
+
 _WIDTH, _HEIGHT = 460, 236
 _LEFT, _TOP, _X_END, _FOOT = 50, 24, 452, 194  # the plot inside a histogram: its left, top, right and lower edge
 _NAMES = 340  # right edge of a plot whose lines are named at their ends
@@ -98,7 +100,7 @@ def counts(edges: Sequence[float], values: Sequence[int], x_name: str) -> str:
     for i, n in enumerate(values):
         parts += _bars(plot, edges[i], edges[i + 1], n, 0, x_name)
     parts += _score_axis(plot, x_name)
-    text = f"Histogram of {sum(values):,} samples; {x_name} from {number(edges[0])} to {number(edges[-1])}."
+    text = f"Histogram of {counted(sum(values), 'sample')}; {x_name} from {number(edges[0])} to {number(edges[-1])}."
     return _svg("histogram", _WIDTH, _HEIGHT, text, parts)
 
 
@@ -121,7 +123,7 @@ def _describe(
 ) -> str:
     line = "no threshold" if threshold is None else f"the threshold is {number(threshold)}"
     return (
-        f"Histogram of the scores of class {name}: {sum(kept):,} samples kept, {sum(removed):,} removed; "
+        f"Histogram of the scores of class {name}: {counted(sum(kept), 'sample')} kept, {sum(removed):,} removed; "
         f"scores from {number(edges[0])} to {number(edges[-1])}; {line}."
     )
 

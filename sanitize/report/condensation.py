@@ -9,6 +9,7 @@ from sanitize.compute import Compute
 from sanitize.condensation import CondensedSet
 from sanitize.data.class_names import class_name
 from sanitize.data.decode import ImageConfig, decode, encode_png
+from sanitize.plural import counted
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page
 from sanitize.report.pictures import Thumbnail, shrink
@@ -18,7 +19,7 @@ _N_NAMED = 100  # classes named on the page
 _SIDE = 480  # pixels: ten images of 46 pixels, or larger ones made smaller
 
 
-@stage(Report, gpu=False, draws="nothing", version=3)
+@stage(Report, gpu=False, draws="nothing", version=4)
 def write_condensation_report(condensed: CondensedSet, out: str, compute: Compute) -> Work:
     """Write the page about a condensed set.
 
@@ -51,7 +52,7 @@ def _rows(info: dict[str, Any]) -> list[str]:
 
 def _headline(info: dict[str, Any]) -> str:
     n, n_real = sum(info["labels"].values()), sum(info["real_images"].values())
-    condensed = f"{n_real:,} images condensed to {n:,}"
+    condensed = f"{counted(n_real, 'image')} condensed to {n:,}"
     if info["utility"] is None:
         return f"{condensed}; the accuracy of networks trained on them was not measured."
     accuracies = info["utility"]["test_accuracy"]

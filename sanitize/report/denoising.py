@@ -24,7 +24,7 @@ _N_IMAGES = 10
 _SIDE = 64  # pixels of a picture
 
 
-@stage(Report, gpu=False, version=2)
+@stage(Report, gpu=False, version=3)
 def write_denoising_report(pca: PCA, dataset: Dataset, denoised: Denoised, out: str, compute: Compute) -> Work:
     """Write the page about denoised shards.
 

@@ -16,7 +16,7 @@ HEADLINES = {
 }
 
 
-@stage(Report, gpu=False, draws="nothing", version=4)
+@stage(Report, gpu=False, draws="nothing", version=5)
 def write_drift_report(drift: Drift, out: str, compute: Compute) -> Work:
     """Write the page about a comparison with the reference.
 

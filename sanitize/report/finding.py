@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from sanitize.data.class_names import class_name, named_in
+from sanitize.plural import counted, were
 
 PLANTED = "toxic_direction"
 LOOKED_FOR = {
@@ -88,8 +89,10 @@ def find(
     canaries = canaries_of(scorers, names)
     if PLANTED in by_evidence or (by_evidence and PLANTED not in scorers):
         what = " and ".join(dict.fromkeys(LOOKED_FOR.get(kind, "odd samples") for kind in by_evidence))
-        return Finding("found", f"{removed:,} samples were removed: {what}.", reasons, looked_for, canaries)
-    others = f" {removed:,} samples were removed by other rules." if removed else ""
+        return Finding(
+            "found", f"{counted(removed, 'sample')} {were(removed)} removed: {what}.", reasons, looked_for, canaries
+        )
+    others = f" {counted(removed, 'sample')} {were(removed)} removed by other rules." if removed else ""
     if reasons:
         return Finding("inconclusive", f"{_sentence(reasons[0].why)}{others}", reasons, looked_for, canaries)
     stated = (scorers[PLANTED].get("finding") or {}).get("why") or "no class holds a group that looks planted"
@@ -186,7 +189,7 @@ def _reasons(
     n_small, n_all = (sum(classes[label].get("n", 0) for label in labels) for labels in (small, classes))
     if n_small > UNJUDGED * n_all:
         named = _listed(small, names) + (", ..." if small[MAX_NAMED:] else "")
-        which = f"class {named} has" if len(small) == 1 else f"{len(small):,} classes ({named}) have"
+        which = f"class {named} has" if len(small) == 1 else f"{counted(len(small), 'class')} ({named}) have"
         reasons.append(Reason(f"{which} too few samples to judge (fewer than {least})", "scorers.0.min_class"))
     return reasons
 

@@ -27,6 +27,7 @@ from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Hygiene, Scores, Selection
 from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
+from sanitize.plural import counted, were
 from sanitize.report import charts
 from sanitize.report.finding import Finding, describe_canary, find, groups_of
 from sanitize.report.groups import pictures_of, with_examples
@@ -68,7 +69,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=7, gpu=False, draws="nothing")
+@stage(Report, version=8, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -226,15 +227,15 @@ def _outcome(numbers: dict[str, Any]) -> str:
     reason = reasons[kinds.pop()] if len(kinds) == 1 and not by_hygiene else ""
     reason += f" ({by_hygiene:,} for hygiene alone)" if by_hygiene else ""
     end = f"; {unreadable}" if counts["unreadable"] else ""
-    return f"{n:,} of {total:,} samples {'was' if one else 'were'} removed{reason}, from {_places(numbers)}{end}."
+    return f"{n:,} of {counted(total, 'sample')} {were(n)} removed{reason}, from {_places(numbers)}{end}."
 
 
 def _places(numbers: dict[str, Any]) -> str:
     touched = [clean_text(class_name(c)) for c in numbers["classes"] if c["removed"]]
     if len(touched) == numbers["n_classes"] > 4:
-        return f"all {len(touched):,} classes"
+        return f"all {counted(len(touched), 'class')}"
     if len(touched) > 4:
-        return f"{len(touched):,} of {numbers['n_classes']:,} classes"
+        return f"{len(touched):,} of {counted(numbers['n_classes'], 'class')}"
     if len(touched) == 1:
         return f"class {touched[0]}"
     return f"classes {', '.join(touched[:-1])} and {touched[-1]}"
@@ -298,6 +299,7 @@ def template(name: str) -> jinja2.Template:
     )
     environment.filters |= {
         "count": lambda n: f"{n:,}",
+        "counted": counted,
         "share": lambda x: f"{100 * x:.1f} %" if x == 0 or x >= 0.001 else "< 0.1 %",
         "number": lambda x, step=0.0: "–" if x is None else charts.number(x, step),
         "text": clean_text,

@@ -7,6 +7,7 @@ from markupsafe import Markup
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.decode import ImageConfig, decode
+from sanitize.plural import counted
 from sanitize.redteaming import MEASURES, NONE, Findings, Samples
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page
@@ -16,7 +17,7 @@ _DETECTION = ("recall", "precision", "false_removals")
 _MODELS = ("acc_before", "acc_after", "asr_before", "asr_after", "asr_baseline")
 
 
-@stage(Report, gpu=False, draws="nothing", version=3)
+@stage(Report, gpu=False, draws="nothing", version=4)
 def write_redteam_report(findings: Findings, samples: Samples, out: str, compute: Compute) -> Work:
     """Write the page about a red team.
 
@@ -55,7 +56,7 @@ def headline(info: dict[str, Any]) -> str:
         missed = [requirement["text"] for requirement in required if not requirement["met"]]
         if not missed:
             return "The requirement is met." if len(required) == 1 else f"All {len(required)} requirements are met."
-        return f"{len(missed)} of {len(required)} requirements missed: {', '.join(missed)}."
+        return f"{len(missed)} of {counted(len(required), 'requirement')} missed: {', '.join(missed)}."
     measures = {case["name"]: case["measures"] for case in info["cases"]}
     recalls = [f"{100 * by['recall']['mean']:.1f} % ({name})" for name, by in measures.items() if name != NONE]
     false_removals = 100 * measures[NONE]["false_removals"]["mean"]

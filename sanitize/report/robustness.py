@@ -16,7 +16,7 @@ _N_BINS = 40
 _N_POINTS = 60  # of a curve
 
 
-@stage(Report, gpu=False, draws="nothing", version=2)
+@stage(Report, gpu=False, draws="nothing", version=3)
 def write_robustness_report(robustness: Robustness, out: str, compute: Compute) -> Work:
     """Write the page about measured robustness.
 

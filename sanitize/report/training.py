@@ -6,13 +6,14 @@ from markupsafe import Markup
 
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
+from sanitize.plural import counted
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page
 from sanitize.stage import Work, stage
 from sanitize.training import RobustModel
 
 
-@stage(Report, gpu=False, draws="nothing", version=2)
+@stage(Report, gpu=False, draws="nothing", version=3)
 def write_training_report(model: RobustModel, out: str, compute: Compute) -> Work:
     """Write the page about robust training.
 
@@ -39,7 +40,9 @@ def _numbers(model: RobustModel) -> dict[str, Any]:
         else f"accuracy {last['accuracy']:.1%} on the given labels"
     )
     return {
-        "headline": f"{len(history)} epochs; {measured}; {last['dropped']:.0%} of the samples dropped at the end.",
+        "headline": (
+            f"{counted(len(history), 'epoch')}; {measured}; {last['dropped']:.0%} of the samples dropped at the end."
+        ),
         "history": history,
         "columns": list(last),
         "dropped": method["select_batch"]["kind"] != "all",

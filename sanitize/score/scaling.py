@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sanitize.errors import DataError
+from sanitize.plural import counted
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Scaling:
         Raises DataError where a column has no value."""
         n_rows, n_columns = x_ND.shape
         if n_rows == 0 or n_columns == 0:
-            raise DataError(f"nothing to fit: {n_rows} rows of {n_columns} columns")
+            raise DataError(f"nothing to fit: {counted(n_rows, 'row')} of {counted(n_columns, 'column')}")
         blocks = x_ND.split(_SCALED)
         count_D = torch.stack([(~block.isnan()).sum(0) for block in blocks]).sum(0)
         if empty := (count_D == 0).nonzero().flatten().tolist():
@@ -77,7 +78,7 @@ class Scaling:
         """`as_rows`; raises DataError where the number of columns is not that of the estimate."""
         x_ND = as_rows(x_ND)
         if x_ND.shape[1] != len(self.mean_D):
-            raise DataError(f"{x_ND.shape[1]} columns, but the model was fitted on {len(self.mean_D)}")
+            raise DataError(f"{counted(x_ND.shape[1], 'column')}, but the model was fitted on {len(self.mean_D)}")
         return x_ND
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from sanitize.errors import ConfigError
+from sanitize.plural import counted
 
 Scores = Mapping[int, np.ndarray]  # label -> float32 (N,)
 Statistics = Mapping[int, Mapping[str, float]]
@@ -254,7 +255,7 @@ class ConformalRule(_PValueRule):
         n_needed = math.ceil(1 / self.q) - 1
         if n < n_needed:
             raise ConfigError(
-                f"rule 'conformal' at q = {self.q} needs at least {n_needed} trusted samples, not {n}: no "
+                f"rule 'conformal' at q = {self.q} needs at least {counted(n_needed, 'trusted sample')}, not {n}: no "
                 "p-value is below 1 / (trusted samples + 1). Name more shards under `trusted:`; to find a few outliers "
                 "among N samples, about N trusted samples are needed"
             )

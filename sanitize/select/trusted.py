@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from sanitize.errors import ConfigError
+from sanitize.plural import counted
 
 
 def trusted_shards(patterns: Sequence[str], shards: Mapping[str, str]) -> tuple[str, ...]:
@@ -21,8 +22,8 @@ def trusted_shards(patterns: Sequence[str], shards: Mapping[str, str]) -> tuple[
         named = {name for name, url in shards.items() if fnmatchcase(name, pattern) or fnmatchcase(url, pattern)}
         if not named:
             raise ConfigError(
-                f"trusted: {pattern!r} names none of the {len(shards)} shards (such as {min(shards)!r}); trusted "
-                "shards must be among `shards`"
+                f"trusted: {pattern!r} names none of {counted(len(shards), 'shard')} (such as {min(shards)!r}); "
+                "trusted shards must be among `shards`"
             )
         found |= named
     if len(found) == len(shards):

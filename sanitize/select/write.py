@@ -49,7 +49,7 @@ class Shards(Artifact):
         return [self.url(name) for name in sorted(self.manifest().files) if name.startswith("clean/")]
 
 
-@stage(Shards, version=3, gpu=False, draws="nothing")
+@stage(Shards, version=4, gpu=False, draws="nothing")
 def write_selected(
     config: WriteConfig,
     dataset: Dataset,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sanitize.compute import Compute
-from sanitize.data.class_names import MAX_NAME, class_name, named_in, names_beside, refuse_others
+from sanitize.data.class_names import MAX_NAME, as_listed, class_name, named_in, names_beside, refuse_others
 from sanitize.data.index import IndexConfig, index_shards
 from sanitize.errors import DataError
 from sanitize.score.toxic_direction import verdict
@@ -71,6 +71,11 @@ def test_names_are_found_beside_shards_and_beside_clean_shards(tmp_path: Path) -
     assert names_beside([a]) == {0: "cat", 1: "dog"}
     assert names_beside([clean]) == {1: "dog", 2: "owl"}
     assert names_beside([a, clean, str(tmp_path / "b/x.tar")]) == {0: "cat", 1: "dog", 2: "owl"}
+
+
+def test_names_are_listed_as_they_are_read_again(tmp_path: Path) -> None:
+    names = {3: "cat", 1: "dog", 7: "cat"}
+    assert names_beside([beside(tmp_path, as_listed(names))]) == {1: "dog", 3: "cat"}  # the first number of a name
 
 
 def test_a_shard_in_the_working_directory_has_its_names_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def test_reasons_that_differ_in_numbers_and_quotes_are_one_kind() -> None:
         "label '…' is not an integer": 2
     }
     assert (
-        gathered(["label 7 is bad", "label 8 is bad", "plain"]).most() == "2 x label 7 is bad and the like; 1 x plain"
+        gathered(["label 7 is bad", "label 8 is bad", "plain"]).most() == "2 x for example: label 7 is bad; 1 x plain"
     )
     assert differences("label 1200 is not in 0..999", "label … is not in 0..999") == "1200"
     assert differences("image is empty", "image is empty") == ""

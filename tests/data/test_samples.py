@@ -387,7 +387,7 @@ def test_the_image_is_the_one_member_with_an_image_suffix() -> None:
         (("left.jpg", "right.jpg"), None, "2 image members, 'left.jpg, right.jpg': set index.image.member"),
         (("left.jpg", "right.jpg"), "up.jpg", "no image members for index.image.member=up.jpg"),
         (("left.jpg", "left.png"), "left.webp", "2 image members for"),
-        (("mp4", "txt"), None, "no image member; the members are 'mp4, txt'"),
+        (("mp4", "txt"), None, "no image member beside 'mp4, txt'"),
     ],
 )
 def test_the_image_of_a_sample_with_several_members(suffixes: tuple[str, ...], member: str | None, wanted: str) -> None:

@@ -88,7 +88,7 @@ def test_one_row_a_picture_and_one_for_an_unreadable_sample(shard: str, members:
     assert summary["formats"] == {"png": 8, "jpeg": 3}
     assert [row["reason"] for row in rows if row["status"] != "ok"] == [
         "'d.right.jpg': image data is damaged",
-        "no image member; the members are 'txt, cls'",
+        "no image member beside 'txt, cls'",
         "label 'x' is not an integer: set index.classes=names if these are class names",
     ]
 
@@ -239,7 +239,7 @@ def test_too_many_unreadable_samples_are_counted_as_samples(make_png: Make, tmp_
         tmp_path / "in/x.tar",
         [member for key in "abc" for member in sample(key, good)] + sample("d", {"0.png": make_png(0), "1.png": b"no"}),
     )
-    with pytest.raises(DataError, match="1 of 4 samples are unreadable"):
+    with pytest.raises(DataError, match="1 of 4 samples is unreadable"):
         indexed(shards, tmp_path / "index", max_bad_fraction=0.2)
     assert indexed(shards, tmp_path / "again", max_bad_fraction=0.25).n_samples == 9
 

@@ -14,6 +14,9 @@ from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.digits import Digits
 from sanitize.data.index import IndexConfig, index_shards
+from sanitize.entries import DuplicatesEntry, ReferenceEntry
+from sanitize.jobs.landed import list_shards
+from sanitize.ledger import Ledger
 from tests.flows.stores import LEVEL, land
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -79,14 +82,77 @@ def test_batches_are_held_for_reasons_that_name_classes(
     index = index_shards(IndexConfig(), digits.shards()[8:12], str(tmp_path / "index"), compute)
     attack = BadNetsConfig(rate=0.4, size=4, pattern="white", target=3)
     poisoned = poison_shards(attack, index, str(tmp_path / "poisoned"), compute)
-    # The batch comes with other names: those of the reference count.
-    batch = named(tmp_path / "in", poisoned.shard_paths(), tuple(f"wrong-{name}" for name in NAMES))
-    result = run("ingest", "--store", store, "--shards", batch, "--direct", "--device=cpu")
+    batch = named(tmp_path / "in", poisoned.shard_paths(), tuple(reversed(NAMES)))
+    ingest = ("ingest", "--store", store, "--shards", batch, "--direct", "--device=cpu")
+    result = run(*ingest)
+    n = len(poisoned.shard_paths())
+    assert result.exit_code == 3
+    assert result.output.count("numbered in different ways: class 0 is 'nine'") == n, result.output
+    assert result.output.count("in the reference v0001 it is 'zero'") == n
+    assert "index.class_names" not in result.output  # it cannot be set here
+    assert not (store / "batches").exists()
+    (batch / "classes.json").unlink()  # as the message says; the names of the reference count
+    result = run(*ingest)
     assert "class 3 (three): embeddings shifted" in result.output, result.output
     assert "class 3 (three): embeddings shifted" in CliRunner().invoke(app, ["batches", "--store", str(store)]).output
     (folder,) = (store / "batches").iterdir()
     assert "3 (three)" in page(folder, "91-drift-report")
-    assert "wrong-" not in page(folder, "91-drift-report") + page(folder)
+
+
+def test_new_shards_in_folders_that_number_classes_in_another_way_are_refused_and_known_ones_stay(
+    digits: Digits, tmp_path: Path
+) -> None:
+    ledger = Ledger(tmp_path / "store")
+    shards = digits.shards()
+    entry = ReferenceEntry(version=1, config="0" * 64, digests={}, shards=())
+    ledger.append(lambda _state: entry)
+    places = [
+        named(tmp_path / "c", shards[:1], ("cat", "dog")),
+        named(tmp_path / "a", shards[1:2], ("dog", "cat")),
+        named(tmp_path / "b", shards[2:3], ("cat", "dog", "owl")),
+    ]
+    (tmp_path / "none").mkdir()
+    land(shards[3:4], tmp_path / "none")
+    every = [*map(str, places), str(tmp_path / "none")]
+
+    def listed(names: dict[int, str] | None, sources: list[str] = every) -> tuple[set[str], dict[str, str]]:
+        landed = list_shards(sources, ledger.read(), names)
+        folders = {Path(shard.url).parent.name for shard in landed.offered}
+        return folders, {Path(shard.url).parent.name: shard.reason for shard in landed.refused}
+
+    # Compared with the reference.
+    offered, refused = listed({0: "cat", 1: "dog"})
+    assert offered == {"c", "b", "none"}
+    assert "class 0 is 'dog'" in refused["a"]
+    assert "reference v0001" in refused["a"]
+    # Without names there, with each other: known shards come first, then the order of the folders.
+    assert listed({})[0] == {"a", "none"}
+    ledger.append(lambda _state: DuplicatesEntry(shards=tuple(list_shards([every[0]], ledger.read()).offered)))
+    offered, refused = listed({})
+    assert offered == {"c", "b", "none"}
+    assert str(tmp_path / "c") in refused["a"]
+    # A known shard stays known, whatever lies beside it now.
+    assert listed({0: "owl"})[0] == {"c", "none"}
+    # Labels that are names, or lie elsewhere, have no numbers.
+    assert listed(None) == ({"a", "b", "c", "none"}, {})
+
+
+@pytest.mark.parametrize("command", ["poison", "denoise"])
+def test_copies_of_shards_keep_the_names(command: str, digits: Digits, tmp_path: Path) -> None:
+    shards = named(tmp_path / "in", digits.shards()[:2])
+    out = tmp_path / "out"
+    if command == "poison":
+        result = run("poison", "--shards", shards, "--out", out, "--rate=0.1")
+        copies = out / "poisoned" / "shards"
+    else:
+        result = run("denoise", "--shards", shards, "--out", out, "--direct", "--device=cpu", "--dims=4")
+        copies = out / "20-denoised" / "shards"
+    assert result.exit_code == 0, result.output
+    assert json.loads((copies / "classes.json").read_text()) == {name: i for i, name in enumerate(NAMES)}
+    assert "3 (three):" in run("inspect", copies).output
+    (shards / "classes.json").unlink()
+    assert run("poison", "--shards", shards, "--out", tmp_path / "plain").exit_code == 0
+    assert not (tmp_path / "plain/poisoned/shards/classes.json").exists()
 
 
 def test_models_know_the_names_of_clean_shards_and_repairs_keep_them(
@@ -133,6 +199,8 @@ def test_a_condensed_set_names_its_rows(digits: Digits, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     html = page(tmp_path / "run")
     assert all(f"{number} ({name})" in html for number, name in enumerate(NAMES))
+    (condensed,) = (tmp_path / "run").glob("*/shards")
+    assert "3 (three):" in run("inspect", condensed).output
 
 
 def test_inspect_names_classes_and_says_where_a_file_is_no_map(digits: Digits, tmp_path: Path) -> None:

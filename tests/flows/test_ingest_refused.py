@@ -154,7 +154,7 @@ def test_the_limit_of_unreadable_samples_is_of_each_shard_and_can_be_raised(
     (incoming / "mixed.tar").write_bytes(good[: 9 * 2048] + bad)  # the ninth of headers and payloads, no end marker
     (incoming / "good.tar").write_bytes(tar_of(b"3", 200, make_png, 3))
     result = quick(store, incoming)
-    assert ["1 of 10 samples are unreadable" in r["reasons"][0] for r in result["refused"]] == [True]
+    assert ["1 of 10 samples is unreadable" in r["reasons"][0] for r in result["refused"]] == [True]
     assert [batch["status"] for batch in result["batches"]] == ["split", "failed"]
     decide(str(store), "mixed.tar", "retried")
     result = quick(store, incoming, max_bad_fraction=0.2)

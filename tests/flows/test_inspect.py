@@ -300,6 +300,17 @@ def test_one_sentence_for_all_samples_and_three_examples(
     assert all(data[one["byte"] :].startswith(one["key"].encode()) for one in kind["examples"])
 
 
+def test_folders_of_splits_are_offered_as_no_classes(
+    tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes]
+) -> None:
+    for folder, is_class in (("training", False), ("val", False), ("cats", True)):
+        shard = make_tar(tmp_path / f"{folder}.tar", [(f"{folder}/{i}.png", make_png(i)) for i in range(3)])
+        result = run("inspect", shard)
+        assert ("if the folders are the classes" in result.output) == is_class
+        assert "if the class is in the name" in result.output
+        assert "1 shard, " in result.output
+
+
 def test_image_text_shards_are_cleaned_without_labels(
     tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes]
 ) -> None:
@@ -377,7 +388,7 @@ def test_a_shard_of_which_nothing_is_read_fails_the_run_and_is_named(folder: Pat
     written = [path.name for path in Path(summary["clean"]).iterdir()]
     assert ("more.tar.lzma" in written, len(written)) == (False, 20)
     plain = run("clean", folder.parent / "config.yaml", "--out", folder.parent / "run", "--direct")
-    assert "1 shards are damaged, and what could not be read" in plain.output
+    assert "1 shard is damaged, and what could not be read" in plain.output
     assert f"nothing read of shard {name}: lzma compressed" in plain.output
 
 

@@ -210,6 +210,20 @@ def test_other_jobs_refuse_before_any_work(name: str, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_poison_refuses_all_pictures_before_any_work_and_takes_one(
+    pairs: tuple[Path, set[str]], tmp_path: Path
+) -> None:
+    command = ["poison", "--shards", str(pairs[0]), "--rate=0.1", "--out", str(tmp_path / "out"), "-q", "--json"]
+    refused = CliRunner().invoke(app, [*command, "--set=index.image.member=all"])
+    assert refused.exit_code == 2
+    assert "such as left.jpg, or to first" in " ".join(refused.output.split())
+    assert not (tmp_path / "out").exists()
+    made = CliRunner().invoke(app, [*command, "--set=index.image.member=first", "--set=target=1"])
+    assert made.exit_code == 0, made.output
+    counts = json.loads(made.stdout)["counts"]
+    assert counts["poisoned"] == round(0.1 * counts["samples"])
+
+
 def test_such_a_run_is_no_reference(cleaned: CleanRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be a reference, which judges one picture a sample"):
         reference(run=cleaned.folder, out=tmp_path / "store")
@@ -225,3 +239,8 @@ def test_inspect_counts_samples_and_offers_the_setting(pairs: tuple[Path, set[st
     assert sum(every["labels"].values()) == summary["counts"]["samples"] == summary["counts"]["pictures"] // 2
     assert sum(every["image_sizes"].values()) == summary["counts"]["pictures"]
     assert "--set index.image.member=all" in every["next"][0]
+    printed = CliRunner().invoke(app, ["inspect", shard, "-q", "--set", "image.member=all"]).output
+    n = summary["counts"]["samples"]
+    assert f"{n:,} samples with {2 * n:,} usable pictures, 0 unreadable" in printed
+    assert "samples by class:" in printed
+    assert "sizes of pictures:" in printed

@@ -252,6 +252,6 @@ def test_exit_codes(photos: dict[str, bytes], tmp_path: Path) -> None:
     assert command(source, *out, "--set", "samples=3").exit_code == 2
     failed = command(source, *out, "--max-refused", 0)
     assert failed.exit_code == 1
-    assert "1 of 31 images were refused" in " ".join(failed.output.split())
+    assert "1 of 31 images was refused" in " ".join(failed.output.split())
     assert not (tmp_path / "out").exists()
     assert command(source, *out, "--max-refused", 0.1).exit_code == 0

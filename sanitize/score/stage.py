@@ -75,7 +75,7 @@ class FittedScorer(Artifact):
         return scorer
 
 
-@stage(FittedScorer, version=7)
+@stage(FittedScorer, version=8)
 def fit_scorer(
     config: ScorerConfig,
     embeddings: Embeddings,

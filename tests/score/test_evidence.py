@@ -20,7 +20,9 @@ import sanitize
 from sanitize.arrays import PoisonFound
 from sanitize.near_duplicates import near_duplicates
 from sanitize.score.toxic_direction import EvidenceConfig, ToxicDirectionConfig
+from sanitize.score.toxic_direction.candidates import Candidate
 from sanitize.score.toxic_direction.complete import complete
+from sanitize.score.toxic_direction.decide import weighed_again
 from sanitize.score.toxic_direction.evidence import (
     AXES,
     Evidence,
@@ -38,10 +40,11 @@ from sanitize.score.toxic_direction.natural import UNKNOWN_SPREAD, compared, nat
 from sanitize.score.toxic_direction.rule import Measures, decision
 from sanitize.score.toxic_direction.scorer import fair_share
 from sanitize.score.toxic_direction.twins import Twins, most_contradicted
+from sanitize.score.toxic_direction.weigh import compare, decided_among, know, weigh_class, weighed_group
 
 N_CLASSES, D = 5, 16
 STYLES, LOOKS = 6, 48  # styles of a class, and columns of what images look like
-QUICK = ToxicDirectionConfig(n_starts=32)
+QUICK, CONFIG = ToxicDirectionConfig(n_starts=32), EvidenceConfig()
 SEEDS = st.integers(0, 2**31)
 
 
@@ -211,6 +214,33 @@ def test_a_group_of_poison_from_one_class_is_completed_by_that_from_others() -> 
     found = poisoned.find()
     assert found.mask[poisoned.poison.numpy()].mean() > 0.95
     assert found.mask[~poisoned.poison.numpy()].mean() < 0.005
+
+
+def test_what_is_left_of_a_group_whose_poison_an_earlier_round_took_has_no_stamp_and_no_distance() -> None:
+    clean = data()
+    poisoned = with_trigger(clean, others(clean, 0)[:40], target=0, axis=12)
+    digests_N = torch.arange(len(poisoned.labels))
+    known = know({"pooled": poisoned.pooled}, poisoned.gradients, poisoned.logits, poisoned.labels, digests_N)
+    weighed = [
+        weigh_class(known, label, (poisoned.labels == label).nonzero()[:, 0], CONFIG, QUICK, seeded(label))
+        for label in range(N_CLASSES)
+    ]
+    of_class = compare(weighed, known, CONFIG)[0]
+    is_poison_n = poisoned.poison[of_class.rows]
+    members_n = is_poison_n.clone()
+    members_n[(~is_poison_n).nonzero()[:20, 0]] = True
+    group = weighed_group(
+        known,
+        0,
+        of_class.rows,
+        Candidate("pooled", members_n, 20.0),
+        torch.ones_like(members_n),
+        Measures(separation=20.0, stamp=(0.9, 0.9)),
+    )
+    assert decided_among(group, of_class.natural, CONFIG, known).decision == "planted"
+    left = weighed_again(of_class, group, known, ~is_poison_n, CONFIG)
+    assert left.measures.size == 20
+    assert left.decision == "natural"
 
 
 def test_a_natural_group_is_not_completed_by_samples_of_other_styles() -> None:

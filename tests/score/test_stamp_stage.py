@@ -45,6 +45,8 @@ def evidence(**values: float) -> Evidence:
     [
         (ODD, Measures(size=60, share=0.9, separation=4.0), ("planted", "labels")),
         (ODD, Measures(size=60, share=0.9, separation=3.5), ("unsure", "labels")),
+        (ODD | {"p": 0.005}, Measures(size=60, share=0.9, separation=5.9), ("unsure", "labels")),
+        (ODD | {"p": 0.005}, Measures(size=60, share=0.9, separation=6.0), ("planted", "labels")),
         (ODD | {"level_rest": 0.77}, Measures(size=60, share=0.9, separation=8.0), ("natural", "")),
         (ODD, Measures(size=60, share=0.9, separation=2.8), ("natural", "")),
         (DOUBTFUL, Measures(size=60, share=0.4, separation=2.8), ("natural", "")),

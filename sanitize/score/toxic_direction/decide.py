@@ -1,7 +1,8 @@
 """Planted groups of a class, in rounds.
 
 The surest planted group of a class is taken out and the others are weighed again, so that two triggers in one class are
-found in one run, and the rest of the class that a group is compared with holds no other group.
+found in one run, and the rest of the class that a group is compared with holds no other group. A group that lost more
+than a fifth of its members in an earlier round is another group: it must be odd by its labels.
 """
 
 from typing import NamedTuple
@@ -62,8 +63,15 @@ def decide_class(weighed: Weighed, known: Knowledge, config: EvidenceConfig, spl
 
 def weighed_again(weighed: Weighed, group: Group, known: Knowledge, free_n: Tensor, config: EvidenceConfig) -> Group:
     """The group among the samples that no earlier round has taken, decided."""
-    found = weighed_group(known, weighed.label, weighed.rows, group.candidate, free_n, group.measures)
-    return decided_among(found, weighed.natural, config, known)
+    members_n, measures = group.candidate.members_n, group.measures
+    if _holds(free_n, members_n):
+        found = weighed_group(known, weighed.label, weighed.rows, group.candidate, free_n, measures)
+        return decided_among(found, weighed.natural, config, known)
+    # Distance and stamp are those of the members that are gone: labels must do without them.
+    found = weighed_group(known, weighed.label, weighed.rows, group.candidate, free_n, measures._replace(stamp=None))
+    found = decided_among(found, weighed.natural, config, known)
+    is_odd = found.evidence.p <= config.false_alarm_rate
+    return found if is_odd else found._replace(decision="natural", basis="")
 
 
 def _grown(

@@ -52,7 +52,10 @@ def oddness(group: Group) -> str:
     """The oddness of a group in words."""
     p = group.evidence.p
     rate = f"{100 * p:.2g} %" if p >= 1e-4 else "less than .01 %"
-    return f"in {rate} of clean data sets a natural group is as odd ({group.evidence.z:.1f} standard deviations)"
+    return (
+        f"its conflict is {group.evidence.z:.1f} standard deviations of natural groups of these data (nominal rate of "
+        f"such a group in clean data: {rate})"
+    )
 
 
 def _stamped(group: Group) -> str:

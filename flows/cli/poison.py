@@ -75,7 +75,8 @@ def _poison(config: Any, shards: list[str], out: str, label: str, surrogate: str
     """Index, then poison; places and counts."""
     from sanitize.attack import poison_shards
     from sanitize.compute import Compute
-    from sanitize.data.index import IndexConfig, index_shards
+    from sanitize.data.index import index_shards
+    from sanitize.data.index_config import IndexConfig
     from sanitize.data.sources import refuse_inside
     from sanitize.models.checkpoint import Checkpoint
     from sanitize.storage import join

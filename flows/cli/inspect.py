@@ -63,7 +63,7 @@ def inspect(
 
         sanitize inspect 'data/train-*.tar' --label json:class
     """
-    from sanitize.data.index import IndexConfig
+    from sanitize.data.index_config import IndexConfig
 
     with errors():
         options = {"label": label, "max_bad_fraction": max_bad_fraction}
@@ -87,7 +87,10 @@ def inspect(
 
 def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[str, Any]:
     """Contents of the shards. Raises SanitizeError if none of them can be opened."""
-    from sanitize.data.index import index_shard, label_reader, max_label, notes_on_shards, shard_names
+    from sanitize.data.bad_data import max_label
+    from sanitize.data.dataset_info import notes_on_shards, shard_names
+    from sanitize.data.index import index_shard
+    from sanitize.data.index_config import label_reader
     from sanitize.data.reasons import Reasons
     from sanitize.data.sources import find_shards, list_sources
     from sanitize.data.tables import sample_starts

@@ -228,14 +228,6 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
             distance = min(distance, config.near_fraction * usual_distance(key_N, is_first_N, thumbnails))
             same_N, group_N = near_groups(hash_N, first_N, is_judged_N, thumbnails, config.near_bits, distance)
     del key_N, hash_N
-    in_group_n = group_N[:n_train]
-    if has_several:
-        in_group_n = in_group_n[_once_a_sample(in_group_n, sample_N[:n_train])]
-    size_N = np.bincount(in_group_n, minlength=n_train).astype(np.int32)
-    test_N = np.full(n, -1, np.int32)
-    test_N[group_N[n_train:][::-1]] = np.arange(n_train, n, dtype=np.int32)[::-1]  # the first one is written last
-    is_mixed_N = np.zeros(n_train, bool)
-    is_mixed_N[same_N[:n_train][label_N[:n_train] != label_N[same_N[:n_train]]]] = True
     return Found(
         slices,
         names,
@@ -244,13 +236,34 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
         sample_N if has_several else None,
         first_N,
         group_N,
-        size_N,
+        _group_sizes(group_N[:n_train], sample_N[:n_train] if has_several else None),
         same_N,
-        is_mixed_N,
-        test_N[:n_train],
+        _mixed_groups(same_N[:n_train], label_N[:n_train]),
+        _test_samples(group_N, n_train),
         counts.usual() if has_facts else None,
         distance,
     )
+
+
+def _group_sizes(group_n: np.ndarray, sample_n: np.ndarray | None) -> np.ndarray:
+    """Number of samples in the group of each index, int32; with several pictures a sample, each sample counts once."""
+    counted_n = group_n if sample_n is None else group_n[_once_a_sample(group_n, sample_n)]
+    return np.bincount(counted_n, minlength=len(group_n)).astype(np.int32)
+
+
+def _mixed_groups(same_n: np.ndarray, label_n: np.ndarray) -> np.ndarray:
+    """True where the samples of the group of that index have different labels, bool."""
+    is_mixed_n = np.zeros(len(same_n), bool)
+    is_mixed_n[same_n[label_n != label_n[same_n]]] = True
+    return is_mixed_n
+
+
+def _test_samples(group_N: np.ndarray, n_train: int) -> np.ndarray:
+    """Index of the first test sample in the group of each training sample's index; -1 without, int32."""
+    n = len(group_N)
+    test_N = np.full(n, -1, np.int32)
+    test_N[group_N[n_train:][::-1]] = np.arange(n_train, n, dtype=np.int32)[::-1]  # the first one is written last
+    return test_N[:n_train]
 
 
 def _once_a_sample(group_n: np.ndarray, sample_n: np.ndarray) -> np.ndarray:

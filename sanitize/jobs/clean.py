@@ -9,9 +9,11 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from sanitize.artifacts import Artifact
+from sanitize.data.bad_data import bad_shards
 from sanitize.data.canaries import Canaries
 from sanitize.data.dataset import Dataset
-from sanitize.data.index import IndexConfig, bad_shards, index_shards
+from sanitize.data.index import index_shards
+from sanitize.data.index_config import IndexConfig
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.data.tables import Embeddings, Hygiene, Scores, Selection
 from sanitize.embed import (

@@ -9,7 +9,8 @@ from pydantic import field_validator
 from sanitize.attack import BadNetsConfig, poison_shards
 from sanitize.compute import Compute
 from sanitize.data.digits import write_digits
-from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.index import index_shards
+from sanitize.data.index_config import IndexConfig
 from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.jobs.clean import CleanConfig, CleanRun, clean_inside
 from sanitize.jobs.job import JobConfig, job

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.index import index_shards
+from sanitize.data.index_config import IndexConfig
 from sanitize.data.sources import fingerprint_shards, refuse_inside
 from sanitize.drift import DriftConfig, check_drift, summarise_shards
 from sanitize.drift.statistics import CALIBRATE

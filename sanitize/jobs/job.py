@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from sanitize.compute import Compute
-from sanitize.data.index import IndexConfig
+from sanitize.data.index_config import IndexConfig
 from sanitize.distributed import rank0_first, world
 from sanitize.errors import ConfigError
 from sanitize.jobs.result import JobResult

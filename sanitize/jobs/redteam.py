@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sanitize.attack import AttackConfig, poison_shards
 from sanitize.data.dataset import Dataset
-from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.index import index_shards
+from sanitize.data.index_config import IndexConfig
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.embed import EmbedderConfig, train_embedder
 from sanitize.errors import ConfigError

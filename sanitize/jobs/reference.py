@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sanitize.artifacts import copy, read_manifest
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
-from sanitize.data.index import IndexConfig
+from sanitize.data.index_config import IndexConfig
 from sanitize.data.tables import Embeddings, Scores
 from sanitize.drift import Projection, Statistics, StatisticsConfig, fit_projection, summarise_shards
 from sanitize.drift.statistics import CALIBRATE

@@ -7,7 +7,8 @@ from typing import Any
 from sanitize.certification import Certificates
 from sanitize.data.class_names import names_beside, refuse_others
 from sanitize.data.dataset import Dataset
-from sanitize.data.index import IndexConfig, index_shards
+from sanitize.data.index import index_shards
+from sanitize.data.index_config import IndexConfig
 from sanitize.data.sources import find_shards, fingerprint_shards
 from sanitize.errors import ConfigError
 from sanitize.hygiene import HygieneConfig, check_hygiene

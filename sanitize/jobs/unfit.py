@@ -7,8 +7,10 @@ from typing import Any
 import pyarrow as pa
 
 from sanitize.artifacts import MANIFEST
+from sanitize.data.bad_data import is_loss_unknown, lost_samples, stopped_early
 from sanitize.data.dataset import Dataset
-from sanitize.data.index import IndexConfig, index_shard, is_loss_unknown, lost_samples, stopped_early
+from sanitize.data.index import index_shard
+from sanitize.data.index_config import IndexConfig
 from sanitize.data.reasons import gathered
 from sanitize.entries import ClaimEntry, Offered, Refused
 from sanitize.errors import DataError, ShardError, StorageError

@@ -20,10 +20,12 @@ from pydantic import ValidationError
 
 from sanitize.artifacts import verify
 from sanitize.compute import Compute
+from sanitize.data.bad_data import bad_shards
 from sanitize.data.dataset import Dataset
+from sanitize.data.dataset_info import common_size
 from sanitize.data.decode import ImageConfig, resized
 from sanitize.data.digits import Digits
-from sanitize.data.index import IndexConfig, bad_shards, common_size, index_shards
+from sanitize.data.index import IndexConfig, index_shards
 from sanitize.data.rows import plain_rows, read_rows
 from sanitize.data.samples import Sample, SampleLimits, ShardReader
 from sanitize.data.sources import find_shards, fingerprint_shards

@@ -169,7 +169,7 @@ def test_names_that_cannot_be_shown_are_refused(name: bytes) -> None:
 def test_captions_are_no_classes(
     tmp_path: Path, make_tar: Make, make_png: Make, compute: Compute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sanitize.data.index.MAX_NAMES", 5)
+    monkeypatch.setattr("sanitize.data.dataset_info.MAX_NAMES", 5)
     for i, of_shard in enumerate(([[f"caption {i}" for i in range(6)]], [["a", "b", "c"], ["d", "e", "f"]])):
         shards = named_shards(tmp_path / f"in{i}", make_tar, make_png, of_shard)
         with pytest.raises(DataError, match=r"more than 5 class names.*a caption or an id"):

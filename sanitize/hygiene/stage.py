@@ -222,7 +222,7 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
         is_judged_N &= first_N == np.arange(n)
         same_N, group_N, distance = first_N, first_N, config.near_distance
         if has_facts:
-            thumbnails = Thumbnails(file, n)
+            thumbnails = Thumbnails(file)
             # Of each sample the first picture: the others may be frames of one scene, nearer than any other sample.
             is_first_N = is_judged_N & np.diff(sample_N, prepend=-1).astype(bool) if has_several else is_judged_N
             distance = min(distance, config.near_fraction * usual_distance(key_N, is_first_N, thumbnails))

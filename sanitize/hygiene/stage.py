@@ -177,7 +177,7 @@ def _has_pictures(dataset: Dataset, facts: pa.Table | None) -> bool:
 
 
 def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Found:
-    """Groups of copies. Memory: 56 bytes a sample; thumbnails are in a temporary file, 256 bytes a sample."""
+    """Groups of copies. Memory: about 65 bytes a sample; thumbnails are in a temporary file, 256 bytes a sample."""
     n_train = dataset.n_samples
     n = n_train + (0 if test is None else test.n_samples)
     digest_N, hash_N = np.zeros(n, _DIGEST), np.zeros(n, np.uint64)

@@ -59,7 +59,7 @@ def read_table(source: Path | pa.BufferReader, columns: Sequence[str] | None = N
     with pq.ParquetFile(source) as file:
         missing = set(columns or ()) - set(file.schema_arrow.names)
         if missing:
-            raise pa.ArrowInvalid(f"there is no column {sorted(missing)[0]}")
+            raise pa.ArrowInvalid(f"there is no column {sorted(missing)[0]!r}")
         table = file.read(columns and list(columns), use_threads=False)
     return table if columns is None else table.select(list(columns))
 

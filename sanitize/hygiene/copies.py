@@ -11,7 +11,7 @@ are, also if all are equal. Who floods the data with different pictures of one h
 Shapes: N images, T thumbnails of P = 256 pixels.
 """
 
-import mmap
+import os
 from collections.abc import Iterator
 from itertools import combinations_with_replacement
 from typing import BinaryIO
@@ -23,31 +23,29 @@ from scipy.sparse.csgraph import connected_components
 ROTATIONS, WINDOW = 16, 8
 PIXELS = 256
 _CHUNK = 1 << 15  # pairs compared at once
-_AT_ONCE = 64  # thumbnails read at once: for each the kernel maps up to 64 KiB around it
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Thumbnails:
     """Thumbnails of all images in a file, so that memory holds those that are compared.
 
+    They are read, not mapped: the kernel maps up to 64 KiB around each one, which counts as memory of this process.
+
     Args:
-        file: N x 256 bytes.
-        n: number of images.
+        file: 256 bytes an image, flushed.
     """
 
-    def __init__(self, file: BinaryIO, n: int) -> None:
-        self._map = mmap.mmap(file.fileno(), n * PIXELS, access=mmap.ACCESS_READ) if n else None
-        self._pixels_NP = np.frombuffer(self._map or b"", np.uint8).reshape(-1, PIXELS)
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
 
     def rows(self, at: np.ndarray) -> np.ndarray:
         """Thumbnails of mean 0 and length 1, float32 (M, 256); one of a single colour is 0."""
-        x_MP = np.empty((len(at), PIXELS), np.float32)
-        for start in range(0, len(at), _AT_ONCE):
-            x_MP[start : start + _AT_ONCE] = self._pixels_NP[at[start : start + _AT_ONCE]]
-            if self._map is not None:
-                self._map.madvise(mmap.MADV_DONTNEED)  # else pages that were read count as memory of this process
+        descriptor = self._file.fileno()
+        read = b"".join([os.pread(descriptor, PIXELS, PIXELS * i) for i in at.tolist()])
+        x_MP = np.frombuffer(read, np.uint8).reshape(len(at), PIXELS).astype(np.float32)
         x_MP -= x_MP.mean(1, keepdims=True)
-        return x_MP / np.maximum(np.linalg.norm(x_MP, axis=1, keepdims=True), 1e-6)
+        x_MP /= np.maximum(np.linalg.norm(x_MP, axis=1, keepdims=True), 1e-6)
+        return x_MP
 
 
 def first_of(keys_N: np.ndarray) -> np.ndarray:

@@ -177,7 +177,7 @@ def _has_pictures(dataset: Dataset, facts: pa.Table | None) -> bool:
 
 
 def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Found:
-    """Groups of copies. Memory: 56 bytes a sample; thumbnails are in a temporary file, 256 bytes a sample."""
+    """Groups of copies. Memory: about 65 bytes a sample; thumbnails are in a temporary file, 256 bytes a sample."""
     n_train = dataset.n_samples
     n = n_train + (0 if test is None else test.n_samples)
     digest_N, hash_N = np.zeros(n, _DIGEST), np.zeros(n, np.uint64)
@@ -222,7 +222,7 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
         is_judged_N &= first_N == np.arange(n)
         same_N, group_N, distance = first_N, first_N, config.near_distance
         if has_facts:
-            thumbnails = Thumbnails(file, n)
+            thumbnails = Thumbnails(file)
             # Of each sample the first picture: the others may be frames of one scene, nearer than any other sample.
             is_first_N = is_judged_N & np.diff(sample_N, prepend=-1).astype(bool) if has_several else is_judged_N
             distance = min(distance, config.near_fraction * usual_distance(key_N, is_first_N, thumbnails))

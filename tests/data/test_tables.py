@@ -1,12 +1,16 @@
+import contextlib
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sanitize.artifacts import Part, Recipe, make
-from sanitize.data.tables import Embeddings, ShardTables, fixed_size_list, rows_name, write_rows
-from sanitize.errors import ConfigError
+from sanitize.data.tables import Embeddings, ShardTables, fixed_size_list, read_table, rows_name, write_rows
+from sanitize.errors import ArtifactError, ConfigError
 
 
 def table(n: int, seed: int = 0, d: int = 3) -> pa.Table:
@@ -23,6 +27,14 @@ def write(out: Path, tables: dict[str, pa.Table], kind: type[ShardTables] = Embe
     return make(kind, out, Recipe(stage="made-up"), parts=list(tables), write_part=write_part)
 
 
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardTables, Path, bytes]:
+    """A table of one shard, to be damaged: the artifact, the path of the file, its content."""
+    artifact = write(tmp_path_factory.mktemp("damaged") / "a", {"x.tar": table(50)})
+    path = artifact.file(rows_name("x.tar"))
+    return artifact, path, path.read_bytes()
+
+
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     tables = {"b/x.tar": table(5), "a.tar": table(300, 1)}
     artifact = write(tmp_path / "a", tables)
@@ -31,6 +43,51 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
         assert artifact.rows(shard).to_pylist() == wanted.to_pylist()
     assert artifact.rows("a.tar", ["key"]).column_names == ["key"]
     assert rows_name("b/x.tar") == "rows/b/x.tar.parquet"
+
+
+@pytest.mark.parametrize("columns", [None, [], ["key"], ["pooled", "position"], ["label", "key", "logits"]])
+def test_columns_are_read_in_the_order_in_which_they_are_asked_for(tmp_path: Path, columns: list[str] | None) -> None:
+    artifact = write(tmp_path / "a", {"x.tar": table(30)})
+    path = artifact.file(rows_name("x.tar"))
+    wanted = table(30) if columns is None else table(30).select(columns)
+    for source in (path, pa.BufferReader(path.read_bytes())):
+        found = read_table(source, columns)
+        assert found.column_names == wanted.column_names
+        assert found.num_rows == 30
+        assert found.to_pylist() == wanted.to_pylist() == pq.read_table(path, columns=columns).to_pylist()
+    assert artifact.rows("x.tar", columns).equals(wanted)
+
+
+@pytest.mark.parametrize("column", ["features", "pooled.list", "pooled.list.element", "", "Key"])
+def test_a_missing_column_is_an_error_that_names_it_and_the_file(tmp_path: Path, column: str) -> None:
+    artifact = write(tmp_path / "a", {"x.tar": table(5)})
+    with pytest.raises(ArtifactError, match=rf"x\.tar\.parquet is damaged: there is no column '{column}'"):
+        artifact.rows("x.tar", ["key", column])
+
+
+@pytest.mark.hostile
+@given(data=st.data())
+@settings(max_examples=150)
+def test_a_damaged_file_is_an_error_of_ours_or_a_table(
+    damaged: tuple[ShardTables, Path, bytes], data: st.DataObject
+) -> None:
+    artifact, path, good = damaged
+    bad = bytearray(good[: data.draw(st.integers(0, len(good)))] if data.draw(st.booleans()) else good)
+    for at in data.draw(st.lists(st.integers(0, max(0, len(bad) - 1)), max_size=4)) if bad else []:
+        bad[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(bad)
+    with contextlib.suppress(ArtifactError):
+        for columns in (None, ["label", "key"]):
+            assert artifact.rows("x.tar", columns).num_columns == (6 if columns is None else 2)
+
+
+@pytest.mark.hostile
+def test_a_file_that_was_cut_anywhere_is_an_error_that_names_it(damaged: tuple[ShardTables, Path, bytes]) -> None:
+    artifact, path, good = damaged
+    for size in [*range(0, 60), *range(60, len(good), 97), *range(len(good) - 60, len(good))]:
+        path.write_bytes(good[:size])
+        with pytest.raises(ArtifactError, match=r"rows/x\.tar\.parquet is damaged"):
+            artifact.rows("x.tar", ["key"])
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import io
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def grouped(hash_N: np.ndarray, pixels_NP: np.ndarray, distance: float = 0.28) -
         file.write(pixels_NP.tobytes())
         file.flush()
         start_N = np.arange(n, dtype=np.int32)
-        return near_groups(hash_N, start_N, np.ones(n, bool), Thumbnails(file, n), 10, distance)[1]
+        return near_groups(hash_N, start_N, np.ones(n, bool), Thumbnails(file), 10, distance)[1]
 
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
@@ -120,8 +121,25 @@ def test_pictures_that_are_all_alike_have_a_small_usual_distance() -> None:
             file.write(pixels_NP.tobytes())
             file.flush()
             key_N = rng.integers(0, 2**63, 300).astype(np.uint64)
-            found.append(usual_distance(key_N, np.ones(300, bool), Thumbnails(file, 300)))
+            found.append(usual_distance(key_N, np.ones(300, bool), Thumbnails(file)))
     assert found[0] < 0.5 < 1 < found[1]
+
+
+def test_thumbnails_are_read_and_not_mapped() -> None:
+    pixels_NP = np.random.default_rng(0).integers(0, 256, (1000, PIXELS), dtype=np.uint8)
+    pixels_NP[7] = 9
+    at = np.array([999, 0, 7, 0])
+    wanted_MP = pixels_NP[at].astype(float) - pixels_NP[at].mean(1, keepdims=True)
+    wanted_MP /= np.maximum(np.linalg.norm(wanted_MP, axis=1, keepdims=True), 1e-6)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(pixels_NP.tobytes())
+        file.flush()
+        thumbnails = Thumbnails(file)
+        np.testing.assert_allclose(thumbnails.rows(at), wanted_MP, atol=1e-6)
+        assert thumbnails.rows(at[:0]).shape == (0, PIXELS)
+        maps = Path("/proc/self/maps")  # of mapped files the kernel counts 64 KiB a thumbnail as memory
+        if maps.exists():
+            assert file.name not in maps.read_text()
 
 
 @given(seed=st.integers(0, 50), distance=st.floats(0.1, 1.5))
@@ -136,7 +154,7 @@ def test_groups_at_half_the_distance_lie_within_the_others(seed: int, distance: 
     with tempfile.TemporaryFile() as file:
         file.write(pixels_NP.tobytes())
         file.flush()
-        thumbnails = Thumbnails(file, 40)
+        thumbnails = Thumbnails(file)
         half_N, whole_N = near_groups(
             hash_N, np.arange(40, dtype=np.int32), np.ones(40, bool), thumbnails, 10, distance
         )

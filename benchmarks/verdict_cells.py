@@ -193,7 +193,9 @@ def _measured(cell: Cell, source: Path, place: Path) -> dict[str, Any]:
     }
     row |= {"acc": suspect["acc"], "asr": suspect.get("asr"), "learned": suspect.get("asr", 0.0) >= LEARNED}
     row |= {"recall": found.recall, "false_removals": found.false_positive_rate, "removed": found.n_removed}
-    row |= {"removed_clean": found.n_false_removals, "verdict": _verdict(read_record(run.out), found.n_removed)}
+    said = read_record(run.out).get("verdict")
+    row |= {"removed_clean": found.n_false_removals, "verdict": _verdict(said, found.n_removed)}
+    row |= {"why": said["why"], "canaries": said["canaries"]} if isinstance(said, dict) else {}
     row |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
     row |= _baselines(Embeddings.load(place / "run" / "20-embeddings"), truth_N, cover_N, place, compute)
     if cell.retrain and config is not None and config.has_trigger and found.n_removed:
@@ -219,10 +221,11 @@ def _column(tables: ShardTables, name: str) -> np.ndarray:
     return np.concatenate([tables.rows(shard, [name])[name].to_numpy(zero_copy_only=False) for shard in tables.shards])
 
 
-def _verdict(record: dict[str, Any], n_removed: int) -> str:
+def _verdict(said: Any, n_removed: int) -> str:
     """The verdict in a record of a run; of a version without verdicts, by the number of removed samples."""
-    verdict = record.get("verdict") or (FOUND if n_removed else CLEAR)
-    name = verdict["verdict"] if isinstance(verdict, dict) else verdict
+    if not said:
+        return FOUND if n_removed else CLEAR
+    name = said["verdict"] if isinstance(said, dict) else said
     return CLEAR if name == "nothing" else str(name)
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from sanitize.data.class_names import MAX_NAME
 from sanitize.data.layout import dots
+from sanitize.data.parquet_batches import checked
 from sanitize.data.parquet_footer import MAX_CONTAINER, footer_bytes
 from sanitize.data.samples import Sample, beside
 from sanitize.errors import ConfigError, DataError
@@ -333,7 +334,7 @@ def _read_parquet(data: bytes, name: str, column: str) -> list[tuple[Any, Any]]:
             raise ConfigError(f"column {wanted_name!r} of {name} holds {kind}, not integers or texts")
     n_bytes = n_rows = 0
     found: list[tuple[Any, Any]] = []
-    for batch in file.iter_batches(4096, columns=wanted):
+    for batch in checked(file.iter_batches(4096, columns=wanted)):
         n_bytes, n_rows = n_bytes + batch.nbytes, n_rows + len(batch)
         if n_bytes > _MAX_UNPACKED_BYTES:
             raise ConfigError(f"{name} unpacks to more than {_MAX_UNPACKED_BYTES} bytes")

@@ -8,6 +8,7 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sanitize.data.parquet_batches import checked
 from sanitize.data.parquet_footer import MAX_CONTAINER, footer_bytes
 from sanitize.errors import ConfigError, DataError
 from sanitize.storage import is_local, local_path, open_read
@@ -101,7 +102,7 @@ class ParquetGroups:
 
     def batches(self, group: int, columns: Sequence[str], n: int) -> Iterator[pa.RecordBatch]:
         """Rows of a group, at most `n` at once."""
-        return iter(self._file.iter_batches(n, row_groups=[group], columns=list(columns), use_threads=False))
+        return checked(self._file.iter_batches(n, row_groups=[group], columns=list(columns), use_threads=False))
 
     def close(self) -> None:
         """Close the file."""

@@ -16,6 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from benchmarks.art_defences import art_activation_defence, art_spectral_signatures, is_installed
 from benchmarks.baselines import activation_clustering, highest_of_class, scan
 from benchmarks.data import cifar10, digits, fashion_mnist, flowers, gtsrb, write_images
 from sanitize.attack import AttackConfig, Poisoned, Trigger, poison_shards, triggered
@@ -261,8 +262,12 @@ def _baselines(
         "activation_clustering": activation_clustering(z_ND, labels_N, seed=compute.seed),
         "scan": scan(z_ND, labels_N, trusted_N, seed=compute.seed),
     }
+    if is_installed():
+        removed["art_activation"] = art_activation_defence(z_ND, labels_N, seed=compute.seed)
     row: dict[str, Any] = {}
     if truth_N.any():  # at a rate of zero nothing is removed by definition
+        if is_installed():
+            removed["art_spectral"] = art_spectral_signatures(z_ND, labels_N, truth_N.mean())
         config = SpectralConfig()
         fitted = fit_scorer(config, embeddings, str(place / "spectral-fitted"), compute)
         scores = score_shards(config, fitted, embeddings, str(place / "spectral-scores"), compute)

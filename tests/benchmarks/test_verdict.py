@@ -139,14 +139,14 @@ def test_the_tables_say_what_was_not_run(capsys: pytest.CaptureFixture[str]) -> 
     rows = [
         row
         | {"n": 12_000, "poisoned": 120, "train_acc": 0.9, "acc": 0.9, "seconds": 50.0}
-        | {f"{method}_{name}": 0.5 for method in METHODS[1:] for name in ("recall", "false_removals")}
+        | {f"{method}_{name}": 0.5 for method in METHODS[1:-2] for name in ("recall", "false_removals")}
         for row in (_row("none"), _row())
     ]
     show(rows)
     show_targets(check(rows, None), is_whole=True)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "ART 1.20 (not installed)" in printed
-    assert "not run" in printed
+    assert METHODS[-1] == "art_spectral"
+    assert printed.count("not run") == 2
     assert "1 of 1" in printed
     assert "0 of 0" in printed
     assert "not checked" in printed

@@ -75,7 +75,7 @@ class FittedScorer(Artifact):
         return scorer
 
 
-@stage(FittedScorer, version=8)
+@stage(FittedScorer, version=9)
 def fit_scorer(
     config: ScorerConfig,
     embeddings: Embeddings,

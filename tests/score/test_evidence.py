@@ -36,10 +36,12 @@ from sanitize.score.toxic_direction.evidence import (
     without,
 )
 from sanitize.score.toxic_direction.grow import FOLDS, grow, log_odds
+from sanitize.score.toxic_direction.mixed import most_mixed
 from sanitize.score.toxic_direction.natural import UNKNOWN_SPREAD, compared, natural_groups, spread_of
 from sanitize.score.toxic_direction.rule import Measures, decision
 from sanitize.score.toxic_direction.scorer import fair_share
 from sanitize.score.toxic_direction.twins import Twins, most_contradicted
+from sanitize.score.toxic_direction.verdict import finding
 from sanitize.score.toxic_direction.weigh import compare, decided_among, know, weigh_class, weighed_group
 
 N_CLASSES, D = 5, 16
@@ -280,6 +282,7 @@ def test_a_natural_group_that_the_model_finds_hard_as_well_stays() -> None:
     clean.gradients[doubted] = clean.gradients[doubted + 1] + 0.7 * torch.randn(100, LOOKS, generator=seeded(3))
     doubted = torch.cat([rows, doubted])
     clean.logits[doubted] = torch.randn(len(doubted), N_CLASSES, generator=seeded(3))
+    clean.logits[rows[:, None], torch.tensor([[0, 3, 4]])] -= 8  # class 1 or 2, but which
     found = clean.find()
     assert not found.mask.any()
     assert found.finding["verdict"] == "nothing"
@@ -574,3 +577,46 @@ def test_a_finding_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     quick: Sequence[Any] = (clean.pooled, clean.gradients, logits, labels, clean.poison)
     found = Data(*quick).find(scorer=ToxicDirectionConfig(n_starts=16))
     assert len(found.finding["groups"]) == 10
+
+
+# --- a class that is mixed with every other one -------------------------------------------------------------------
+
+
+def _confused(
+    sizes: list[int], into: dict[tuple[int, int], float], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Logits and labels of samples; `into[a, b]` is the share of samples labelled `a` that look like class `b`."""
+    labels_N = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    looks_N = labels_N.clone()
+    for (label, other), share in into.items():
+        rows = (labels_N == label).nonzero()[:, 0]
+        chosen = rows[torch.randperm(len(rows), generator=generator)[: round(share * len(rows))]]
+        looks_N[chosen] = other
+    # A calibrated model: for an image that looks like b, the shares of all labels among such images.
+    counts_KK = torch.zeros(len(sizes), len(sizes)).index_put_((looks_N, labels_N), torch.ones(len(labels_N)), True)
+    return (counts_KK / counts_KK.sum(1, keepdim=True)).clamp(min=1e-9).log()[looks_N], labels_N
+
+
+@pytest.mark.parametrize("sizes", [[300] * 6, [2000, 60, 90, 150, 60, 600]])
+def test_a_class_with_images_of_every_other_class_is_named(sizes: list[int]) -> None:
+    pairs = {(1, 2): 0.2, (2, 1): 0.2, (3, 4): 0.3}  # classes that look alike
+    generator = torch.Generator().manual_seed(0)
+    assert not most_mixed(*_confused(sizes, pairs, generator)).stands_out
+    everywhere = {(5, other): 0.1 for other in range(5)}
+    found = most_mixed(*_confused(sizes, pairs | everywhere, generator))
+    assert found.stands_out
+    assert found.label == 5
+    verdict = finding([], [], 0.9, "", mixed=found)
+    assert verdict["verdict"] == "inconclusive"
+    assert "confuses class 5 with every other class" in verdict["why"]
+
+
+def test_wrong_labels_in_every_class_and_few_classes_are_no_mixed_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = {(a, b): 0.08 for a in range(6) for b in range(6) if a != b}
+    found = most_mixed(*_confused([400] * 6, noise, generator))
+    assert found.least > 0.02
+    assert not found.stands_out
+    few = {(0, 1): 0.3, (0, 2): 0.3}
+    assert most_mixed(*_confused([400] * 3, few, generator)).label == -1
+    assert most_mixed(*_confused([400, 30, 30, 30, 30, 30], few, generator)).label == -1

@@ -24,6 +24,7 @@ from sanitize.score.toxic_direction.canary import known_of, look_for, sample_of,
 from sanitize.score.toxic_direction.decide import ROUNDS as MOST_GROUPS
 from sanitize.score.toxic_direction.decide import Planted, decide_class
 from sanitize.score.toxic_direction.grow import FOLDS, Lines, digests, grow, log_odds
+from sanitize.score.toxic_direction.mixed import most_mixed
 from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.single_split import SingleSplit
 from sanitize.score.toxic_direction.split import UNTOUCHED_ODDS, SplitConfig
@@ -148,7 +149,8 @@ class ToxicDirection:
         twins = most_contradicted(known.appearance.z_NP, labels_N) if known.bursty >= TRACKS else None
         small = [one.label for one in weighed if len(one.rows) < self.config.min_class]
         judged = sum(len(one.rows) for one in weighed if one.label not in small) / len(labels_N)
-        self.finding = finding(planted, groups, known.accuracy, clean_labels, twins, small, judged)
+        mixed = most_mixed(sampled.rows_ND[:, -n_classes:], labels_N)
+        self.finding = finding(planted, groups, known.accuracy, clean_labels, twins, mixed, small, judged)
         rows_of = {one.label: one.rows for one in weighed}
         self.members = [
             [sampled.names[i] for i in rows_of[group.label][group.candidate.members_n].tolist()]

@@ -7,6 +7,7 @@ from typing import Any
 from sanitize.score.toxic_direction.candidates import MIN_GROUP
 from sanitize.score.toxic_direction.decide import Planted
 from sanitize.score.toxic_direction.evidence import BURST, NEIGHBOURS
+from sanitize.score.toxic_direction.mixed import Mixed
 from sanitize.score.toxic_direction.rule import EvidenceConfig
 from sanitize.score.toxic_direction.twins import Twins
 from sanitize.score.toxic_direction.weigh import LEARNED, Group, Knowledge
@@ -73,6 +74,7 @@ def finding(
     accuracy: float,
     clean_labels: str,
     twins: Twins | None = None,
+    mixed: Mixed | None = None,
     small: Sequence[int] = (),
     judged: float = 1.0,
 ) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def finding(
         accuracy: training accuracy of the model on the sample.
         clean_labels: sentence about poison with true labels (`on_clean_labels`), where nothing stands out.
         twins: near-duplicates with different labels, in data full of near-duplicates.
+        mixed: the class that the model confuses with every other one.
         small: labels of the classes that are too small to be judged.
         judged: share of the samples in the other classes.
     """
@@ -105,6 +108,13 @@ def finding(
         why = (
             f"{twins.n} images of class {twins.label} are near-duplicates of images labelled {twins.other}: one of the "
             "two labels is wrong, and frames of one object do not show which"
+        )
+    elif mixed is not None and mixed.stands_out:
+        verdict = "inconclusive"
+        why = (
+            f"the model confuses class {mixed.label} with every other class, by {100 * mixed.least:.1f} % or more (no "
+            f"other class by more than {100 * mixed.next:.1f} %): images of all classes carry its label, by mistake or "
+            "as poison that the model has learned in part. Look at this class, or train the model longer"
         )
     else:
         verdict, why = (

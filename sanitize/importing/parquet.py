@@ -112,6 +112,7 @@ class Rows:
         if self._open is None or self._open[0] != i:
             if self._open is not None:
                 self._open[1].close()
+                self._open = None  # two footers at once would take twice the memory
             url = self._urls[i]
             kind = ArrowFile if url.lower().endswith(".arrow") else ParquetGroups
             self._open = i, kind(url)

@@ -42,7 +42,7 @@ def check_footer(file: BinaryIO, name: str, remedy: str) -> None:
     if end[4:] == b"PARE":
         raise DataError(f"{name} is encrypted; write it again without")
     if end[4:] != b"PAR1" or n > size - 12:
-        raise DataError(f"{name} is no Parquet file that can be read: it does not end with a footer")
+        raise DataError(f"{name} cannot be read as a Parquet file: it does not end with a footer")
     large = f"{name} has a footer of {n:,} bytes"
     if n > MAX_FOOTER:
         raise DataError(f"{large}, more than {MAX_FOOTER:,}: {remedy}")
@@ -53,7 +53,7 @@ def check_footer(file: BinaryIO, name: str, remedy: str) -> None:
     except _TooLarge:
         raise DataError(f"{large} that needs more than {_MAX_MEMORY >> 20} MiB of memory: {remedy}") from None
     except (IndexError, ValueError):
-        raise DataError(f"{name} is no Parquet file that can be read: its footer is damaged") from None
+        raise DataError(f"{name} cannot be read as a Parquet file: its footer is damaged") from None
     file.seek(0)
 
 

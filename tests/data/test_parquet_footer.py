@@ -167,7 +167,7 @@ def test_the_footer_of_an_ordinary_file_is_read_to_its_last_byte() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" * 2, b"key,class\na,1\n", b"PAR1\xff\xff\xff\xffPAR1"])
 def test_what_does_not_end_with_a_footer_is_refused(data: bytes) -> None:
-    with pytest.raises(DataError, match="x is no Parquet file that can be read: it does not end with a footer"):
+    with pytest.raises(DataError, match="x cannot be read as a Parquet file: it does not end with a footer"):
         check(data)
 
 

@@ -22,9 +22,9 @@ from sanitize.data.decode import BadImage, ImageConfig, decode_pixels
 from sanitize.data.image_facts import facts_name
 from sanitize.data.pieces import Moved, Piece, as_indexed, read_pieces
 from sanitize.data.samples import ALL, Sample, SampleLimits, SampleReader, ShardFile, find_images
-from sanitize.data.tables import ShardTables, read_table, rows_name, sample_starts
+from sanitize.data.tables import ShardTables, rows_name, rows_of, sample_starts
 from sanitize.errors import ArtifactError, ConfigError, DataError, ShardError
-from sanitize.storage import fingerprint, is_local, open_read
+from sanitize.storage import fingerprint, open_read
 
 T = TypeVar("T")
 
@@ -152,9 +152,7 @@ class Dataset(ShardTables):
         name = facts_name(shard)
         if name not in self._facts:
             return None
-        with self._damage(shard):
-            source = self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name))
-            return read_table(source, columns)
+        return rows_of(self, name, columns)
 
     def samples(self, shard: str) -> Iterator[tuple[Sample, dict[str, Any]]]:
         """Every sample of a shard, usable or not, with its index row.

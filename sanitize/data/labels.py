@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from sanitize.data.class_names import MAX_NAME
 from sanitize.data.layout import dots
 from sanitize.data.parquet_batches import checked
-from sanitize.data.parquet_footer import MAX_CONTAINER, footer_bytes
+from sanitize.data.parquet_footer import LIMITS, check_footer
 from sanitize.data.samples import Sample, beside
 from sanitize.errors import ConfigError, DataError
 from sanitize.plural import counted, have
@@ -33,7 +33,6 @@ _MAX_JSON_BYTES = 2**20  # parsed, it takes up to 35 times its bytes
 _MAX_PATH = 8  # steps of a path in JSON
 _MAX_TABLE_BYTES, _MAX_ROWS, _MAX_COLUMNS = 2**28, 10_000_000, 1_000
 _MAX_UNPACKED_BYTES = 2**31  # of the two columns of a Parquet file
-_MAX_FOOTER_BYTES = 2**21  # of a Parquet file
 _KEY_COLUMNS = ("key", "__key__")
 TWICE = object()
 
@@ -317,14 +316,8 @@ def _read_csv(data: bytes, name: str, column: str) -> list[tuple[str, bytes]]:
 
 
 def _read_parquet(data: bytes, name: str, column: str) -> list[tuple[Any, Any]]:
-    n_footer = footer_bytes(io.BytesIO(data))
-    if n_footer > _MAX_FOOTER_BYTES:
-        raise ConfigError(
-            f"{name} has a footer of {n_footer:,} bytes, more than {_MAX_FOOTER_BYTES:,}: too many columns or row "
-            f"groups; write a table of its columns key and {column} alone"
-        )
-    limits = {"thrift_string_size_limit": _MAX_FOOTER_BYTES, "thrift_container_size_limit": MAX_CONTAINER}
-    file = pq.ParquetFile(pa.BufferReader(data), **limits)
+    check_footer(io.BytesIO(data), name, f"write it again with its columns key and {column} alone")
+    file = pq.ParquetFile(pa.BufferReader(data), **LIMITS)
     _check_rows(file.metadata.num_rows, name)
     wanted = [_key_column(file.schema_arrow.names, name, column), column]
     for wanted_name in wanted:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sanitize.artifacts import Artifact, Part, first_line
+from sanitize.data.parquet_batches import checked, checked_table
 from sanitize.errors import ArtifactError, ConfigError
 from sanitize.storage import is_local
 
@@ -54,14 +55,43 @@ def read_table(source: Path | pa.BufferReader, columns: Sequence[str] | None = N
     """Rows of one Parquet file, as by `pq.read_table` in half the time of a small file: a file is no data set.
 
     Raises:
-        pa.ArrowInvalid: the file is damaged, or has no such column.
+        pa.ArrowException, OSError: the file is damaged.
+        pa.ArrowInvalid: the file has no such column, or an index outside of a dictionary.
     """
     with pq.ParquetFile(source) as file:
         missing = set(columns or ()) - set(file.schema_arrow.names)
         if missing:
             raise pa.ArrowInvalid(f"there is no column {sorted(missing)[0]!r}")
-        table = file.read(columns and list(columns), use_threads=False)
+        table = checked_table(file.read(columns and list(columns), use_threads=False))
     return table if columns is None else table.select(list(columns))
+
+
+@contextmanager
+def _damage(url: str) -> Iterator[None]:
+    """Raise ArtifactError where pyarrow finds no Parquet file, or other columns."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the file cannot be opened; for bad content, pyarrow raises OSError without a number
+        raise ArtifactError(f"{url} is damaged: {first_line(error)}") from error
+
+
+def rows_of(artifact: Artifact, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of a Parquet file of an artifact. Raises ArtifactError where the file is damaged."""
+    with _damage(artifact.url(name)):
+        return read_table(_source(artifact, name), columns)
+
+
+def verified_rows(artifact: Artifact, name: str) -> pa.Table:
+    """The same, of a file that is compared with the manifest first, wherever it lies."""
+    with _damage(artifact.url(name)):
+        return read_table(pa.BufferReader(artifact.read(name)))
+
+
+def _source(artifact: Artifact, name: str) -> Path | pa.BufferReader:
+    """Source of a file for pyarrow: the local file, or its checked content."""
+    return artifact.file(name) if is_local(artifact.path) else pa.BufferReader(artifact.read(name))
 
 
 class ShardTables(Artifact):
@@ -75,36 +105,23 @@ class ShardTables(Artifact):
 
     def rows(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of one shard, in the order of its samples. Raises ArtifactError where the file is damaged."""
-        with self._damage(shard):
-            return read_table(self.parquet(shard), columns)
+        return rows_of(self, rows_name(shard), columns)
 
     @cached_property
     def has_several(self) -> bool:
         """True where a sample may have several rows, one for each of its pictures (`index.image.member: all`)."""
         if not self.shards:
             return False
-        with self._damage(self.shards[0]):
-            return "sample" in pq.read_schema(self.parquet(self.shards[0])).names
+        return "sample" in self._schema(self.shards[0]).names
 
     def sample_rows(self, shard: str, columns: Sequence[str]) -> pa.Table:
         """The first row of each sample of one shard; see `rows`."""
         rows = self.rows(shard, [*columns, "sample"] if self.has_several else columns)
         return rows.take(sample_starts(rows)) if self.has_several else rows
 
-    @contextmanager
-    def _damage(self, shard: str) -> Iterator[None]:
-        """Raise ArtifactError where pyarrow finds no Parquet file, or other columns."""
-        try:
-            yield
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the file cannot be opened; for bad content, pyarrow raises OSError without a number
-            raise ArtifactError(f"{self.url(rows_name(shard))} is damaged: {first_line(error)}") from error
-
-    def parquet(self, shard: str) -> Path | pa.BufferReader:
-        """Source of the rows of a shard for pyarrow: the local file, or its checked content."""
-        name = rows_name(shard)
-        return self.file(name) if is_local(self.path) else pa.BufferReader(self.read(name))
+    def _schema(self, shard: str) -> pa.Schema:
+        with _damage(self.url(rows_name(shard))):
+            return pq.read_schema(_source(self, rows_name(shard)))
 
 
 class EmbeddingBatch(NamedTuple):
@@ -148,9 +165,7 @@ class Embeddings(ShardTables):
         """Names of the embeddings, and `logits`."""
         if not self.shards:
             raise ArtifactError(f"{self.path} has no rows")
-        with self._damage(self.shards[0]):
-            schema = pq.read_schema(self.parquet(self.shards[0]))
-        return [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
+        return [field.name for field in self._schema(self.shards[0]) if pa.types.is_fixed_size_list(field.type)]
 
     def batches(
         self, name: str | Sequence[str], size: int = 8192, shards: Sequence[str] | None = None
@@ -170,8 +185,7 @@ class Embeddings(ShardTables):
             if one not in (self.names if isinstance(name, str) else self.columns):
                 raise ConfigError(f"there is no embedding {one!r} in {self.path}; it has {', '.join(self.names)}")
         for shard in self.shards if shards is None else shards:
-            file = pq.ParquetFile(self.parquet(shard))
-            for rows in file.iter_batches(size, columns=["position", "key", "label", *wanted]):
+            for rows in self._batches(shard, ["position", "key", "label", *wanted], size):
                 matrices = [torch.from_numpy(_matrix(rows[one])) for one in wanted]
                 yield EmbeddingBatch(
                     shard,
@@ -181,6 +195,11 @@ class Embeddings(ShardTables):
                     torch.cat(matrices, 1) if len(matrices) > 1 else matrices[0],
                     tuple(z_BD.shape[1] for z_BD in matrices) if len(matrices) > 1 else (),
                 )
+
+    def _batches(self, shard: str, columns: Sequence[str], size: int) -> Iterator[pa.RecordBatch]:
+        with _damage(self.url(rows_name(shard))):
+            file = pq.ParquetFile(_source(self, rows_name(shard)))
+            yield from checked(file.iter_batches(size, columns=list(columns)))
 
 
 class Scores(ShardTables):

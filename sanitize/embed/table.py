@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sanitize.artifacts import Part
 from sanitize.compute import Compute
+from sanitize.data.parquet_batches import checked_table
 from sanitize.data.tables import Embeddings, fixed_size_list, write_rows
 from sanitize.errors import ConfigError, DataError
 from sanitize.stage import Advance, Work, stage
@@ -88,7 +89,7 @@ def _read_npz(path: Path, config: TableConfig) -> Table:
 
 def _read_parquet(path: Path, config: TableConfig) -> Table:
     try:
-        table = pq.read_table(path)
+        table = checked_table(pq.read_table(path))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     columns = {name: table[name] for name in table.column_names}

@@ -9,12 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sanitize.data.parquet_batches import checked
-from sanitize.data.parquet_footer import MAX_CONTAINER, footer_bytes
+from sanitize.data.parquet_footer import LIMITS, check_footer
 from sanitize.errors import ConfigError, DataError
 from sanitize.storage import is_local, local_path, open_read
 
 _MAX_COLUMNS, _MAX_BATCHES = 1_000, 1_000_000
-_MAX_FOOTER = 4 << 20  # bytes of the footer of a Parquet file
 
 
 class GroupFile(Protocol):
@@ -53,16 +52,9 @@ class ParquetGroups:
     def __init__(self, url: str) -> None:
         self._url = url
         self._stream = open_read(url)
-        limits = {"thrift_string_size_limit": _MAX_FOOTER, "thrift_container_size_limit": MAX_CONTAINER}
         try:
-            n_footer = footer_bytes(self._stream)
-            if n_footer > _MAX_FOOTER:
-                raise DataError(
-                    f"{url} has a footer of {n_footer:,} bytes, more than {_MAX_FOOTER:,}: write it again with fewer "
-                    "columns or larger row groups"
-                )
-            self._stream.seek(0)
-            plain = pq.ParquetFile(self._stream, pre_buffer=False, **limits)
+            check_footer(self._stream, url, "write it again with fewer columns or larger row groups")
+            plain = pq.ParquetFile(self._stream, pre_buffer=False, **LIMITS)
             self._metadata = plain.metadata
             if self._metadata.num_columns > _MAX_COLUMNS:
                 raise DataError(f"{url} has more than {_MAX_COLUMNS} columns")
@@ -71,7 +63,7 @@ class ParquetGroups:
             self._leaves = [plain.schema.column(i) for i in range(self._metadata.num_columns)]
             texts = [leaf.path for leaf in self._leaves if leaf.physical_type == "BYTE_ARRAY"]
             self._file = pq.ParquetFile(
-                self._stream, metadata=self._metadata, read_dictionary=texts, pre_buffer=False, **limits
+                self._stream, metadata=self._metadata, read_dictionary=texts, pre_buffer=False, **LIMITS
             )
         except DataError:
             self._stream.close()

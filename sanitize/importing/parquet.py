@@ -112,6 +112,7 @@ class Rows:
         if self._open is None or self._open[0] != i:
             if self._open is not None:
                 self._open[1].close()
+                self._open = None  # two footers at once would take twice the memory
             url = self._urls[i]
             kind = ArrowFile if url.lower().endswith(".arrow") else ParquetGroups
             self._open = i, kind(url)
@@ -241,6 +242,7 @@ def _cells(column: pa.Array, max_bytes: int) -> Iterator[tuple[bytes | str, str]
     if pa.types.is_struct(column.type):
         fields = {column.type.field(i).name: i for i in range(column.type.num_fields)}
         paths = column.field(fields["path"]) if "path" in fields else None
+        paths = paths if paths is not None and _is_text(paths.type) else None  # others may put numbers there
         column = column.field(fields["bytes"])
     for i in range(len(column)):
         path = _path(paths[i]) if paths is not None else ""
@@ -317,6 +319,14 @@ def _declared_names(schema: pa.Schema, label: str) -> list[str] | None:
         return None
     is_fit = 0 < len(names) <= MAX_CLASSES and len(set(map(str, names))) == len(names)
     return names if is_fit and all(isinstance(name, str) and len(name) <= MAX_CLASS_NAME for name in names) else None
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    """True for texts, and for bytes, which may be one."""
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return _is_bytes(type_) or any(is_kind(type_) for is_kind in kinds)
 
 
 def _is_bytes(type_: pa.DataType) -> bool:

@@ -15,6 +15,7 @@ from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.chosen import chosen_images
 from sanitize.data.dataset import Dataset
+from sanitize.data.tables import verified_rows
 from sanitize.denoising import PCA
 from sanitize.errors import ConfigError, DataError
 from sanitize.measure.evasion import EvasionConfig, smallest_perturbation
@@ -65,7 +66,7 @@ class Robustness(Artifact):
 
     def table(self) -> pa.Table:
         """One row an image."""
-        return pq.read_table(pa.BufferReader(self.read("perturbations.parquet")))
+        return verified_rows(self, "perturbations.parquet")
 
 
 @stage(Robustness)

@@ -22,6 +22,7 @@ from sanitize.artifacts import Artifact, Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.samples import Sample
+from sanitize.data.tables import verified_rows
 from sanitize.data.writer import shard_writer
 from sanitize.errors import ConfigError, DataError
 from sanitize.plural import counted
@@ -74,7 +75,7 @@ class Samples(Artifact):
 
     def origins(self) -> pa.Table:
         """Source of each sample, one row each."""
-        return pq.read_table(pa.BufferReader(self.read("origins.parquet")))
+        return verified_rows(self, "origins.parquet")
 
 
 @stage(Samples, gpu=False, draws="seed")

@@ -20,6 +20,7 @@ from sanitize.artifacts import Part
 from sanitize.compute import Compute
 from sanitize.data.dataset import Dataset
 from sanitize.data.shuffle import buffer_bytes, first_rows, usable_rows
+from sanitize.data.tables import verified_rows
 from sanitize.denoising import PCA, PCANoise, PCANoiseConfig
 from sanitize.distributed import total, world
 from sanitize.errors import ConfigError
@@ -76,7 +77,7 @@ class RobustModel(Checkpoint):
     @cached_property
     def history(self) -> list[dict[str, float]]:
         """One row an epoch: loss, share dropped and accuracy on the training samples, and `test_accuracy`."""
-        rows: list[dict[str, float]] = pq.read_table(pa.BufferReader(self.read("history.parquet"))).to_pylist()
+        rows: list[dict[str, float]] = verified_rows(self, "history.parquet").to_pylist()
         return rows
 
     @property

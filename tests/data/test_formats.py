@@ -1,8 +1,10 @@
 """Formats of images: pixels are Pillow's, limits hold before it decodes, a conversion of line ends shows."""
 
+import gc
 import io
 import struct
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -427,3 +429,30 @@ def test_damage_costs_an_image_or_gives_the_pixels_of_pillow(name: str, data: st
         found = None
     assert time.process_time() - start < 3
     assert found is None or np.array_equal(found, by_pillow(damaged))
+
+
+DAMAGED = {f"{name}, cut": whole[: len(whole) // 4] for name, (_, whole) in WHOLE.items()}
+DAMAGED |= {f"{name}, start": whole[:20] + b"\xff" * 9 for name, (_, whole) in WHOLE.items()}
+DAMAGED |= {name: data for name, (data, reason) in TIFFS.items() if reason}
+
+
+@pytest.mark.hostile
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", DAMAGED)
+def test_the_error_of_a_damaged_image_is_freed_at_once(name: str) -> None:
+    """An error that refers to itself keeps the frames of its traceback, and what they hold, until a collection."""
+    errors: list[weakref.ref[BaseException]] = []
+    gc.disable()
+    try:
+        try:
+            decode(DAMAGED[name], ImageConfig())
+        except BadImage as raised:
+            error: BaseException | None = raised
+            while error is not None and len(errors) < 9:
+                if isinstance(error, BadImage | BadTiff | BadAvif):  # Python's own cannot be watched
+                    errors.append(weakref.ref(error))
+                error = error.__cause__
+            error = None
+        assert [error() for error in errors if error() is not None] == []
+    finally:
+        gc.enable()

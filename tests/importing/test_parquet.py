@@ -74,6 +74,31 @@ def test_labels_without_names(labels: pa.Array, classes: dict[str, int], images:
     assert [int(samples(made)[f"{i:08d}"]["cls"]) for i in range(3)] == [1, 0, 1]
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        (pa.array(["a", None]), [":a", ""]),
+        (pa.array(["a", "b"], pa.large_string()), [":a", ":b"]),
+        (pa.array(["a", "b"], pa.string_view()), [":a", ":b"]),
+        (pa.array([b"a", b"\xff"]), [":a", ":\\xff"]),
+        (pa.array([1, 2]), ["", ""]),
+        (pa.array([True, None]), ["", ""]),
+        (pa.array([["a"], ["b"]]), ["", ""]),
+        (pa.array([{"x": "a"}, None]), ["", ""]),
+        (pa.nulls(2), ["", ""]),
+    ],
+)
+def test_paths_of_any_type(path: pa.Array, shown: list[str], suffix: str, images: list[bytes], tmp_path: Path) -> None:
+    column = pa.StructArray.from_arrays([pa.array(images[:2]), path], ["bytes", "path"])
+    write = stream if suffix == "arrow" else lambda path, rows: pq.write_table(rows, path)
+    write(tmp_path / f"a.{suffix}", pa.table({"image": column, "label": [0, 1]}))
+    found = samples(run(tmp_path / f"a.{suffix}", tmp_path / "out"))
+    assert [json.loads(found[f"{i:08d}"]["json"])["file"] for i in range(2)] == [
+        f"a.{suffix}:{i}{shown[i]}" for i in range(2)
+    ]
+
+
 def test_rows_that_cannot_be_used_are_counted(images: list[bytes], tmp_path: Path) -> None:
     given = [*images[:5], None, b"", b"no image", images[0] + bytes(9000), *images[5:8]]
     rows = table(given, [0, 1, 0, 1, 2, 0, 0, 0, 0, -1, None, 1], ["a", "b"])

@@ -51,7 +51,7 @@ def test_a_model_that_learned_the_data_and_not_the_canaries_gives_no_all_clear(d
     assert missed
     reason = run.summary["verdict"]["reasons"][0]
     assert "was not learned" in reason["why"]
-    assert reason["setting"] == "embedder.min_steps=600"
+    assert reason["remedy"] == "set embedder.min_steps=600"
     page = (tmp_path / "run/90-report/index.html").read_text()
     assert "What this run could have seen" in page
     assert "not learned" in page
@@ -73,7 +73,7 @@ def test_without_canaries_there_is_no_all_clear(digits: Digits, tmp_path: Path) 
     folders = [stage["folder"] for stage in json.loads((tmp_path / "run/run.json").read_text())["stages"]]
     assert not [folder for folder in folders if "canaries" in folder]
     assert run.verdict == "inconclusive"
-    assert [reason["setting"] for reason in run.summary["verdict"]["reasons"]] == ["embedder.canary={}"]
+    assert [reason["remedy"] for reason in run.summary["verdict"]["reasons"]] == ["set embedder.canary={}"]
 
 
 @pytest.mark.slow
@@ -82,8 +82,7 @@ def test_an_all_clear_says_what_the_run_would_have_seen(digits: Digits, tmp_path
     assert run.verdict == "nothing"
     assert run.summary["samples"]["quarantined"] == 0
     assert all(not canary["missed"] and canary["learned"] > 0.9 for canary in run.summary["verdict"]["canaries"])
-    why = run.summary["verdict"]["why"]
-    assert "saw the triggers that it planted itself: faint noise on 1.7 % of the samples" in why
+    assert run.summary["verdict"]["reasons"][-1]["why"] == "This run found the triggers that it planted itself."
     page = (tmp_path / "run/90-report/index.html").read_text()
     assert "What this run could have seen" in page
     assert "faint noise on 1.7 % of the samples" in page

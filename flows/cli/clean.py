@@ -90,15 +90,16 @@ def _print_suspect(suspect: dict[str, Any] | None, unit: str) -> None:
 
 def _print_verdict(finding: dict[str, Any]) -> None:
     """Verdict on the data set, its reasons with what to do about them, and the planted triggers that were found."""
-    from sanitize.report.finding import VERDICTS, describe_canary
+    from sanitize.report.finding import VERDICTS, by_remedy, describe_canary
 
     verdict = finding["verdict"]
     styles = {"found": "red", "nothing": "green", "inconclusive": "yellow"}
     say(f"{'verdict':>10}: {VERDICTS[verdict]}.", styles[verdict], finding["why"])
-    for reason in finding["reasons"]:
-        say(f"{'limit' if verdict == 'found' else 'reason':>10}:", "", reason["why"])
-        if reason["remedy"]:
-            say(f"{'remedy':>10}:", "", reason["remedy"])
+    for reasons, remedy in by_remedy(finding["reasons"]):
+        for why in reasons:
+            say(f"{'limit' if verdict == 'found' else 'reason':>10}:", "", why)
+        if remedy:
+            say(f"{'remedy':>10}:", "", remedy)
     for canary in finding["canaries"]:
         if not canary["missed"]:
             say(f"{'trigger':>10}:", "", f"{describe_canary(canary)}: recall {canary['recall']:.2f}")

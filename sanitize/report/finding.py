@@ -107,6 +107,14 @@ def find(
     return Finding("nothing", f"No samples look planted{others}.", reasons, looked_for, canaries)
 
 
+def by_remedy(reasons: Sequence[Mapping[str, str]]) -> list[tuple[list[str], str]]:
+    """Reasons that have a remedy in common, and the remedy, in the order of their first reasons."""
+    found: dict[str, list[str]] = {}
+    for reason in reasons:
+        found.setdefault(reason["remedy"], []).append(reason["why"])
+    return [(why, remedy) for remedy, why in found.items()]
+
+
 def canaries_of(scorers: Mapping[str, Mapping[str, Any]], names: Mapping[int, str]) -> tuple[dict[str, Any], ...]:
     """Triggers that a run planted, with `class_name` if their label has one, and what the run made of them."""
     found = scorers.get(PLANTED, {}).get("canaries") or {}

@@ -29,7 +29,7 @@ from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.plural import counted, were
 from sanitize.report import charts
-from sanitize.report.finding import VERDICTS, Finding, describe_canary, find, groups_of
+from sanitize.report.finding import VERDICTS, Finding, by_remedy, describe_canary, find, groups_of
 from sanitize.report.groups import pictures_of, with_examples
 from sanitize.report.hygiene import hygiene_numbers, hygiene_pictures, members_of
 from sanitize.report.numbers import collect
@@ -307,6 +307,7 @@ def template(name: str) -> jinja2.Template:
         "class_name": class_name,
         "canary": describe_canary,
         "verdict": VERDICTS.__getitem__,
+        "by_remedy": by_remedy,
         "members_of": members_of,
         "combined": lambda config, numerics: config | ({"numerics": numerics} if numerics else {}),
         "csp_hash": lambda css: "sha256-" + base64.b64encode(hashlib.sha256(str(css).encode()).digest()).decode(),

@@ -102,7 +102,8 @@ def _print_verdict(finding: dict[str, Any]) -> None:
             say(f"{'remedy':>10}:", "", remedy)
     for canary in finding["canaries"]:
         if not canary["missed"]:
-            say(f"{'trigger':>10}:", "", f"{describe_canary(canary)}: recall {canary['recall']:.2f}")
+            planted = f"a trigger that this run planted ({describe_canary(canary)}): recall {canary['recall']:.2f}"
+            say(f"{'seen':>10}:", "", planted)
 
 
 def _print_counts(counts: dict[str, int], n_damaged: int) -> None:

@@ -218,7 +218,7 @@ def _show_hygiene(found: dict[str, Any], names: Mapping[int, str]) -> None:
         labels = ", ".join(f"{n if len(of_classes) > 1 else ''}class {name}" for n, name in of_classes)
         keys = [as_text(member["key"]).plain for member in group["members"][:4]]
         keys += ["…"] if len(keys) < group["n"] else []
-        line = f"{members_of(group)} ({labels}): {', '.join(keys)}"
+        line = f"{members_of(group)}, {labels}: {', '.join(keys)}"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

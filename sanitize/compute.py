@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from sanitize.errors import ConfigError
+from sanitize.plural import counted
 
 CPU_ROWS = 32  # rows of a block of `Compute.full_blocks` on the CPU
 
@@ -95,9 +96,10 @@ class Compute(BaseModel):
     def describe(self) -> str:
         """One line for the log: device and reason, precision, threads, seed."""
         device = self.torch_device
-        why = "as set" if self.device != "auto" else f"auto: torch finds {torch.cuda.device_count()} CUDA devices"
+        seen = counted(torch.cuda.device_count(), "CUDA device")
+        why = "as set" if self.device != "auto" else f"auto: torch finds {seen}"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        return f"{device} ({name}; {why}), {self.precision}, {self.threads} thread(s), seed {self.seed}"
+        return f"{device} ({name}; {why}), {self.precision}, {counted(self.threads, 'thread')}, seed {self.seed}"
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context for forward passes: bfloat16 autocast, or nothing at float32."""

@@ -89,21 +89,21 @@ def _print_suspect(suspect: dict[str, Any] | None, unit: str) -> None:
 
 
 def _print_verdict(finding: dict[str, Any]) -> None:
-    """Verdict on the data set, its reasons, and the settings that would help."""
-    words = {"found": "found", "nothing": "nothing stood out", "inconclusive": "inconclusive"}
+    """Verdict on the data set, its reasons with what to do about them, and the planted triggers that were found."""
+    from sanitize.report.finding import VERDICTS, by_remedy, describe_canary
+
+    verdict = finding["verdict"]
     styles = {"found": "red", "nothing": "green", "inconclusive": "yellow"}
-    say(f"{'verdict':>10}: {words[finding['verdict']]}.", styles[finding["verdict"]], finding["why"])
-    for reason in finding["reasons"]:
-        setting = f" (set {reason['setting']})" if reason["setting"] else ""
-        console.print(f"{'':>12}{reason['why']}{setting}", highlight=False, soft_wrap=True, markup=False)
-    canaries = [
-        f"{canary['kind']} on {100 * canary['rate']:.2g} % of the samples: "
-        + (canary["missed"] or f"recall {canary['recall']:.2f}")
-        for canary in finding.get("canaries", [])
-    ]
-    if canaries:
-        what = f"triggers that this run planted itself: {'; '.join(canaries)}"
-        console.print(f"{'':>12}{what}", highlight=False, soft_wrap=True, markup=False)
+    say(f"{'verdict':>10}: {VERDICTS[verdict]}.", styles[verdict], finding["why"])
+    for reasons, remedy in by_remedy(finding["reasons"]):
+        for why in reasons:
+            say(f"{'limit' if verdict == 'found' else 'reason':>10}:", "", why)
+        if remedy:
+            say(f"{'remedy':>10}:", "", remedy)
+    for canary in finding["canaries"]:
+        if not canary["missed"]:
+            planted = f"a trigger that this run planted ({describe_canary(canary)}): recall {canary['recall']:.2f}"
+            say(f"{'seen':>10}:", "", planted)
 
 
 def _print_counts(counts: dict[str, int], n_damaged: int) -> None:

@@ -125,6 +125,8 @@ def _import(options: dict[str, Any], sources: list[str], out: str, assignments: 
 
 def _show(result: dict[str, Any]) -> None:
     """Counts, what was refused, and the next command."""
+    from sanitize.data.class_names import class_name
+
     for one in result["refused_by_reason"]:
         examples = f" ({', '.join(one['examples'])}{', …' if one['n'] > len(one['examples']) else ''})"
         say("refused", "yellow", f"{one['n']:,} x {one['reason']}{examples if one['examples'] else ''}")
@@ -139,7 +141,8 @@ def _show(result: dict[str, Any]) -> None:
     if result["classes"] is None:
         console.print("captions, no classes: later commands need `--set index.label=null`", highlight=False)
         return
-    counts = [f"{name} ({result['labels'][name]}): {n:,}" for name, n in result["classes"].items()]
+    labels = result["labels"]
+    counts = [f"{class_name(labels[name], {labels[name]: name})}: {n:,}" for name, n in result["classes"].items()]
     more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
     console.print("classes:", ", ".join(counts[:_SHOWN]) + more, highlight=False, soft_wrap=True)
     say("next:", "green", f"sanitize clean --shards {shlex.quote(result['out'])} --out runs/first")

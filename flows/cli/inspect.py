@@ -81,6 +81,8 @@ def inspect(
         _show(result, config.label is not None, config.has_several)
         if hygiene:
             _show_hygiene(result["hygiene"], _names(result))
+        for line in result["next"]:
+            say("next:", "green", line)
     if not is_well:
         raise typer.Exit(1)
 
@@ -203,6 +205,7 @@ def _hygiene(sources: list[str], config: Any) -> dict[str, Any]:
 def _show_hygiene(found: dict[str, Any], names: Mapping[int, str]) -> None:
     """A row for each kind of finding, and the largest groups of copies."""
     from sanitize.data.class_names import class_name
+    from sanitize.report.hygiene import members_of
 
     table = Table("hygiene", "samples", "for example", title_justify="left")
     for kind, n in found["counts"].items():
@@ -211,11 +214,12 @@ def _show_hygiene(found: dict[str, Any], names: Mapping[int, str]) -> None:
             table.add_row(kind.replace("_", " "), f"{n:,}", as_text(f"{example['key']}: {example['reason']}"))
     console.print(table if table.row_count else "hygiene: nothing found")
     for group in found["groups"][:5]:
-        labels = ", ".join(f"{class_name(int(label), names)}: {n:,}" for label, n in group["labels"].items())
-        keys = ", ".join(as_text(member["key"]).plain for member in group["members"][:4])
-        console.print(
-            f"{counted(group['n'], 'copy')} in class {labels}: {keys}, …", highlight=False, soft_wrap=True, markup=False
-        )
+        of_classes = [(f"{n:,} of ", class_name(int(label), names)) for label, n in group["labels"].items()]
+        labels = ", ".join(f"{n if len(of_classes) > 1 else ''}class {name}" for n, name in of_classes)
+        keys = [as_text(member["key"]).plain for member in group["members"][:4]]
+        keys += ["…"] if len(keys) < group["n"] else []
+        line = f"{members_of(group)}, {labels}: {', '.join(keys)}"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _is_well(result: dict[str, Any], max_bad_fraction: float) -> bool:
@@ -457,8 +461,6 @@ def _show(result: dict[str, Any], has_labels: bool, has_several: bool) -> None:
         )
     for reason in result["refused"].values():
         say("refused", "red", reason)
-    for line in result["next"]:
-        say("next:", "green", line)
 
 
 def _classes(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 from flows.cli.app import RunFolder, check_there, console
 from flows.cli.command import REQUIRED, Option, job_command
+from sanitize.plural import counted
 
 
 def _of_a_run(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -37,4 +38,4 @@ def restore(result: dict[str, Any], out: str) -> None:
 
         sanitize restore runs/first --key 00000123 --key train-000004.tar:00000456 --note "seen by Ada"
     """
-    console.print(f"{result['restored']} sample(s) put back; clean shards: {result['clean']}", soft_wrap=True)
+    console.print(f"{counted(result['restored'], 'sample')} put back; clean shards: {result['clean']}", soft_wrap=True)

@@ -3,7 +3,7 @@
     found           a scorer removed samples by evidence
     nothing         the suspect model has learned, the scorer for planted samples was able to judge the classes, naming
                     those that were too small, and it saw the triggers that the run planted itself (canaries)
-    inconclusive    anything else; each reason names the setting that would help
+    inconclusive    anything else; each reason comes with what to do about it
 
 A wrong "nothing" costs more than a wrong "inconclusive": whatever is missing or unknown makes a verdict inconclusive.
 """
@@ -27,13 +27,15 @@ NEAR = 0.7  # share of the level of separation; only for scorers without a findi
 UNJUDGED = 0.5  # share of the samples in classes too small to judge from which there is no verdict on the others
 MAX_NAMED = 5  # classes named in a reason
 CANARIES = {"noise": "faint noise", "patch": "a small patch"}
+VERDICTS = {"found": "found", "nothing": "nothing stood out", "inconclusive": "inconclusive"}  # as people read them
+ANOTHER_MODEL = "another --seed, with another --out, trains another model"
 
 
 class Reason(NamedTuple):
-    """An obstacle to a verdict, and the setting that would help ("" where none would)."""
+    """A reason for a verdict, a sentence, and what to do about it ("" where nothing helps)."""
 
     why: str
-    setting: str = ""
+    remedy: str = ""
 
 
 class Finding(NamedTuple):
@@ -41,8 +43,8 @@ class Finding(NamedTuple):
 
     Attributes:
         verdict: found, nothing or inconclusive.
-        why: the verdict in one or two sentences.
-        reasons: obstacles to a verdict; also listed where the verdict is "found", since more may be there.
+        why: the verdict in one short sentence.
+        reasons: reasons for the verdict; where it is "found", its limits, since more may be there.
         looked_for: kinds of samples that were looked for, with the scorers.
         canaries: triggers that the run planted to find out what it would have seen: `kind`, `label`, number `n` and
             share `rate` of the samples, `learned` and `recall` in [0, 1], `missed`: why it was not seen, or "".
@@ -85,20 +87,32 @@ def find(
         looked_for.setdefault(LOOKED_FOR.get(kind, "odd samples"), []).append(kind)
     removed = max(0, removed - sum(entry.get("by_hygiene", 0) for entry in selection.get("classes", {}).values()))
     by_evidence = [kind for kind in scorers if removed and _has_removed(kind, selection)]
-    reasons = tuple(_reasons(selection, scorers, suspect, names))
+    found = _obstacles(selection, scorers, suspect, names)
+    obstacles = tuple(Reason(_sentence(reason.why), reason.remedy) for reason in found)
     canaries = canaries_of(scorers, names)
     if PLANTED in by_evidence or (by_evidence and PLANTED not in scorers):
         what = " and ".join(dict.fromkeys(LOOKED_FOR.get(kind, "odd samples") for kind in by_evidence))
-        return Finding(
-            "found", f"{counted(removed, 'sample')} {were(removed)} removed: {what}.", reasons, looked_for, canaries
-        )
-    others = f" {counted(removed, 'sample')} {were(removed)} removed by other rules." if removed else ""
-    if reasons:
-        return Finding("inconclusive", f"{_sentence(reasons[0].why)}{others}", reasons, looked_for, canaries)
-    stated = (scorers[PLANTED].get("finding") or {}).get("why") or "no class holds a group that looks planted"
-    stated = named_in(str(stated), names)
-    what = f"The suspect model has learned its training data. {_sentence(stated)} {_would_have_seen(canaries)}"
-    return Finding("nothing", what + others, (), looked_for, canaries)
+        why = f"{counted(removed, 'sample')} {were(removed)} removed: {what}."
+        return Finding("found", why, obstacles, looked_for, canaries)
+    others = f"; other rules removed {counted(removed, 'sample')}" if removed else ""
+    if obstacles:
+        why = f"Planted samples may be among those that were kept{others}."
+        return Finding("inconclusive", why, obstacles, looked_for, canaries)
+    stated = str((scorers[PLANTED].get("finding") or {}).get("why") or "no class holds a group that looks planted")
+    judged = [named_in(part, names) for part in stated.split(". ")]
+    seen = "this run found the triggers that it planted itself"
+    reasons = tuple(
+        Reason(_sentence(why)) for why in ("the suspect model has learned its training data", *judged, seen)
+    )
+    return Finding("nothing", f"No samples look planted{others}.", reasons, looked_for, canaries)
+
+
+def by_remedy(reasons: Sequence[Mapping[str, str]]) -> list[tuple[list[str], str]]:
+    """Reasons that have a remedy in common, and the remedy, in the order of their first reasons."""
+    found: dict[str, list[str]] = {}
+    for reason in reasons:
+        found.setdefault(reason["remedy"], []).append(reason["why"])
+    return [(why, remedy) for remedy, why in found.items()]
 
 
 def canaries_of(scorers: Mapping[str, Mapping[str, Any]], names: Mapping[int, str]) -> tuple[dict[str, Any], ...]:
@@ -115,11 +129,6 @@ def describe_canary(canary: Mapping[str, Any]) -> str:
     kind = CANARIES.get(str(canary["kind"]), str(canary["kind"]))
     names = {canary["label"]: canary["class_name"]} if "class_name" in canary else {}
     return f"{kind} on {_percent(canary['rate'])} of the samples, labelled {class_name(canary['label'], names)}"
-
-
-def _would_have_seen(canaries: Sequence[Mapping[str, Any]]) -> str:
-    seen = "; ".join(f"{describe_canary(canary)}: recall {canary['recall']:.2f}" for canary in canaries)
-    return f"This run saw the triggers that it planted itself: {seen}."
 
 
 def _percent(share: float) -> str:
@@ -148,7 +157,7 @@ def _rule(kind: str, selection: Mapping[str, Any]) -> Any:
     return selection.get("rules", {}).get(kind, {}).get("kind")
 
 
-def _reasons(
+def _obstacles(
     selection: Mapping[str, Any],
     scorers: Mapping[str, Mapping[str, Any]],
     suspect: Mapping[str, Any] | None,
@@ -157,31 +166,34 @@ def _reasons(
     """All obstacles to the verdict "nothing"."""
     if PLANTED not in scorers:
         return [
-            Reason("scorer toxic_direction did not look for planted samples", "scorers='[{kind: toxic_direction}]'")
+            Reason("scorer toxic_direction did not look for planted samples", "set scorers='[{kind: toxic_direction}]'")
         ]
     reasons = []
     if suspect is None:
-        reasons.append(Reason("no suspect model with a known training accuracy", "embedder.kind=classifier"))
+        reasons.append(Reason("no suspect model with a known training accuracy", "set embedder.kind=classifier"))
     elif suspect.get("learned") is not True:
-        reasons.append(
-            Reason(f"the suspect model has not learned: {suspect.get('why', 'unknown')}", suspect.get("setting") or "")
-        )
+        setting = suspect.get("setting")
+        why = f"the suspect model has not learned: {suspect.get('why', 'unknown')}"
+        reasons.append(Reason(why, f"change {setting}" if setting else ""))
     else:
         reasons += _unseen(scorers[PLANTED], suspect, names)
     if _rule(PLANTED, selection) == "contamination":
-        setting = f"select.rules.{PLANTED}.kind=separation"
-        reasons.append(Reason("rule contamination removes a fixed share, planted or not", setting))
+        remedy = f"set select.rules.{PLANTED}.kind=separation"
+        reasons.append(Reason("rule contamination removes a fixed share, planted or not", remedy))
     stated = scorers[PLANTED].get("finding") or {}
     verdict = stated.get("verdict", "nothing")
     classes = selection.get("classes", {})
     flagged = any(entry.get("scorers", {}).get(PLANTED, {}).get("flagged", 0) for entry in classes.values())
     if verdict == "inconclusive":
         why = str(stated.get("why") or "a group of samples may be planted or natural")
-        reasons.append(Reason(named_in(why, names)))
+        is_unsure = any(group.get("decision") == "unsure" for group in stated.get("groups", ()))
+        remedy = f"look at the group on the report page; {ANOTHER_MODEL}" if is_unsure else ""
+        reasons.append(Reason(named_in(why, names), remedy))
     elif not stated and (near := [label for label, entry in classes.items() if _is_near(entry)]):
-        reasons.append(Reason(f"class {_listed(near, names)} nearly stood out", "compute.seed, for another model"))
+        reasons.append(Reason(f"class {_listed(near, names)} nearly stood out", ANOTHER_MODEL))
     elif (verdict != "nothing" or flagged) and not _has_removed(PLANTED, selection):
-        reasons.append(Reason("flagged samples were kept (select.verdict, max_removed_fraction, or restored by hand)"))
+        remedy = "look at select.verdict and select.max_removed_fraction, and at what was restored by hand"
+        reasons.append(Reason("flagged samples were kept", remedy))
     least = int(scorers[PLANTED].get("config", {}).get("min_class", 0))
     statistics = scorers[PLANTED].get("classes", {})
     judged = {label: entry.get("pictures", entry.get("n", 0)) for label, entry in classes.items()}
@@ -190,7 +202,11 @@ def _reasons(
     if n_small > UNJUDGED * n_all:
         named = _listed(small, names) + (", ..." if small[MAX_NAMED:] else "")
         which = f"class {named} has" if len(small) == 1 else f"{counted(len(small), 'class')} ({named}) have"
-        reasons.append(Reason(f"{which} too few samples to judge (fewer than {least})", "scorers.0.min_class"))
+        reasons.append(
+            Reason(
+                f"{which} too few samples to judge (fewer than {least})", "add samples, or lower scorers.0.min_class"
+            )
+        )
     return reasons
 
 
@@ -204,10 +220,10 @@ def _unseen(scorer: Mapping[str, Any], suspect: Mapping[str, Any], names: Mappin
     if not found:
         why = "no trigger was planted to find out what this run would have seen"
         if suspect.get("given"):
-            return [Reason(f"{why}: the suspect model was given", "embedder.weights=null")]
+            return [Reason(f"{why}: the suspect model was given", "set embedder.weights=null")]
         if scorer.get("config", {}).get("evidence", {}) is None:
-            return [Reason(f"{why}: the scorer decides without evidence", "scorers='[{kind: toxic_direction}]'")]
-        return [Reason(why, "embedder.canary={}")]
+            return [Reason(f"{why}: the scorer decides without evidence", "set scorers='[{kind: toxic_direction}]'")]
+        return [Reason(why, "set embedder.canary={}")]
     if not found.get("planted"):
         return [Reason(f"no trigger could be planted to find out what this run would have seen: {found.get('why')}")]
     reasons = []
@@ -215,10 +231,10 @@ def _unseen(scorer: Mapping[str, Any], suspect: Mapping[str, Any], names: Mappin
         what = f"a trigger that this run planted ({describe_canary(canary)})"
         if canary["missed"] == "not learned":
             why = f"{what} was not learned: the suspect model gives its label to {_percent(canary['learned'])} of them"
-            reasons.append(Reason(why, f"embedder.min_steps={max(600, 2 * int(suspect.get('steps') or 0))}"))
+            reasons.append(Reason(why, f"set embedder.min_steps={max(600, 2 * int(suspect.get('steps') or 0))}"))
         elif canary["missed"]:
             why = f"{what} was learned, but not found: recall {canary['recall']:.2f}"
-            reasons.append(Reason(why, "compute.seed, for another model"))
+            reasons.append(Reason(why, ANOTHER_MODEL))
     return reasons
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from sanitize.data.class_names import class_name
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import HYGIENE_KINDS, Hygiene, Selection
+from sanitize.plural import counted
 from sanitize.report.pictures import Thumbnail, pictures
 from sanitize.select.write import Shards
 
@@ -18,7 +19,7 @@ EXPLAINED = {
     "wrong_hash": "The stated hash is of another image (exchanged, or encoded again), or a table of hashes has none.",
     "dark": "Nearly all pixels are dark.",
     "bright": "Nearly all pixels are white.",
-    "blank": "One colour.",
+    "blank": "One colour, or hardly any contrast.",
     "blurred": "No sharp edge at the size at which models see the image.",
     "low_entropy": "Few levels of brightness.",
     "odd_aspect": "Much longer than wide, or wider than long.",
@@ -61,6 +62,15 @@ def hygiene_numbers(hygiene: Hygiene, selection: Selection, names: Mapping[int, 
         "examples": {kind: examples[kind] for kind in HYGIENE_KINDS if kind in examples},
         "quarantine": selection.read_json("selection.json").get("quarantine", []),
     }
+
+
+def members_of(group: Mapping[str, Any]) -> str:
+    """Size of a group of alike pictures in words, and whether their files are equal."""
+    n, n_files = group["n"], group["n_files"]
+    if n_files == 1:
+        return f"{counted(n, 'copy')} of one file"
+    alike = counted(n, "near-duplicate")
+    return alike if n_files == n else f"{alike} in {counted(n_files, 'file')}"
 
 
 def hygiene_pictures(found: dict[str, Any], dataset: Dataset, shards: Shards) -> dict[tuple[str, int], Thumbnail]:

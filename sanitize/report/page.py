@@ -29,9 +29,9 @@ from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.plural import counted, were
 from sanitize.report import charts
-from sanitize.report.finding import Finding, describe_canary, find, groups_of
+from sanitize.report.finding import VERDICTS, Finding, by_remedy, describe_canary, find, groups_of
 from sanitize.report.groups import pictures_of, with_examples
-from sanitize.report.hygiene import hygiene_numbers, hygiene_pictures
+from sanitize.report.hygiene import hygiene_numbers, hygiene_pictures, members_of
 from sanitize.report.numbers import collect
 from sanitize.report.pictures import Thumbnail, pictures
 from sanitize.select.scored import kind_of
@@ -69,7 +69,7 @@ class Report(Artifact):
     """`index.html`, and `report.json` with the same numbers for machines."""
 
 
-@stage(Report, version=8, gpu=False, draws="nothing")
+@stage(Report, version=9, gpu=False, draws="nothing")
 def write_report(
     config: ReportConfig,
     dataset: Dataset,
@@ -200,8 +200,7 @@ def headline(numbers: dict[str, Any]) -> str:
     sentence, finding = _outcome(numbers), numbers["finding"]
     if finding is None or finding["verdict"] == "found":
         return sentence
-    word = {"nothing": "Nothing stood out", "inconclusive": "Inconclusive"}[finding["verdict"]]
-    return f"{word}: {sentence[:1].lower()}{sentence[1:]}"
+    return f"{VERDICTS[finding['verdict']].capitalize()}: {sentence[:1].lower()}{sentence[1:]}"
 
 
 def _outcome(numbers: dict[str, Any]) -> str:
@@ -307,6 +306,9 @@ def template(name: str) -> jinja2.Template:
         "pretty": lambda value: json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False),
         "class_name": class_name,
         "canary": describe_canary,
+        "verdict": VERDICTS.__getitem__,
+        "by_remedy": by_remedy,
+        "members_of": members_of,
         "combined": lambda config, numerics: config | ({"numerics": numerics} if numerics else {}),
         "csp_hash": lambda css: "sha256-" + base64.b64encode(hashlib.sha256(str(css).encode()).digest()).decode(),
         "png": lambda png: Markup("data:image/png;base64,") + base64.b64encode(png).decode(),

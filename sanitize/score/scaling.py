@@ -51,7 +51,8 @@ class Scaling:
         blocks = x_ND.split(_SCALED)
         count_D = torch.stack([(~block.isnan()).sum(0) for block in blocks]).sum(0)
         if empty := (count_D == 0).nonzero().flatten().tolist():
-            raise DataError(f"nothing but missing values in column(s) {empty[:10]}; leave them out")
+            named = f"{counted(len(empty), 'column')} ({', '.join(map(str, empty[:10]))}{', …' if empty[10:] else ''})"
+            raise DataError(f"nothing but missing values in {named}; leave them out")
         unit_D = torch.stack([_finite64(block).abs().amax(0) for block in blocks]).amax(0)
         unit_D[unit_D == 0] = 1
         mean_D = torch.stack([(_finite64(block) / unit_D).sum(0) for block in blocks]).sum(0) / count_D

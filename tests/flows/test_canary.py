@@ -1,7 +1,9 @@
 """Canaries from shards to verdict: in no shard, and an all-clear only where the run saw them."""
 
 import hashlib
+import html
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from flows.cli.clean import _print_verdict
 from flows.start import start
 from sanitize.data.canaries import Canaries
 from sanitize.data.digits import Digits
@@ -43,7 +46,22 @@ def images(shards: Iterable[str]) -> Counter[str]:
     return found
 
 
-def test_a_model_that_learned_the_data_and_not_the_canaries_gives_no_all_clear(digits: Digits, tmp_path: Path) -> None:
+def said_once(run: CleanRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """Terminal, page and record give the same verdict, and each of its sentences once."""
+    found = run.summary["verdict"]
+    assert json.loads(Path(run.folder, "run.json").read_text())["verdict"] == found
+    page = " ".join(html.unescape(re.sub("<[^>]*>", "", Path(run.report).read_text())).split())
+    _print_verdict(found)
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[0].endswith(found["why"])
+    for text in (found["why"], *(text for reason in found["reasons"] for text in reason.values() if text)):
+        assert (page.count(text), shown.count(text)) == (1, 1), text
+    assert all(line[10] == ":" for line in shown.splitlines())
+
+
+def test_a_model_that_learned_the_data_and_not_the_canaries_gives_no_all_clear(
+    digits: Digits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = cleaned(digits, tmp_path / "run", BRIEF)
     assert run.summary["suspect"]["learned"]
     assert run.verdict == "inconclusive"
@@ -51,7 +69,8 @@ def test_a_model_that_learned_the_data_and_not_the_canaries_gives_no_all_clear(d
     assert missed
     reason = run.summary["verdict"]["reasons"][0]
     assert "was not learned" in reason["why"]
-    assert reason["setting"] == "embedder.min_steps=600"
+    assert reason["remedy"] == "set embedder.min_steps=600"
+    said_once(run, capsys)
     page = (tmp_path / "run/90-report/index.html").read_text()
     assert "What this run could have seen" in page
     assert "not learned" in page
@@ -73,7 +92,7 @@ def test_without_canaries_there_is_no_all_clear(digits: Digits, tmp_path: Path) 
     folders = [stage["folder"] for stage in json.loads((tmp_path / "run/run.json").read_text())["stages"]]
     assert not [folder for folder in folders if "canaries" in folder]
     assert run.verdict == "inconclusive"
-    assert [reason["setting"] for reason in run.summary["verdict"]["reasons"]] == ["embedder.canary={}"]
+    assert [reason["remedy"] for reason in run.summary["verdict"]["reasons"]] == ["set embedder.canary={}"]
 
 
 @pytest.mark.slow
@@ -82,8 +101,7 @@ def test_an_all_clear_says_what_the_run_would_have_seen(digits: Digits, tmp_path
     assert run.verdict == "nothing"
     assert run.summary["samples"]["quarantined"] == 0
     assert all(not canary["missed"] and canary["learned"] > 0.9 for canary in run.summary["verdict"]["canaries"])
-    why = run.summary["verdict"]["why"]
-    assert "saw the triggers that it planted itself: faint noise on 1.7 % of the samples" in why
+    assert run.summary["verdict"]["reasons"][-1]["why"] == "This run found the triggers that it planted itself."
     page = (tmp_path / "run/90-report/index.html").read_text()
     assert "What this run could have seen" in page
     assert "faint noise on 1.7 % of the samples" in page

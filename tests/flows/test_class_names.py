@@ -211,7 +211,7 @@ def test_inspect_names_classes_and_says_where_a_file_is_no_map(digits: Digits, t
     assert found["classes"] is None
     copy = shutil.copy(next(shards.glob("*.tar")), shards / "copy.tar")
     hygiene = run("inspect", shards, "--hygiene").output
-    assert "copies in class" in hygiene
+    assert "2 copies of one file, class " in hygiene
     assert "(zero)" in hygiene, hygiene
     Path(copy).unlink()
     assert "3 (drei):" in run("inspect", shards, sets=("class_names={3: drei}",)).output  # settings come first

@@ -400,6 +400,8 @@ def test_hygiene_is_printed_and_in_the_json(
     shown = run("inspect", tmp_path / "x.tar", "--hygiene")
     assert shown.exit_code == 0, shown.output
     assert "exact duplicate" in shown.output
+    assert "2 copies of one file, class 0: 0000, 0019\n" in shown.output  # both are named: no dots
+    assert shown.output.splitlines()[-1].startswith("next: sanitize clean")
     found = json.loads(run("inspect", tmp_path / "x.tar", "--hygiene", "--json").stdout)["hygiene"]
     assert found["counts"]["exact_duplicate"] == 1
     assert "exact duplicate" not in run("inspect", tmp_path / "x.tar").output

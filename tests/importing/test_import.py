@@ -236,7 +236,7 @@ def test_the_command_counts_and_names_what_is_refused(photos: dict[str, bytes], 
     text = " ".join(done.output.split())
     assert "31 images = 30 imported + 1 refused; 4 shards: " in text
     assert "refused 1 x not a jpeg, png, webp, ppm, bmp, gif, tiff or avif image (ant/bad.png)" in text
-    assert "classes: ant (0): 10, bee (1): 10, cat (2): 10" in text
+    assert "classes: 0 (ant): 10, 1 (bee): 10, 2 (cat): 10" in text
     again = json.loads(command(source, "--out", tmp_path / "out", "--samples-per-shard", 10, "--json").stdout)
     assert (again["offered"], again["imported"], again["refused"], again["shards"]) == (31, 30, 1, 4)
     assert again["labels"] == {"ant": 0, "bee": 1, "cat": 2}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sanitize.report.finding import find, groups_of
+from sanitize.report.finding import ANOTHER_MODEL, describe_canary, find, groups_of
 
 SCORER = {"kind": "toxic_direction", "min_class": 40}
 CANARY = {"kind": "noise", "label": 3, "n": 60, "rate": 0.005, "learned": 1.0, "recall": 0.9, "missed": ""}
@@ -76,9 +76,13 @@ def test_nothing_stands_out_only_where_everything_is_known(
         and missed == ["", ""]
     )
     assert finding.verdict == ("found" if is_found else "nothing" if is_clear else "inconclusive")
-    assert finding.verdict != "inconclusive" or finding.reasons
-    assert finding.verdict != "nothing" or not finding.reasons
+    assert finding.verdict == "found" or finding.reasons
     assert finding.plain()["verdict"] == finding.verdict
+    assert len(finding.why) < 100  # one short sentence
+    assert finding.why.count(".") == 1
+    said = [finding.why, *(text for reason in finding.reasons for text in reason if text)]
+    assert not [(a, b) for a in said for b in said if a is not b and a.rstrip(".").lower() in b.lower()]  # each once
+    assert all(reason.why[0].isupper() and reason.why.endswith(".") for reason in finding.reasons)
 
 
 @pytest.mark.parametrize("kind", ["neighbours", "spectral", "rca"])
@@ -99,50 +103,67 @@ def test_without_a_finding_a_class_near_the_level_is_inconclusive() -> None:
     assert find(selection(separation=3.0, level=7.6), scorers(None), SUSPECT, 0).verdict == "nothing"
 
 
-def test_a_reason_names_class_and_setting() -> None:
+def test_a_reason_names_class_and_remedy() -> None:
     reasons = find(selection(n=10), scorers(), SUSPECT | {"learned": False, "setting": "embedder.max_steps"}, 0).reasons
-    assert [reason.setting for reason in reasons] == ["embedder.max_steps", "scorers.0.min_class"]
-    assert "class 0 has too few samples" in reasons[1].why
+    remedies = ["change embedder.max_steps", "add samples, or lower scorers.0.min_class"]
+    assert [reason.remedy for reason in reasons] == remedies
+    assert "Class 0 has too few samples" in reasons[1].why
+
+
+def test_what_may_be_planted_is_to_be_looked_at() -> None:
+    fitted = scorers("inconclusive")
+    assert [reason.remedy for reason in find(selection(), fitted, SUSPECT, 0).reasons] == [""]
+    fitted["toxic_direction"]["finding"] |= {
+        "why": "a group of class 0 may be planted",
+        "groups": [{"decision": "unsure"}],
+    }
+    (reason,) = find(selection(), fitted, SUSPECT, 0, {0: "owl"}).reasons
+    assert reason.why == "A group of class 0 (owl) may be planted."
+    assert reason.remedy.startswith("look at the group on the report page; another --seed")
 
 
 def test_an_all_clear_names_what_the_run_saw() -> None:
     finding = find(selection(), scorers(), SUSPECT, 0)
-    assert "faint noise on 0.5 % of the samples, labelled 3: recall 0.90" in finding.why
-    assert "a small patch on 0.5 % of the samples, labelled 4: recall 1.00" in finding.why
+    assert [reason.why for reason in finding.reasons] == [
+        "The suspect model has learned its training data.",
+        "Two groups are alike.",
+        "This run found the triggers that it planted itself.",
+    ]
+    assert describe_canary(CANARY) == "faint noise on 0.5 % of the samples, labelled 3"
     assert finding.plain()["canaries"] == [CANARY, PATCH]
 
 
 @pytest.mark.parametrize(
-    ("canaries", "suspect", "config", "why", "setting"),
+    ("canaries", "suspect", "config", "why", "remedy"),
     [
         (
             {"planted": [CANARY | {"learned": 0.2, "missed": "not learned"}, PATCH], "why": ""},
             {"steps": 700},
             {},
             "labelled 3) was not learned: the suspect model gives its label to 20 %",
-            "embedder.min_steps=1400",
+            "set embedder.min_steps=1400",
         ),
         (
             {"planted": [CANARY, PATCH | {"recall": 0.2, "missed": "not found"}], "why": ""},
             {},
             {},
             "labelled 4) was learned, but not found: recall 0.20",
-            "compute.seed, for another model",
+            ANOTHER_MODEL,
         ),
         ({"planted": [], "why": "250 samples are too few"}, {}, {}, "could be planted", ""),
-        ({}, {}, {}, "no trigger was planted", "embedder.canary={}"),
-        ({}, {"given": True}, {}, "the suspect model was given", "embedder.weights=null"),
-        ({}, {}, {"evidence": None}, "without evidence", "scorers='[{kind: toxic_direction}]'"),
+        ({}, {}, {}, "No trigger was planted", "set embedder.canary={}"),
+        ({}, {"given": True}, {}, "the suspect model was given", "set embedder.weights=null"),
+        ({}, {}, {"evidence": None}, "without evidence", "set scorers='[{kind: toxic_direction}]'"),
     ],
 )
 def test_a_canary_that_was_not_seen_makes_the_verdict_inconclusive(
-    canaries: dict[str, Any], suspect: dict[str, Any], config: dict[str, Any], why: str, setting: str
+    canaries: dict[str, Any], suspect: dict[str, Any], config: dict[str, Any], why: str, remedy: str
 ) -> None:
     finding = find(selection(), scorers("nothing", canaries, **config), SUSPECT | suspect, 0)
     assert finding.verdict == "inconclusive"
     (reason,) = finding.reasons
     assert why in reason.why
-    assert reason.setting == setting
+    assert reason.remedy == remedy
 
 
 def test_a_few_small_classes_do_not_take_the_verdict_from_the_others() -> None:
@@ -153,7 +174,7 @@ def test_a_few_small_classes_do_not_take_the_verdict_from_the_others() -> None:
     fitted["toxic_direction"]["finding"]["why"] = "nothing. Not judged, because they are too small: 2 classes (1, 2)"
     found = find(chosen, fitted, SUSPECT, 0)
     assert found.verdict == "nothing"
-    assert "2 classes (1, 2)" in found.why
+    assert "Not judged, because they are too small: 2 classes (1, 2)." in [reason.why for reason in found.reasons]
     chosen["classes"] |= {str(label): {"n": 39, "removed": 0, "scorers": {}} for label in range(3, 40)}
     assert find(chosen, fitted, SUSPECT, 0).verdict == "inconclusive"
 

@@ -582,7 +582,7 @@ def test_groups_are_shown_with_pictures_of_their_own_samples(planted: Run, tmp_p
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))), np.asarray(own))
     words = " ".join(_Page(html).words.split())
     assert "and this is its end" in words
-    assert "natural group: a style, a sub-population 2 20.0 %" in words
+    assert "natural group: a style, a sub-population, a track 2 20.0 %" in words
     assert "near-duplicates: copies, a burst, a track 3 20.0 %" in words
     assert "natural group, in part near-duplicates: a track, a burst 0 20.0 %" in words
     assert "; 53.0 % are near-duplicates of each other" in words

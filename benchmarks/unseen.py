@@ -359,7 +359,7 @@ def decide(place: Path) -> dict[str, Any]:
         "odd": f"{int((removed & odd).sum())} of {int(odd.sum())}" if odd.any() else "",
         "canaries": [(canary["learned"], canary["recall"]) for canary in finding.canaries],
         "verdict": finding.verdict,
-        "why": finding.why,
+        "why": [reason.why for reason in finding.reasons],
     }
 
 

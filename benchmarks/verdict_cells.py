@@ -196,7 +196,8 @@ def _measured(cell: Cell, source: Path, place: Path) -> dict[str, Any]:
     row |= {"recall": found.recall, "false_removals": found.false_positive_rate, "removed": found.n_removed}
     said = read_record(run.out).get("verdict")
     row |= {"removed_clean": found.n_false_removals, "verdict": _verdict(said, found.n_removed)}
-    row |= {"why": said["why"], "canaries": said["canaries"]} if isinstance(said, dict) else {}
+    if isinstance(said, dict):
+        row |= {"why": [reason["why"] for reason in said["reasons"]], "canaries": said["canaries"]}
     row |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
     row |= _baselines(Embeddings.load(place / "run" / "20-embeddings"), truth_N, cover_N, place, compute)
     if cell.retrain and config is not None and config.has_trigger and found.n_removed:

@@ -23,6 +23,7 @@ from sanitize.jobs import (
     demo,
     denoise,
     ingest,
+    package,
     plan,
     redteam,
     reference,
@@ -34,7 +35,8 @@ from sanitize.jobs import (
     verify,
 )
 from sanitize.measure import measure_robustness
-from sanitize.package import load_model, package_model
+from sanitize.models.given import import_model
+from sanitize.packaging import load_model, package_model
 from sanitize.redteaming import measure_case, sample_shards, sum_up
 from sanitize.repairs import repair_model
 from sanitize.report import (
@@ -73,6 +75,7 @@ __all__ = [
     "fit_projection",
     "fit_scorer",
     "import_data",
+    "import_model",
     "import_table",
     "index_shards",
     "ingest",
@@ -82,6 +85,7 @@ __all__ = [
     "measure_case",
     "measure_robustness",
     "merge_statistics",
+    "package",
     "package_model",
     "plan",
     "plant_canaries",

@@ -17,6 +17,7 @@ from sanitize.jobs.job import ShardsConfig, job, job_of
 from sanitize.jobs.run import Run
 
 NEEDED = {
+    "package": {"model": {"weights": "w.pt", "architecture": "mlp", "size": 8, "mean": [0.5], "std": [0.25]}},
     "certify": {"model": "model"},
     "denoise": {"denoise": {"dims": 1}},
     "reference": {"run": "run"},

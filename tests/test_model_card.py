@@ -2,7 +2,7 @@
 
 from markdown_it import MarkdownIt
 
-from sanitize import package
+from sanitize import packaging
 from sanitize.models.checkpoint import Checkpoint
 
 
@@ -12,7 +12,7 @@ def test_a_card_shows_what_strangers_wrote_in_a_package_and_does_nothing(checkpo
     scope = {"threat": bad, "statement": bad, "not_covered": [bad, "changes of training data"]}
     certificate = {"scope": scope, "kind": bad, "source": bad, "radius_unit": bad, "parameters": {bad: bad}}
     counts = {"samples": 1, "abstained": 0, "certified_accuracy": [[0.0, 1.0], [0.5, 0.5]]}
-    card = package._card(checkpoint.config, training, [certificate | counts], {bad: {bad: 0.5}})
+    card = packaging._card(checkpoint.config, training, [certificate | counts], {bad: {bad: 0.5}})
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card)
     inner = [child for token in tokens for child in token.children or []]
     assert {child.type for child in inner} <= {"text", "code_inline", "softbreak"}

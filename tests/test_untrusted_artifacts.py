@@ -27,7 +27,7 @@ from sanitize.jobs.run import read_config
 from sanitize.models.checkpoint import write_checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.models.mlp import MLPConfig
-from sanitize.package import PACKAGE, ModelPackage, open_model, package_model
+from sanitize.packaging import PACKAGE, ModelPackage, open_model, package_model
 from sanitize.score import FittedScorer, SpectralConfig, ToxicDirectionConfig, fit_scorer
 
 pytestmark = pytest.mark.hostile

@@ -15,6 +15,7 @@ from flows.cli.importing import import_
 from flows.cli.ingest import approve, batches, ingest, reference, refit, reject, retry
 from flows.cli.inspect import inspect
 from flows.cli.methods import EPILOGS
+from flows.cli.packaging import package
 from flows.cli.plan import plan
 from flows.cli.poison import poison
 from flows.cli.redteam import redteam
@@ -26,7 +27,7 @@ from flows.cli.train import train
 from flows.cli.verify import verify
 
 # In the order of `sanitize --help`: the main road first.
-_TRAINING = (train, certify, repair, condense, denoise, robustness)
+_TRAINING = (train, package, certify, repair, condense, denoise, robustness)
 _INGEST = (reference, ingest, batches, approve, reject, retry, refit)
 _AROUND = (import_, inspect, plan, poison, redteam, restore, verify, report, demo)
 for _command in (clean, *_INGEST, *_TRAINING, *_AROUND):

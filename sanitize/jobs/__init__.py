@@ -17,6 +17,7 @@ from sanitize.jobs.demo import DemoConfig, DemoRun, demo
 from sanitize.jobs.denoise import DenoiseRun, DenoiseRunConfig, denoise
 from sanitize.jobs.ingest import IngestConfig, ingest
 from sanitize.jobs.job import JOBS, Job, JobConfig, run_job
+from sanitize.jobs.package import PackageRun, PackageRunConfig, package
 from sanitize.jobs.plan import PlanConfig, Planned, plan
 from sanitize.jobs.redteam import RedTeamConfig, RedTeamRun, redteam
 from sanitize.jobs.reference import ReferenceRunConfig, reference
@@ -44,6 +45,8 @@ __all__ = [
     "IngestStore",
     "Job",
     "JobConfig",
+    "PackageRun",
+    "PackageRunConfig",
     "PlanConfig",
     "Planned",
     "RedTeamConfig",
@@ -64,6 +67,7 @@ __all__ = [
     "demo",
     "denoise",
     "ingest",
+    "package",
     "plan",
     "redteam",
     "reference",

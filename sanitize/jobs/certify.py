@@ -13,7 +13,7 @@ from sanitize.jobs.result import ModelRun, table_of
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import as_the_model_sees, index_found, leaks, packaged, with_facts
 from sanitize.jobs.trained_on import training_data
-from sanitize.package import open_model
+from sanitize.packaging import open_model
 
 logger = logging.getLogger("sanitize.run")
 

@@ -13,7 +13,7 @@ from sanitize.jobs.result import ModelRun
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import as_the_model_sees, index_found, packaged
 from sanitize.models.config import ModelConfig
-from sanitize.package import PACKAGE, open_model, package_model
+from sanitize.packaging import PACKAGE, open_model, package_model
 from sanitize.repairs import RepairedModel, RepairModelConfig, repair_model
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from sanitize.data.tables import ShardTables
 from sanitize.jobs.run import RECORD, read_config, read_record
-from sanitize.package import PACKAGE, load_model
+from sanitize.packaging import PACKAGE, load_model
 from sanitize.storage import join
 
 

@@ -12,7 +12,7 @@ from sanitize.jobs.result import JobRun
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import as_the_model_sees, index_found
 from sanitize.measure import Robustness, RobustnessConfig, measure_robustness
-from sanitize.package import open_model
+from sanitize.packaging import open_model
 from sanitize.report import write_robustness_report
 
 

@@ -15,7 +15,7 @@ from sanitize.hygiene import HygieneConfig, check_hygiene
 from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.config import ModelConfig
-from sanitize.package import PACKAGE, package_model
+from sanitize.packaging import PACKAGE, package_model
 from sanitize.report import write_certificate_report
 
 logger = logging.getLogger("sanitize.run")

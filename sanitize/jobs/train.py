@@ -16,7 +16,7 @@ from sanitize.jobs.job import RunConfig, job
 from sanitize.jobs.result import ModelRun, table_of
 from sanitize.jobs.run import Run
 from sanitize.jobs.steps import index_found, index_more, leaks, packaged, with_facts
-from sanitize.package import PACKAGE, package_model
+from sanitize.packaging import PACKAGE, package_model
 from sanitize.report import write_training_report
 from sanitize.training import DropScorerConfig, RobustModel, TrainConfig, drop_scores, train_robust
 

@@ -7,7 +7,7 @@ from sanitize.artifacts import first_line, read_manifest
 from sanitize.data.dataset import Dataset
 from sanitize.errors import ArtifactError, DataError, StorageError
 from sanitize.models.checkpoint import Checkpoint
-from sanitize.package import open_model, training_recipe
+from sanitize.packaging import open_model, training_recipe
 from sanitize.storage import is_local, join, open_read
 
 _MAX_STEPS = 8  # from a model to the one that it was made from

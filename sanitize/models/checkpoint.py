@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Self
 
-import safetensors.torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from sanitize.errors import ArtifactError, ConfigError
 from sanitize.models.architectures import Architecture
 from sanitize.models.config import ModelConfig
 from sanitize.models.factory import factory_of, only_installed, refuse_unless_installed
-from sanitize.models.weights import load_into, refuse_misfits
+from sanitize.models.weights import as_safetensors, load_into, refuse_misfits
 
 _MAX_DESCRIPTION = 1 << 20  # bytes of config.json
 _MAX_HEADER = 100 << 20  # bytes of the header of a safetensors file; the format allows no more
@@ -131,7 +130,6 @@ class Checkpoint(Artifact):
 
 def write_checkpoint(part: Part, model: nn.Module, config: ModelConfig, history: list[dict[str, Any]]) -> None:
     """Write the three files of a `Checkpoint`."""
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    part.write("model.safetensors", safetensors.torch.save(state))
+    part.write("model.safetensors", as_safetensors(model))
     part.write("config.json", json.dumps(config.model_dump(mode="json"), indent=2).encode())
     part.write_json("history.json", history)

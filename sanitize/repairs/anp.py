@@ -64,7 +64,7 @@ def repair(config: ANPConfig, model: nn.Module, inputs: RepairInputs, compute: C
     masks = _masks(config, model, sites, inputs, compute)
     found = [(mask, i, c) for i, mask_C in enumerate(masks) for c, mask in enumerate(mask_C.tolist())]
     order = [(sites[i], c) for mask, i, c in sorted(found) if mask < config.threshold]
-    model, pruned = prune_in_order(model, order, config.max_drop, True, inputs, compute)
+    pruned = prune_in_order(model, order, config.max_drop, True, inputs, compute)
     counts = {site.name: len(pruned.get(site.name, ())) for site in sites}
     done = {"pruned": counts, "below_threshold": len(order)}
     return Repaired(model, done | {"held_out_accuracy": held_out_accuracy(model, inputs, compute)})

@@ -4,7 +4,6 @@ Between a convolution and its norm a pool may lie, as in `ConvNet`, which the si
 not allow: pooling does not mix channels. Shapes: B batch, C channels, X positions.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -65,6 +64,7 @@ def prune(model: nn.Module, site: Site, channels_C: Tensor, keep_bias: bool) -> 
         module.bias[channels_C] = 0
 
 
+@torch.no_grad()
 def prune_in_order(
     model: nn.Module,
     order: list[tuple[Site, int]],
@@ -72,11 +72,11 @@ def prune_in_order(
     keep_bias: bool,
     inputs: RepairInputs,
     compute: Compute,
-) -> tuple[nn.Module, dict[str, list[int]]]:
-    """Prune one channel after the other until the next would cost too much accuracy.
+) -> dict[str, list[int]]:
+    """Prune one channel after the other, in place, until the next would cost too much accuracy.
 
     Args:
-        model: the network; it is not changed.
+        model: the network; it is changed.
         order: layer and index of each channel that may be pruned, in the order of pruning.
         max_drop: largest loss of accuracy on held-out clean images, in [0, 1].
         keep_bias: as for `prune`.
@@ -84,18 +84,20 @@ def prune_in_order(
         compute: device.
 
     Returns:
-        The pruned network, and the pruned channels of each layer by its name.
+        The pruned channels of each layer by its name.
     """
     least = held_out_accuracy(model, inputs, compute) - max_drop
     pruned: dict[str, list[int]] = {site.name: [] for site, _ in order}
     for site, channel in order:
-        trial = copy.deepcopy(model)
-        prune(trial, site, torch.tensor([channel]), keep_bias)
-        if held_out_accuracy(trial, inputs, compute) < least:
+        module: Any = model.get_submodule(scaled_by(model, site))
+        before = {name: p[channel].clone() for name, p in module.named_parameters(recurse=False)}
+        prune(model, site, torch.tensor([channel]), keep_bias)
+        if held_out_accuracy(model, inputs, compute) < least:
+            for name, values in before.items():
+                getattr(module, name)[channel] = values
             break
-        model = trial
         pruned[site.name].append(channel)
-    return model, pruned
+    return pruned
 
 
 def outliers(value_C: Tensor, n_deviations: float) -> Tensor:

@@ -59,7 +59,7 @@ def repair(config: FinePruningConfig, model: nn.Module, inputs: RepairInputs, co
         raise ConfigError("fine-pruning prunes the last convolution, and the network has none")
     site = sites[-1]
     order = [(site, channel) for channel in _activity(model, site, inputs, compute).argsort().tolist()]
-    model, pruned = prune_in_order(model, order, config.max_drop, False, inputs, compute)
+    pruned = prune_in_order(model, order, config.max_drop, False, inputs, compute)
     pruned_c = torch.tensor(pruned[site.name], dtype=torch.int64)
 
     def keep_pruned() -> None:

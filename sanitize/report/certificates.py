@@ -7,7 +7,7 @@ from markupsafe import Markup
 from sanitize.artifacts import Part
 from sanitize.certification.certificates import excerpt
 from sanitize.compute import Compute
-from sanitize.package import ModelPackage
+from sanitize.packaging import ModelPackage
 from sanitize.plural import counted
 from sanitize.report import charts
 from sanitize.report.page import Report, write_page

@@ -19,7 +19,7 @@ from sanitize.jobs.certify import CertifyRunConfig
 from sanitize.jobs.restore import verify_run
 from sanitize.jobs.train import TrainRunConfig
 from sanitize.jobs.trained_on import training_data
-from sanitize.package import open_model
+from sanitize.packaging import open_model
 
 RUNNER = CliRunner()
 INDEX = {"n_classes": 10, "image": {"size": [8, 8], "channels": 1}}

@@ -11,7 +11,7 @@ from flows.start import start
 from sanitize.data.digits import Digits
 from sanitize.jobs.train import TrainRunConfig
 from sanitize.models.checkpoint import Checkpoint
-from sanitize.package import open_model
+from sanitize.packaging import open_model
 
 RUNNER = CliRunner()
 CODE = """

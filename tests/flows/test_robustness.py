@@ -21,7 +21,7 @@ from sanitize.jobs.robustness import RobustnessRunConfig
 from sanitize.jobs.train import TrainRunConfig
 from sanitize.measure import EvasionConfig, Robustness, smallest_perturbation
 from sanitize.models.pixels import OnPixels
-from sanitize.package import open_model
+from sanitize.packaging import open_model
 
 RUNNER = CliRunner()
 INDEX = {"n_classes": 10, "image": {"size": [8, 8], "channels": 1}}

@@ -1,5 +1,6 @@
 """Channels of networks, the effect of pruning, and the criteria that find a planted channel."""
 
+import copy
 import math
 from typing import Any
 
@@ -14,12 +15,12 @@ from sanitize.models.convnet import ConvNetConfig
 from sanitize.models.mlp import MLPConfig
 from sanitize.models.resnet import ResNetConfig
 from sanitize.models.torchvision import TorchvisionConfig
-from sanitize.models.trace import trace
-from sanitize.repairs.channels import find_channels, prune, scaled_by, spatial_max
+from sanitize.models.trace import last_linear, trace
+from sanitize.repairs.channels import find_channels, prune, prune_in_order, scaled_by, spatial_max
 from sanitize.repairs.clp import CLPConfig, lipschitz_bounds
 from sanitize.repairs.ep import EPConfig, Histogram
-from sanitize.repairs.inputs import RepairInputs, in_memory
-from sanitize.repairs.sites import watching
+from sanitize.repairs.inputs import RepairInputs, held_out_accuracy, in_memory, split_clean
+from sanitize.repairs.sites import Site, watching
 
 CPU = Compute(device="cpu")
 NETWORKS: list[Any] = [  # architecture, size of images, layers, those with a norm
@@ -220,3 +221,34 @@ def test_ep_prunes_the_one_neuron_that_waits_for_the_trigger() -> None:
     assert pruned.weight.abs().sum(1).argmin() == 5
     assert torch.equal(pruned.bias, first.bias)
     assert again.done == found.done
+
+
+# --- pruning in order -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_bias", [False, True])
+def test_pruning_in_order_is_pruning_copies_until_one_is_too_bad(keep_bias: bool) -> None:
+    model, config = network(ResNetConfig(widths=(8, 16)), 8)
+    generator = torch.Generator().manual_seed(3)
+    images_NCHW = torch.randint(0, 256, (64, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        head: Any = model.get_submodule(str(last_linear(trace(model, config.example()))))
+        head.bias -= model(config.normalise(images_NCHW)).mean(0)  # predictions of all classes
+        labels_N = model(config.normalise(images_NCHW)).argmax(1)
+    inputs = RepairInputs(config, clean=split_clean(images_NCHW, labels_N, 0.5, generator))
+    sites = find_channels(model, config.example())
+    order = [(site, channel) for channel in range(8) for site in reversed(sites)]
+
+    kept: list[tuple[Site, int]] = []
+    wanted = copy.deepcopy(model)
+    for site, channel in order:
+        trial = copy.deepcopy(wanted)
+        prune(trial, site, torch.tensor([channel]), keep_bias)
+        if held_out_accuracy(trial, inputs, CPU) < 0.5:
+            break
+        wanted, kept = trial, [*kept, (site, channel)]
+    assert 0 < len(kept) < len(order)
+
+    pruned = prune_in_order(model, order, 0.5, keep_bias, inputs, CPU)
+    assert pruned == {site.name: [c for other, c in kept if other is site] for site in sites}
+    assert all(map(torch.equal, model.state_dict().values(), wanted.state_dict().values()))

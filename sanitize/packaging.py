@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from pydantic import BaseModel, Field, RootModel, ValidationError
 from torch import nn
 
@@ -27,6 +26,7 @@ from sanitize.errors import ArtifactError
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.models.pixels import OnPixels
+from sanitize.models.weights import as_safetensors
 from sanitize.plural import counted
 from sanitize.stage import Work, stage
 from sanitize.storage import exists, join
@@ -57,8 +57,7 @@ def package_model(model: Checkpoint, out: str, compute: Compute, certificates: S
         kinds = {certificate["kind"] for certificate in new}
         proved = [certificate for certificate in proved if certificate["kind"] not in kinds] + new
         metrics = _metrics(model, proved)
-        state = {name: tensor.contiguous() for name, tensor in model.model().state_dict().items()}
-        part.write("model.safetensors", safetensors.torch.save(state))
+        part.write("model.safetensors", as_safetensors(model.model()))
         part.write_json("config.json", model.config.model_dump(mode="json"))
         part.write_json("training.json", training)
         part.write_json("certificate.json", {"format": 1, "model": model.digest, "certificates": proved})
@@ -191,7 +190,7 @@ def _card(
         *(f"- {_shown(name)}: {_shown(digest)}" for name, digest in sorted(training["inputs"].items())),
         "",
         "## What was measured",
-        *(_measured(metrics) or ["Nothing but the loss."]),
+        *(_measured(metrics) or ["Nothing but the loss." if "training" in metrics else "Nothing."]),
         "",
         "## What is proved",
         *(chain.from_iterable(map(_proved, proved)) if proved else ["Nothing: this model carries no certificate."]),

@@ -43,9 +43,9 @@ ClassNames = Annotated[dict[Annotated[int, Field(ge=0, lt=_MAX_NUMBER)], ClassNa
 
 
 def class_name(label: int, names: Mapping[int, str]) -> str:
-    """Number of a class, with its name if there is one; a long name is cut."""
-    name = names.get(label)
-    return str(label) if name is None else f"{label} ({short(name)})"
+    """Number of a class, with its name if there is one that says more; a long name is cut."""
+    name = names.get(label, "")
+    return str(label) if name in ("", str(label)) else f"{label} ({short(name)})"
 
 
 def short(name: str) -> str:

@@ -29,6 +29,8 @@ def beside(folder: Path, content: object, shard: str = "a.tar", name: str = "cla
 
 def test_a_class_is_shown_with_its_name() -> None:
     assert [class_name(i, {0: "cat", 1: "dog"}) for i in (0, 1, 2)] == ["0 (cat)", "1 (dog)", "2"]
+    assert class_name(7, {7: "7"}) == "7"
+    assert class_name(7, {7: "07"}) == "7 (07)"
     assert len(class_name(3, {3: "x" * MAX_NAME})) < 70
 
 

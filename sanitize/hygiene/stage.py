@@ -5,6 +5,7 @@ looked at, copies within one sample are no finding, and counts are of samples. S
 all shards in sorted order, those of the test shards behind them; M of one shard.
 """
 
+import os
 import tempfile
 from bisect import bisect_right
 from collections import Counter
@@ -35,8 +36,10 @@ from sanitize.hygiene import quality
 from sanitize.hygiene.copies import PIXELS, Thumbnails, first_of, near_groups, usual_distance
 from sanitize.hygiene.quality import QualityConfig, Usual, UsualCounts, judge_quality
 from sanitize.stage import Advance, Bars, Work, stage
+from sanitize.tar.names import printable
 
 N_GROUPS, N_MEMBERS, N_EXAMPLES = 50, 12, 12  # in hygiene.json: groups, members of each, examples of each kind
+KEY_BYTES = 128  # most of a key in a reason
 _LEAST_CONTRAST = 5  # levels; thumbnails of less are alike whatever they show
 _DIGEST = np.dtype([("a", "<u8"), ("b", "<u8")])  # half of a sha256: 2^64 attempts for one collision
 SCHEMA = pa.schema(
@@ -76,7 +79,7 @@ class HygieneConfig(BaseModel):
     quarantine: tuple[HygieneKind, ...] = ()
 
 
-@stage(Hygiene, version=2, gpu=False, draws="nothing")
+@stage(Hygiene, version=3, gpu=False, draws="nothing")
 def check_hygiene(
     config: HygieneConfig, dataset: Dataset, out: str, compute: Compute, test: Dataset | None = None
 ) -> Work:
@@ -110,6 +113,24 @@ def check_hygiene(
     return Work(parts=dataset.shards, write_part=write_part, finish=finish, bar=bar, config=settings)
 
 
+class Keys:
+    """Keys of all samples in a temporary file, at most `KEY_BYTES` of each: reasons name samples of other shards."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this object
+
+    def add(self, keys: pa.ChunkedArray) -> None:
+        """Keys of the next samples."""
+        self._file.write(b"".join(key.encode()[:KEY_BYTES].ljust(KEY_BYTES, b"\0") for key in keys.to_pylist()))
+
+    def __getitem__(self, i: int) -> str:
+        """The key of sample i, printable; a long one is cut."""
+        self._file.flush()
+        key = os.pread(self._file.fileno(), KEY_BYTES, KEY_BYTES * i).rstrip(b"\0")
+        shown = printable(key.decode(errors="ignore"))
+        return shown if len(key) < KEY_BYTES and len(shown) < KEY_BYTES else f"{shown[:KEY_BYTES]}…"
+
+
 class Found(NamedTuple):
     """What needs all samples at once.
 
@@ -124,6 +145,7 @@ class Found(NamedTuple):
         same_N: the same for copies at half the distance, which show one picture, not just one scene, int32.
         is_mixed_N: True where the samples of the group `same_N` of that index have different labels.
         test_N: index of the first test sample in the group of that index; -1 without, int32.
+        keys: keys of all samples.
         usual: usual values of the images; None without facts about them.
         near_distance: largest distance of near-duplicates.
     """
@@ -139,6 +161,7 @@ class Found(NamedTuple):
     same_N: np.ndarray
     is_mixed_N: np.ndarray
     test_N: np.ndarray
+    keys: "Keys"
     usual: Usual | None
     near_distance: float
 
@@ -177,7 +200,7 @@ def _has_pictures(dataset: Dataset, facts: pa.Table | None) -> bool:
 
 
 def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Found:
-    """Groups of copies. Memory: about 65 bytes a sample; thumbnails are in a temporary file, 256 bytes a sample."""
+    """Groups of copies. Memory: about 65 bytes a sample; thumbnails and keys are in temporary files, 384."""
     n_train = dataset.n_samples
     n = n_train + (0 if test is None else test.n_samples)
     digest_N, hash_N = np.zeros(n, _DIGEST), np.zeros(n, np.uint64)
@@ -185,7 +208,7 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
     is_judged_N = np.zeros(n, bool)
     has_several = dataset.has_several or (test is not None and test.has_several)
     sample_N, n_samples = np.zeros(n if has_several else 0, np.int32), 0
-    counts, has_facts = UsualCounts(config.quality.grey), False
+    counts, has_facts, keys = UsualCounts(config.quality.grey), False, Keys()
     slices: dict[str, slice] = {}
     names: list[str] = []
     starts: list[int] = []
@@ -196,6 +219,7 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
                 rows, facts = usable(data, shard, ("position", "hash", "contrast", "colour", "thumbnail"))
                 at = slice(start, start + len(rows))
                 digest_N[at] = _digests(rows)
+                keys.add(rows["key"])
                 label_N[at], position_N[at] = rows["label"].to_numpy(), rows["position"].to_numpy()
                 if facts is not None and _has_pictures(data, facts):
                     has_facts = True
@@ -240,6 +264,7 @@ def _find(config: HygieneConfig, dataset: Dataset, test: Dataset | None) -> Foun
         same_N,
         _mixed_groups(same_N[:n_train], label_N[:n_train]),
         _test_samples(group_N, n_train),
+        keys,
         counts.usual() if has_facts else None,
         distance,
     )
@@ -332,7 +357,7 @@ def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str)
     for m in np.flatnonzero(found.test_N[group_M] >= 0).tolist():
         other = int(found.test_N[group_M[m]])
         alike = "the same file" if found.first_N[other] == first_M[m] else "nearly the same picture"
-        add("test_leak", m, f"{alike} as test sample {_name(found, other)}", None, other)
+        add("test_leak", m, f"{alike} as {_name(found, other)}, a test sample", None, other)
     if facts is not None:
         for m, stated in enumerate(facts["stated"].to_pylist()):
             if stated:
@@ -346,8 +371,8 @@ def _findings(config: HygieneConfig, dataset: Dataset, found: Found, shard: str)
 
 
 def _name(found: Found, i: int) -> str:
-    shard, position = found.place(int(i))
-    return f"{'number' if found.sample_N is None else 'picture'} {position} of {shard}"
+    of = "" if found.sample_N is None else "a picture of "
+    return f"{of}{found.keys[int(i)]} in {found.place(int(i))[0]}"
 
 
 def _burst(config: HygieneConfig, found: Found, group: int) -> str:

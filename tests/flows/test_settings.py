@@ -40,6 +40,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "reference": {"run": "a"},
     "restore": {"keys": ["a"]},
     "robustness": {"model": "a"},
+    "package": {
+        "model": {"weights": "a", "architecture": {"kind": "convnet"}, "size": [8, 8], "mean": [0.5], "std": [0.25]}
+    },
     "train": {"simclr": {}},
 }
 SETTINGS = {

@@ -97,6 +97,21 @@ def test_a_burst_and_its_group(tmp_path: Path, scene: Scene, stored: Stored, mak
     assert verify(hygiene.path) == []
 
 
+def test_reasons_name_the_other_sample(tmp_path: Path, scene: Scene, stored: Stored, make_tar: Make) -> None:
+    odd, long = "Blüte 1", "x" * 90 + "/" + "y" * 60
+    for shard, keys in (("a", ["first", odd, long]), ("b", ["copy", "copy-odd", "copy-long"])):
+        members = [m for i, key in enumerate(keys) for m in sample(key, stored(scene(i)), i)]
+        members += [m for i in range(30) for m in sample(f"{shard}{i}", stored(scene(100 + i + 50 * (shard == "b"))))]
+        make_tar(tmp_path / f"{shard}.tar", members)
+    hygiene = checked(str(tmp_path / "*.tar"), tmp_path)
+    reasons = {
+        row["key"]: row["reason"] for row in hygiene.rows("b.tar").to_pylist() if row["kind"] == "exact_duplicate"
+    }
+    assert reasons["copy"] == "the same file as first in a.tar"
+    assert reasons["copy-odd"] == f"the same file as {odd} in a.tar"
+    assert reasons["copy-long"] == f"the same file as {long[:128]}… in a.tar"
+
+
 def test_pictures_of_the_test_shards(tmp_path: Path, scene: Scene, stored: Stored, make_tar: Make) -> None:
     train = [m for i in range(30) for m in sample(f"train{i:02d}", stored(scene(i)), i % 5)]
     test = [m for i in range(28, 40) for m in sample(f"test{i:02d}", stored(scene(i), "JPEG", quality=70), 0, "jpg")]

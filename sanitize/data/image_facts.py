@@ -31,14 +31,14 @@ ALIKE = 4  # levels within which the pixels of a row are of one colour, after JP
 _EIGHTHS = (4, 8, 2, 6, 1, 3, 5, 7)  # of a row, in the order in which they are looked at
 _TAPS = 3  # rows and columns of the image for one of the reduced image
 _LARGE = 16 * MAX_SIDE  # pixels a side, above which most rows and columns are left out at once
-_WAITING = 2048  # images of 32 x 32 pixels that wait: the same few calls one after another stay in the caches
-_WAITING_BYTES = 1 << 20  # of images of other sizes that wait to be reduced, for the same reason
-_REDUCED = 512  # reduced images that wait to be described (9 KB each)
+_WAITING_BYTES = 1 << 20  # of images that wait: the same few calls one after another stay in the caches
+_KEPT_BYTES = 5 << 20  # of small and reduced images that wait to be described, for the same reason
 _BATCH = 96  # images described by one call; larger arrays go back to the system and come again page by page
 _LUMINANCE = (77, 150, 29)  # of 256 (ITU-R 601)
 _BINS = 64
 _COUNTS = np.arange(SIDE * SIDE // 2 + 1)
 _COUNT_BITS = _COUNTS * np.log2(np.maximum(_COUNTS, 1))
+_POWERS = np.arange(_BINS)[:, None] ** np.array([1.0, 2.0])  # of the level, (64, 2)
 _PICTURE = {
     "hash": pa.uint64(),
     "thumbnail": pa.binary(THUMB * THUMB),
@@ -98,50 +98,43 @@ class ImageFacts:
     """
 
     def __init__(self) -> None:
-        self._small: list[tuple[int, np.ndarray]] = []  # position, image of 32 x 32 pixels
-        self._large: list[tuple[int, np.ndarray | ReducedImage]] = []  # position, image of another size
-        self._large_bytes = 0
-        self._reduced: list[int] = []  # positions of the images in the next two
-        self._sums_BSX = self._details_BSX = np.empty((0, 0, 0), np.uint16)
-        self._flat: dict[int, tuple[float, float, int]] = {}  # by position: top, bottom, fill
+        self._waiting: list[tuple[int, np.ndarray | ReducedImage]] = []  # position, image
+        self._small: list[tuple[int, np.ndarray]] = []  # images of 32 x 32 pixels
+        self._reduced: list[tuple[int, ReducedImage]] = []  # images of other sizes
+        self._waiting_bytes = self._kept_bytes = 0
         self._columns: list[dict[str, np.ndarray]] = []
         self._stated: dict[int, str | None] = {}
 
     def add(self, position: int, image: np.ndarray | ReducedImage) -> None:
         """Add a decoded image, uint8 (H, W, C) of one or three channels, or what `reduced` keeps of it."""
-        if not isinstance(image, ReducedImage) and image.shape[:2] == (SIDE, SIDE):
-            self._small.append((position, image))
-            if len(self._small) == _WAITING:
-                self._describe_small()
-        else:
-            self._large.append((position, image))
-            self._large_bytes += image.nbytes
-            if self._large_bytes > _WAITING_BYTES or len(self._large) + len(self._reduced) == _REDUCED:
-                self._reduce()
+        self._waiting.append((position, image))
+        self._waiting_bytes += image.nbytes
+        if self._waiting_bytes > _WAITING_BYTES:
+            self._reduce()
+            if self._kept_bytes > _KEPT_BYTES:
+                self._describe()
 
     def _reduce(self) -> None:
-        """Reduce the images that wait, and describe the reduced ones if there are many."""
-        for position, image in self._large:
-            i = len(self._reduced)
-            if isinstance(image, ReducedImage):
-                sums_SX, details_SX, flat = image
-                self._allocate(sums_SX.shape[1])
-                self._sums_BSX[i], self._details_BSX[i] = sums_SX, details_SX
+        """Reduce the images that wait."""
+        for position, image in self._waiting:
+            kept = image if isinstance(image, ReducedImage) else reduced(image)
+            if isinstance(kept, ReducedImage):
+                self._reduced.append((position, kept))
             else:
-                self._allocate(SIDE * image.shape[2])
-                flat = _reduce(image, self._sums_BSX[i], self._details_BSX[i])
-            self._reduced.append(position)
-            if flat is not None:
-                self._flat[position] = flat
-        self._large.clear()
-        self._large_bytes = 0
-        if len(self._reduced) == _REDUCED:
-            self._describe_reduced()
+                self._small.append((position, kept))
+            self._kept_bytes += kept.nbytes
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
-    def _allocate(self, width: int) -> None:
-        if not len(self._sums_BSX):
-            self._sums_BSX = np.empty((_REDUCED, SIDE, width), np.uint16)
-            self._details_BSX = np.empty((_REDUCED, SIDE, width), np.uint8)
+    def _describe(self) -> None:
+        """Describe the small and the reduced images."""
+        for start in range(0, len(self._small), _BATCH):
+            self._describe_small(self._small[start : start + _BATCH])
+        for start in range(0, len(self._reduced), _BATCH):
+            self._describe_reduced(self._reduced[start : start + _BATCH])
+        self._small.clear()
+        self._reduced.clear()
+        self._kept_bytes = 0
 
     def add_stated(self, position: int, stated: str | None) -> None:
         """Add what `StatedHashes.differing` returns for the sample."""
@@ -149,9 +142,8 @@ class ImageFacts:
 
     def table(self) -> pa.Table:
         """One row an image, in the order of positions."""
-        self._describe_small()
         self._reduce()
-        self._describe_reduced()
+        self._describe()
         columns = {name: np.concatenate([c[name] for c in self._columns] or [np.empty(0)]) for name in _names()}
         described_N = columns.pop("position").astype(np.int64)
         positions_N = np.union1d(described_N, np.array(sorted(self._stated), np.int64))
@@ -165,33 +157,25 @@ class ImageFacts:
         arrays.append(pa.nulls(len(positions_N), pa.string()) if stated is None else pa.array(stated, pa.string()))
         return pa.table(arrays, schema=SCHEMA)
 
-    def _describe_small(self) -> None:
-        """Describe the images of 32 x 32 pixels that wait."""
-        for start in range(0, len(self._small), _BATCH):
-            positions, images = zip(*self._small[start : start + _BATCH], strict=True)
-            canvas_NSSC = np.concatenate(images).reshape(len(images), SIDE, SIDE, -1)
-            channels = [canvas_NSSC[..., c].astype(np.uint16) for c in range(canvas_NSSC.shape[3])]
-            facts, grey_NSS = describe(channels)
-            for i in np.flatnonzero((np.ptp(grey_NSS[:, [0, -1]], axis=2) <= ALIKE + 1).any(1)).tolist():  # 1: rounding
-                if (flat := _flat(images[i])) is not None:
-                    self._flat[positions[i]] = flat
-            self._keep(positions, facts)
-        self._small.clear()
+    def _describe_small(self, batch: Sequence[tuple[int, np.ndarray]]) -> None:
+        positions, images = zip(*batch, strict=True)
+        canvas_NSSC = np.concatenate(images).reshape(len(images), SIDE, SIDE, -1)
+        facts, grey_NSS = describe([canvas_NSSC[..., c].astype(np.uint16) for c in range(canvas_NSSC.shape[3])])
+        may_be_flat_N = (np.ptp(grey_NSS[:, [0, -1]], axis=2) <= ALIKE + 1).any(1)  # 1: rounding
+        flat = {i: _flat(images[i]) for i in np.flatnonzero(may_be_flat_N).tolist()}
+        self._keep(positions, facts, [flat.get(i) for i in range(len(images))])
 
-    def _describe_reduced(self) -> None:
-        """Describe the reduced images that wait."""
-        for start in range(0, len(self._reduced), _BATCH):
-            positions = self._reduced[start : start + _BATCH]
-            at = slice(start, start + len(positions))
-            self._keep(positions, describe(_means(self._sums_BSX[at]), _channels(self._details_BSX[at]))[0])
-        self._reduced.clear()
+    def _describe_reduced(self, batch: Sequence[tuple[int, ReducedImage]]) -> None:
+        positions, images = zip(*batch, strict=True)
+        sums, details, flat = zip(*images, strict=True)
+        sums_NSX, details_NSX = (np.concatenate(parts).reshape(len(images), SIDE, -1) for parts in (sums, details))
+        self._keep(positions, describe(_means(sums_NSX), _channels(details_NSX))[0], flat)
 
-    def _keep(self, positions: Sequence[int], facts: dict[str, np.ndarray]) -> None:
-        n = len(positions)
-        top_N, bottom_N, fill_N = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, np.uint32)
-        for i, position in enumerate(positions) if self._flat else ():
-            if position in self._flat:
-                top_N[i], bottom_N[i], fill_N[i] = self._flat.pop(position)
+    def _keep(
+        self, positions: Sequence[int], facts: dict[str, np.ndarray], flat: Sequence[tuple[float, float, int] | None]
+    ) -> None:
+        ends_N3 = np.array([ends or (0, 0, 0) for ends in flat])
+        top_N, bottom_N, fill_N = ends_N3.T
         facts |= {"flat_top": top_N, "flat_bottom": bottom_N, "fill": fill_N, "position": np.array(positions)}
         self._columns.append(facts)
 
@@ -220,15 +204,10 @@ def _column(values: np.ndarray, kind: pa.DataType, at: np.ndarray, is_missing: n
     return pa.array(whole, kind, mask=is_missing)
 
 
-def reduced(pixels_HWC: np.ndarray) -> ReducedImage:
-    """The part of a decoded image, uint8, that is not 32 x 32, that `ImageFacts` reads."""
-    width = SIDE * pixels_HWC.shape[2]
-    sums_SX, details_SX = np.empty((SIDE, width), np.uint16), np.empty((SIDE, width), np.uint8)
-    return ReducedImage(sums_SX, details_SX, _reduce(pixels_HWC, sums_SX, details_SX))
-
-
-def _reduce(pixels_HWC: np.ndarray, sums_SX: np.ndarray, details_SX: np.ndarray) -> tuple[float, float, int] | None:
-    """Write two fields of `ReducedImage` and return the third."""
+def reduced(pixels_HWC: np.ndarray) -> np.ndarray | ReducedImage:
+    """The part of a decoded image, uint8, that `ImageFacts` reads: an image of 32 x 32 pixels as it is."""
+    if pixels_HWC.shape[:2] == (SIDE, SIDE):
+        return pixels_HWC
     flat = _flat(pixels_HWC)
     if max(pixels_HWC.shape) > _LARGE:  # three rows of a picture of 1 x 1,000,000 pixels would be a bomb
         step = -(-max(pixels_HWC.shape) // MAX_SIDE)
@@ -236,11 +215,11 @@ def _reduce(pixels_HWC: np.ndarray, sums_SX: np.ndarray, details_SX: np.ndarray)
     height, width, channels = pixels_HWC.shape
     rows, (left, middle, right), patch_columns = _places(height, width, channels)
     picked = pixels_HWC.reshape(height, width * channels).take(rows, 0)
-    wide_SX = np.add.reduce(picked[: SIDE * _TAPS].reshape(SIDE, _TAPS, -1), axis=1, dtype=np.uint16)
-    np.add(wide_SX.take(left, 1), wide_SX.take(middle, 1), out=sums_SX)
+    wide_SX = np.add.reduce(picked[: SIDE * _TAPS].reshape(_TAPS, SIDE, -1), axis=0, dtype=np.uint16)
+    sums_SX = wide_SX.take(left, 1)
+    sums_SX += wide_SX.take(middle, 1)
     sums_SX += wide_SX.take(right, 1)
-    picked[SIDE * _TAPS :].take(patch_columns, 1, out=details_SX, mode="clip")  # other modes copy `out`
-    return flat
+    return ReducedImage(sums_SX, picked[SIDE * _TAPS :].take(patch_columns, 1), flat)
 
 
 def _flat(pixels_HWC: np.ndarray) -> tuple[float, float, int] | None:
@@ -256,20 +235,20 @@ def _flat(pixels_HWC: np.ndarray) -> tuple[float, float, int] | None:
 
 @lru_cache(1024)
 def _places(height: int, width: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that `reduced` takes, those of the patches last; three columns for each of the reduced image, (3, C * 32);
-    columns of the patches."""
+    """Rows that `reduced` takes: the first of three for each of the reduced image, all second ones, all third ones,
+    those of the patches; columns in the same order, with channels between, (3 * C * 32,); columns of the patches."""
     step = -(-max(height, width) // MAX_SIDE)
     rows = np.concatenate([_taps(height), _patches(height, step)])
-    columns_TS = _taps(width).reshape(SIDE, _TAPS).T
-    columns_TCS = channels * columns_TS[:, None] + np.arange(channels)[:, None]
+    columns_TCS = channels * _taps(width).reshape(_TAPS, 1, SIDE) + np.arange(channels)[:, None]
     patch_columns_CS = channels * _patches(width, step) + np.arange(channels)[:, None]
     return rows, columns_TCS.reshape(_TAPS, -1), patch_columns_CS.ravel()
 
 
 def _taps(side: int) -> np.ndarray:
-    """Indices of three rows for each of 32, evenly spread."""
+    """Indices of three rows for each of 32, evenly spread; first those that are the first of three."""
     n = SIDE * _TAPS
-    return (2 * np.arange(n) + 1) * side // (2 * n)
+    spread = (2 * np.arange(n) + 1) * side // (2 * n)
+    return spread.reshape(SIDE, _TAPS).T.ravel()
 
 
 def _patches(side: int, step: int) -> np.ndarray:
@@ -297,37 +276,34 @@ def flat_rows(pixels_HWC: np.ndarray) -> float:
     for i in _EIGHTHS:  # most rows are told by one or two pixels, and single ones are fetched faster than a row
         if abs(pixels_HWC.item(0, last * i // 8, 0) - first) > ALIKE:
             return 0.0
-    columns = last * np.arange(9) // 8
+    n_flat, most = 0, _near_rows(pixels_HWC)
+    size = most
+    high_C = low_C = pixels_HWC[0, 0]
+    while n_flat < most:  # most often once; else half of the rows in question at a time
+        edge_XC = pixels_HWC[n_flat : n_flat + size]
+        block_high_C = np.maximum(high_C, edge_XC.max(0).max(0))
+        block_low_C = np.minimum(low_C, edge_XC.min(0).min(0))
+        if (block_high_C - block_low_C).max() <= ALIKE:
+            n_flat, high_C, low_C = n_flat + size, block_high_C, block_low_C
+        else:
+            most = n_flat + size - 1
+        size = -(-(most - n_flat) // 2)
+    return n_flat / len(pixels_HWC)
+
+
+def _near_rows(pixels_HWC: np.ndarray) -> int:
+    """Number of rows at the top whose pixels are near the first one; at least that of the rows of one colour."""
     n, start, step = len(pixels_HWC), 0, 8
-    high_1C = low_1C = pixels_HWC[:1, 0].astype(np.int16)
+    part_HWC = pixels_HWC[:, :1024]  # for the memory; the number may be too large
+    rows_HX = part_HWC.reshape(n, -1)
+    lowest_X = np.frombuffer((part_HWC[0, 0] - np.uint8(ALIKE)).tobytes() * part_HWC.shape[1], np.uint8)
     while start < n:
-        block_RWC = pixels_HWC[start : start + step]
-        is_other_R = (np.abs(block_RWC[:, columns, 0].astype(np.int16) - first) > ALIKE).any(1)
-        end = start + (int(is_other_R.argmax()) if is_other_R.any() else len(block_RWC))
-        if end == start:
-            break
-        high_RC, low_RC = _extremes(block_RWC[: end - start])
-        high_RC = np.maximum.accumulate(np.concatenate([high_1C, high_RC]))
-        low_RC = np.minimum.accumulate(np.concatenate([low_1C, low_RC]))
-        is_wide_R = (high_RC - low_RC)[1:].max(1) > ALIKE
-        if is_wide_R.any():
-            return float(start + is_wide_R.argmax()) / n
-        high_1C, low_1C = high_RC[-1:], low_RC[-1:]
-        start, step = end, min(2 * step, 1024)
-        if is_other_R.any():
-            break
-    return start / n
-
-
-def _extremes(block_RWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Highest and lowest value of each channel in each row, uint8 (R, C); numpy is slow along an axis before a short
-    one, so runs of 32 pixels are compared first."""
-    n, width, channels = block_RWC.shape
-    run = min(32, width)
-    runs_RMX = block_RWC[:, : width // run * run].reshape(n, -1, run * channels)
-    rest_RX = block_RWC[:, width - run :].reshape(n, -1)
-    high_RX, low_RX = np.maximum(runs_RMX.max(1), rest_RX), np.minimum(runs_RMX.min(1), rest_RX)
-    return high_RX.reshape(n, run, channels).max(1), low_RX.reshape(n, run, channels).min(1)
+        above_RX = rows_HX[start : start + step] - lowest_X  # wraps: one comparison for both limits
+        is_far_R = (above_RX > 2 * ALIKE).any(1)
+        if is_far_R.any():
+            return start + int(is_far_R.argmax())
+        start, step = start + step, min(2 * step, 1024)
+    return n
 
 
 def describe(
@@ -372,13 +348,17 @@ def _colour(channels: Sequence[np.ndarray], averaged: bool) -> np.ndarray:
     if len(channels) == 1:
         return np.zeros(n, np.uint8)
     if averaged:
-        channels = [(x_NSS[:, ::2] + x_NSS[:, 1::2]) >> 1 for x_NSS in channels]
-        channels = [(x_NTS + np.roll(x_NTS, -1, 2)) >> 1 for x_NTS in channels]
-    red, green, blue = channels if averaged else [x_NSS[:, ::2] for x_NSS in channels]
+        wide = [(x_NSS[:, ::2] + x_NSS[:, 1::2]) >> 1 for x_NSS in channels]
+        channels = [(x_NTS[..., ::2] + x_NTS[..., 1::2]) >> 1 for x_NTS in wide]
+    red, green, blue = channels
     spread = np.maximum(red, green)
     np.maximum(spread, blue, out=spread)
-    spread -= np.minimum(np.minimum(red, green), blue)
-    return spread[:, :, ::2].reshape(n, -1).max(1).astype(np.uint8)
+    least = np.minimum(red, green)
+    np.minimum(least, blue, out=least)
+    spread -= least
+    if not averaged:
+        spread = spread[:, ::2, ::2]
+    return spread.reshape(n, -1).max(1).astype(np.uint8)
 
 
 def _luminance(channels: Sequence[np.ndarray]) -> np.ndarray:
@@ -397,12 +377,15 @@ def _luminance(channels: Sequence[np.ndarray]) -> np.ndarray:
 def _blurred(grey_NSS: np.ndarray) -> np.ndarray:
     """The images after a blur of (1, 6, 1) in both directions, uint8."""
     x_NSS = grey_NSS.astype(np.uint16)
-    for axis in (1, 2):
-        edge_NSS = np.concatenate([x_NSS.take([0], axis), x_NSS, x_NSS.take([-1], axis)], axis)
-        before, after = (edge_NSS[:, :-2], edge_NSS[:, 2:]) if axis == 1 else (edge_NSS[..., :-2], edge_NSS[..., 2:])
-        x_NSS *= 6
-        x_NSS += before
-        x_NSS += after
+    for axis, step in ((1, SIDE), (2, 1)):
+        blurred_NSS = 6 * x_NSS
+        blurred_X, x_X = blurred_NSS.reshape(-1), x_NSS.reshape(-1)
+        blurred_X[step:] += x_X[:-step]  # all images in one piece; at their edges wrong, until the next lines
+        blurred_X[:-step] += x_X[step:]
+        to_SNS, from_SNS = np.moveaxis(blurred_NSS, axis, 0), np.moveaxis(x_NSS, axis, 0)
+        for edge, inner in ((0, 1), (-1, -2)):
+            to_SNS[edge] = 7 * from_SNS[edge] + from_SNS[inner]
+        x_NSS = blurred_NSS
     x_NSS += 32
     x_NSS >>= 6
     return x_NSS.astype(np.uint8)
@@ -418,18 +401,23 @@ def _histograms(grey_NSS: np.ndarray) -> dict[str, np.ndarray]:
     """Facts from the histogram of the luminance, of every second pixel in 64 bins."""
     n = len(grey_NSS)
     pixels = SIDE * SIDE // 2
-    bins_NP = (grey_NSS >> 2).reshape(n, -1)[:, ::2] + _BINS * np.arange(n)[:, None]
-    counts_NV = np.bincount(bins_NP.ravel(), minlength=_BINS * n).reshape(n, _BINS)
+    pairs_NP = grey_NSS.reshape(n, -1).view("<u2")
+    bins_NP = ((pairs_NP & 255) >> 2) + _BINS * np.arange(n, dtype=np.uint16)[:, None]
+    counts_NV = np.bincount(bins_NP.reshape(-1), minlength=_BINS * n).reshape(n, _BINS)
     below_NV = np.cumsum(counts_NV, 1)
-    level_V = np.arange(_BINS)
-    mean_N, squares_N = counts_NV @ level_V / pixels, counts_NV @ level_V**2 / pixels
-    entropy_N = np.log2(pixels) - _COUNT_BITS[counts_NV].sum(1) / pixels
+    mean_N, squares_N = (counts_NV.astype(np.float64) @ _POWERS).T / pixels  # whole numbers: exact in any order
+    entropy_N = np.log2(pixels) - _COUNT_BITS.take(counts_NV).sum(1) / pixels
     return {
-        "low": (4 * (below_NV * 20 < pixels).sum(1)).astype(np.uint8),
-        "high": (4 * (below_NV * 100 < pixels * 99).sum(1) + 3).astype(np.uint8),
+        "low": 4 * _count(below_NV <= pixels // 20),
+        "high": 4 * _count(below_NV <= pixels * 99 // 100) + np.uint8(3),
         "contrast": (4 * np.sqrt(np.maximum(0, squares_N - mean_N**2))).astype(np.float32),
         "entropy": entropy_N.round(3).astype(np.float32),
     }
+
+
+def _count(is_true_NV: np.ndarray) -> np.ndarray:
+    """How many are true, uint8 (N,)."""
+    return np.add.reduce(is_true_NV.view(np.uint8), axis=1, dtype=np.uint8)
 
 
 def _cosines() -> np.ndarray:
@@ -440,8 +428,10 @@ def _cosines() -> np.ndarray:
 
 def hashes(thumbs_NTT: np.ndarray) -> np.ndarray:
     """Perceptual hash of each thumbnail, uint64 (N,); 0 for one of one colour."""
-    coefficients_NKK = _COSINES @ thumbs_NTT.astype(np.float64) @ _COSINES.T  # whole numbers: exact in any order
-    bits_NB = coefficients_NKK.reshape(len(thumbs_NTT), -1)[:, _LOWEST] > 0.5
+    n = len(thumbs_NTT)
+    rows_NTK = (thumbs_NTT.reshape(-1, THUMB).astype(np.float64) @ _COSINES.T).reshape(n, THUMB, -1)
+    coefficients_NKK = _COSINES @ rows_NTK  # whole numbers: exact in any order
+    bits_NB = coefficients_NKK.reshape(n, -1).take(_LOWEST, 1) > 0.5
     return np.ascontiguousarray(np.packbits(bits_NB, axis=1)).view(">u8")[:, 0].astype(np.uint64)
 
 
@@ -458,19 +448,20 @@ def _smoothness(detail_NSS: np.ndarray) -> np.ndarray:
     are whole numbers below 2^24, exact in float32 in any order.
     """
     n = len(detail_NSS)
-    near_N, far_N = np.zeros(n), np.zeros(n)
+    sums_NX = np.zeros((n, 2))
+    products_N = np.zeros(n)
     for x_NSS in (detail_NSS[:, ::4], detail_NSS[:, :, ::4].transpose(0, 2, 1)):  # more lines say no more
-        x_NP = np.zeros((n, SIDE * PATCH + 1), np.float32)
-        x_NP[:, :-1].reshape(n, PATCH, SIDE)[...] = x_NSS
+        x_NP = x_NSS.astype(np.float32).reshape(n, -1)
         step_NP = x_NP[:, 1:] - x_NP[:, :-1]
         step_NP[:, PATCH - 1 :: PATCH] = 0  # from one patch to the next
-        squares_N, products_N = _dots(step_NP, step_NP), _dots(step_NP[:, 1:], step_NP[:, :-1])
-        first, last = step_NP[:, ::PATCH], step_NP[:, PATCH - 2 :: PATCH]  # each is one of two d only once
-        once_N = _dots(first, first) + _dots(last, last)
-        near_N += squares_N - once_N / 2
-        far_N += 2 * squares_N - once_N + 2 * products_N
+        products_N += np.einsum("np,np->n", step_NP[:, 1:], step_NP[:, :-1])
+        step_NP *= step_NP
+        sums_NX += step_NP @ _ALL_AND_ONCE
+    squares_N, once_N = sums_NX.T
+    near_N, far_N = squares_N - once_N / 2, 2 * squares_N - once_N + 2 * products_N
     return np.where(far_N > 0, near_N / np.maximum(far_N, 1), 1).astype(np.float32)
 
 
-def _dots(a_NP: np.ndarray, b_NP: np.ndarray) -> np.ndarray:
-    return np.einsum("np,np->n", a_NP, b_NP).astype(np.float64)
+# Weights of squared differences: in the sum of all; in that of the first and last ones of each patch.
+_ALL_AND_ONCE = np.ones((SIDE * PATCH - 1, 2), np.float32)
+_ALL_AND_ONCE[:, 1] = np.isin(np.arange(SIDE * PATCH - 1) % PATCH, (0, PATCH - 2))

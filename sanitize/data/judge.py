@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from sanitize.data.decode import BadImage, decode_pixels, image_format
-from sanitize.data.image_facts import SIDE, ImageFacts, reduced
+from sanitize.data.image_facts import ImageFacts, reduced
 from sanitize.data.index_config import IndexConfig
 from sanitize.data.labels import BadLabel, LabelReader
 from sanitize.data.layout import dots
@@ -53,8 +53,7 @@ def judge_sample(
                 pixels_HWC = decode_pixels(payloads[name], config.image)
                 found["height"], found["width"] = pixels_HWC.shape[:2]
                 if facts is not None and config.image_facts:
-                    keeps_all = not config.has_several or pixels_HWC.shape[:2] == (SIDE, SIDE)
-                    seen.append(pixels_HWC if keeps_all else reduced(pixels_HWC))
+                    seen.append(reduced(pixels_HWC) if config.has_several else pixels_HWC)
             rows.append(found | {"status": "ok"})
     except (LookupError, BadLabel, BadImage) as error:
         reason = str(error.args[0])

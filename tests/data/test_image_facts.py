@@ -1,11 +1,12 @@
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sanitize.data.image_facts import ALIKE, SIDE, ImageFacts, describe, flat_rows, reduced
+from sanitize.data.image_facts import ALIKE, SIDE, ImageFacts, ReducedImage, describe, flat_rows, reduced
 
 SIDES = st.integers(1, 90)
 CHANNELS = st.sampled_from([1, 3])
@@ -19,13 +20,47 @@ def picture(height: int, width: int, channels: int, seed: int) -> np.ndarray:
 @settings(max_examples=15)
 def test_a_reduced_pixel_is_the_sum_of_three_by_three(height: int, width: int, channels: int, seed: int) -> None:
     pixels_HWC = picture(height, width, channels, seed)
-    sums_SX, details_SX, _ = reduced(pixels_HWC)
+    kept = reduced(pixels_HWC)
+    if not isinstance(kept, ReducedImage):
+        assert (height, width) == (SIDE, SIDE)
+        assert kept is pixels_HWC
+        return
+    sums_SX, details_SX, _ = kept
     rows, columns = ([int((i + 0.5) * side / 96) for i in range(96)] for side in (height, width))
     found = sums_SX.reshape(SIDE, channels, SIDE)
     for y, x, c in ((0, 0, 0), (31, 31, channels - 1), (7, 19, 0), (20, 3, channels - 1)):
         wanted = sum(int(pixels_HWC[rows[3 * y + a], columns[3 * x + b], c]) for a in range(3) for b in range(3))
         assert found[y, c, x] == wanted
     assert set(details_SX.ravel().tolist()) <= set(pixels_HWC.ravel().tolist())
+
+
+@st.composite
+def pictures(draw: st.DrawFn) -> np.ndarray:
+    """Noise of 32 x 32 pixels or another size, often with rows of one colour at an end."""
+    height, width = draw(st.one_of(st.just((SIDE, SIDE)), st.tuples(SIDES, SIDES)))
+    pixels_HWC = picture(height, width, 3, draw(st.integers(0, 9))) >> draw(st.integers(0, 7))
+    rows = slice(*draw(st.sampled_from([(0, 0), (0, height // 2), (height // 2, height), (0, height)])))
+    pixels_HWC[rows] = draw(st.tuples(*3 * [st.integers(0, 255)]))
+    return pixels_HWC[..., : draw(CHANNELS)]
+
+
+@given(found=st.lists(pictures(), min_size=1, max_size=12))
+@settings(max_examples=40)
+def test_facts_do_not_depend_on_the_images_beside(found: list[np.ndarray]) -> None:
+    for channels in (1, 3):
+        images = [image for image in found if image.shape[2] == channels]
+        alone = []
+        for i, image in enumerate(images):
+            facts = ImageFacts()
+            facts.add(i, image)
+            alone.append(facts.table())
+        many = ImageFacts()
+        for i in range(20 * len(images)):  # more than are described by one call
+            many.add(i, images[i % len(images)])
+        together = many.table()
+        for repeat in range(20 if images else 0):
+            part = together.slice(repeat * len(images), len(images))
+            assert part.drop_columns("position").equals(pa.concat_tables(alone).drop_columns("position"))
 
 
 @given(seed=st.integers(0, 99), amplitude=st.sampled_from([1, 40, 255]))

@@ -1,6 +1,6 @@
 """Published detectors and the default rule of `sanitize clean`, side by side on the same poisoned data.
 
-    python -m benchmarks.published --quick [--json FILE]          six cells, one seed, 15 minutes on two idle cores
+    python -m benchmarks.published --quick [--json FILE]          six cells, one seed; about 20 CPU minutes
     python -m benchmarks.published [--json FILE]                  all cells, SAM in each of them
     python -m benchmarks.published --data cifar10 --only none --methods flare ct
 

@@ -1,10 +1,13 @@
-"""Published detectors beside which `benchmarks.verdict` puts the library: pure functions of embeddings and labels.
+"""Published detectors beside which benchmarks put the library: pure functions of embeddings and labels.
 
 Each returns the samples it removes. N samples, D features, K classes, k reduced features.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
-from sklearn.cluster import KMeans
+from sklearn.cluster import HDBSCAN, KMeans
+from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 
 SCAN_LIMIT = np.exp(2)  # anomaly index above which a class counts as contaminated (Tang et al., section 4)
@@ -174,3 +177,70 @@ def anomaly_index(statistic_K: np.ndarray) -> np.ndarray:
     above_K = statistic_K - np.median(statistic_K)
     deviation = 1.4826 * np.median(np.abs(above_K))
     return np.maximum(above_K, 0) / max(deviation, 1e-12)
+
+
+def flare(
+    layers: Sequence[np.ndarray],
+    least_gap: float = 1.5,
+    smallest_share: float = 1 / 400,
+    n_components: int = 32,
+    seed: int = 0,
+) -> np.ndarray:
+    """FLARE (Hou et al., 2024, section IV): all samples of all classes fall apart into two stable clusters.
+
+    Density clustering (HDBSCAN) of what is unusual in the layers; labels are not used. The first division that
+    lasts is looked for: behind it, the largest cluster stays whole while the density grows by the factor `least_gap`.
+    Where no division of all layers does, the last layers are left out one by one (the adaptive subspace). All clusters
+    but the largest are removed; samples of no cluster stay.
+
+    Simplified: principal components in place of UMAP, and so a factor of densities in place of the paper's difference,
+    which depends on the scale of UMAP; largest and smallest activation of every channel in place of one number for each
+    layer, as the suspect has 3 layers and not 20; the first division only, not the first three.
+
+    Args:
+        layers: one array (N, 2 C) for each layer, in their order (`benchmarks.proactive.extremes`).
+        least_gap: factor, above 1, of the density up to which the largest cluster stays whole.
+        smallest_share: share of the samples that a cluster has at least.
+        n_components: number of principal components of the standardised activations.
+        seed: seed of the components.
+
+    Returns:
+        True for removed samples, (N,).
+    """
+    for n_layers in range(len(layers), 0, -1):
+        x_ND = np.concatenate(layers[:n_layers], 1).astype(np.float64)
+        x_ND = (x_ND - x_ND.mean(0)) / (x_ND.std(0) + 1e-9)
+        axes = PCA(min(n_components, *x_ND.shape), random_state=seed)
+        removed_N, gap = first_division(axes.fit_transform(x_ND), max(20, round(smallest_share * len(x_ND))))
+        if gap >= least_gap:
+            return removed_N
+    return np.zeros(len(layers[0]), bool)
+
+
+def first_division(x_Nk: np.ndarray, smallest: int, n_cuts: int = 300) -> tuple[np.ndarray, float]:
+    """The first division of the density tree into clusters, from the lowest density up.
+
+    Args:
+        x_Nk: points.
+        smallest: number of points that a cluster has at least.
+        n_cuts: number of densities that are tried; each is 2 % above the one before.
+
+    Returns:
+        (True for points of all clusters but the largest (N,); the factor of the density, 1 or more, up to which
+        the largest then stays whole; 1 where there is no division).
+    """
+    tree = HDBSCAN(min_cluster_size=smallest, copy=True).fit(x_Nk)
+    widest = 2 * float(np.linalg.norm(x_Nk - x_Nk.mean(0), axis=1).max())
+    divided: tuple[float, np.ndarray, np.ndarray] | None = None
+    for cut in widest * 0.98 ** np.arange(n_cuts):
+        labels_N = tree.dbscan_clustering(cut, min_cluster_size=smallest)
+        if divided is None:
+            sizes = np.bincount(labels_N[labels_N >= 0])
+            if len(sizes) > 1:
+                largest = int(sizes.argmax())
+                divided = cut, (labels_N >= 0) & (labels_N != largest), labels_N == largest
+        else:
+            inside = labels_N[divided[2]]
+            if len(np.unique(inside[inside >= 0])) != 1:
+                return divided[1], float(divided[0] / cut)
+    return np.zeros(len(x_Nk), bool), 1.0

@@ -7,6 +7,8 @@ from benchmarks.baselines import (
     activation_clustering,
     anomaly_index,
     decomposition,
+    first_division,
+    flare,
     highest_of_class,
     scan,
     scan_statistic,
@@ -96,3 +98,54 @@ def test_highest_of_class_removes_as_many_as_are_poisoned() -> None:
     scores_N = np.array([5.0, 1, 9, 2, 2, 8, 7])
     labels_N, truth_N = np.array([0, 0, 0, 1, 1, 1, 2]), np.array([1, 1, 0, 1, 0, 1, 0], bool)
     np.testing.assert_array_equal(highest_of_class(scores_N, labels_N, truth_N), np.array([1, 0, 1, 1, 0, 1, 0], bool))
+
+
+def _layers(n_poison: int, seed: int, overlap: bool = False) -> tuple[list[np.ndarray], np.ndarray]:
+    """Three layers of one Gaussian each; poison is far away in the first two."""
+    rng = np.random.default_rng(seed)
+    truth_N = np.arange(2000) < n_poison
+    layers = [rng.normal(size=(2000, 6)) for _ in range(3)]
+    for layer in layers[:2]:
+        layer[truth_N] = layer[truth_N] / 2 + 8
+    if overlap:  # three natural groups far apart: the first division of all layers does not last
+        layers[2] = np.array([0.0, 11, 23])[rng.integers(3, size=2000), None] + 0.1 * rng.normal(size=(2000, 60))
+    return layers, truth_N
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flare_removes_the_smaller_of_two_stable_clusters(seed: int) -> None:
+    layers, truth_N = _layers(100, seed)
+    removed_N = flare(layers)
+    assert removed_N[truth_N].mean() >= 0.8  # points of low density belong to no cluster
+    assert not removed_N[~truth_N].any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flare_leaves_one_gaussian_alone(seed: int) -> None:
+    assert not flare(_layers(0, seed)[0]).any()
+
+
+def test_flare_leaves_late_layers_out_that_hide_the_clusters() -> None:
+    layers, truth_N = _layers(100, seed=0, overlap=True)
+    late_only = flare(layers[2:])
+    assert not late_only.any()
+    removed_N = flare(layers)
+    assert removed_N[truth_N].mean() >= 0.8
+    assert not removed_N[~truth_N].any()
+
+
+def test_a_division_that_does_not_last_removes_nothing() -> None:
+    """Three groups on a line, 11 and 10 apart: behind the first division the largest cluster falls apart at once."""
+    line = np.concatenate([np.linspace(0, 1, 400), np.linspace(11, 12, 400), np.linspace(23, 24, 300)])
+    removed_N, gap = first_division(line[:, None], smallest=30)
+    np.testing.assert_array_equal(removed_N, line > 20)
+    assert gap == pytest.approx(1.1, rel=0.03)
+    assert not flare([line[:, None]]).any()
+
+
+def test_the_gap_is_the_ratio_of_two_distances() -> None:
+    """Points on a line: a group at distance 40, and the rest in two halves 10 apart; gap 40 / 10."""
+    line = np.concatenate([np.linspace(0, 1, 400), np.linspace(11, 12, 400), np.linspace(52, 53, 100)])
+    removed_N, gap = first_division(line[:, None], smallest=30)
+    np.testing.assert_array_equal(removed_N, line > 50)
+    assert gap == pytest.approx(4, rel=0.05)

@@ -138,8 +138,12 @@ def _show(result: dict[str, Any]) -> None:
     )
     if result["classes"] is None:
         console.print("captions, no classes: later commands need `--set index.label=null`", highlight=False)
+        say("next:", "green", f"sanitize inspect {shlex.quote(result['out'])} --label none")
         return
-    counts = [f"{name} ({result['labels'][name]}): {n:,}" for name, n in result["classes"].items()]
+    by_number = sorted(result["classes"], key=lambda name: result["labels"][name])
+    counts = [f"{name} ({result['labels'][name]}): {result['classes'][name]:,}" for name in by_number]
     more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
-    console.print("classes:", ", ".join(counts[:_SHOWN]) + more, highlight=False, soft_wrap=True)
+    console.print("classes:", ", ".join(counts[:_SHOWN]) + more, highlight=False, soft_wrap=True, markup=False)
+    for note in result["class_notes"]:
+        say("note:", "yellow", note)
     say("next:", "green", f"sanitize clean --shards {shlex.quote(result['out'])} --out runs/first")

@@ -81,17 +81,22 @@ def inspect(
         _show(result, config.label is not None, config.has_several)
         if hygiene:
             _show_hygiene(result["hygiene"], _names(result))
+        for line in result["next"]:
+            say("next:", "green", line)
     if not is_well:
         raise typer.Exit(1)
 
 
 def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[str, Any]:
     """Contents of the shards. Raises SanitizeError if none of them can be opened."""
+    import pyarrow.compute as pc
+
     from sanitize.data.bad_data import max_label
     from sanitize.data.dataset_info import notes_on_shards, shard_names
     from sanitize.data.index import index_shard
     from sanitize.data.index_config import label_reader
     from sanitize.data.reasons import Reasons
+    from sanitize.data.shared_keys import SharedKeys
     from sanitize.data.sources import find_shards, list_sources
     from sanitize.data.tables import sample_starts
     from sanitize.errors import DataError
@@ -106,7 +111,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
     sizes: Counter[str] = Counter()
     members: Counter[str] = Counter()
     formats: Counter[str] = Counter()
-    reasons = Reasons(max_examples)
+    reasons, shared = Reasons(max_examples), SharedKeys()
     per_shard, places = {}, {}
     failure = None
     with track("inspect", None) as advance:
@@ -125,6 +130,8 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
             sizes.update(f"{row['height']}x{row['width']}" for row in ok)
             formats.update(per_shard[shard]["formats"])
             reasons.add(shard, indexed)
+            if config.has_table:
+                shared.add(shard, indexed.filter(pc.equal(indexed["status"], "ok"))["key"].to_pylist())
             _count_members(indexed, members)
     if failure is not None and not per_shard:
         raise failure
@@ -148,6 +155,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
         "members": dict(sorted(members.items(), key=lambda item: (-item[1], item[0]))),
         "unreadable": reasons.counts(),
         "reasons": [{"reason": kind.reason, "n": kind.n, "examples": kind.examples} for kind in kinds],
+        "shared_keys": shared.problem(),
         "largest_label": largest,
         "places": places,
     }
@@ -221,11 +229,14 @@ def _show_hygiene(found: dict[str, Any], names: Mapping[int, str]) -> None:
 def _is_well(result: dict[str, Any], max_bad_fraction: float) -> bool:
     n_ok, n_bad = sum(result["labels"].values()), sum(result["unreadable"].values())
     is_damaged = any(summary["damage"] for summary in result["shards"].values())
-    return n_ok > 0 and n_bad <= max_bad_fraction * (n_ok + n_bad) and not is_damaged and not result["refused"]
+    is_read = n_ok > 0 and n_bad <= max_bad_fraction * (n_ok + n_bad) and not result["shared_keys"]
+    return is_read and not is_damaged and not result["refused"]
 
 
 def _next(result: dict[str, Any], shards: Sequence[str], config: Any, set_: Sequence[str], is_well: bool) -> list[str]:
     """What to do next: commands, and sentences where no command helps."""
+    if result["shared_keys"]:
+        return [result["shared_keys"]]
     n_ok, n_bad = sum(result["labels"].values()), sum(result["unreadable"].values())
     if n_ok and n_bad <= config.max_bad_fraction * (n_ok + n_bad):
         return [_clean(shards, config, set_)] if is_well else _of_damaged(result, _Again(shards, config, set_))
@@ -270,7 +281,8 @@ class _Again:
         options = [] if (label or self.label) == "cls" else ["--label", label or self.label]
         fraction = max_bad_fraction or self._max_bad_fraction
         options += [] if fraction == _BAD_FRACTION else ["--max-bad-fraction", f"{fraction:g}"]
-        options += [word for one in [*self._set, *([more] if more else [])] for word in ("--set", one)]
+        kept = [one for one in self._set if more is None or one.partition("=")[0] != more.partition("=")[0]]
+        options += [word for one in [*kept, *([more] if more else [])] for word in ("--set", one)]
         return shlex.join(["sanitize", "inspect", *(shards or self._shards), *options])
 
 
@@ -311,7 +323,7 @@ def _remedy(kind: Mapping[str, Any], result: dict[str, Any], again: _Again) -> l
         return _one_folder(example["reason"], places, shard, again)
     if reason.startswith("a key ends at the first dot"):
         return _packed_again(places, shard, "renamed", again, r"--transform=s,\.\([^./]*\.\),_\1,g")
-    if "set index.image.member" in reason:
+    if "index.image.member" in reason and _pictures(members):
         return [again(more=f"image.member={one}") for one in (_pictures(members)[0], "first", "all")]
     if result["largest_label"] is not None:
         return [again(more=f"n_classes={result['largest_label'] + 1}")]
@@ -325,9 +337,10 @@ def _remedy(kind: Mapping[str, Any], result: dict[str, Any], again: _Again) -> l
         return _without_pictures(result, shard, again)
     if reason.startswith(("no .", "the json member")):
         return _without_label(example, result, again)
-    if "is not an integer" in reason or "and give the classes in a table" in reason:
+    if any(part in reason for part in ("is not an integer", "is no class name", "and give the classes in a table")):
         return [
-            "write one integer a sample; or give the classes in a CSV file with the columns key and class:",
+            f"write one {'name' if 'no class name' in reason else 'integer'} a sample; or give the classes in a CSV "
+            "file with the columns key and class:",
             again(_TABLE),
         ]
     if "table of labels" in reason:
@@ -457,8 +470,6 @@ def _show(result: dict[str, Any], has_labels: bool, has_several: bool) -> None:
         )
     for reason in result["refused"].values():
         say("refused", "red", reason)
-    for line in result["next"]:
-        say("next:", "green", line)
 
 
 def _classes(result: dict[str, Any]) -> str:

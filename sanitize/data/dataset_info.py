@@ -15,6 +15,7 @@ from sanitize.data.class_names import MAX_NAMES
 from sanitize.data.index_config import IndexConfig
 from sanitize.data.labels import notes_on
 from sanitize.data.reasons import Reasons
+from sanitize.data.shared_keys import SharedKeys
 from sanitize.data.tables import read_table, rows_name
 from sanitize.errors import DataError
 from sanitize.plural import counted
@@ -22,11 +23,11 @@ from sanitize.tar.names import printable
 
 
 def dataset_info(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) -> dict[str, Any]:
-    """Content of dataset.json. Raises DataError where too much data is bad."""
+    """Content of dataset.json. Raises DataError where too much data is bad, or a table labels a key of two shards."""
     labels: Counter[int] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     by_name: Counter[str] = Counter()
-    reasons = Reasons()
+    reasons, shared = Reasons(), SharedKeys()
     summaries = {}
     for shard in shards:
         rows = pa.BufferReader(builder.read(rows_name(shard)))
@@ -43,6 +44,10 @@ def dataset_info(config: IndexConfig, shards: list[str], builder: ArtifactBuilde
         by_size = ok.group_by(["height", "width"]).aggregate([([], "count_all")])
         sizes.update({(row["height"], row["width"]): row["count_all"] for row in by_size.to_pylist()})
         reasons.add(shard, table)
+        if config.has_table:
+            shared.add(shard, ok["key"].to_pylist())
+    if (problem := shared.problem()) is not None:
+        raise DataError(problem)
     classes = list(config.classes) if isinstance(config.classes, tuple) else sorted(by_name) or None
     if config.n_classes is not None and len(by_name) > config.n_classes:
         raise DataError(

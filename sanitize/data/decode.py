@@ -39,7 +39,8 @@ from sanitize.data.tiff import BadTiff, only_pixels
 
 Format = Literal["jpeg", "png", "webp", "ppm", "bmp", "gif", "tiff", "avif"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-IMAGE_SUFFIXES = frozenset({*FORMATS, "jpg", "tif"})
+# webdataset and torchvision take these for images, too; the content tells the format.
+IMAGE_SUFFIXES = frozenset({*FORMATS, "jpg", "jpe", "jfif", "tif", "pbm", "pgm", "pnm"})
 # Pillow warns of bombs at its own limit. Filtered for the whole process: filters per call are not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"

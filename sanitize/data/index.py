@@ -32,7 +32,7 @@ from sanitize.tar.compression import unread_suffix
 __all__ = ["IndexConfig", "index_shard", "index_shards"]
 
 
-@stage(Dataset, version=5, gpu=False, draws="nothing")
+@stage(Dataset, version=6, gpu=False, draws="nothing")
 def index_shards(
     config: IndexConfig,
     sources: Sequence[str] | str | Sources,

@@ -86,6 +86,11 @@ class IndexConfig(BaseModel):
         return self.image.member == ALL
 
     @property
+    def has_table(self) -> bool:
+        """True where labels are in a table."""
+        return self.label is not None and self.label.startswith("table:")
+
+    @property
     def has_facts(self) -> bool:
         """True where the index gets a table of facts about images."""
         return self.verify is not None or (self.image_facts and self.check == "decode")

@@ -86,7 +86,7 @@ def _parse(
         if section == "images":
             name, identity = entry.get("file_name"), entry.get("id")
             if not isinstance(name, str) or not _is_identity(identity):
-                raise DataError(f"{url}: image {len(names)} has no file_name or no id")
+                raise DataError(f"{url}: image {len(names)} has no file_name, or no id that is an integer or a text")
             names.append((name, identity))
         elif not isinstance(entry.get("caption"), str) or not _is_identity(entry.get("image_id")):
             others += 1

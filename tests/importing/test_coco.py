@@ -85,7 +85,7 @@ def test_nothing_is_lost_silently(source: Path, tmp_path: Path) -> None:
         ('{"images": [{"id": 1, "file_name": "a"} {"id"', "',' expected"),
         ('{"images": [1]}', "is no object"),
         ('{"images": [{"id": 1}]}', "image 0 has no file_name"),
-        ('{"images": [{"id": [1], "file_name": "a"}]}', "no file_name or no id"),
+        ('{"images": [{"id": [1], "file_name": "a"}]}', "no file_name, or no id"),
         ('{"images": []}', "has no `images`"),
         ('{"annotations": []}', "has no `images`"),
         ('{"images": [{"id": 1, "file_name": "a"}]}', "has no `annotations`"),

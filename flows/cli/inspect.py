@@ -19,6 +19,11 @@ _N_CLASSES = 20  # classes on the terminal
 _N_MEMBERS = 12  # suffixes on the terminal
 _N_KINDS = 20  # kinds of reasons on the terminal
 _BAD_FRACTION = 0.05  # the default
+_UNCHECKED = {
+    "images": [],
+    "digests": ["hygiene looked for equal files only, because index.check=digest decodes no image"],
+    "nothing": ["hygiene looked at nothing, because index.check=headers reads no image"],
+}
 _TABLE = "table:labels.csv#class"
 
 
@@ -71,7 +76,10 @@ def inspect(
         with bars(quiet):
             result = _inspect(shards, config, None if as_json else 3)
             if hygiene:
-                result["hygiene"] = _hygiene(shards, config)
+                result["hygiene"], notes = _hygiene(shards, config)
+                result["notes"] += [note for note in notes if note not in result["notes"]]
+            elif config.verify is not None:
+                result["notes"].append("index.verify is looked at with --hygiene only")
         is_well = _is_well(result, config.max_bad_fraction)
         result["next"] = _next(result, shards, config, set_ or (), is_well)
     del result["places"]
@@ -190,8 +198,8 @@ def _count_members(rows: Any, members: Counter[str]) -> None:
         members[suffix or "no suffix"] += row["counts"]
 
 
-def _hygiene(sources: list[str], config: Any) -> dict[str, Any]:
-    """Content of hygiene.json; the index and the findings are in a temporary folder."""
+def _hygiene(sources: list[str], config: Any) -> tuple[dict[str, Any], list[str]]:
+    """Content of hygiene.json, and the notes of the index; both are made in a temporary folder."""
     import tempfile
 
     from sanitize.compute import Compute
@@ -205,7 +213,7 @@ def _hygiene(sources: list[str], config: Any) -> dict[str, Any]:
         found: dict[str, Any] = check_hygiene(HygieneConfig(), dataset, f"{folder}/hygiene", compute).read_json(
             "hygiene.json"
         )
-        return found
+        return found, dataset.info["notes"] + _UNCHECKED[found["checked"]]
 
 
 def _show_hygiene(found: dict[str, Any], names: Mapping[int, str]) -> None:
@@ -316,7 +324,7 @@ def _unpack(places: Mapping[str, str], shard: str, folder: str, *options: str) -
 def _remedy(kind: Mapping[str, Any], result: dict[str, Any], again: _Again) -> list[str]:
     """What to do about one kind of unreadable samples; nothing where no setting helps."""
     reason, example = kind["reason"], kind["examples"][0]
-    members, places, shard = result["members"], result["places"], kind["examples"][0]["shard"]
+    members, places, shard = result["members"], result["places"], example["shard"]
     if "do not stand together" in reason:
         return _packed_again(places, shard, "sorted", again)
     if "have different keys" in reason:
@@ -337,6 +345,8 @@ def _remedy(kind: Mapping[str, Any], result: dict[str, Any], again: _Again) -> l
         return _without_pictures(result, shard, again)
     if reason.startswith(("no .", "the json member")):
         return _without_label(example, result, again)
+    if again.label.endswith("json") and "it is not one class" in reason and (fields := _fields(places, example)):
+        return [again(f"{again.label}:{field}", "classes=names" if is_text else None) for is_text, field in fields]
     if any(part in reason for part in ("is not an integer", "is no class name", "and give the classes in a table")):
         return [
             f"write one {'name' if 'no class name' in reason else 'integer'} a sample; or give the classes in a CSV "

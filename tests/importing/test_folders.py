@@ -142,6 +142,10 @@ def pictures(make_png: Callable[..., bytes], *folders: str) -> dict[str, bytes]:
         (["seg_train/a", "seg_test/b"], "several splits: seg_test, seg_train"),
         (["train2017/a", "val2017/a"], "several splits: train2017, val2017"),
         (["train/a", "test/a", "extra/a"], r"folders of splits \(test, train\) beside other folders \(extra\)"),
+        (["train", "test"], r"folders of splits \(test, train\) with pictures and no class folders"),
+        (["train"], r"folders of splits \(train\) with pictures and no class folders"),
+        (["a/train", "a/test", "b/train"], r"class folders of .* hold folders of splits \(test, train\)"),
+        (["train/a", "test"], r"folders of splits \(train\) beside other folders \(test\)"),
         (["train/a", "other"], r"folders of splits \(train\) beside other folders \(other\)"),
         (["archive/photos/a", "archive/photos/b"], r"all pictures .* lie in folders of .*/archive/photos"),
         (["archive/a", "archive/b/c"], r"all pictures .* lie in folders of .*/archive: if those are the classes"),
@@ -164,6 +168,13 @@ def test_files_beside_the_class_folders_of_a_split_do_not_make_splits_classes(
     made = run(source, tmp_path / "out", split="train", max_refused_fraction=0.5)
     assert made.classes() == {"a": 0, "b": 1}
     assert reasons(made) == {"in no class folder": 1}
+
+
+def test_splits_below_the_classes_may_be_mixed(
+    write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    source = write(pictures(make_png, "a/train", "a/test", "b/train"))
+    assert run(source, tmp_path / "out", split="all").summary()["classes"] == {"a": 4, "b": 2}
 
 
 def test_a_class_may_be_called_train(

@@ -55,7 +55,7 @@ def notes_on_names(names: Iterable[str]) -> list[str]:
     missing = []
     for name in names:
         alike.setdefault(_form(name), []).append(name)
-        if name.casefold() in ("nan", "null", "n/a", "na", "undefined"):
+        if name.casefold() in ("nan", "null", "n/a", "na", "undefined", "-1"):
             missing.append(name)
     groups = [group for group in alike.values() if len(group) > 1]
     notes = []

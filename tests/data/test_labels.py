@@ -204,11 +204,11 @@ def test_a_vector_is_no_class_name(text: str) -> None:
 
 
 def test_names_that_may_mean_one_class_are_noted() -> None:
-    assert notes_on({0: 5, 1: 5}, None, ["a b", "ab c", "-1", "1", "none"]) == []
+    assert notes_on({0: 5, 1: 5}, None, ["a b", "ab c", "-2", "2", "none"]) == []
     (note,) = notes_on({0: 5, 1: 5}, None, ["Cat", "cat", "caf\xe9", "cafe", "1.0", "01", "dog"])
     assert "'Cat', 'cat'; 'caf\xe9', 'cafe'; '1.0', '01'; each name" in note
-    (note,) = notes_on({0: 5, 1: 5}, None, ["NaN", "dog"])
-    assert "'NaN' looks like a missing label" in note
+    (note,) = notes_on({0: 5, 1: 5}, None, ["NaN", "dog", "-1"])
+    assert "'NaN', '-1' looks like a missing label" in note
 
 
 @pytest.mark.parametrize("classes", [[], ["a", "a"], "name"])

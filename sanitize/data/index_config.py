@@ -104,9 +104,9 @@ class IndexConfig(BaseModel):
         if label is None or label == _NO_LABELS:
             return None
         if not _PLACE.fullmatch(label):
-            raise ConfigError(
-                f"index.label={label!r} is no place of a label: the suffix of a member without its first dot (cls), "
-                "json:FIELD, table:FILE#COLUMN, or none"
+            raise ValueError(
+                f"{label!r} is no place of a label: the suffix of a member without its first dot (cls), json:FIELD, "
+                "table:FILE#COLUMN, or none"
             )
         return label
 
@@ -114,7 +114,7 @@ class IndexConfig(BaseModel):
     @classmethod
     def _is_place_of_hash(cls, verify: str | None) -> str | None:
         if verify is not None and not _PLACE_OF_HASH.fullmatch(verify):
-            raise ConfigError(f"index.verify={verify!r} is no place of a hash: json:FIELD, or table:FILE#COLUMN")
+            raise ValueError(f"{verify!r} is no place of a hash: json:FIELD, or table:FILE#COLUMN")
         return verify
 
     @model_validator(mode="after")

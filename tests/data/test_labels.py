@@ -339,7 +339,7 @@ def test_a_json_member_may_have_a_compound_suffix() -> None:
     assert reader.read(sample(**{"meta.json": b'{"a": {"b": 3}}', "json": b'{"a": {"b": 4}}'})) == 3
     with pytest.raises(BadLabel, match=r"no .json member, but 'meta.json': set index.label"):
         LabelReader("json:a.b").read(sample(**{"png": b"", "meta.json": b'{"a": {"b": 3}}'}))
-    with pytest.raises(ConfigError, match="no place of a label"):
+    with pytest.raises(ValidationError, match="no place of a label"):
         IndexConfig(label="cls:a")
 
 

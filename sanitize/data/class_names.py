@@ -73,6 +73,8 @@ def notes_on_names(names: Iterable[str]) -> list[str]:
 
 def _form(name: str) -> str:
     """The name without what people write in different ways: case, blanks, accents; of a number its value."""
+    if len(name) > MAX_NAME:  # normalising n accents takes n * n steps
+        return name
     text = unicodedata.normalize("NFKD", name).casefold()
     if re.fullmatch(r"\s*[+-]?\d{1,18}(\.0*)?\s*", text):
         return str(int(text.partition(".")[0]))

@@ -67,10 +67,8 @@ def only_pixels(data: bytes, max_parts: int, max_pixels: int, max_scan_pixels: i
     """
     try:
         return _only_pixels(data, max_parts, max_pixels, max_scan_pixels)
-    except BadTiff:
-        raise
     except (struct.error, ValueError, KeyError, OverflowError) as error:
-        raise BadTiff("tiff image with a damaged directory") from error
+        raise error if isinstance(error, BadTiff) else BadTiff("tiff image with a damaged directory") from error
 
 
 def _only_pixels(data: bytes, max_parts: int, max_pixels: int, max_scan_pixels: int) -> bytes:

@@ -47,7 +47,7 @@ def class_folders(folder: Folder, config: ImportConfig, found: Mapping[str, Stam
         split = None if config.split == "all" else config.split
     else:
         splits = _splits(pictures, config.split, folder.place)
-        if not splits and config.split is not None:
+        if not splits and config.split not in (None, "all"):
             raise ConfigError(f"--split {config.split}: {folder.place} has no folders of splits, only class folders")
         depth = int(bool(splits))
         split = choose_split(splits, config.split, folder.place) if splits else None
@@ -86,6 +86,17 @@ def _splits(pictures: Collection[str], wanted: str | None, place: str) -> list[s
         raise ConfigError(
             f"{place} has folders of splits ({some(splits)}) beside other folders ({some(others)}): choose one with "
             f"--split {printable(splits[0])}, or if all of them are classes, list them with --classes"
+        )
+    if flat and all(map(names_split, tops)):
+        raise ConfigError(
+            f"{place} has folders of splits ({some(sorted(tops))}) with pictures and no class folders in them: give a "
+            "table of labels as the source, or if they are classes, list them with --classes"
+        )
+    inner_splits = {name.split("/")[1] for name in pictures if name.count("/") > 1 and names_split(name.split("/")[1])}
+    if not splits and len(inner_splits) > 1 and wanted != "all":
+        raise ConfigError(
+            f"the class folders of {place} hold folders of splits ({some(sorted(inner_splits))}): put the classes into "
+            "one folder for each split (train/CLASS/NAME.jpg), or mix them with --split all"
         )
     if not splits and len(tops) == 1 and not flat and not any("/" not in name for name in pictures):
         folders = {posixpath.dirname(name) for name in pictures}

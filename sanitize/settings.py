@@ -289,6 +289,8 @@ def _problem(problem: dict[str, Any], kind: Any, flags: Mapping[str, str]) -> st
             return f"{'.'.join([*names, 'kind'])}: {what}; kinds: {', '.join(kinds)}"
         case "missing":
             return f"{path}: missing"
+        case "string_type":
+            return f"{path}: {problem['input']!r} is no text; in YAML, put it in quotes"
     message = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     return f"{path}: {message}" if path else message
 

@@ -140,9 +140,12 @@ def _show(result: dict[str, Any]) -> None:
     )
     if result["classes"] is None:
         console.print("captions, no classes: later commands need `--set index.label=null`", highlight=False)
+        say("next:", "green", f"sanitize inspect {shlex.quote(result['out'])} --label none")
         return
-    labels = result["labels"]
-    counts = [f"{class_name(labels[name], {labels[name]: name})}: {n:,}" for name, n in result["classes"].items()]
+    by_number = sorted((number, name) for name, number in result["labels"].items())
+    counts = [f"{class_name(i, {i: name})}: {result['classes'][name]:,}" for i, name in by_number]
     more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
-    console.print("classes:", ", ".join(counts[:_SHOWN]) + more, highlight=False, soft_wrap=True)
+    console.print("classes:", ", ".join(counts[:_SHOWN]) + more, highlight=False, soft_wrap=True, markup=False)
+    for note in result["class_notes"]:
+        say("note:", "yellow", note)
     say("next:", "green", f"sanitize clean --shards {shlex.quote(result['out'])} --out runs/first")

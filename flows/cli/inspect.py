@@ -19,6 +19,11 @@ _N_CLASSES = 20  # classes on the terminal
 _N_MEMBERS = 12  # suffixes on the terminal
 _N_KINDS = 20  # kinds of reasons on the terminal
 _BAD_FRACTION = 0.05  # the default
+_UNCHECKED = {
+    "images": [],
+    "digests": ["hygiene looked for equal files only, because index.check=digest decodes no image"],
+    "nothing": ["hygiene looked at nothing, because index.check=headers reads no image"],
+}
 _TABLE = "table:labels.csv#class"
 
 
@@ -71,7 +76,10 @@ def inspect(
         with bars(quiet):
             result = _inspect(shards, config, None if as_json else 3)
             if hygiene:
-                result["hygiene"] = _hygiene(shards, config)
+                result["hygiene"], notes = _hygiene(shards, config)
+                result["notes"] += [note for note in notes if note not in result["notes"]]
+            elif config.verify is not None:
+                result["notes"].append("index.verify is looked at with --hygiene only")
         is_well = _is_well(result, config.max_bad_fraction)
         result["next"] = _next(result, shards, config, set_ or (), is_well)
     del result["places"]
@@ -89,11 +97,14 @@ def inspect(
 
 def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[str, Any]:
     """Contents of the shards. Raises SanitizeError if none of them can be opened."""
+    import pyarrow.compute as pc
+
     from sanitize.data.bad_data import max_label
     from sanitize.data.dataset_info import notes_on_shards, shard_names
     from sanitize.data.index import index_shard
     from sanitize.data.index_config import label_reader
     from sanitize.data.reasons import Reasons
+    from sanitize.data.shared_keys import SharedKeys
     from sanitize.data.sources import find_shards, list_sources
     from sanitize.data.tables import sample_starts
     from sanitize.errors import DataError
@@ -108,7 +119,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
     sizes: Counter[str] = Counter()
     members: Counter[str] = Counter()
     formats: Counter[str] = Counter()
-    reasons = Reasons(max_examples)
+    reasons, shared = Reasons(max_examples), SharedKeys()
     per_shard, places = {}, {}
     failure = None
     with track("inspect", None) as advance:
@@ -127,6 +138,8 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
             sizes.update(f"{row['height']}x{row['width']}" for row in ok)
             formats.update(per_shard[shard]["formats"])
             reasons.add(shard, indexed)
+            if config.has_table:
+                shared.add(shard, indexed.filter(pc.equal(indexed["status"], "ok"))["key"].to_pylist())
             _count_members(indexed, members)
     if failure is not None and not per_shard:
         raise failure
@@ -150,6 +163,7 @@ def _inspect(sources: list[str], config: Any, max_examples: int | None) -> dict[
         "members": dict(sorted(members.items(), key=lambda item: (-item[1], item[0]))),
         "unreadable": reasons.counts(),
         "reasons": [{"reason": kind.reason, "n": kind.n, "examples": kind.examples} for kind in kinds],
+        "shared_keys": shared.problem(),
         "largest_label": largest,
         "places": places,
     }
@@ -184,8 +198,8 @@ def _count_members(rows: Any, members: Counter[str]) -> None:
         members[suffix or "no suffix"] += row["counts"]
 
 
-def _hygiene(sources: list[str], config: Any) -> dict[str, Any]:
-    """Content of hygiene.json; the index and the findings are in a temporary folder."""
+def _hygiene(sources: list[str], config: Any) -> tuple[dict[str, Any], list[str]]:
+    """Content of hygiene.json, and the notes of the index; both are made in a temporary folder."""
     import tempfile
 
     from sanitize.compute import Compute
@@ -199,7 +213,7 @@ def _hygiene(sources: list[str], config: Any) -> dict[str, Any]:
         found: dict[str, Any] = check_hygiene(HygieneConfig(), dataset, f"{folder}/hygiene", compute).read_json(
             "hygiene.json"
         )
-        return found
+        return found, dataset.info["notes"] + _UNCHECKED[found["checked"]]
 
 
 def _show_hygiene(found: dict[str, Any], names: Mapping[int, str]) -> None:
@@ -225,11 +239,14 @@ def _show_hygiene(found: dict[str, Any], names: Mapping[int, str]) -> None:
 def _is_well(result: dict[str, Any], max_bad_fraction: float) -> bool:
     n_ok, n_bad = sum(result["labels"].values()), sum(result["unreadable"].values())
     is_damaged = any(summary["damage"] for summary in result["shards"].values())
-    return n_ok > 0 and n_bad <= max_bad_fraction * (n_ok + n_bad) and not is_damaged and not result["refused"]
+    is_read = n_ok > 0 and n_bad <= max_bad_fraction * (n_ok + n_bad) and not result["shared_keys"]
+    return is_read and not is_damaged and not result["refused"]
 
 
 def _next(result: dict[str, Any], shards: Sequence[str], config: Any, set_: Sequence[str], is_well: bool) -> list[str]:
     """What to do next: commands, and sentences where no command helps."""
+    if result["shared_keys"]:
+        return [result["shared_keys"]]
     n_ok, n_bad = sum(result["labels"].values()), sum(result["unreadable"].values())
     if n_ok and n_bad <= config.max_bad_fraction * (n_ok + n_bad):
         return [_clean(shards, config, set_)] if is_well else _of_damaged(result, _Again(shards, config, set_))
@@ -274,7 +291,8 @@ class _Again:
         options = [] if (label or self.label) == "cls" else ["--label", label or self.label]
         fraction = max_bad_fraction or self._max_bad_fraction
         options += [] if fraction == _BAD_FRACTION else ["--max-bad-fraction", f"{fraction:g}"]
-        options += [word for one in [*self._set, *([more] if more else [])] for word in ("--set", one)]
+        kept = [one for one in self._set if more is None or one.partition("=")[0] != more.partition("=")[0]]
+        options += [word for one in [*kept, *([more] if more else [])] for word in ("--set", one)]
         return shlex.join(["sanitize", "inspect", *(shards or self._shards), *options])
 
 
@@ -308,14 +326,14 @@ def _unpack(places: Mapping[str, str], shard: str, folder: str, *options: str) -
 def _remedy(kind: Mapping[str, Any], result: dict[str, Any], again: _Again) -> list[str]:
     """What to do about one kind of unreadable samples; nothing where no setting helps."""
     reason, example = kind["reason"], kind["examples"][0]
-    members, places, shard = result["members"], result["places"], kind["examples"][0]["shard"]
+    members, places, shard = result["members"], result["places"], example["shard"]
     if "do not stand together" in reason:
         return _packed_again(places, shard, "sorted", again)
     if "have different keys" in reason:
         return _one_folder(example["reason"], places, shard, again)
     if reason.startswith("a key ends at the first dot"):
         return _packed_again(places, shard, "renamed", again, r"--transform=s,\.\([^./]*\.\),_\1,g")
-    if "set index.image.member" in reason:
+    if "index.image.member" in reason and _pictures(members):
         return [again(more=f"image.member={one}") for one in (_pictures(members)[0], "first", "all")]
     if result["largest_label"] is not None:
         return [again(more=f"n_classes={result['largest_label'] + 1}")]
@@ -329,9 +347,12 @@ def _remedy(kind: Mapping[str, Any], result: dict[str, Any], again: _Again) -> l
         return _without_pictures(result, shard, again)
     if reason.startswith(("no .", "the json member")):
         return _without_label(example, result, again)
-    if "is not an integer" in reason or "and give the classes in a table" in reason:
+    if again.label.endswith("json") and "it is not one class" in reason and (fields := _fields(places, example)):
+        return [again(f"{again.label}:{field}", "classes=names" if is_text else None) for is_text, field in fields]
+    if any(part in reason for part in ("is not an integer", "is no class name", "and give the classes in a table")):
         return [
-            "write one integer a sample; or give the classes in a CSV file with the columns key and class:",
+            f"write one {'name' if 'no class name' in reason else 'integer'} a sample; or give the classes in a CSV "
+            "file with the columns key and class:",
             again(_TABLE),
         ]
     if "table of labels" in reason:

@@ -7,6 +7,7 @@ No result depends on a name: a class without a name is shown by its number, and 
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -46,6 +47,38 @@ def class_name(label: int, names: Mapping[int, str]) -> str:
     """Number of a class, with its name if there is one that says more; a long name is cut."""
     name = names.get(label, "")
     return str(label) if name in ("", str(label)) else f"{label} ({short(name)})"
+
+
+def notes_on_names(names: Iterable[str]) -> list[str]:
+    """What is odd about the names of classes: names that may mean one class, and names that may mean none."""
+    alike: dict[str, list[str]] = {}
+    missing = []
+    for name in names:
+        alike.setdefault(_form(name), []).append(name)
+        if name.casefold() in ("nan", "null", "n/a", "na", "undefined", "-1"):
+            missing.append(name)
+    groups = [group for group in alike.values() if len(group) > 1]
+    notes = []
+    if groups:
+        shown = "; ".join(", ".join(repr(short(name)) for name in group[:4]) for group in groups[:3])
+        more = f" and {len(groups) - 3:,} more groups" if len(groups) > 3 else ""
+        notes.append(
+            f"names of classes differ in case, blanks, accents or zeros alone: {shown}{more}; each name is a class of "
+            "its own: write them alike where they mean one class"
+        )
+    if missing:
+        notes.append(f"class {', '.join(map(repr, missing))} looks like a missing label; it is a class like the others")
+    return notes
+
+
+def _form(name: str) -> str:
+    """The name without what people write in different ways: case, blanks, accents; of a number its value."""
+    if len(name) > MAX_NAME:  # normalising n accents takes n * n steps
+        return name
+    text = unicodedata.normalize("NFKD", name).casefold()
+    if re.fullmatch(r"\s*[+-]?\d{1,18}(\.0*)?\s*", text):
+        return str(int(text.partition(".")[0]))
+    return "".join(c for c in text if not unicodedata.combining(c) and not c.isspace() and c not in "_-")
 
 
 def short(name: str) -> str:

@@ -15,18 +15,19 @@ from sanitize.data.class_names import MAX_NAMES
 from sanitize.data.index_config import IndexConfig
 from sanitize.data.labels import notes_on
 from sanitize.data.reasons import Reasons
+from sanitize.data.shared_keys import SharedKeys
 from sanitize.data.tables import read_table, rows_name
 from sanitize.errors import DataError
-from sanitize.plural import counted
+from sanitize.plural import counted, have
 from sanitize.tar.names import printable
 
 
 def dataset_info(config: IndexConfig, shards: list[str], builder: ArtifactBuilder) -> dict[str, Any]:
-    """Content of dataset.json. Raises DataError where too much data is bad."""
+    """Content of dataset.json. Raises DataError where too much data is bad, or a table labels a key of two shards."""
     labels: Counter[int] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     by_name: Counter[str] = Counter()
-    reasons = Reasons()
+    reasons, shared = Reasons(), SharedKeys()
     summaries = {}
     for shard in shards:
         rows = pa.BufferReader(builder.read(rows_name(shard)))
@@ -43,6 +44,10 @@ def dataset_info(config: IndexConfig, shards: list[str], builder: ArtifactBuilde
         by_size = ok.group_by(["height", "width"]).aggregate([([], "count_all")])
         sizes.update({(row["height"], row["width"]): row["count_all"] for row in by_size.to_pylist()})
         reasons.add(shard, table)
+        if config.has_table:
+            shared.add(shard, ok["key"].to_pylist())
+    if (problem := shared.problem()) is not None:
+        raise DataError(problem)
     classes = list(config.classes) if isinstance(config.classes, tuple) else sorted(by_name) or None
     if config.n_classes is not None and len(by_name) > config.n_classes:
         raise DataError(
@@ -61,6 +66,7 @@ def dataset_info(config: IndexConfig, shards: list[str], builder: ArtifactBuilde
         **({"class_names": _names_below(config.class_names, n_classes)} if config.class_names else {}),
         "notes": [
             *([] if config.label is None else notes_on(labels, config.n_classes, classes)),
+            *notes_on_hashes(config.verify, summaries),
             *notes_on_shards(summaries),
         ],
         "labels": {str(label): labels[label] for label in sorted(labels)},
@@ -115,6 +121,23 @@ def notes_on_shards(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     n = sum(summary.get("of_macos", 0) for summary in summaries.values())
     belong = "belongs to no sample and is left out" if n == 1 else "belong to no sample and are left out"
     return [f"{counted(n, 'file')} of macOS (._NAME, .DS_Store) {belong}"] if n else []
+
+
+def notes_on_hashes(verify: str | None, summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many samples have no hash to be compared with: most often the field has another name, or its value a prefix.
+
+    Args:
+        verify: `IndexConfig.verify`.
+        summaries: summary of each shard, from `index_shards`.
+    """
+    if verify is None:
+        return []
+    n_ok = sum(summary["counts"]["samples"] - summary["counts"]["unreadable"] for summary in summaries.values())
+    n = n_ok - sum(summary.get("hashes", 0) for summary in summaries.values())
+    none = "no image was compared" if n == n_ok else "these images were not compared"
+    return [
+        f"{n:,} of {counted(n_ok, 'sample')} {have(n)} no hash that can be read at index.verify={verify}: {none}"
+    ] * (n > 0)
 
 
 def shard_names(table: pa.Table) -> list[str] | None:

@@ -30,7 +30,7 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageFile, features
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from sanitize.data.avif import BadAvif, decoded_pixels
@@ -39,7 +39,8 @@ from sanitize.data.tiff import BadTiff, only_pixels
 
 Format = Literal["jpeg", "png", "webp", "ppm", "bmp", "gif", "tiff", "avif"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-IMAGE_SUFFIXES = frozenset({*FORMATS, "jpg", "tif"})
+# webdataset and torchvision take these for images, too; the content tells the format.
+IMAGE_SUFFIXES = frozenset({*FORMATS, "jpg", "jpe", "jfif", "tif", "pbm", "pgm", "pnm"})
 # Pillow warns of bombs at its own limit. Filtered for the whole process: filters per call are not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
@@ -102,6 +103,13 @@ class ImageConfig(BaseModel):
     max_pixels: int = Field(default=50_000_000, gt=0)
     max_scan_pixels: int = Field(default=400_000_000, gt=0)
     max_chunks: int = Field(default=2**16, gt=0)
+
+    @field_validator("member")
+    @classmethod
+    def _is_suffix(cls, member: str | None) -> str | None:
+        if member is not None and member.startswith("."):
+            raise ValueError(f"write the suffix without its first dot: {member.lstrip('.') or 'left.jpg'}")
+        return member
 
 
 def image_header(data: bytes, config: ImageConfig) -> ImageFile.ImageFile:

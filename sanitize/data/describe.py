@@ -46,6 +46,8 @@ _CONTEXT = {
 _MIME_TYPES = {
     "jpg": "image/jpeg",
     "jpeg": "image/jpeg",
+    "jpe": "image/jpeg",
+    "jfif": "image/jpeg",
     "png": "image/png",
     "webp": "image/webp",
     "bmp": "image/bmp",
@@ -54,6 +56,9 @@ _MIME_TYPES = {
     "tiff": "image/tiff",
     "avif": "image/avif",
     "ppm": "image/x-portable-pixmap",
+    "pgm": "image/x-portable-graymap",
+    "pbm": "image/x-portable-bitmap",
+    "pnm": "image/x-portable-anymap",
 }
 
 

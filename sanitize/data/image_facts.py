@@ -136,6 +136,11 @@ class ImageFacts:
         self._reduced.clear()
         self._kept_bytes = 0
 
+    @property
+    def n_stated(self) -> int:
+        """Number of samples for which a hash is stated, or a reason why a table states none."""
+        return sum(stated is not None for stated in self._stated.values())
+
     def add_stated(self, position: int, stated: str | None) -> None:
         """Add what `StatedHashes.differing` returns for the sample."""
         self._stated[position] = stated

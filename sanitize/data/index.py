@@ -32,7 +32,7 @@ from sanitize.tar.compression import unread_suffix
 __all__ = ["IndexConfig", "index_shard", "index_shards"]
 
 
-@stage(Dataset, version=5, gpu=False, draws="nothing")
+@stage(Dataset, version=6, gpu=False, draws="nothing")
 def index_shards(
     config: IndexConfig,
     sources: Sequence[str] | str | Sources,
@@ -72,6 +72,8 @@ def index_shards(
     def write_part(shard: str, part: Part, advance: Advance) -> None:
         facts = ImageFacts() if config.has_facts else None
         table, summary = index_shard(str(found[shard]["url"]), config, advance, labels, facts, hashes)
+        if facts is not None and hashes is not None:
+            summary["hashes"] = facts.n_stated
         write_rows(
             part, shard, table.replace_schema_metadata((table.schema.metadata or {}) | {"shard": json.dumps(summary)})
         )

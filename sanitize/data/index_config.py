@@ -1,5 +1,6 @@
 """Requirements on samples: settings of the index."""
 
+import re
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
@@ -13,6 +14,8 @@ from sanitize.data.samples import ALL, SampleLimits
 from sanitize.errors import ConfigError
 
 _NO_LABELS = "none"
+_PLACE = re.compile(r"[^:.][^:]*|([^:.][^:]*\.)?json:.+|table:.+", re.DOTALL)
+_PLACE_OF_HASH = re.compile(r"(json|table):.+", re.DOTALL)
 
 
 class IndexConfig(BaseModel):
@@ -47,7 +50,7 @@ class IndexConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     check: Literal["decode", "digest", "headers"] = "decode"
-    label: str | None = Field(default="cls", pattern=r"^[^:]+$|^([^:]+\.)?json:.+$|^table:.+$")
+    label: str | None = "cls"
     n_classes: int | None = Field(default=None, gt=0)
     classes: Literal["names"] | tuple[str, ...] | None = None
     class_names: ClassNames | None = None
@@ -56,7 +59,7 @@ class IndexConfig(BaseModel):
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     max_bad_shards: int = Field(default=0, ge=0)
     image_facts: bool = False
-    verify: str | None = Field(default=None, pattern=r"^(json|table):.+$")
+    verify: str | None = None
     max_pictures: int = Field(default=32, gt=0)
 
     @model_validator(mode="after")
@@ -86,14 +89,33 @@ class IndexConfig(BaseModel):
         return self.image.member == ALL
 
     @property
+    def has_table(self) -> bool:
+        """True where labels are in a table."""
+        return self.label is not None and self.label.startswith("table:")
+
+    @property
     def has_facts(self) -> bool:
         """True where the index gets a table of facts about images."""
         return self.verify is not None or (self.image_facts and self.check == "decode")
 
     @field_validator("label")
     @classmethod
-    def _none_is_no_label(cls, label: str | None) -> str | None:
-        return None if label == _NO_LABELS else label
+    def _is_place(cls, label: str | None) -> str | None:
+        if label is None or label == _NO_LABELS:
+            return None
+        if not _PLACE.fullmatch(label):
+            raise ValueError(
+                f"{label!r} is no place of a label: the suffix of a member without its first dot (cls), json:FIELD, "
+                "table:FILE#COLUMN, or none"
+            )
+        return label
+
+    @field_validator("verify")
+    @classmethod
+    def _is_place_of_hash(cls, verify: str | None) -> str | None:
+        if verify is not None and not _PLACE_OF_HASH.fullmatch(verify):
+            raise ValueError(f"{verify!r} is no place of a hash: json:FIELD, or table:FILE#COLUMN")
+        return verify
 
     @model_validator(mode="after")
     def _settings_of_labels(self) -> Self:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sanitize.data.class_names import MAX_NAME
+from sanitize.data.class_names import MAX_NAME, notes_on_names
 from sanitize.data.layout import dots
 from sanitize.data.parquet_batches import checked
 from sanitize.data.parquet_footer import LIMITS, check_footer
@@ -100,7 +100,7 @@ class LabelReader:
             names = [name for name, _ in sample.sizes or sample.members]
             missing = f"no .{self.suffix} member{beside(names)}"
             raise BadLabel(f"{len(found)} .{self.suffix} members" if found else dots(names, self.suffix) or missing)
-        return json_value(found[0], self.field) if self.field else found[0]
+        return json_value(found[0], self.field, self.names is not None) if self.field else found[0]
 
     def _parsed(self, data: bytes) -> int | str:
         if self.names is not None:
@@ -141,6 +141,8 @@ class LabelReader:
         return values.index(1)
 
     def _named(self, data: bytes) -> int | str:
+        if data.startswith(b"[") and _VECTOR.fullmatch(data):
+            raise BadLabel(f"label '{_shown(data)}' is a vector, and index.classes is for class names: leave it out")
         try:
             name = data.decode()
         except UnicodeDecodeError:
@@ -184,8 +186,14 @@ def read_label(sample: Sample, source: str, n_classes: int) -> int:
     return int(LabelReader(source, n_classes).read(sample))
 
 
-def json_value(data: bytes, field: str) -> bytes:
-    """Text of a field of a JSON object, `a`, or of a path through nested objects, `a.b.c`. Raises BadLabel."""
+def json_value(data: bytes, field: str, is_name: bool = False) -> bytes:
+    """Text of a field of a JSON object, `a`, or of a path through nested objects, `a.b.c`. Raises BadLabel.
+
+    Args:
+        data: the JSON member.
+        field: name, or path.
+        is_name: True where the value is to be a class name: null, lists, objects and fractions are none.
+    """
     if len(data) > _MAX_JSON_BYTES:
         raise BadLabel(f"the json member is larger than {_MAX_JSON_BYTES} bytes")
     path = field.split(".")
@@ -207,6 +215,8 @@ def json_value(data: bytes, field: str) -> bytes:
             raise BadLabel(f"the json member has {why} {field!r}")
         value = found[0][0]
         text = value if isinstance(value, str) else json.dumps(value)
+        if is_name and not isinstance(value, str | int):
+            raise BadLabel(f"label '{_shown(text.encode())}' is no class name: write a text, an integer, true or false")
     except BadLabel:
         raise
     except (ValueError, RecursionError) as error:
@@ -277,12 +287,14 @@ def read_table(url: str, column: str, what: str) -> tuple[dict[str, Any], str]:
     read: Callable[[bytes, str, str], list[tuple[Any, Any]]] = _read_parquet if data.startswith(b"PAR1") else _read_csv
     try:
         rows = read(data, name, column)
-    except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    except (pa.ArrowException, csv.Error, OSError) as error:
         raise DataError(f"{name} cannot be read: {str(error).splitlines()[0][:200]}") from error
     found: dict[str, Any] = {}
     for key, value in rows:
-        if key is not None and value is not None:
-            found[str(key)] = TWICE if str(key) in found else value
+        if key is not None:
+            found[str(key)] = TWICE if str(key) in found else b"" if value is None else value
     return found, hashlib.sha256(data).hexdigest()
 
 
@@ -301,8 +313,14 @@ def _check_rows(n: int, name: str) -> None:
         raise ConfigError(f"{name} has more than {_MAX_ROWS} rows")
 
 
+def delimiter_of(first_line: str) -> str:
+    """What separates the cells of a table: comma, semicolon or tab, whichever is most frequent in its first line."""
+    return max(",;\t", key=first_line.count)  # of equals the first
+
+
 def _read_csv(data: bytes, name: str, column: str) -> list[tuple[str, bytes]]:
-    lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+    text = data.decode("utf-8-sig")
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text.partition("\n")[0]), strict=True)
     names = next(lines, [])
     at = names.index(_key_column(names, name, column)), names.index(column)
     found: list[tuple[str, bytes]] = []
@@ -347,8 +365,10 @@ def notes_on(labels: Mapping[int, int], n_classes: int | None, classes: Sequence
         n_classes: `IndexConfig.n_classes`.
         classes: names of the classes.
     """
-    if not labels or classes is not None:
+    if not labels:
         return []
+    if classes is not None:
+        return notes_on_names(classes)
     top, present = max(labels), len([label for label in labels if labels[label]])
     if min(labels) == 1 and present == top:
         more = f", and class {n_classes - 1} too" if n_classes and n_classes > top + 1 else ""

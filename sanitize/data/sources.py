@@ -21,7 +21,7 @@ from sanitize.data.decode import IMAGE_SUFFIXES
 from sanitize.errors import ConfigError, DataError, SanitizeError
 from sanitize.storage import absolute, check_url, fingerprints, for_each, is_local, join, local_path
 from sanitize.tar.compression import SHARD_SUFFIXES, UNREAD_SUFFIXES, not_read, unread_suffix
-from sanitize.tar.names import printable
+from sanitize.tar.names import is_of_macos, printable
 
 _SUFFIXES = (*SHARD_SUFFIXES, *UNREAD_SUFFIXES)
 # Output files are named after a shard: ".tmp-" and 12 digits before its name while they are written, ".parquet" behind
@@ -223,6 +223,7 @@ class _Found:
         self.urls: list[str] = []
         self.refused: dict[str, SanitizeError] = {}
         self.others: Counter[str] | None = None
+        self.is_missing = False
 
     def add(self, path: Path, within: Path | None = None) -> None:
         """Add a local file. `within` is the real path of the searched folder; None for a file given by name."""
@@ -234,6 +235,8 @@ class _Found:
 
     def holds(self) -> str:
         """Content of a folder without shards, for the end of a message."""
+        if self.is_missing:
+            return "; there is no such file or folder"
         if self.others is None:
             return ""
         most = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))[:5]
@@ -253,7 +256,7 @@ def _remedy(others: Counter[str]) -> str:
 def _expand(may_come: bool, url: str, place: remote.Place | None) -> _Found:
     found = _Found()
     if place is not None:
-        found.urls = remote.expand(url, _SUFFIXES, place)
+        found.urls = [one for one in remote.expand(url, _SUFFIXES, place) if one == url or not is_of_macos(one)]
         if not (found.urls or _PATTERN.search(url)):
             found.others = _suffixes(islice(remote.names_below(url), _MAX_LISTED))
         return found
@@ -269,6 +272,8 @@ def _expand(may_come: bool, url: str, place: remote.Place | None) -> _Found:
             found.add(Path(match), folder.resolve() if may_come else None)
         if not (found.urls or found.refused) and folder.is_dir():
             found.others = _suffixes(entry.name for entry in islice(folder.iterdir(), _MAX_LISTED))
+    else:
+        found.is_missing = True
     return found
 
 
@@ -338,5 +343,5 @@ def _has_folder(url: str) -> bool:
 
 
 def _is_shard(name: str) -> bool:
-    """True for the suffixes of archives, read or not, in upper or lower case."""
-    return name.lower().endswith(_SUFFIXES)
+    """True for the suffixes of archives, read or not, in upper or lower case, but not for macOS's `._NAME.tar`."""
+    return name.lower().endswith(_SUFFIXES) and not is_of_macos(name)

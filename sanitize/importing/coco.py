@@ -86,9 +86,9 @@ def _parse(
         if section == "images":
             name, identity = entry.get("file_name"), entry.get("id")
             if not isinstance(name, str) or not _is_identity(identity):
-                raise DataError(f"{url}: image {len(names)} has no file_name or no id")
+                raise DataError(f"{url}: image {len(names)} has no file_name, or no id that is an integer or a text")
             names.append((name, identity))
-        elif not isinstance(entry.get("caption"), str) or not _is_identity(entry.get("image_id")):
+        elif not _is_caption(entry.get("caption")) or not _is_identity(entry.get("image_id")):
             others += 1
         else:
             found = captions.setdefault(entry["image_id"], [])
@@ -102,6 +102,10 @@ def _parse(
         what = "its annotations have no captions (boxes?)" if others else "it has no `annotations`"
         raise ConfigError(f"{url}: {what}; give a captions_*.json, or class folders for labels")
     return names, captions, others
+
+
+def _is_caption(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _is_identity(value: Any) -> TypeGuard[Identity]:

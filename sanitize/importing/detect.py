@@ -14,7 +14,7 @@ from sanitize.importing.config import ImportConfig, Kind
 from sanitize.importing.files import Folder
 from sanitize.importing.folders import class_folders
 from sanitize.importing.parquet import Rows
-from sanitize.importing.source import Source, as_bytes
+from sanitize.importing.source import Source, as_bytes, some
 from sanitize.importing.splits import choose_split, split_of
 from sanitize.importing.table import table
 from sanitize.storage import check_url, exists, is_local, join, local_path
@@ -109,7 +109,7 @@ def _open_folder(place: str, config: ImportConfig) -> Source:
         kind = config.kind
     else:
         if len(there) > 1:
-            what = "; ".join(f"--kind {one}: {_some(names)}" for one, names in there.items())
+            what = "; ".join(f"--kind {one}: {some(names)}" for one, names in there.items())
             raise ConfigError(f"{place} can be imported in several ways; choose one. {what}")
         if not there:
             raise ConfigError(f"nothing to import at {place}: {_EXPECTED}; found there: {_holds(found)}")
@@ -121,10 +121,16 @@ def _open_folder(place: str, config: ImportConfig) -> Source:
         raise ConfigError(f"--kind {kind}: no such file at {place}; found there: {_holds(found)}")
     if kind == "parquet":
         splits = sorted({split for name in names if (split := split_of(name)) is not None})
+        others = [name for name in names if split_of(name) is None]
+        if splits and others and config.split is None:
+            raise ConfigError(
+                f"{place} has files of splits ({', '.join(splits)}) and others ({some(others)}): choose one with "
+                "--split, take --split all, or give the files as the source"
+            )
         split = choose_split(splits, config.split, place)
         names = [name for name in names if split is None or split_of(name) == split]
     elif len(names) > 1:
-        raise ConfigError(f"{place} has several files of kind {kind}: {_some(names)}; give one of them as the source")
+        raise ConfigError(f"{place} has several files of kind {kind}: {some(names)}; give one of them as the source")
     return _open(kind, [join(folder.place, name) for name in names], config)
 
 
@@ -143,11 +149,6 @@ def _kinds(found: Iterable[str]) -> dict[Kind, list[str]]:
         elif (kind == "csv" and len(parts) == 1) or (kind == "coco" and "caption" in parts[-1].lower()):
             kinds.setdefault(kind, []).append(name)
     return kinds
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(printable(name) for name in names[:3]) + more
 
 
 def _holds(found: Iterable[str]) -> str:

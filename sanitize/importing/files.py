@@ -21,6 +21,9 @@ from sanitize.tar.read import unsafe_name
 _OF_ONE_FILE = (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
 
 
+NO_FILE = "there is no such file"
+
+
 class Stamp(NamedTuple):
     """Size in bytes and time of modification of a file, or the reason why it is not read."""
 
@@ -90,14 +93,14 @@ class Folder:
             return Stamp(problem=f"unsafe path: {unsafe}")
         if not self.is_local:
             found = self._objects().get(as_path(name))
-            return Stamp(problem="there is no such file") if found is None else Stamp(*found)
+            return Stamp(problem=_missing(name)) if found is None else Stamp(*found)
         path = Path(self.place, name)
         try:
             if self._leads_out(path):
                 return Stamp(problem="a link that leads out of the folder")
             status = path.stat()
         except FileNotFoundError:
-            return Stamp(problem="a link to nothing" if path.is_symlink() else "there is no such file")
+            return Stamp(problem="a link to nothing" if path.is_symlink() else _missing(name))
         except (OSError, ValueError) as error:
             return Stamp(problem=f"cannot be read: {getattr(error, 'strerror', None) or 'no possible path'}")
         if stat.S_ISDIR(status.st_mode):
@@ -133,6 +136,10 @@ class Folder:
         if len(data) > max_bytes:
             raise LookupError(f"a file of more than max_image_bytes {max_bytes}")
         return data
+
+
+def _missing(name: str) -> str:
+    return f"{NO_FILE}: it has backslashes, write /" if "\\" in name else NO_FILE
 
 
 def folder_of(url: str) -> str:

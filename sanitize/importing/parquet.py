@@ -365,9 +365,8 @@ def _image_column(schema: pa.Schema, config: ImportConfig, url: str) -> str:
         if len(found) == 1:
             return found[0]
     if not fit:
-        columns = _shown([f"{field.name} ({str(field.type)[:60]})" for field in schema])
         raise ConfigError(
-            f"{url} has no column of encoded images (binary, or a struct with `bytes`); columns: {columns}"
+            f"{url} has no column of encoded images (binary, or a struct with `bytes`); columns: {_typed(schema)}"
         )
     raise ConfigError(f"{url} has several columns that may hold images; choose with --image-column: {_shown(fit)}")
 
@@ -377,7 +376,10 @@ def _label_column(schema: pa.Schema, config: ImportConfig, image: str, url: str)
     wanted = config.label_column
     if wanted is not None:
         if wanted not in fit:
-            raise ConfigError(f"--label-column {wanted}: columns of {url} that may hold labels: {_shown(fit)}")
+            raise ConfigError(
+                f"--label-column {wanted}: columns of {url} that may hold labels: {_shown(fit)} (integers, texts or "
+                f"booleans; all columns: {_typed(schema)})"
+            )
         return wanted
     declared = [name for name, one in _features(schema).items() if one.get("_type") == "ClassLabel" and name in fit]
     for found in (declared, [name for name in fit if name.lower() in LABELS]):
@@ -385,12 +387,18 @@ def _label_column(schema: pa.Schema, config: ImportConfig, image: str, url: str)
             return found[0]
         if found:
             raise ConfigError(f"{url} has several columns of labels; choose with --label-column: {_shown(found)}")
+    if not fit:
+        raise ConfigError(f"{url} has no column of labels (integers, texts or booleans); columns: {_typed(schema)}")
     raise ConfigError(f"{url} has no column that is known to hold labels; choose with --label-column: {_shown(fit)}")
 
 
 def _shown(names: Sequence[str]) -> str:
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return (", ".join(printable(name[:80]) for name in names[:20]) or "none") + more
+
+
+def _typed(schema: pa.Schema) -> str:
+    return _shown([f"{field.name} ({str(field.type)[:60]})" for field in schema])
 
 
 def _check_same(first: pa.Schema, other: pa.Schema, columns: Sequence[str], url: str, first_url: str) -> None:

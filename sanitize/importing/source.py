@@ -117,6 +117,12 @@ def shown_names(names: Iterable[str]) -> list[str]:
     return shown
 
 
+def some(names: Sequence[str]) -> str:
+    """The first three names, and the number of the others."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(printable(name) for name in names[:3]) + more
+
+
 def as_bytes(name: str) -> bytes:
     """The bytes of a name, which give the order of names."""
     return name.encode("utf-8", "surrogatepass")

@@ -14,12 +14,14 @@ import numpy as np
 
 from sanitize.artifacts import Artifact, ArtifactBuilder, Part
 from sanitize.compute import Compute
+from sanitize.data.class_names import notes_on_names
 from sanitize.data.decode import BadImage, decode_pixels, image_format
 from sanitize.data.sources import refuse_inside
 from sanitize.data.writer import shard_writer
 from sanitize.errors import DataError
 from sanitize.importing.config import ImportConfig
 from sanitize.importing.detect import open_source
+from sanitize.importing.files import NO_FILE
 from sanitize.importing.source import Offered, Source
 from sanitize.plural import counted, were
 from sanitize.stage import Advance, Bars, Work, stage
@@ -61,7 +63,7 @@ class _Judged(NamedTuple):
     problem: str | None
 
 
-@stage(Imported, version=2, gpu=False, draws="seed")
+@stage(Imported, version=3, gpu=False, draws="seed")
 def import_data(config: ImportConfig, sources: Sequence[str] | str, out: str, compute: Compute) -> Work:
     """Write a folder of images, a table of paths, Parquet files or COCO captions as shards.
 
@@ -200,6 +202,7 @@ def _summarise(parts: Sequence[str], builder: ArtifactBuilder, source: Source) -
         "refused_by_reason": listed,
         "classes": None if names is None else {name: counts[f"class {i}"] for i, name in enumerate(names)},
         "notes": source.notes,
+        "class_notes": [] if names is None else notes_on_names(names),
     }
 
 
@@ -211,9 +214,11 @@ def _check(summary: dict[str, Any], config: ImportConfig, places: Sequence[str])
     most = "; ".join(
         f"{one['n']:,} x {one['reason']} ({', '.join(one['examples'])})" for one in summary["refused_by_reason"][:3]
     )
-    hint = "" if summary["imported"] else ". Paths of a table or of COCO start from its folder, or from --images FOLDER"
+    of_paths = any(one["reason"].startswith((NO_FILE, "unsafe path")) for one in summary["refused_by_reason"][:3])
+    hint = ". Paths of a table or of COCO start from its folder, or from --images FOLDER" if of_paths else ""
+    notes = "".join(f"; {what}: {n:,}" for what, n in summary["notes"].items())
     more = f"more than max_refused_fraction {config.max_refused_fraction:g}: mend them or raise --max-refused"
     why = more if summary["imported"] else "nothing to import"
     raise DataError(
-        f"{places[0]}: {refused:,} of {counted(offered, 'image')} {were(refused)} refused, {why}. {most}{hint}"
+        f"{places[0]}: {refused:,} of {counted(offered, 'image')} {were(refused)} refused, {why}. {most}{notes}{hint}"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import IO
 
+from sanitize.data.labels import delimiter_of
 from sanitize.errors import ConfigError, DataError
 from sanitize.importing.config import ImportConfig
 from sanitize.importing.files import Files, Folder, Listed, folder_of
@@ -17,6 +18,7 @@ PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "imag
 LABELS = ("label", "labels", "class", "class_name", "category", "target", "y")
 _MAX_LINE = 1 << 20  # characters
 _MAX_COLUMNS = 1_000
+_EXCESS = "a row of more cells than the table has columns: put cells with a comma in quotes"
 
 
 def table(url: str, config: ImportConfig) -> Files:
@@ -37,13 +39,14 @@ def table(url: str, config: ImportConfig) -> Files:
     rows = sorted(_rows(url, config), key=lambda row: (row[0].encode("utf-8", "surrogatepass"), row[1]))
     if not rows:
         raise DataError(f"{url} has no rows")
-    numbers = class_numbers((label for _, _, label in rows if 0 < len(label) <= MAX_CLASS_NAME), config.classes)
+    usable = (label for _, _, label, problem in rows if problem is None and 0 < len(label) <= MAX_CLASS_NAME)
+    numbers = class_numbers(usable, config.classes)
     listed, before = [], None
-    for path, _, label in rows:
+    for path, _, label, excess in rows:
         place = as_path(path)
-        problem = _problem(label, numbers) or (
-            "listed again: an earlier row has this path" if place == before else None
-        )
+        problem = excess or _problem(label, numbers)
+        if problem is None and place == before:
+            problem = "listed again: an earlier row has this path"
         listed.append(Listed(path, numbers.get(label, -1), (), problem))
         before = place
     origin = (stamp["size"], stamp["modified"])
@@ -58,17 +61,27 @@ def _problem(label: str, numbers: Mapping[str, int]) -> str | None:
     return None if label in numbers else not_listed(label)
 
 
-def _rows(url: str, config: ImportConfig) -> Iterator[tuple[str, int, str]]:
-    """Path, number of the row, and label of each row that is not empty."""
+def _rows(url: str, config: ImportConfig) -> Iterator[tuple[str, int, str, str | None]]:
+    """Path, number of the row, label, and problem of each row that is not empty.
+
+    A row of more cells than columns is refused: where a comma split a cell, the label is that of another column. Empty
+    cells at its end are none, and cells that are missing there are empty (Excel leaves them out).
+    """
     classes: dict[str, str] = {}
     with open_read(url) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
         lines = _lines(text, url)
         first = next(lines, "")
-        delimiter = _delimiter(url, first)
+        if not first:
+            raise DataError(f"{url} is empty")
+        if first.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+            raise DataError(f"{url} is UTF-16 text: save it as UTF-8")
+        delimiter = "\t" if url.lower().endswith(".tsv") else delimiter_of(first)
         reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+        line = 1
         try:
             columns: list[str] = []
             for number, row in enumerate(reader):
+                line = reader.line_num + 1
                 if not columns:
                     columns = row if config.header else list(map(str, range(len(row))))
                     image, label = _columns(columns, config, url)
@@ -80,9 +93,12 @@ def _rows(url: str, config: ImportConfig) -> Iterator[tuple[str, int, str]]:
                     values = [row[i].strip() if i < len(row) else "" for i in (image, label)]
                     if len(classes) > MAX_CLASSES:
                         class_numbers(classes)  # raises
-                    yield values[0], number, classes.setdefault(values[1], values[1])  # equal texts are stored once
+                    problem = _EXCESS if any(cell.strip() for cell in row[len(columns) :]) else None
+                    # Equal texts are stored once.
+                    yield values[0], number, classes.setdefault(values[1], values[1]), problem
         except csv.Error as error:
-            raise DataError(f"{url}, line {reader.line_num}: {error}") from error
+            why = "a quotation mark is not closed" if "unexpected end" in str(error) else str(error)
+            raise DataError(f"{url}, line {line}: {why}") from error
 
 
 def _lines(text: IO[str], url: str) -> Iterator[str]:
@@ -91,12 +107,6 @@ def _lines(text: IO[str], url: str) -> Iterator[str]:
         if len(line) == _MAX_LINE and not line.endswith("\n"):
             raise DataError(f"{url} has a line of more than {_MAX_LINE:,} characters: is it a table?")
         yield line.replace("\0", "\\x00")
-
-
-def _delimiter(url: str, first: str) -> str:
-    if url.lower().endswith(".tsv"):
-        return "\t"
-    return max(",;\t", key=first.count)  # of equals the first
 
 
 def _columns(columns: Sequence[str], config: ImportConfig, url: str) -> tuple[int, int]:
@@ -116,11 +126,17 @@ def _column(
     if wanted is not None:
         if wanted not in names:
             raise ConfigError(f"{flag} {wanted}: {url} has the columns {shown}")
-        return names.index(wanted)
+        return _the_only(names, wanted, url)
     lower = [name.lower() for name in names]
     found = [name for name in usual if name in lower]
     if len(found) == 1:
-        return lower.index(found[0])
+        return _the_only(lower, found[0], url)
     why = f"several columns may hold {what} ({', '.join(found)})" if found else f"no column of {what} is known by name"
     hint = "" if found or not header else ". If the first line is a row, add --no-header"
     raise ConfigError(f"{url}: {why}; choose with {flag} among {shown}{hint}")
+
+
+def _the_only(names: Sequence[str], name: str, url: str) -> int:
+    if names.count(name) > 1:
+        raise ConfigError(f"{url} has {names.count(name)} columns {printable(name)!r}: rename all but one")
+    return names.index(name)

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from flows.cli import app
 from sanitize.compute import Compute
 from sanitize.data import labels as module
 from sanitize.data.dataset import Dataset
@@ -186,6 +188,29 @@ def test_more_names_than_classes_are_an_error_that_lists_them(
         index_shards(config, shards, str(tmp_path / "out"), compute)
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), 1.0, ["cat"], {"id": 1}, [0.1, 0.9]])
+def test_what_is_no_name_in_json_is_no_class(value: object) -> None:
+    reader = LabelReader("json:a", classes="names")
+    with pytest.raises(BadLabel, match=r"label '.*' is no class name"):
+        reader.read(sample(json=json.dumps({"a": value}).encode()))
+    for name, wanted in (("null", "null"), (7, "7"), (True, "true"), ("1.0", "1.0")):
+        assert reader.read(sample(json=json.dumps({"a": name}).encode())) == wanted
+
+
+@pytest.mark.parametrize("text", ["[0.1 0.9]", "[0, 1, 1]", "[0 0 1]"])
+def test_a_vector_is_no_class_name(text: str) -> None:
+    with pytest.raises(BadLabel, match=r"is a vector, and index.classes is for class names"):
+        LabelReader("cls", classes="names").read(sample(cls=text.encode()))
+
+
+def test_names_that_may_mean_one_class_are_noted() -> None:
+    assert notes_on({0: 5, 1: 5}, None, ["a b", "ab c", "-2", "2", "none"]) == []
+    (note,) = notes_on({0: 5, 1: 5}, None, ["Cat", "cat", "caf\xe9", "cafe", "1.0", "01", "dog"])
+    assert "'Cat', 'cat'; 'caf\xe9', 'cafe'; '1.0', '01'; each name" in note
+    (note,) = notes_on({0: 5, 1: 5}, None, ["NaN", "dog", "-1"])
+    assert "'NaN', '-1' looks like a missing label" in note
+
+
 @pytest.mark.parametrize("classes", [[], ["a", "a"], "name"])
 def test_wrong_lists_of_names_are_refused(classes: Any) -> None:
     with pytest.raises((ValidationError, ConfigError)):
@@ -246,7 +271,7 @@ def test_names_may_be_in_a_table(tmp_path: Path, make_tar: Make, make_png: Make,
         (b"key,class,class\na,1,1\n", "one column"),
         (b"", "it has"),
         (b"key,class\na\n", "1 cells in row 2"),
-        (b"key,class\n\xff,1\n", "cannot be read"),
+        (b"key,class\n\xff,1\n", "is not UTF-8 .byte 10.: save it as UTF-8"),
         (b'key,class\n"a,1\n', "cannot be read"),
         (b"PAR1 and so on", "cannot be read"),
         (b"key,class," + b"x," * 1_000 + b"\n", "columns, more than 1000"),
@@ -314,5 +339,38 @@ def test_a_json_member_may_have_a_compound_suffix() -> None:
     assert reader.read(sample(**{"meta.json": b'{"a": {"b": 3}}', "json": b'{"a": {"b": 4}}'})) == 3
     with pytest.raises(BadLabel, match=r"no .json member, but 'meta.json': set index.label"):
         LabelReader("json:a.b").read(sample(**{"png": b"", "meta.json": b'{"a": {"b": 3}}'}))
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError, match="no place of a label"):
         IndexConfig(label="cls:a")
+
+
+def test_a_table_of_excel_is_read_like_others(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("\ufeffkey;class\r\na;3\r\n".encode())
+    assert LabelReader(f"table:{tmp_path}/t.csv#class").read(sample("a")) == 3
+
+
+def test_a_row_without_a_label_counts_as_a_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"key": ["a", "b", "b"], "class": [None, None, 3]}), tmp_path / "t.parquet")
+    reader = LabelReader(f"table:{tmp_path}/t.parquet#class")
+    with pytest.raises(BadLabel, match="it is empty"):
+        reader.read(sample("a"))
+    with pytest.raises(BadLabel, match="has several rows"):
+        reader.read(sample("b"))
+
+
+def test_a_table_labels_no_key_that_is_in_two_shards(
+    tmp_path: Path, make_tar: Make, make_png: Make, compute: Compute
+) -> None:
+    """Keys that begin again in each shard would get the labels of the first."""
+    (tmp_path / "t.csv").write_text("key,class\n0,0\n1,1\n2,0\n3,1\n")
+    config = IndexConfig(label=f"table:{tmp_path}/t.csv#class")
+
+    def shard(name: str, *numbers: int) -> str:
+        return make_tar(tmp_path / name, [(f"{i}.png", make_png(len(name) + i)) for i in numbers])
+
+    apart = [shard("a.tar", 0, 1), shard("b.tar", 2, 3)]
+    assert index_shards(config, apart, str(tmp_path / "apart"), compute).n_samples == 4
+    with pytest.raises(DataError, match=r"2 keys are in several shards, such as a.tar and c.tar: the table of labels"):
+        index_shards(config, [*apart, shard("c.tar", 0, 1)], str(tmp_path / "shared"), compute)
+    result = CliRunner().invoke(app, ["inspect", *apart, str(tmp_path / "c.tar"), "--label", str(config.label)])
+    assert result.exit_code == 1
+    assert "2 keys are in several shards" in result.output

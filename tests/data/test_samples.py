@@ -366,7 +366,23 @@ def test_json_nested_as_deep_as_the_parser_goes_is_refused(depth: int) -> None:
 
 
 def test_the_image_is_the_one_member_with_an_image_suffix() -> None:
-    for suffix in ("jpg", "JPEG", "png", "webp", "ppm", "GIF", "bmp", "tif", "tiff", "avif"):
+    for suffix in (
+        "jpg",
+        "JPEG",
+        "jfif",
+        "jpe",
+        "png",
+        "webp",
+        "ppm",
+        "pgm",
+        "PBM",
+        "pnm",
+        "GIF",
+        "bmp",
+        "tif",
+        "tiff",
+        "avif",
+    ):
         assert find_image(sample(txt=b"0", **{suffix: b"1"}))[1] == b"1"
     with pytest.raises(LookupError, match="no image member"):
         find_image(sample(txt=b"0", svg=b"1"))

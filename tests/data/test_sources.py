@@ -91,6 +91,20 @@ def test_relative_paths_become_absolute(tree: Path, monkeypatch: pytest.MonkeyPa
     assert find_shards("../b") == {"x.tar": f"{tree}/b/x.tar"}
 
 
+def test_what_macos_puts_beside_shards_is_no_shard(tree: Path, memory: str) -> None:
+    (tree / "b/._x.tar").write_bytes(b"\0\5\x16\7")
+    with fsspec.open(f"{memory}/train/._0.tar", "wb") as file:
+        file.write(b"\0\5\x16\7")
+    assert find_shards(str(tree / "b")) == {"x.tar": f"{tree}/b/x.tar"}
+    assert list(find_shards(f"{memory}/train")) == ["0.tar", "1.tar"]
+    assert list(find_shards(str(tree / "b/._x.tar"))) == ["._x.tar"]  # named by the user
+
+
+def test_a_path_that_is_not_there_is_said_not_to_be_there(tree: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
+        find_shards(str(tree / "c"))
+
+
 def test_a_path_with_glob_characters_in_it_is_found(tree: Path) -> None:
     odd = tree / "[v1]"
     odd.mkdir()

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -131,13 +132,21 @@ CASES = {
 }
 
 
+GIVEN = {"no field": ("--label", "json"), "wrong member": ("--set", "image.member=png")}
+CASES |= {
+    "no field": (("png",), {"json": lambda i: json.dumps({"class": i % 2}).encode()}, ["--label json:class"]),
+    "wrong member": (("left.png", "right.png"), {"cls": b"1"}, ["image.member=left.png"]),
+}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_next_command_works(
     name: str, tmp_path: Path, make_tar: Callable[..., str], make_png: Callable[..., bytes]
 ) -> None:
     pictures, others, words = CASES[name]
+    given = GIVEN.get(name, ())
     folder = pack(tmp_path / "a folder", make_tar, dict.fromkeys(pictures, make_png) | others)
-    code, (command, *_) = next_of(folder)
+    code, (command, *_) = next_of(folder, *given)
     assert code == 1
     assert all(word in command for word in words)
     for _ in range(3):  # at most three steps lead to the command that cleans
@@ -405,3 +414,52 @@ def test_hygiene_is_printed_and_in_the_json(
     found = json.loads(run("inspect", tmp_path / "x.tar", "--hygiene", "--json").stdout)["hygiene"]
     assert found["counts"]["exact_duplicate"] == 1
     assert "exact duplicate" not in run("inspect", tmp_path / "x.tar").output
+    shown = run("inspect", tmp_path / "x.tar", "--hygiene").output
+    assert shown.index("exact duplicate") < shown.index("next:")  # what to do comes last
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (("--set", "verify=json:other", "--hygiene"), "2 of 2 samples have no hash that can be read"),
+        (("--set", "verify=json:sha", "--hygiene"), "1 of 2 samples has no hash that can be read"),
+        (("--set", "verify=json:sha"), "index.verify is looked at with --hygiene only"),
+        (("--set", "check=headers", "--hygiene"), "hygiene looked at nothing"),
+        (("--set", "check=digest", "--hygiene"), "hygiene looked for equal files only"),
+        (("--hygiene",), None),
+    ],
+)
+def test_what_was_not_compared_is_noted(
+    options: tuple[str, ...],
+    note: str | None,
+    tmp_path: Path,
+    make_tar: Callable[..., str],
+    make_png: Callable[..., bytes],
+) -> None:
+    """ "Nothing found" must not be said of what nobody looked at."""
+    records = [{"sha": hashlib.sha256(make_png(0)).hexdigest()}, {"sha": "sha256:" + "0" * 64}]
+    members = [
+        (f"{i}.{suffix}", data)
+        for i, record in enumerate(records)
+        for suffix, data in (("png", make_png(i)), ("cls", b"0"), ("json", json.dumps(record).encode()))
+    ]
+    make_tar(tmp_path / "x.tar", members)
+    found = json.loads(run("inspect", tmp_path / "x.tar", *options, "--json").stdout)
+    assert len(found["notes"]) == (note is not None)
+    assert note is None or found["notes"][0].startswith(note)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--label", ".cls"), "without its first dot"),
+        (("--label", "JSON:class"), "json:FIELD, table:FILE#COLUMN, or none"),
+        (("--set", "image.member=.left.png"), "without its first dot: left.png"),
+        (("--set", "verify=sha256"), "json:FIELD, or table:FILE#COLUMN"),
+        (("--set", "classes=[no, cat]"), "False is no text; in YAML, put it in quotes"),
+    ],
+)
+def test_wrong_places_are_refused_in_words(option: tuple[str, str], message: str, folder: Path) -> None:
+    result = run("inspect", folder, *option)
+    assert result.exit_code == 2
+    assert message in result.output

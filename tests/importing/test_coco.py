@@ -58,6 +58,7 @@ def test_nothing_is_lost_silently(source: Path, tmp_path: Path) -> None:
         caption(99, "of nothing"),
         {"image_id": 3, "bbox": []},
     ]
+    captions += [caption(30, " \n")]
     captions += [caption(31, "y")] * 101 + [caption(32, "z" * 10_001)]
     made = run(annotations(source, images, captions), tmp_path / "out", max_refused_fraction=1)
     assert made.summary()["offered"] == len(images) == 10
@@ -71,7 +72,7 @@ def test_nothing_is_lost_silently(source: Path, tmp_path: Path) -> None:
         "more than 100 captions": 1,
         "a caption of more than 10000 characters": 1,
     }
-    assert made.summary()["notes"] == {"captions of no image": 1, "annotations without a caption": 1}
+    assert made.summary()["notes"] == {"captions of no image": 1, "annotations without a caption": 2}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_nothing_is_lost_silently(source: Path, tmp_path: Path) -> None:
         ('{"images": [{"id": 1, "file_name": "a"} {"id"', "',' expected"),
         ('{"images": [1]}', "is no object"),
         ('{"images": [{"id": 1}]}', "image 0 has no file_name"),
-        ('{"images": [{"id": [1], "file_name": "a"}]}', "no file_name or no id"),
+        ('{"images": [{"id": [1], "file_name": "a"}]}', "no file_name, or no id"),
         ('{"images": []}', "has no `images`"),
         ('{"annotations": []}', "has no `images`"),
         ('{"images": [{"id": 1, "file_name": "a"}]}', "has no `annotations`"),

@@ -81,7 +81,7 @@ def test_everything_in_the_folder_is_counted(
 ) -> None:
     outside = write({"secret.png": make_png(99)}, "outside")
     others = {
-        "cat/Thumbs.db": b"\0" * 50,
+        "cat/notes.txt": b"\0" * 50,
         "cat/empty.png": b"",
         "cat/cut.png": make_png(50)[:80],
         "loose.png": make_png(51),
@@ -129,6 +129,87 @@ def test_the_suffix_says_what_the_bytes_are(
     made = run(write({f"a/{name}.jpeg": make_png(1, format=name) for name in formats}), tmp_path / "out")
     found = {record["file"]: set(record["members"]) for record in by_file(made).values()}
     assert found == {f"a/{name}.jpeg": {suffix, "cls", "json"} for name, suffix in formats.items()}
+
+
+def pictures(make_png: Callable[..., bytes], *folders: str) -> dict[str, bytes]:
+    return {f"{folder}/{i}.png": make_png(i) for folder in folders for i in range(2)}
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["Train/a", "Test/a"], "several splits: Test, Train. Choose one with --split"),
+        (["seg_train/a", "seg_test/b"], "several splits: seg_test, seg_train"),
+        (["train2017/a", "val2017/a"], "several splits: train2017, val2017"),
+        (["train/a", "test/a", "extra/a"], r"folders of splits \(test, train\) beside other folders \(extra\)"),
+        (["train", "test"], r"folders of splits \(test, train\) with pictures and no class folders"),
+        (["train"], r"folders of splits \(train\) with pictures and no class folders"),
+        (["a/train", "a/test", "b/train"], r"class folders of .* hold folders of splits \(test, train\)"),
+        (["train/a", "test"], r"folders of splits \(train\) beside other folders \(test\)"),
+        (["train/a", "other"], r"folders of splits \(train\) beside other folders \(other\)"),
+        (["archive/photos/a", "archive/photos/b"], r"all pictures .* lie in folders of .*/archive/photos"),
+        (["archive/a", "archive/b/c"], r"all pictures .* lie in folders of .*/archive: if those are the classes"),
+    ],
+)
+def test_folders_that_may_be_no_classes_are_never_taken_for_classes(
+    folders: list[str], message: str, write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    source = write(pictures(make_png, *folders))
+    with pytest.raises(ConfigError, match=message):
+        run(source, tmp_path / "out")
+    tops = tuple(sorted({folder.partition("/")[0] for folder in folders}))
+    assert list(run(source, tmp_path / "named", classes=tops).classes()) == list(tops)
+
+
+def test_files_beside_the_class_folders_of_a_split_do_not_make_splits_classes(
+    write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    source = write(pictures(make_png, "train/a", "train/b", "val/a", "extra/c") | {"train/README.txt": b"x"})
+    made = run(source, tmp_path / "out", split="train", max_refused_fraction=0.5)
+    assert made.classes() == {"a": 0, "b": 1}
+    assert reasons(made) == {"in no class folder": 1}
+
+
+def test_splits_below_the_classes_may_be_mixed(
+    write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    source = write(pictures(make_png, "a/train", "a/test", "b/train"))
+    assert run(source, tmp_path / "out", split="all").summary()["classes"] == {"a": 4, "b": 2}
+
+
+def test_a_class_may_be_called_train(
+    write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    made = run(write(pictures(make_png, "bus", "train", "train/steam", "car/old")), tmp_path / "out")
+    assert made.classes() == {"bus": 0, "car": 1, "train": 2}
+
+
+def test_a_folder_without_pictures_is_no_class(
+    write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    beside = {"Thumbs.db": b"x", "a/desktop.ini": b"x", "docs/readme.txt": b"x"}
+    made = run(write(pictures(make_png, "a", "z") | beside), tmp_path / "out", max_refused_fraction=0.5)
+    assert made.classes() == {"a": 0, "z": 1}
+    assert reasons(made) == {"in a folder without pictures": 1}
+    assert made.summary()["notes"] == {"files of Windows (Thumbs.db, desktop.ini)": 2}
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "pgm", "JPG"])
+def test_every_usual_suffix_is_one_of_a_picture(
+    suffix: str, write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    source = write({f"{name}/1.{suffix}": make_png(1, format="JPEG") for name in "ab"})
+    assert run(source, tmp_path / "out").summary()["imported"] == 2
+
+
+def test_names_of_classes_that_may_mean_one_class_are_noted(
+    write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    made = run(write(pictures(make_png, "Cat", "cat", "007", "7", "dog", "nan")), tmp_path / "out")
+    alike, missing = made.summary()["class_notes"]
+    assert "'007', '7'; 'Cat', 'cat'" in alike
+    assert "'nan' looks like a missing label" in missing
+    assert len(made.classes()) == 6
 
 
 def test_splits_are_no_classes(write: Callable[..., Path], make_png: Callable[..., bytes], tmp_path: Path) -> None:

@@ -121,6 +121,25 @@ def test_rows_that_cannot_be_used_are_counted(images: list[bytes], tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a-0", "a-1", "dev-1"], r"files of splits \(dev\) and others \(a-0.parquet, a-1.parquet\)"),
+        (["Train-0", "Test-0"], "several splits: test, train"),
+        (["train0", "test0"], "several splits: test, train"),
+    ],
+)
+def test_no_file_is_left_out_or_mixed_in_for_its_name(
+    names: list[str], message: str, images: list[bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(names):
+        pq.write_table(table(images[2 * i : 2 * i + 2], [0, 1], ["a", "b"]), tmp_path / "in" / f"{name}.parquet")
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "in", tmp_path / "out")
+    assert run(tmp_path / "in", tmp_path / "all", split="all").summary()["imported"] == 2 * len(names)
+
+
 def test_several_files_and_splits(images: list[bytes], tmp_path: Path) -> None:
     data = tmp_path / "hub" / "data"
     data.mkdir(parents=True)
@@ -165,7 +184,7 @@ def test_rows_are_mixed_although_they_are_sorted_and_lie_in_groups(
         ),
         ({"image": [b"x"], "fine": [0], "coarse": [1]}, {}, "choose with --label-column: fine, coarse"),
         ({"image": [b"x"], "label": [0], "class": [1]}, {}, "several columns of labels; .*: label, class"),
-        ({"image": [b"x"], "label": [0.5]}, {}, "choose with --label-column: none"),
+        ({"image": [b"x"], "label": [0.5]}, {}, "has no column of labels"),
         ({"image": [b"x"], "label": [0]}, {"label_column": "y"}, "may hold labels: label"),
         ({"image": [b"x"], "label": [0]}, {"image_column": "label"}, "may hold images: image"),
         ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, {}, "has no rows"),

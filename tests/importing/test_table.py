@@ -85,16 +85,41 @@ def test_rows_without_a_label_and_repeated_paths_are_refused(source: Path, tmp_p
     assert reasons(made)["a label of more than 1000 characters"] == 1
 
 
+def test_a_row_of_more_cells_than_columns_is_refused(source: Path, tmp_path: Path) -> None:
+    """A comma without quotes moves the label: in `ant/01.png` it would be "black"."""
+    rows = ["ant/00.png,a,", "ant/01.png,black, a", "ant/02.png,a"]
+    (source / "t.csv").write_text("path,label\n" + "\n".join(rows))
+    made = run(source / "t.csv", tmp_path / "out", max_refused_fraction=1)
+    assert made.classes() == {"a": 0}
+    assert by_file(made).keys() == {"ant/00.png", "ant/02.png"}
+    (reason,) = reasons(made)
+    assert reason.startswith("a row of more cells than the table has columns")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("ant\\00.png", r"no such file: it has backslashes, write /"), ("/ant/00.png", "absolute path.*--images FOLDER")],
+)
+def test_paths_of_windows_and_absolute_ones_come_with_the_remedy(
+    path: str, message: str, source: Path, tmp_path: Path
+) -> None:
+    (source / "t.csv").write_text(f"path,label\n{path},a\n")
+    with pytest.raises(DataError, match=message):
+        run(source / "t.csv", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"path,label\n", "has no rows"),
-        (b"", "no column of paths"),
+        (b"", "is empty"),
         (b"path,label\n" + b"x" * (1 << 21), "line of more than"),
         (b'path,label\n"ant,x\n', "line 2"),
         (b"path,label\n" + b"x" * 200_000 + b",a\n", "field larger than field limit"),
         (b"," * 5000 + b"\n", "more than 1000 columns"),
-        (b"\xff\xfep\0a\0t\0h\0", "no column of paths"),
+        ("path,label\n".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
+        (b"path,label,label\nant/00.png,a,b\n", "has 2 columns 'label'"),
+        (b'path,label\nant/00.png,a\n"ant/01.png,a\nant/02.png,a\n', "line 3: a quotation mark is not closed"),
     ],
 )
 def test_what_is_no_table_is_an_error(data: bytes, message: str, source: Path, tmp_path: Path) -> None:

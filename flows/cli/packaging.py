@@ -5,6 +5,7 @@ from typing import Any
 from flows.cli.app import console, print_places
 from flows.cli.command import REQUIRED, Option, Settings, Values, job_command
 from sanitize.errors import ConfigError
+from sanitize.plural import counted
 
 
 def _described(settings: Settings, values: Values) -> Settings:
@@ -75,8 +76,8 @@ def package(result: dict[str, Any], out: str) -> None:
     """
     channels, height, width = result.pop("image_shape")
     console.print(
-        f"{result.pop('weights'):,} weights, {result.pop('classes'):,} classes, images of {channels} x {height} x "
-        f"{width} (channels, height, width)",
+        f"{counted(result.pop('weights'), 'weight')}, {counted(result.pop('classes'), 'class')}, images of {channels} x "
+        f"{height} x {width} (channels, height, width)",
         highlight=False,
     )
     print_places(result)

@@ -338,7 +338,7 @@ def test_what_no_training_row_was_like_scores_high_and_finite() -> None:
         (torch.zeros(3, 3, dtype=torch.complex64), "real numbers"),
         (np.array([["a", "b"]]), "real numbers"),
         (np.array([[None, 1]], dtype=object), "real numbers"),
-        (torch.tensor([[1.0, float("nan")], [2.0, float("nan")]]), r"column\(s\) \[1\]"),
+        (torch.tensor([[1.0, float("nan")], [2.0, float("nan")]]), r"1 column \(1\)"),
         (torch.tensor([[1.0, float("inf")]]), "infinite"),
         (torch.tensor([[1.0, -float("inf")]]), "infinite"),
     ],

@@ -257,7 +257,7 @@ def test_odd_tables_get_finite_scores(config: RobustRealNVPConfig, case: str) ->
         (np.zeros((0, 3)), "nothing to fit"),
         (np.zeros((5, 0)), "nothing to fit"),
         (np.zeros((5, 1)), "at least two columns"),
-        (np.full((5, 2), np.nan), r"missing values in column\(s\) \[0, 1\]"),
+        (np.full((5, 2), np.nan), r"missing values in 2 columns \(0, 1\)"),
         (np.array([[1.0, np.inf], [2.0, 3.0]]), "infinite"),
         (np.zeros((5, 2, 2)), "must be"),
         (np.array([["a", "b"]]), "real numbers"),

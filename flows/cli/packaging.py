@@ -75,9 +75,7 @@ def package(result: dict[str, Any], out: str) -> None:
         sanitize repair runs/mine --shards 'data/train-*.tar' --test-shards 'data/test-*.tar' --out runs/repaired
     """
     channels, height, width = result.pop("image_shape")
-    console.print(
-        f"{counted(result.pop('weights'), 'weight')}, {counted(result.pop('classes'), 'class')}, images of {channels} x "
-        f"{height} x {width} (channels, height, width)",
-        highlight=False,
-    )
+    weights, classes = counted(result.pop("weights"), "weight"), counted(result.pop("classes"), "class")
+    size = f"{channels} x {height} x {width} (channels, height, width)"
+    console.print(f"{weights}, {classes}, images of {size}", highlight=False)
     print_places(result)

@@ -172,7 +172,7 @@ def print_leaks(n: int | None, out: str) -> None:
             "warning",
             "yellow",
             f"{counted(n, 'training sample')} {'shows' if n == 1 else 'show'} a picture of the test shards: "
-            f"{out}/05-hygiene lists {'it' if n == 1 else 'them'}",
+            f"{out}/06-test-leaks/index.html shows {'it' if n == 1 else 'them'}",
         )
 
 

@@ -16,10 +16,10 @@ from sanitize.jobs.run import Run
 from sanitize.models.checkpoint import Checkpoint
 from sanitize.models.config import ModelConfig
 from sanitize.packaging import PACKAGE, package_model
-from sanitize.report import write_certificate_report
+from sanitize.report import write_certificate_report, write_leak_report
 
 logger = logging.getLogger("sanitize.run")
-HYGIENE = "05-hygiene"  # folder of its findings in a run
+HYGIENE, LEAKS = "05-hygiene", "06-test-leaks"  # folders of its findings in a run, and of the page about leaks
 
 
 def index_found(folder: str, sources: Sequence[str], index: IndexConfig, run: Run) -> Dataset:
@@ -69,12 +69,13 @@ def leaks(dataset: Dataset, test: Dataset | None, run: Run) -> int | None:
     hygiene = run.stage(HYGIENE, check_hygiene, HygieneConfig(), dataset, test=test)
     n = int(hygiene.read_json("hygiene.json")["counts"]["test_leak"])
     if n:
+        page = run.stage(LEAKS, write_leak_report, hygiene, dataset, test)
         logger.warning(
             "%s of %s training samples show a picture that is also in the test shards: accuracy on them is too high. "
-            "Kind test_leak in %s lists them",
+            "%s shows them",
             f"{n:,}",
             f"{dataset.n_samples:,}",
-            hygiene.path,
+            page.url("index.html"),
         )
     return n
 

@@ -5,6 +5,7 @@ from sanitize.report.condensation import write_condensation_report
 from sanitize.report.denoising import write_denoising_report
 from sanitize.report.drift import write_drift_report
 from sanitize.report.finding import Finding, find
+from sanitize.report.leaks import write_leak_report
 from sanitize.report.page import Report, ReportConfig, finding_of, write_report
 from sanitize.report.redteam import write_redteam_report
 from sanitize.report.robustness import write_robustness_report
@@ -20,6 +21,7 @@ __all__ = [
     "write_condensation_report",
     "write_denoising_report",
     "write_drift_report",
+    "write_leak_report",
     "write_redteam_report",
     "write_report",
     "write_robustness_report",

@@ -6,7 +6,7 @@ from typing import Any
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import Selection
 from sanitize.errors import ArtifactError
-from sanitize.report.pictures import Thumbnail, pictures
+from sanitize.report.pictures import Thumbnail, pictures, written
 from sanitize.select.write import Shards
 
 BUDGET = 800_000  # bytes of the pictures of all groups together, before base64
@@ -50,5 +50,5 @@ def with_examples(groups: Sequence[dict[str, Any]], selection: Selection, most: 
 def pictures_of(groups: Sequence[dict[str, Any]], dataset: Dataset, shards: Shards) -> list[list[Thumbnail | None]]:
     """A picture of each example of each group; None if its image is not found."""
     examples = [one for group in groups for one in group["examples"]]
-    found = iter(pictures(examples, dataset, shards, BUDGET, SIDES))
+    found = iter(pictures(examples, dataset, written(shards), BUDGET, SIDES))
     return [[next(found) for _ in group["examples"]] for group in groups]

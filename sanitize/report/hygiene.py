@@ -7,7 +7,7 @@ from sanitize.data.class_names import class_name
 from sanitize.data.dataset import Dataset
 from sanitize.data.tables import HYGIENE_KINDS, Hygiene, Selection
 from sanitize.plural import counted
-from sanitize.report.pictures import Thumbnail, pictures
+from sanitize.report.pictures import Thumbnail, pictures, written
 from sanitize.select.write import Shards
 
 N_GROUPS, N_MEMBERS, N_EXAMPLES, N_PICTURES = 8, 4, 3, 48
@@ -81,5 +81,5 @@ def hygiene_pictures(found: dict[str, Any], dataset: Dataset, shards: Shards) ->
     ]
     unique = {(row["shard"], row["position"]): row for row in rows}
     wanted = list(unique.values())[:N_PICTURES]
-    thumbnails = pictures(wanted, dataset, shards) if wanted else []
+    thumbnails = pictures(wanted, dataset, written(shards)) if wanted else []
     return {at: picture for at, picture in zip(unique, thumbnails, strict=False) if picture is not None}

@@ -33,7 +33,7 @@ from sanitize.report.finding import VERDICTS, Finding, by_remedy, describe_canar
 from sanitize.report.groups import pictures_of, with_examples
 from sanitize.report.hygiene import hygiene_numbers, hygiene_pictures, members_of
 from sanitize.report.numbers import collect
-from sanitize.report.pictures import Thumbnail, pictures
+from sanitize.report.pictures import Thumbnail, pictures, written
 from sanitize.select.scored import kind_of
 from sanitize.select.write import Shards
 from sanitize.stage import Work, stage
@@ -118,7 +118,7 @@ def write_report(
         numbers["hygiene"] = None if hygiene is None else hygiene_numbers(hygiene, selection, dataset.class_names)
         numbers["headline"] = headline(numbers)
         part.write_json("report.json", numbers)
-        thumbnails = pictures(numbers["suspects"], dataset, shards)
+        thumbnails = pictures(numbers["suspects"], dataset, written(shards))
         of_groups = pictures_of(numbers["groups"], dataset, shards)
         if hygiene is not None:
             numbers["hygiene_pictures"] = hygiene_pictures(numbers["hygiene"], dataset, shards)

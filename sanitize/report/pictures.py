@@ -1,11 +1,11 @@
 """Thumbnails of samples: decoded like any other image, then encoded as small PNGs.
 
-Thumbnails are read from the written shards, because source shards may be gone. A picture is shown only if its bytes
-are the indexed ones: quarantine may hold several samples of one key.
+Thumbnails of a cleaning run are read from the written shards, because source shards may be gone. A picture is shown
+only if its bytes are the indexed ones: quarantine may hold several samples of one key.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +26,7 @@ Thumbnail = tuple[bytes, int, int]  # PNG, width, height
 def pictures(
     samples: Sequence[dict[str, Any]],
     dataset: Dataset,
-    shards: Shards,
+    place: Callable[[str, str], str],
     budget: int = BUDGET,
     sides: Sequence[int] = SIDES,
 ) -> list[Thumbnail | None]:
@@ -35,7 +35,7 @@ def pictures(
     Args:
         samples: shard, position and status ("kept" or "quarantined") of each; a sample may be there twice.
         dataset: all samples.
-        shards: the written shards.
+        place: path or URL of a shard that holds the samples of this status (`written` for the output of `clean`).
         budget: bytes of all thumbnails together.
         sides: largest sides of a thumbnail in pixels, tried until it fits its share of the budget.
     """
@@ -50,8 +50,7 @@ def pictures(
         missing: dict[tuple[str, str], list[int]] = {}
         for row, i in zip(rows, group, strict=True):
             missing.setdefault((row["key"], row["sha256"]), []).append(i)
-        folder = "clean" if status == "kept" else "quarantine"
-        for key, data in _payloads(shards.url(f"{folder}/{shard}"), limits, {row["key"] for row in rows}):
+        for key, data in _payloads(place(shard, status), limits, {row["key"] for row in rows}):
             if (found_here := (key, hashlib.sha256(data).hexdigest())) in missing:
                 picture = thumbnail(data, config, budget // len(samples), sides)
                 for i in missing.pop(found_here):
@@ -59,6 +58,11 @@ def pictures(
             if not missing:
                 break
     return found
+
+
+def written(shards: Shards) -> Callable[[str, str], str]:
+    """Where `write_selected` put the samples of a shard, by their status."""
+    return lambda shard, status: shards.url(f"{'clean' if status == 'kept' else 'quarantine'}/{shard}")
 
 
 def _index_rows(dataset: Dataset, shard: str, positions: list[int]) -> list[dict[str, Any]]:

@@ -20,7 +20,16 @@ from sanitize.jobs.restore import verify_run
 from sanitize.jobs.train import TrainRunConfig
 from sanitize.training import RobustModel
 
-FOLDERS = ("00-index", "01-index-test", "05-hygiene", "60-model", "61-drop-scores", "80-package", "90-report")
+FOLDERS = (
+    "00-index",
+    "01-index-test",
+    "05-hygiene",
+    "06-test-leaks",
+    "60-model",
+    "61-drop-scores",
+    "80-package",
+    "90-report",
+)
 
 
 @pytest.fixture(scope="module")

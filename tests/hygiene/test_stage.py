@@ -23,6 +23,7 @@ from sanitize.data.stated_hashes import NO_HASH, NO_ROW, SEVERAL_ROWS
 from sanitize.data.tables import Hygiene
 from sanitize.errors import ConfigError
 from sanitize.hygiene import HygieneConfig, check_hygiene
+from sanitize.report import write_leak_report
 from sanitize.select.hygiene import Unclean
 
 Scene, Stored, Make = Callable[..., Image.Image], Callable[..., bytes], Callable[..., str]
@@ -125,6 +126,16 @@ def test_pictures_of_the_test_shards(tmp_path: Path, scene: Scene, stored: Store
     rows = [row for row in hygiene.rows("train.tar").to_pylist() if row["kind"] == "test_leak"]
     assert {row["other_shard"] for row in rows} == {"test.tar"}
     assert "near_duplicate" not in found(hygiene)  # a leak is no duplicate among the training samples
+
+    report = write_leak_report(hygiene, *datasets, str(tmp_path / "page"), COMPUTE)
+    pairs = report.read_json("report.json")["pairs"]
+    assert [(pair["key"], pair["shard"], pair["other_shard"]) for pair in pairs] == [
+        (key, "train.tar", "test.tar") for key in ("train05", "train28", "train29")
+    ]
+    page = report.read("index.html").decode()
+    assert page.count('<img src="data:image/png;base64,') == 6
+    assert "3 training samples of 30 show a picture that is also in the test shards." in page
+    assert "the same file as same in test.tar, a test sample" in page
 
 
 @given(order=st.permutations(range(4)), first=st.integers(0, 3))

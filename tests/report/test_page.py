@@ -29,7 +29,7 @@ from sanitize.models.checkpoint import Checkpoint
 from sanitize.report import Report, ReportConfig, write_report
 from sanitize.report import groups as report_groups
 from sanitize.report.page import MAX_GROUPS, clean_text, render
-from sanitize.report.pictures import BUDGET, pictures, thumbnail
+from sanitize.report.pictures import BUDGET, pictures, thumbnail, written
 from sanitize.select import (
     ContaminationRule,
     RestoreConfig,
@@ -264,7 +264,7 @@ def test_without_a_label_check_nothing_is_said_of_labels(planted: Run, tmp_path:
 
 def test_pictures_are_the_samples_own(planted: Run, tmp_path: Path) -> None:
     suspects = _numbers(planted.report(tmp_path / "report"))["suspects"]
-    for suspect, picture in zip(suspects, pictures(suspects, planted.dataset, planted.shards), strict=True):
+    for suspect, picture in zip(suspects, pictures(suspects, planted.dataset, written(planted.shards)), strict=True):
         assert picture is not None
         png, width, height = picture
         assert (width, height) == (8, 8)

@@ -36,7 +36,7 @@ from torch import nn
 
 from benchmarks.baselines import activation_clustering, flare, highest_of_class, scan
 from benchmarks.proactive import Labelled, asset, confusion_training, extremes, train_by_sam
-from benchmarks.report import conclude, print_table
+from benchmarks.report import conclude, print_table, write_rows
 from benchmarks.verdict_cells import (
     ATTACKS,
     DATA,
@@ -313,7 +313,7 @@ def main() -> None:
                 rows.append(row | {"images": arguments.images})
                 report(f"{row['method']}: {row.get('error') or _pair(row)}")
                 if arguments.json is not None:
-                    _write(arguments.json, rows)
+                    write_rows(arguments.json, rows)
     show(rows)
     failed = [f"{row['data']}, {row['attack']}, {row['method']}: {row['error']}" for row in rows if "error" in row]
     conclude(failed, arguments.json, start, checked=False, rows=rows)
@@ -340,13 +340,6 @@ def _finished(json_file: Path | None, images: int | None) -> list[dict[str, Any]
     if any(row["images"] != images for row in rows):
         raise SystemExit(f"{json_file} holds cells of another number of images (--images); give another --json")
     return [row for row in rows if "error" not in row]
-
-
-def _write(json_file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write beside, then rename: a benchmark that is killed here leaves the rows of before."""
-    beside = json_file.with_suffix(".partial")
-    beside.write_text(json.dumps({"rows": rows}, indent=1))
-    beside.replace(json_file)
 
 
 if __name__ == "__main__":

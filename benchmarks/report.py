@@ -67,3 +67,10 @@ def _cell(value: Any) -> str:
     if value is None or value != value:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def write_rows(json_file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of an unfinished benchmark, then rename: one that is killed here leaves the rows of before."""
+    beside = json_file.with_suffix(".partial")
+    beside.write_text(json.dumps({"rows": rows}, indent=1))
+    beside.replace(json_file)

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.report import conclude, print_table
+from benchmarks.report import conclude, print_table, write_rows
 from benchmarks.verdict_cells import ATTACKS, CLEAR, DATA, Cell, one_cell, stage_versions, write_data
 
 ONLY_UNTOUCHED = ("gtsrb-small",)
@@ -280,7 +280,7 @@ def main() -> None:
             elapsed = f"[{time.perf_counter() - start:5.0f} s] {number}/{len(missing)}"
             print(f"{elapsed} {cell}: {outcome}", file=sys.stderr, flush=True)
             if arguments.json is not None:
-                _write(arguments.json, rows)
+                write_rows(arguments.json, rows)
     order = {_name(cell._asdict()): number for number, cell in enumerate(cells)}
     shown = sorted((row for row in rows if _name(row) in order), key=lambda row: order[_name(row)])
     show(shown)
@@ -320,13 +320,6 @@ def _is_row_of(row: dict[str, Any], cell: Cell) -> bool:
     """True where the row has all that the cell measures."""
     is_retrained = "asr_after" in row or not (cell.retrain and row["removed"] and row["asr"] is not None)
     return _name(row) == str(cell) and is_retrained
-
-
-def _write(json_file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write beside, then rename: a benchmark that is killed here leaves the rows of before."""
-    beside = json_file.with_suffix(".partial")
-    beside.write_text(json.dumps({"rows": rows}, indent=1))
-    beside.replace(json_file)
 
 
 if __name__ == "__main__":

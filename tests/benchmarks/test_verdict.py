@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.verdict import METHODS, QUICK, SLOWEST_FIRST, _finished, _is_row_of, _write, check, show, show_targets
+from benchmarks.report import write_rows
+from benchmarks.verdict import METHODS, QUICK, SLOWEST_FIRST, _finished, _is_row_of, check, show, show_targets
 from benchmarks.verdict_cells import (
     ATTACKS,
     CLEAR,
@@ -103,7 +104,7 @@ def test_a_killed_benchmark_goes_on_with_its_finished_cells(tmp_path: Path) -> N
     assert _finished(file, None) == []
     failed = {"data": "gtsrb", "attack": "none", "seed": 0, "error": "DataError: damaged", "images": None}
     older = stage_versions() | {"fit_scorer": 1}
-    _write(file, [_row(), failed, _row("blended 1 %", versions=older)])
+    write_rows(file, [_row(), failed, _row("blended 1 %", versions=older)])
     json.loads(file.read_text())
     rows = _finished(file, None)
     assert [row["attack"] for row in rows] == ["badnets 1 %"]  # not the one that failed, nor that of an older stage

@@ -186,7 +186,7 @@ def flare(
     n_components: int = 32,
     seed: int = 0,
 ) -> np.ndarray:
-    """FLARE (Hou et al., 2024, section IV): all samples of all classes fall apart into two stable clusters.
+    """FLARE (Hou et al., 2024): all samples of all classes fall apart into two stable clusters.
 
     Density clustering (HDBSCAN) of what is unusual in the layers; labels are not used. The first division that
     lasts is looked for: behind it, the largest cluster stays whole while the density grows by the factor `least_gap`.

@@ -57,7 +57,7 @@ def features(model: nn.Module, x_NCHW: Tensor) -> Tensor:
 
 
 def extremes(model: nn.Module, x_NCHW: Tensor) -> list[np.ndarray]:
-    """Largest and smallest normalised activation of every channel, what FLARE looks at (Hou et al., 2024, section IV).
+    """Largest and smallest normalised activation of every channel, what FLARE looks at (Hou et al., 2024).
 
     The inputs of each BatchNorm are normalised by its running mean and variance, so all layers have one scale.
 
@@ -111,7 +111,7 @@ def train_by_sam(
     learning_rate: float = 3e-3,
     batch_size: int = 128,
 ) -> None:
-    """Sharpness-aware minimisation of the suspect's loss (Zhang et al., 2024, arXiv 2411.11525, section 4).
+    """Sharpness-aware minimisation of the suspect's loss (Zhang et al., 2024, arXiv 2411.11525).
 
     Each step climbs by `radius` along the gradient, g / |g|, and descends from where it stood along the gradient found
     there: twice the cost of a plain step. The paper holds that the backdoor is learned more strongly. Optimizer and
@@ -159,11 +159,11 @@ def confusion_training(
     weight: float = 20.0,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Confusion training (Qi et al., 2023, section 4): what still gets its label under wrong lessons is poison.
+    """Confusion training (Qi et al., 2023): what still gets its label under wrong lessons is poison.
 
     A network learns the data, and then at the same time trusted samples with labels that are wrong and change from step
     to step. That destroys what it knows of images, not what it knows of a trigger. The samples of smallest loss are
-    kept, the next round is trained on them, and so poison is concentrated (section 4.3). At the end, features of
+    kept, the next round is trained on them, and so poison is concentrated. At the end, features of
     each class are whitened by the trusted samples and projected on two axes, and two Gaussians are compared with the
     one that holds the trusted samples. Where two are likelier by far, the samples that still get their label are
     removed.
@@ -280,7 +280,7 @@ def asset(
     batch_size: int = 256,
     learning_rate: float = 1e-3,
 ) -> np.ndarray:
-    """ASSET, active separation by offset (Pan et al., 2023, section 4): two offsets, one inside the other.
+    """ASSET, active separation by offset (Pan et al., 2023): two offsets, one inside the other.
 
     Outer offset: a new network is trained to give trusted samples outputs without variance, and at the same time a high
     loss to samples that look poisoned. Clean data follow the trusted samples; poison does not. Inner offset: which
@@ -344,7 +344,7 @@ def _unlike(
 def threshold_of_lower_half(loss_N: np.ndarray, density: float = 1e-3) -> float:
     """Where a Gaussian with the shape of the lower half of the losses, mirrored, has fallen to a density.
 
-    Pan et al. (2023, section 4.4). The upper half may hold poison and does not count.
+    Pan et al. (2023). The upper half may hold poison and does not count.
     """
     median = float(np.median(loss_N))
     deviation = float(np.sqrt(np.mean((loss_N[loss_N <= median] - median) ** 2))) + 1e-12

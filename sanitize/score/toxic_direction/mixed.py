@@ -6,7 +6,7 @@ classes that it resembles, and hardly with the one that it resembles least. Pois
 and wrong labels from everywhere, leave no such class. So the least confusion of each class is compared with that of the
 others.
 
-Measured (seed 3): CIFAR-10 with WaNet 10 % .039, next class .017, and with a smooth trigger 3 % .032 and .017; without
+Measured: CIFAR-10 with WaNet 10 % .039, next class .017, and with a smooth trigger 3 % .032 and .017; without
 poison at most .021 and .017; with human labels of which 40 % are wrong .048 and .043; photographs .009 and .006.
 
 Shapes: N samples, K classes, k classes that are compared.
